@@ -1,0 +1,175 @@
+"""The command line: `recipe-run RECIPE` trains; `validate`, `list` and `show` need no ML stack."""
+
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from recipe_runner import __version__
+from recipe_runner.errors import Interrupted, UserError
+
+EXIT_USER_ERROR, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
+
+
+class _Commands(click.Group):
+    """`recipe-run RECIPE` is short for `recipe-run train RECIPE`; a subcommand wins over a file of the same name."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if (
+            args
+            and args[0] not in self.commands
+            and not (args[0].startswith("-") and "--help" in args[:1] + ["--version"])
+        ):
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
+
+
+_recipe = click.argument("recipe")
+_set = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key: --set training.max_steps=10. Repeatable.",
+)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="recipe-run")
+def cli() -> None:
+    """Fine-tune a language model from a YAML recipe.
+
+    \b
+    recipe-run RECIPE              train (options: recipe-run train --help)
+    recipe-run validate recipes/   check recipes, in well under a second
+
+    RECIPE is a file, or the name of a shipped recipe.
+    """
+
+
+@cli.command()
+@_recipe
+@_set
+@click.option("--output-dir", metavar="DIR", help="Folder of the run folders (run.output_dir).")
+@click.option(
+    "--resume",
+    default="never",
+    show_default=True,
+    metavar="auto|never|PATH",
+    help="Continue the latest unfinished run of this recipe, start anew, or continue the run in a folder.",
+)
+def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resume: str) -> None:
+    """Train from a recipe. The word `train` can be left out."""
+    from recipe_runner.resolve import load_recipe
+
+    if output_dir is not None:
+        overrides = (*overrides, f"run.output_dir={json.dumps(output_dir)}")
+    resolved = load_recipe(recipe, overrides)
+    for warning in resolved.warnings:
+        click.echo(warning, err=True)
+    from recipe_runner.training.run import run_recipe
+
+    run_recipe(resolved, resume)
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True)
+@_set
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How problems are written.",
+)
+def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str) -> None:
+    """Check recipes: files, folders or names of shipped recipes."""
+    from recipe_runner.library import collect_recipes
+    from recipe_runner.resolve import examine_recipe
+
+    files = collect_recipes(list(paths))
+    problems = [problem for file in files for problem in examine_recipe(file, overrides)[1]]
+    errors = sum(problem.severity == "error" for problem in problems)
+    if form == "json":
+        click.echo(json.dumps([problem.as_json() for problem in problems], indent=2))
+    else:
+        for problem in problems:
+            click.echo(problem)
+        counts = f"{len(files)} recipe{'s' * (len(files) != 1)}, {errors} error{'s' * (errors != 1)}"
+        click.echo(
+            f"{counts}, {len(problems) - errors} warning{'s' * (len(problems) - errors != 1)}",
+            err=bool(errors),
+        )
+    if errors:
+        sys.exit(EXIT_USER_ERROR)
+
+
+@cli.command(name="list")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def list_(form: str) -> None:
+    """List the shipped recipes."""
+    from recipe_runner.library import shipped_recipes
+    from recipe_runner.resolve import load_recipe
+
+    rows: list[dict[str, Any]] = []
+    for file in shipped_recipes():
+        values = load_recipe(str(file)).values
+        rows.append(
+            {key: values.get(key) for key in ("name", "stage", "description")}
+            | {"model": values["model"]["name_or_path"], "file": str(file)}
+        )
+    if form == "json":
+        click.echo(json.dumps(rows, indent=2))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        click.echo(f"{row['name']:<{width}}  {row['stage']}  {row['description']}")
+
+
+@cli.command()
+@_recipe
+@_set
+def show(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Print a recipe as it is run: extended, overridden, with defaults and absolute paths."""
+    from recipe_runner.resolve import dump_values, load_recipe
+
+    click.echo(dump_values(dict(load_recipe(recipe, overrides).values)), nl=False)
+
+
+def main() -> NoReturn:
+    """Runs the command line and maps errors to exit status and one-line messages."""
+    try:
+        status = cli.main(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+        click.echo(str(error) or "interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except UserError as error:
+        for problem in error.problems:
+            click.echo(problem, err=True)
+        sys.exit(EXIT_USER_ERROR)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader (head, less) has gone: nothing is wrong
+        sys.exit(0)
+    except Exception as error:  # the boundary: whatever else arrives here is a bug of ours
+        sys.exit(_report_bug(error))
+
+
+def _report_bug(error: Exception) -> int:
+    with tempfile.NamedTemporaryFile("w", prefix="recipe-run-", suffix=".log", delete=False) as log:
+        traceback.print_exception(error, file=log)
+    click.echo(
+        f"error[bug] {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", err=True
+    )
+    click.echo(
+        f"This is a bug in recipe-run; the traceback is in {Path(log.name)}. Please report it.", err=True
+    )
+    return EXIT_BUG

@@ -1,0 +1,33 @@
+"""Errors that end a command, and the exit status that each stands for.
+
+    Exception
+    ├── UserError      exit status 1: the recipe, the data or the environment is at fault
+    └── Interrupted    exit status 130: Ctrl-C; a checkpoint was left if training had begun
+
+Anything else that reaches the command line is a bug in this project (exit status 3).
+"""
+
+from recipe_runner.problem import Mark, Problem
+
+
+class UserError(Exception):
+    """The recipe, the data or the environment is at fault.
+
+    Args:
+        problems: Everything that was found, at least one.
+    """
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+
+
+class Interrupted(Exception):
+    """The user interrupted the command."""
+
+
+def user_error(
+    code: str, message: str, suggestion: str = "", mark: Mark | None = None, path: str = ""
+) -> UserError:
+    """Builds the error for one problem."""
+    return UserError([Problem(code, message, mark, path, suggestion)])

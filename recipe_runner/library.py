@@ -1,0 +1,60 @@
+"""The shelf: shipped recipes, the schema and launch configurations, in a checkout or inside the installed package."""
+
+from functools import cache
+from pathlib import Path
+
+from recipe_runner.errors import user_error
+
+SUFFIXES = (".yaml", ".yml")
+
+
+@cache
+def shelf() -> Path:
+    """The folder that holds `recipes/`, `schema/` and `accelerate_configs/`."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_shelf"  # written by the wheel's build
+    return installed if installed.is_dir() else package.parent
+
+
+def find_recipe(name: str) -> Path:
+    """Finds a recipe by path, or a shipped one by its name without folder and suffix.
+
+    Raises:
+        UserError: There is no such file and no shipped recipe of that name.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix in SUFFIXES or len(path.parts) > 1:
+        return path
+    shipped = {file.stem: file for file in shipped_recipes()}
+    if name in shipped:
+        return shipped[name]
+    names = ", ".join(sorted(shipped))
+    raise user_error(
+        "recipe-not-found", f"there is no file and no shipped recipe '{name}'", f"shipped recipes: {names}"
+    )
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes on the shelf, by name."""
+    return sorted((shelf() / "recipes").glob("*.yaml"))
+
+
+def collect_recipes(paths: list[str]) -> list[Path]:
+    """Expands folders to the recipe files below them; names and files stay as they are.
+
+    Raises:
+        UserError: A folder holds no recipe.
+    """
+    files: list[Path] = []
+    for name in paths:
+        folder = Path(name)
+        if not folder.is_dir():
+            files.append(find_recipe(name))
+            continue
+        found = sorted(file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}") if file.is_file())
+        if not found:
+            raise user_error(
+                "no-recipes", f"the folder {name} holds no .yaml file", "name a recipe or a folder of recipes"
+            )
+        files += found
+    return files

@@ -1,0 +1,74 @@
+"""A problem in a recipe, in the data or in the environment, and how it is written down."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, order=True)
+class Mark:
+    """A place in a file. Lines and columns count from 1; 0 means that the place has none (a command line option)."""
+
+    file: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: where it is, what it is (a stable code), what was found and what to do.
+
+    Attributes:
+        code: Stable kebab-case identifier, for example `unknown-key`.
+        message: What was found, in one line.
+        mark: Where it was found; None for a problem of the environment.
+        path: Key path in the recipe, for example `training.learning_rate`.
+        suggestion: What to write or do instead.
+        severity: `error` or `warning`.
+    """
+
+    code: str
+    message: str
+    mark: Mark | None = None
+    path: str = ""
+    suggestion: str = ""
+    severity: str = "error"
+
+    def __str__(self) -> str:
+        where = f"{self.mark}: " if self.mark else ""
+        key = f"{self.path}: " if self.path else ""
+        hint = f"; {self.suggestion}" if self.suggestion else ""
+        return " ".join(f"{where}{self.severity}[{self.code}] {key}{self.message}{hint}".split("\n"))
+
+    def as_json(self) -> dict[str, Any]:
+        """The problem as a JSON object: file, line, column, severity, code, path, message, suggestion."""
+        mark = self.mark or Mark("")
+        return {
+            "file": mark.file,
+            "line": mark.line,
+            "column": mark.column,
+            "severity": self.severity,
+            "code": self.code,
+            "path": self.path,
+            "message": self.message,
+            "suggestion": self.suggestion,
+        }
+
+
+def sort_problems(problems: list[Problem]) -> list[Problem]:
+    """Orders problems by file, line and column, and drops exact repetitions."""
+    return sorted(dict.fromkeys(problems), key=lambda p: (p.mark or Mark(""), p.code, p.path))
+
+
+def as_warning(problem: Problem) -> Problem:
+    """The same problem, as a warning."""
+    return replace(problem, severity="warning")
+
+
+def join_path(path: KeyPath) -> str:
+    """Writes a key path as people type it: `('dataset', 'train', 0, 'source')` -> `dataset.train.0.source`."""
+    return ".".join(str(part) for part in path)
