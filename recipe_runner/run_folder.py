@@ -1,0 +1,174 @@
+"""The folder of a run: what is in it, and how its status changes. Written by one process."""
+
+import json
+import os
+import secrets
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from recipe_runner.document import parse_document
+from recipe_runner.errors import user_error
+from recipe_runner.recipe import Recipe
+from recipe_runner.resolve import dump_values
+
+COMPLETE = "complete"  # an empty file, the last thing written into a checkpoint
+
+
+def create_run_folder(recipe: Recipe) -> Path:
+    """Creates a new run folder with the recipe, as given and resolved, and status `running`.
+
+    Raises:
+        UserError: The folder can't be written.
+    """
+    run_id = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    folder = Path(recipe.values["run"]["output_dir"]) / recipe.values["name"] / run_id
+    try:
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(recipe.text, encoding="utf-8")
+        (folder / "resolved.yaml").write_text(dump_values(dict(recipe.values)), encoding="utf-8")
+        write_status(folder, "running")
+    except OSError as error:
+        raise _unwritable(recipe, folder, error) from error
+    return folder
+
+
+def check_writable(recipe: Recipe) -> None:
+    """Checks that run folders can be created, without leaving anything behind.
+
+    Raises:
+        UserError: They can't.
+    """
+    folder = Path(recipe.values["run"]["output_dir"])
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise _unwritable(recipe, folder, NotADirectoryError(20, f"{existing} is a file"))
+    probe = existing / f".recipe-run-{secrets.token_hex(4)}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise _unwritable(recipe, folder, error) from error
+
+
+def _unwritable(recipe: Recipe, folder: Path, error: OSError) -> Exception:
+    message = f"cannot write {folder}: {error.strerror}"
+    return user_error(
+        "output-not-writable",
+        message,
+        "choose another folder: --output-dir DIR",
+        recipe.mark("run", "output_dir"),
+        "run.output_dir",
+    )
+
+
+def write_status(folder: Path, status: str, **details: Any) -> None:
+    """Writes `status.json` in one step: a reader sees the old file or the new one, never a part."""
+    write_json(
+        folder / "status.json",
+        {"status": status, "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"), **details},
+    )
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file atomically."""
+    partial = file.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Adds a line to `metrics.jsonl`."""
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"time": round(time.time(), 3), **metrics}) + "\n")
+
+
+def drop_metrics_after(folder: Path, step: int) -> None:
+    """Removes the metrics of steps that a resumed run trains again."""
+    file = folder / "metrics.jsonl"
+    if file.exists():
+        kept = [
+            line
+            for line in file.read_text(encoding="utf-8").splitlines()
+            if json.loads(line).get("step", 0) <= step
+        ]
+        partial = file.with_suffix(".tmp")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(file)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that was written whole."""
+    checkpoints = [path.parent for path in (folder / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")]
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def find_resumable(recipe: Recipe, resume: str) -> Path | None:
+    """The run folder to continue: None to start anew.
+
+    Args:
+        recipe: The recipe that is about to run.
+        resume: `auto`, `never`, or the path of a run folder (or of a checkpoint in it).
+
+    Raises:
+        UserError: The folder holds no run that can be continued, or one of a different recipe.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        runs = Path(recipe.values["run"]["output_dir"]) / recipe.values["name"]
+        folders = sorted((path.parent for path in runs.glob("*/status.json")), reverse=True)
+        folder = next((folder for folder in folders if read_status(folder) != "completed"), None)
+        if folder is None or last_checkpoint(folder) is None:
+            return None
+    else:
+        folder = next(
+            (
+                path
+                for path in (Path(resume), *Path(resume).absolute().parents)
+                if (path / "status.json").is_file()
+            ),
+            Path(resume),
+        )
+        if not (folder / "status.json").is_file():
+            raise user_error(
+                "not-a-run", f"{resume} is no run folder", "name a folder that holds status.json"
+            )
+        if read_status(folder) == "completed":
+            raise user_error(
+                "run-completed", f"the run in {folder} is complete", "start a new one: --resume never"
+            )
+        if last_checkpoint(folder) is None:
+            raise user_error(
+                "no-checkpoint",
+                f"the run in {folder} has no complete checkpoint",
+                "start a new one: --resume never",
+            )
+    if changes := _differences(
+        parse_document((folder / "resolved.yaml").read_text(encoding="utf-8"), "resolved.yaml").values,
+        dict(recipe.values),
+    ):
+        message = f"the run in {folder} was made with another recipe ({'; '.join(changes[:5])})"
+        raise user_error(
+            "recipe-changed", message, "start a new run (--resume never), or take the change back"
+        )
+    return folder
+
+
+def read_status(folder: Path) -> str:
+    """The status of a run: running, completed, failed or interrupted."""
+    return str(json.loads((folder / "status.json").read_text(encoding="utf-8"))["status"])
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [
+            key
+            for key in dict.fromkeys([*old, *new])
+            if f"{path}{key}" not in ("run.output_dir", "metadata.", "description")
+        ]
+        return [
+            change for key in keys for change in _differences(old.get(key), new.get(key), f"{path}{key}.")
+        ]
+    return [] if old == new else [f"{path.rstrip('.')}: {old} -> {new}"]

@@ -1,0 +1,134 @@
+"""What the machine can do, and what a run must remember of it."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipe_runner.errors import user_error
+from recipe_runner.recipe import Recipe
+
+PACKAGES = (
+    "recipe-runner",
+    "trl",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "torch",
+    "deepspeed",
+)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Precision of a run.
+
+    Attributes:
+        dtype: Data type of the weights in memory, a torch name or `auto`.
+        bf16: Mixed precision with bfloat16.
+        fp16: Mixed precision with float16.
+        reason: Why, in a few words.
+    """
+
+    dtype: str
+    bf16: bool
+    fp16: bool
+    reason: str
+
+    def __str__(self) -> str:
+        mixed = "bf16 mixed" if self.bf16 else "fp16 mixed" if self.fp16 else "no mixed"
+        return f"{self.dtype} weights, {mixed} precision ({self.reason})"
+
+
+def choose_precision(recipe: Recipe) -> Precision:
+    """Takes the precision the recipe asks for, and chooses by the machine what it leaves out.
+
+    Raises:
+        UserError: The recipe asks for a precision that the machine does not have.
+    """
+    training = recipe.section("training")
+    on_cpu = training.get("use_cpu") or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
+        "true",
+        "1",
+        "yes",
+    )
+    gpu = torch.cuda.is_available() and not on_cpu
+    # Emulated bfloat16 (Turing, Volta) is slower than float32: it does not count.
+    has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    machine = torch.cuda.get_device_name(0) if gpu else "this CPU"
+
+    for key, available, fix in (
+        ("bf16", has_bf16 or bool(on_cpu), "remove the key: the precision is then chosen by the machine"),
+        ("fp16", gpu, "remove the key: float16 training needs a GPU"),
+        ("tf32", has_bf16, "remove the key: TF32 needs an Ampere GPU or newer"),
+    ):
+        if training.get(key) and not available:
+            message = f"{machine} does not have it"
+            raise user_error(
+                "precision-unavailable", message, fix, recipe.mark("training", key), f"training.{key}"
+            )
+
+    asked = training.get("bf16") is not None or training.get("fp16") is not None
+    bf16 = bool(training.get("bf16")) if asked else has_bf16
+    dtype = recipe.section("model").get("dtype") or (
+        "bfloat16" if has_bf16 and recipe.section("peft") else "float32"
+    )
+    reason = (
+        "as the recipe says"
+        if asked
+        else f"{machine} {'has' if has_bf16 else 'has no'} bfloat16 units"
+        if gpu
+        else "a CPU"
+    )
+    return Precision(dtype, bf16, bool(training.get("fp16")), reason)
+
+
+def describe_device(config: Any) -> str:
+    """The device a process trains on and how many processes there are, in a few words."""
+    device = (
+        torch.cuda.get_device_name(config.device)
+        if config.device.type == "cuda"
+        else f"{config.device.type}, {torch.get_num_threads()} threads"
+    )
+    return f"{device}; {config.world_size} process{'es' * (config.world_size != 1)} ({config.distributed_state.distributed_type.value})"
+
+
+def describe_environment(recipe: Recipe) -> dict[str, Any]:
+    """Versions, hardware, launcher and git commit of the recipe's folder, as JSON values."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an optional package
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "versions": versions,
+        "launcher": {
+            key: value
+            for key, value in sorted(os.environ.items())
+            if key.startswith("ACCELERATE_") and "TOKEN" not in key
+        },
+        "git_commit": _git_commit(recipe.file.parent),
+    }
+
+
+def _git_commit(folder: Path) -> str | None:
+    """The commit of the repository around a folder, with `-dirty` when something is changed; None outside of one."""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # no git on this machine, or a repository on a disk that does not answer
+    return result.stdout.strip() or None

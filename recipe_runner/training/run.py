@@ -1,0 +1,317 @@
+"""A run, from top to bottom: the cheapest failure first, then the weights, then training."""
+
+import contextlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault(
+    "HF_HUB_DISABLE_TELEMETRY", "1"
+)  # a run reports to nobody unless training.report_to says so
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from recipe_runner import run_folder
+from recipe_runner.errors import Interrupted, user_error
+from recipe_runner.recipe import Recipe
+from recipe_runner.training import card, data, environment, model, verify
+
+
+def run_recipe(recipe: Recipe, resume: str) -> Path:
+    """Trains by a recipe and returns the run folder.
+
+    Args:
+        recipe: A resolved recipe.
+        resume: `auto`, `never`, or the folder of a run.
+
+    Raises:
+        UserError: The recipe, the data or the environment is at fault.
+        Interrupted: The user pressed Ctrl-C.
+    """
+    _quiet_libraries()
+    run_folder.check_writable(recipe)
+    found = run_folder.find_resumable(recipe, resume)
+    precision = environment.choose_precision(recipe)
+    model.find_model(recipe)
+    config = build_config(recipe, precision)
+    _say(config, f"Preparing {recipe.values['name']} ...")
+    rows, eval_rows = data.load_splits(recipe)
+    tokenizer = model.load_tokenizer(recipe)
+    train = data.prepare_split(rows, recipe, tokenizer, config, config.packing, "train")
+    packs_eval = config.packing if config.eval_packing is None else config.eval_packing
+    evaluation = (
+        data.prepare_split(eval_rows, recipe, tokenizer, config, packs_eval, "eval")
+        if eval_rows is not None
+        else None
+    )
+    peft_config, quantization = model.build_peft(recipe), model.build_quantization(recipe)
+    model_config = model.load_model_config(recipe)
+    if peft_config:
+        model.check_targets(recipe, peft_config, model_config)
+
+    folder = _agree(
+        run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found
+    )
+    config.output_dir = str(folder / "checkpoints")
+    with _recorded(folder, config):
+        trainer = SFTTrainer(
+            model=recipe.values["model"]["name_or_path"],
+            args=config,
+            train_dataset=train.dataset,
+            eval_dataset=evaluation.dataset if evaluation else None,
+            processing_class=tokenizer,
+            quantization_config=quantization,
+            peft_config=peft_config,
+        )
+        model.keep_4bit_weights_trainable(trainer.model)
+        _stop_on_non_finite(trainer, folder)
+        interruption = _Interruption()
+        trainer.add_callback(interruption)
+        if trainer.is_world_process_zero():
+            trainer.add_callback(_Recorder(folder))
+            accounting = {
+                "train": asdict(train.accounting),
+                "eval": asdict(evaluation.accounting) if evaluation else None,
+            }
+            facts = environment.describe_environment(recipe) | {
+                "precision": str(precision),
+                "data": accounting,
+                "dataset_fingerprint": rows._fingerprint,
+            }
+            run_folder.write_json(folder / "environment.json", facts)
+            _say(
+                config,
+                describe_plan(recipe, trainer, precision, train, evaluation, folder, found is not None),
+            )
+        _train(trainer, folder, interruption, found is not None)
+        result = _save(trainer, recipe, folder)
+        if trainer.is_world_process_zero():
+            card.write_card(recipe, folder, result, train.accounting, trainer.state.log_history)
+            run_folder.write_status(folder, "completed", step=trainer.state.global_step)
+        _say(config, f"Completed: {result}")
+    return folder
+
+
+def build_config(recipe: Recipe, precision: environment.Precision) -> SFTConfig:
+    """The trainer's configuration: the recipe's `training` section, and what other sections own.
+
+    Raises:
+        UserError: TRL or transformers refuses the combination of fields.
+    """
+    section, base = recipe.section("training"), recipe.values["model"]
+    section.pop("chat_template_path", None)  # set on the tokenizer already
+    owned = {
+        "output_dir": os.devnull,  # replaced once the run folder exists
+        "seed": recipe.values["run"]["seed"],
+        "data_seed": recipe.values["run"]["seed"],
+        "bf16": precision.bf16,
+        "fp16": precision.fp16,
+        "trust_remote_code": base["trust_remote_code"],
+        "model_init_kwargs": {
+            key: base[key] for key in ("revision", "attn_implementation", "use_safetensors") if key in base
+        }
+        | {"dtype": precision.dtype},
+        "dataset_kwargs": {"skip_prepare_dataset": True},  # prepared before the weights are loaded
+        "restore_callback_states_from_checkpoint": False,
+    }
+    try:
+        config = SFTConfig(**{**section, **owned})
+    except (ValueError, ImportError, TypeError) as error:
+        raise user_error(
+            "training-refused", str(error).strip().splitlines()[0], "", recipe.mark("training"), "training"
+        ) from error
+    return config
+
+
+def describe_plan(
+    recipe: Recipe,
+    trainer: SFTTrainer,
+    precision: environment.Precision,
+    train: data.PreparedSplit,
+    evaluation: data.PreparedSplit | None,
+    folder: Path,
+    resumed: bool,
+) -> str:
+    """The plan that is printed before the first step."""
+    config, values = trainer.args, recipe.values
+    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    total = trainer.model.num_parameters()
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    rows = len(train.dataset)
+    packed = f" packed into {rows:,} rows of up to {config.max_length} tokens" if config.packing else ""
+    steps = config.max_steps if config.max_steps > 0 else -(-rows // batch) * config.num_train_epochs
+    quantization = values.get("quantization")
+    bits = (
+        ""
+        if not quantization
+        else ", 8-bit base"
+        if quantization.get("load_in_8bit")
+        else f", 4-bit {quantization.get('bnb_4bit_quant_type', 'fp4')} base"
+    )
+    method = f"{values['peft']['method']} adapter{bits}" if values.get("peft") else "full fine-tuning"
+    lines = {
+        "model": f"{values['model']['name_or_path']} ({method})",
+        "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})",
+        "data": f"{train.accounting}{packed}",
+        "eval data": str(evaluation.accounting) if evaluation else "none",
+        "steps": f"{steps:,.0f} of {batch} rows (per device {config.per_device_train_batch_size} x accumulation {config.gradient_accumulation_steps} x processes {config.world_size})",
+        "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type.value}"
+        + (
+            " (no GPU: optimizer states are not paged)"
+            if "paged" in config.optim.value and config.device.type == "cpu"
+            else ""
+        ),
+        "precision": str(precision),
+        "device": environment.describe_device(config),
+        "run folder": f"{folder}{' (resumed)' if resumed else ''}",
+    }
+    return "\n".join(f"  {key:<11}{text}" for key, text in lines.items())
+
+
+class _Recorder(TrainerCallback):
+    """Appends what the trainer logs to metrics.jsonl, and marks checkpoints that were written whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        run_folder.append_metrics(self.folder, {"step": state.global_step, **(logs or {})})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / run_folder.COMPLETE).touch()
+
+
+class _Interruption(TrainerCallback):
+    """The first Ctrl-C ends the current step, saves a checkpoint and stops; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print(
+            "\nInterrupted: finishing this step and saving a checkpoint (Ctrl-C again to stop at once).",
+            file=sys.stderr,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        requested = torch.tensor(self.requested, device=args.device)
+        if args.world_size > 1:  # the signal reaches the processes in different steps: they stop together
+            requested = requested.int()
+            torch.distributed.all_reduce(requested, torch.distributed.ReduceOp.MAX)
+        if requested:
+            self.requested = control.should_training_stop = control.should_save = True
+
+
+def _train(trainer: SFTTrainer, folder: Path, interruption: _Interruption, resumed: bool) -> None:
+    """Trains, from the last checkpoint of a resumed run."""
+    checkpoint = run_folder.last_checkpoint(folder) if resumed else None
+    if checkpoint and trainer.is_world_process_zero():
+        run_folder.drop_metrics_after(folder, int(checkpoint.name.rpartition("-")[2]))
+    before = signal.signal(signal.SIGINT, interruption)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"Interrupted at step {trainer.state.global_step}; continue with: --resume {folder}"
+        )
+
+
+def _save(trainer: SFTTrainer, recipe: Recipe, folder: Path) -> Path:
+    """Saves the adapter or the model, with tokenizer and chat template, and checks that it can be used."""
+    result = folder / ("adapter" if recipe.values.get("peft") else "model")
+    trainer.save_model(str(result))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        verify.verify_saved(trainer, result)
+    return result
+
+
+def _stop_on_non_finite(trainer: SFTTrainer, folder: Path) -> None:
+    """Ends the run before a loss or gradient that is not finite reaches the weights, and so the next checkpoint.
+
+    transformers 5.23 replaces such losses in its log (logging_nan_inf_filter) and trains on. With float16 the gradient
+    scaler deals with gradients that overflow, so only the loss is looked at.
+    """
+    training_step, get_grad_norm = trainer.training_step, trainer._get_grad_norm
+
+    def fail(what: str) -> None:
+        checkpoint = run_folder.last_checkpoint(folder)
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        fix = "lower training.learning_rate, add training.warmup_steps, or look at the rows of this step"
+        raise user_error(
+            "non-finite",
+            f"the {what} of step {trainer.state.global_step + 1} is not a finite number; {kept}",
+            fix,
+        )
+
+    def checked_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            fail("loss")
+        return loss
+
+    def checked_norm(*args: Any, **kwargs: Any) -> Any:
+        norm = get_grad_norm(*args, **kwargs)
+        if norm is not None and not trainer.args.fp16 and not torch.isfinite(torch.as_tensor(norm)).all():
+            fail("gradient")
+        return norm
+
+    trainer.training_step, trainer._get_grad_norm = checked_step, checked_norm
+
+
+@contextlib.contextmanager
+def _recorded(folder: Path, config: SFTConfig) -> Iterator[None]:
+    """Leaves the right status in the run folder, whatever happens."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        _write_status(config, folder, "interrupted")
+        raise
+    except BaseException as error:
+        _write_status(config, folder, "failed", error=str(error) or type(error).__name__)
+        if isinstance(error, torch.OutOfMemoryError):
+            fix = "lower per_device_train_batch_size (and raise gradient_accumulation_steps), or max_length"
+            raise user_error("out-of-memory", str(error).splitlines()[0], fix) from error
+        raise
+
+
+def _write_status(config: SFTConfig, folder: Path, status: str, **details: Any) -> None:
+    if config.process_index == 0:
+        checkpoint = run_folder.last_checkpoint(folder)
+        run_folder.write_status(folder, status, checkpoint=str(checkpoint) if checkpoint else None, **details)
+
+
+def _agree(folder: Path | None) -> Path:
+    """The first process decides on the run folder, all use it."""
+    decided = [folder]
+    broadcast_object_list(decided)
+    assert decided[0] is not None
+    return decided[0]
+
+
+def _say(config: SFTConfig, text: str) -> None:
+    if config.process_index == 0:
+        print(text, flush=True)
+
+
+def _quiet_libraries() -> None:
+    """Silences what upstream says on every run and nobody can act on."""
+    warnings.filterwarnings(
+        "ignore", message="Paged optimizers are not supported on CPU", category=UserWarning
+    )

@@ -1,0 +1,81 @@
+"""Checks that what was saved is what was trained: no run completes with a result that can't be used."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from trl import SFTTrainer
+
+from recipe_runner.errors import user_error
+
+ROWS, TOKENS = 2, 64  # of the training data: enough to go through every adapted layer
+
+
+def verify_saved(trainer: SFTTrainer, folder: Path) -> None:
+    """Compares a saved adapter or model with the one in memory.
+
+    An adapter is loaded back as a second adapter of the model in memory, so that it costs no second copy of the base, and
+    must give the same logits. The tensors of a full model are compared one by one.
+
+    Raises:
+        UserError: They differ.
+    """
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(trained, PeftModel):
+        difference = _compare_logits(trained, trainer, folder)
+    else:
+        difference = _compare_tensors(trained, folder)
+    if not difference == 0:  # also true for nan
+        message = f"what was saved in {folder} differs from the trained model (by {difference:g})"
+        raise user_error("saved-model-differs", message, "train again; the checkpoints are kept")
+
+
+def _compare_logits(trained: PeftModel, trainer: SFTTrainer, folder: Path) -> float:
+    """Largest difference of logits `(batch, sequence, vocabulary)` between the adapter in memory and the saved one."""
+    rows = [
+        trainer.train_dataset[index]["input_ids"][:TOKENS]
+        for index in range(min(ROWS, len(trainer.train_dataset)))
+    ]
+    trained.eval()
+    active = trained.active_adapter
+    # Not cast: the adapter of a quantized base is trained in bfloat16, and must be compared in it.
+    trained.load_adapter(
+        str(folder), adapter_name="saved", autocast_adapter_dtype=False, torch_device=str(trainer.args.device)
+    )
+    try:
+        worst = 0.0
+        for row in rows:
+            batch = torch.tensor([row], device=trainer.args.device)
+            logits = []
+            for adapter in (active, "saved"):
+                trained.set_adapter(adapter)
+                with torch.no_grad():
+                    logits.append(trained(input_ids=batch).logits.float())
+            worst = max(worst, float((logits[0] - logits[1]).abs().max()))
+    finally:
+        trained.set_adapter(active)
+        trained.delete_adapter("saved")
+    return worst
+
+
+def _compare_tensors(trained: torch.nn.Module, folder: Path) -> float:
+    """Largest difference between the tensors of the saved files and those in memory; nan when a tensor is missing."""
+    state = trained.state_dict()
+    seen: set[str] = set()
+    worst = 0.0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if (
+                    name not in state
+                    or state[name].shape != tensors.get_slice(name).get_shape()
+                    and list(state[name].shape) != tensors.get_slice(name).get_shape()
+                ):
+                    return float("nan")
+                seen.add(name)
+                worst = max(
+                    worst, float((tensors.get_tensor(name).float() - state[name].cpu().float()).abs().max())
+                )
+    addresses = {state[name].data_ptr() for name in seen}  # tied weights are saved once
+    return worst if all(state[name].data_ptr() in addresses for name in state) else float("nan")

@@ -1,0 +1,134 @@
+"""Writes the quickstart's data: support tickets and the JSON object that files them.
+
+    python scripts/make_tickets.py
+
+Training and held-out tickets share neither a sentence about the matter nor one about its urgency.
+"""
+
+import json
+import random
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "data"
+INSTRUCTION = "File this support ticket. Answer with a JSON object that has the keys category and priority."
+
+TRAIN = {
+    "billing": [
+        "I was charged twice for my subscription this month.",
+        "The invoice shows a different amount than the one on my card.",
+        "Please refund the payment I made by mistake.",
+        "My credit card was declined although it is valid.",
+        "I need an invoice with our company's tax number on it.",
+        "The discount code was not applied to my bill.",
+        "You still take money for a plan that I cancelled.",
+        "How do I change the card that pays for the plan?",
+        "The price on my receipt is in the wrong currency.",
+        "I have not received the refund that you promised.",
+    ],
+    "account": [
+        "I forgot my password and the reset email never comes.",
+        "My account is locked after three login attempts.",
+        "I want to change the email address that I sign in with.",
+        "The two-factor code is never accepted.",
+        "Please delete my account and all my data.",
+        "Someone else signed in to my profile.",
+        "I cannot log in since I got a new phone.",
+        "How do I add a second user to our team account?",
+        "My user name is spelled wrong on my profile.",
+        "The sign-in page says that my account does not exist.",
+    ],
+    "delivery": [
+        "My parcel has not arrived yet.",
+        "The tracking number does not work.",
+        "The box was damaged when the courier brought it.",
+        "You sent the package to my old address.",
+        "One item is missing from my order.",
+        "The courier left the parcel with a neighbour I do not know.",
+        "I received the wrong size of shoes.",
+        "Can you ship my order to another country?",
+        "The delivery date keeps moving.",
+        "I would like to pick up my package myself.",
+    ],
+    "bug": [
+        "The app crashes when I open the settings.",
+        "The export button does nothing.",
+        "The page stays blank after the last update.",
+        "Search results are shown in the wrong order.",
+        "Uploading a photo ends with error 500.",
+        "The chart draws negative numbers upside down.",
+        "Dark mode makes the text unreadable.",
+        "The program freezes when I print.",
+        "Notifications arrive twice on my tablet.",
+        "The calendar shows the wrong day of the week.",
+    ],
+}
+TRAIN_URGENCY = {
+    "high": ["This is urgent, please help immediately!", "We are losing customers every hour, act now."],
+    "medium": ["Please look into it this week.", "I would like an answer in a few days."],
+    "low": ["There is no hurry.", "Whenever you have time."],
+}
+HELD_OUT = {
+    "billing": [
+        "My bank statement lists your monthly fee two times.",
+        "I paid too much and want my money back.",
+        "Your invoice has the wrong company name on it.",
+        "Why did the cost of my plan go up on the last bill?",
+        "The voucher did not reduce the total that I had to pay.",
+    ],
+    "account": [
+        "The link for a new password never reaches my inbox.",
+        "I am locked out and can't sign in any more.",
+        "A stranger seems to use my login.",
+        "I need to replace the phone number on my profile.",
+        "Please close my account for good.",
+    ],
+    "delivery": [
+        "The courier says the package was handed over, but I have nothing.",
+        "My order came in a torn box.",
+        "Two of the books I ordered were not in the parcel.",
+        "Please send the shipment to my office instead.",
+        "The tracking page has not changed for days.",
+    ],
+    "bug": [
+        "Saving a file makes the program close by itself.",
+        "The menu covers half of the screen since the new version.",
+        "Clicking on download shows an error message.",
+        "The app freezes on the start screen.",
+        "Numbers in the table are sorted wrongly.",
+    ],
+}
+HELD_OUT_URGENCY = {
+    "high": ["It is urgent, we need help right now!", "Please act immediately, we lose money every hour."],
+    "medium": ["An answer this week would be good.", "Please look at it in the next days."],
+    "low": ["It is not in a hurry at all.", "Take your time."],
+}
+
+
+def tickets(matters: dict[str, list[str]], urgency: dict[str, list[str]], every: bool) -> list[dict[str, str]]:
+    """Every sentence with every priority, or each sentence once with priorities in turn."""
+    rows = []
+    number = 0
+    for category, sentences in matters.items():
+        for sentence in sentences:
+            priorities = list(urgency) if every else [list(urgency)[number % 3]]
+            for priority in priorities:
+                hurry = urgency[priority][number % 2]
+                number += 1
+                answer = json.dumps({"category": category, "priority": priority})
+                rows.append({"instruction": INSTRUCTION, "input": f"{sentence} {hurry}", "output": answer})
+    return rows
+
+
+def main() -> None:
+    for name, rows in (
+        ("tickets_train", tickets(TRAIN, TRAIN_URGENCY, every=True)),
+        ("tickets_heldout", tickets(HELD_OUT, HELD_OUT_URGENCY, every=False)),
+    ):
+        random.Random(0).shuffle(rows)
+        file = FOLDER / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        print(f"{file}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()
