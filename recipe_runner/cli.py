@@ -19,11 +19,7 @@ class _Commands(click.Group):
     """`recipe-run RECIPE` is short for `recipe-run train RECIPE`; a subcommand wins over a file of the same name."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if (
-            args
-            and args[0] not in self.commands
-            and not (args[0].startswith("-") and "--help" in args[:1] + ["--version"])
-        ):
+        if args and args[0] not in (*self.commands, "-h", "--help", "--version"):
             args = ["train", *args]
         return super().parse_args(ctx, args)
 
@@ -41,7 +37,7 @@ _set = click.option(
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="recipe-run")
 def cli() -> None:
-    """Fine-tune a language model from a YAML recipe.
+    r"""Fine-tune a language model from a YAML recipe.
 
     \b
     recipe-run RECIPE              train (options: recipe-run train --help)
@@ -101,10 +97,7 @@ def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str) -> N
         for problem in problems:
             click.echo(problem)
         counts = f"{len(files)} recipe{'s' * (len(files) != 1)}, {errors} error{'s' * (errors != 1)}"
-        click.echo(
-            f"{counts}, {len(problems) - errors} warning{'s' * (len(problems) - errors != 1)}",
-            err=bool(errors),
-        )
+        click.echo(f"{counts}, {len(problems) - errors} warning{'s' * (len(problems) - errors != 1)}", err=bool(errors))
     if errors:
         sys.exit(EXIT_USER_ERROR)
 
@@ -166,10 +159,6 @@ def main() -> NoReturn:
 def _report_bug(error: Exception) -> int:
     with tempfile.NamedTemporaryFile("w", prefix="recipe-run-", suffix=".log", delete=False) as log:
         traceback.print_exception(error, file=log)
-    click.echo(
-        f"error[bug] {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", err=True
-    )
-    click.echo(
-        f"This is a bug in recipe-run; the traceback is in {Path(log.name)}. Please report it.", err=True
-    )
+    click.echo(f"error[bug] {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", err=True)
+    click.echo(f"This is a bug in recipe-run; the traceback is in {Path(log.name)}. Please report it.", err=True)
     return EXIT_BUG

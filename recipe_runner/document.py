@@ -5,6 +5,7 @@ keys that are not strings and values that are not finite are errors. libyaml (th
 built here, from its events, is what PyYAML's constructors cannot give: marks, and YAML 1.2.
 """
 
+import copy
 import math
 import re
 from collections.abc import Iterator
@@ -63,18 +64,10 @@ def read_document(path: Path, name: str | None = None) -> Document:
     mark = Mark(name)
     try:
         if not path.is_file():
-            what = (
-                "is a folder"
-                if path.is_dir()
-                else "is no regular file"
-                if path.exists()
-                else "does not exist"
-            )
+            what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
             raise user_error("unreadable-file", f"the file {what}", "name a recipe file (.yaml)", mark)
         if path.stat().st_size > MAX_BYTES:
-            raise user_error(
-                "file-too-large", f"a recipe of more than {MAX_BYTES:,} bytes", "is it a recipe?", mark
-            )
+            raise user_error("file-too-large", f"a recipe of more than {MAX_BYTES:,} bytes", "is it a recipe?", mark)
         data = path.read_bytes()
     except OSError as error:
         raise user_error("unreadable-file", f"cannot read the file ({error.strerror})", "", mark) from error
@@ -94,40 +87,22 @@ def parse_document(text: str, name: str) -> Document:
         UserError: The text is not one YAML mapping.
     """
     document = Document(name, text)
+    wanted = (yaml.NodeEvent, yaml.CollectionEndEvent, yaml.DocumentStartEvent)
     try:
-        events = [
-            event
-            for event in yaml.parse(text, Loader=_Loader)
-            if isinstance(event, yaml.NodeEvent | yaml.CollectionEndEvent | yaml.DocumentStartEvent)
-        ]
+        events = [event for event in yaml.parse(text, Loader=_Loader) if isinstance(event, wanted)]
     except yaml.MarkedYAMLError as error:
         raise UserError([_explain_syntax_error(error, name)]) from error
-    except yaml.YAMLError as error:  # ReaderError: control characters
-        raise user_error(
-            "yaml-syntax", str(error).splitlines()[0], "remove the control character", Mark(name)
-        ) from error
+    except yaml.YAMLError as error:  # ReaderError
+        raise user_error("yaml-syntax", str(error).splitlines()[0], "remove the character", Mark(name)) from error
     starts = [event for event in events if isinstance(event, yaml.DocumentStartEvent)]
     if len(starts) > 1:
-        raise user_error(
-            "several-documents",
-            "the file holds several YAML documents",
-            "one recipe a file",
-            _mark(name, starts[1].start_mark),
-        )
+        place = _mark(name, starts[1].start_mark)
+        raise user_error("several-documents", "the file holds several YAML documents", "one recipe a file", place)
     if len(events) < 2 or (isinstance(events[1], yaml.ScalarEvent) and not events[1].value):
-        raise user_error(
-            "empty-recipe",
-            "the file holds no recipe",
-            "see `recipe-run show phi3_chat_qlora`",
-            Mark(name, 1, 1),
-        )
+        place = Mark(name, 1, 1)
+        raise user_error("empty-recipe", "the file is empty", "see `recipe-run show phi3_chat_qlora`", place)
     if not isinstance(events[1], yaml.MappingStartEvent):
-        raise user_error(
-            "not-a-recipe",
-            "the file holds no mapping of keys to values",
-            "",
-            _mark(name, events[1].start_mark),
-        )
+        raise user_error("not-a-recipe", "the file holds no mapping", "", _mark(name, events[1].start_mark))
     document.values = _Builder(document, iter(events[1:])).build(())
     return document
 
@@ -141,66 +116,41 @@ def parse_scalar(text: str) -> Any:
     if _INT.fullmatch(text):
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     if _FLOAT.fullmatch(text):
-        return float(
-            text.replace(".inf", "inf")
-            .replace(".Inf", "inf")
-            .replace(".INF", "inf")
-            .replace(".nan", "nan")
-            .replace(".NaN", "nan")
-            .replace(".NAN", "nan")
-        )
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return text
 
 
 class _Builder:
-    """Builds values and marks from libyaml's events."""
+    """Builds values and marks from libyaml's events. Aliases are copied; their number of values counts."""
 
     def __init__(self, document: Document, events: Iterator[Any]) -> None:
         self.document, self.events = document, events
-        self.anchors: dict[str, list[Any]] = {}
+        self.anchors: dict[str, tuple[KeyPath, Any, int]] = {}  # name -> where it is, its value, number of values in it
         self.count = 0
 
     def build(self, path: KeyPath) -> Any:
         return self.value(next(self.events), path)
 
     def value(self, event: Any, path: KeyPath) -> Any:
-        mark = _mark(self.document.file, event.start_mark)
-        self.count += 1
-        if len(path) > MAX_DEPTH or self.count > MAX_VALUES:
-            what = (
-                f"nested deeper than {MAX_DEPTH} levels"
-                if len(path) > MAX_DEPTH
-                else f"more than {MAX_VALUES:,} values once aliases are expanded"
-            )
-            raise user_error("yaml-too-large", what, "", mark)
+        mark, before = _mark(self.document.file, event.start_mark), self.count
         self.document.value_marks[path] = mark
+        self.count += 1
         if isinstance(event, yaml.AliasEvent):
-            return self.alias(event.anchor, path, mark)
+            return self.alias(str(event.anchor), path, mark)
+        self.check_size(path, mark)
         if event.tag not in (None, "!", "tag:yaml.org,2002:str"):
-            self.problem(
-                "yaml-tag",
-                f"the tag '{event.tag.replace('tag:yaml.org,2002:', '!!')}'",
-                "write the value without a tag",
-                mark,
-                path,
-            )
-        if event.anchor:
-            recorder = _Recorder(event, self.events)
-            self.events = recorder
-            value = self.content(event, path, mark)
-            self.events = recorder.events
-            self.anchors[event.anchor] = recorder.seen
-            return value
-        return self.content(event, path, mark)
-
-    def content(self, event: Any, path: KeyPath, mark: Mark) -> Any:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            self.problem("yaml-tag", f"the tag '{tag}'", "write the value without a tag", mark, path)
         if isinstance(event, yaml.MappingStartEvent):
-            return self.mapping(path)
-        if isinstance(event, yaml.SequenceStartEvent):
-            return self.sequence(path)
-        value = parse_scalar(event.value) if not event.style and event.tag is None else event.value
+            value: Any = self.mapping(path)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            value = self.sequence(path)
+        else:
+            value = parse_scalar(event.value) if not event.style and event.tag is None else event.value
         if isinstance(value, float) and not math.isfinite(value):
             self.problem("not-finite", f"{event.value} is not a finite number", "write a number", mark, path)
+        if event.anchor:
+            self.anchors[event.anchor] = path, value, self.count - before
         return value
 
     def mapping(self, path: KeyPath) -> dict[str, Any]:
@@ -210,19 +160,11 @@ class _Builder:
             key = self.value(event, (*path, "?"))
             self.document.value_marks.pop((*path, "?"), None)
             if not isinstance(key, str):
-                self.problem(
-                    "non-string-key", f"the key {key!r} is not a string", "put it in quotes", mark, path
-                )
+                self.problem("non-string-key", f"the key {key!r} is not a string", "put it in quotes", mark, path)
                 key = str(key)
             elif key in values:
                 first = self.document.key_marks[(*path, key)].line
-                self.problem(
-                    "duplicate-key",
-                    f"the key is on line {first} already",
-                    "keep one of them",
-                    mark,
-                    (*path, key),
-                )
+                self.problem("duplicate-key", f"the key is on line {first} already", "keep one", mark, (*path, key))
             self.document.key_marks[(*path, key)] = mark
             values[key] = self.build((*path, key))
         return values
@@ -237,41 +179,26 @@ class _Builder:
 
     def alias(self, anchor: str, path: KeyPath, mark: Mark) -> Any:
         if anchor not in self.anchors:  # inside its own definition, or never defined
-            raise user_error(
-                "yaml-alias",
-                f"the alias '*{anchor}' stands for nothing, or for itself",
-                "write the value out",
-                mark,
-            )
-        outer, self.events = self.events, iter(self.anchors[anchor])
-        value = self.build(path)
-        self.events = outer
-        return value
+            message = f"the alias '*{anchor}' stands for nothing, or for itself"
+            raise user_error("yaml-alias", message, "write the value out", mark)
+        source, value, size = self.anchors[anchor]
+        self.count += size
+        self.check_size(path, mark)
+        for marks in (self.document.key_marks, self.document.value_marks):
+            below = {
+                old: place for old, place in marks.items() if len(old) > len(source) and old[: len(source)] == source
+            }
+            marks.update({(*path, *old[len(source) :]): place for old, place in below.items()})
+        return copy.deepcopy(value)
+
+    def check_size(self, path: KeyPath, mark: Mark) -> None:
+        if len(path) > MAX_DEPTH:
+            raise user_error("yaml-too-large", f"nested deeper than {MAX_DEPTH} levels", "", mark)
+        if self.count > MAX_VALUES:
+            raise user_error("yaml-too-large", f"more than {MAX_VALUES:,} values, with aliases expanded", "", mark)
 
     def problem(self, code: str, message: str, suggestion: str, mark: Mark, path: KeyPath) -> None:
         self.document.problems.append(Problem(code, message, mark, join_path(path), suggestion))
-
-
-class _Recorder:
-    """Passes events on and keeps them, so that an alias can play them again."""
-
-    def __init__(self, first: Any, events: Iterator[Any]) -> None:
-        plain = type(first)
-        # Played again, the first event must not define its anchor a second time.
-        again = (
-            plain(None, first.tag, first.implicit, first.value, first.start_mark, first.end_mark, first.style)
-            if plain is yaml.ScalarEvent
-            else plain(None, first.tag, first.implicit, first.start_mark, first.end_mark, first.flow_style)
-        )
-        self.seen, self.events = [again], events
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        event = next(self.events)
-        self.seen.append(event)
-        return event
 
 
 def _mark(file: str, mark: Any) -> Mark:
@@ -280,15 +207,16 @@ def _mark(file: str, mark: Any) -> Mark:
 
 # libyaml's message -> what it usually means, in plain English.
 _SYNTAX = {
-    "found character that cannot start any token": "a tab, or one of @ ` % at the start of a value; indent with spaces, put the value in quotes",
-    "mapping values are not allowed in this context": "a ':' inside a value, or a wrong indentation; put the value in quotes",
-    "did not find expected key": "a key is indented differently from its neighbours, or a quote is missing",
+    "found a tab character that violates indentation": "indent with spaces",
+    "found character that cannot start any token": "indent with spaces; quote values that begin with @ or `",
+    "mapping values are not allowed in this context": "quote a value that contains ':', or mend the indentation",
+    "did not find expected key": "a key is indented unlike its neighbours, or a quote is missing",
     "could not find expected ':'": "a key without ':'",
-    "did not find expected '-' indicator": "a list item is indented differently from its neighbours",
-    "found unexpected end of stream": "a quote that is never closed",
-    "did not find expected ',' or ']'": "a '[' that is never closed, or a missing comma",
-    "did not find expected ',' or '}'": "a '{' that is never closed, or a missing comma",
-    "found undefined tag handle": "a value that starts with '!'; put it in quotes",
+    "did not find expected '-' indicator": "a list item is indented unlike its neighbours",
+    "found unexpected end of stream": "a quote is never closed",
+    "did not find expected ',' or ']'": "a '[' is never closed, or a comma is missing",
+    "did not find expected ',' or '}'": "a '{' is never closed, or a comma is missing",
+    "found undefined tag handle": "quote a value that begins with '!'",
 }
 
 
@@ -297,6 +225,4 @@ def _explain_syntax_error(error: yaml.MarkedYAMLError, name: str) -> Problem:
     problem = error.problem or "the text is not YAML"
     if problem == "found unexpected end of stream" and error.context_mark:
         mark = error.context_mark  # where the quote opens says more than the end of the file
-    return Problem(
-        "yaml-syntax", problem, _mark(name, mark) if mark else Mark(name), "", _SYNTAX.get(problem, "")
-    )
+    return Problem("yaml-syntax", problem, _mark(name, mark) if mark else Mark(name), "", _SYNTAX.get(problem, ""))

@@ -26,8 +26,6 @@ class Interrupted(Exception):
     """The user interrupted the command."""
 
 
-def user_error(
-    code: str, message: str, suggestion: str = "", mark: Mark | None = None, path: str = ""
-) -> UserError:
+def user_error(code: str, message: str, suggestion: str = "", mark: Mark | None = None, path: str = "") -> UserError:
     """Builds the error for one problem."""
     return UserError([Problem(code, message, mark, path, suggestion)])

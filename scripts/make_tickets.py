@@ -63,9 +63,30 @@ TRAIN = {
     ],
 }
 TRAIN_URGENCY = {
-    "high": ["This is urgent, please help immediately!", "We are losing customers every hour, act now."],
-    "medium": ["Please look into it this week.", "I would like an answer in a few days."],
-    "low": ["There is no hurry.", "Whenever you have time."],
+    "high": [
+        "This is urgent, please help immediately!",
+        "We are losing customers every hour, act now.",
+        "I need this solved right away.",
+        "Emergency: our whole team is blocked!",
+        "It must work again today.",
+        "Help as fast as you can, this can't wait.",
+    ],
+    "medium": [
+        "Please look into it this week.",
+        "I would like an answer in a few days.",
+        "Could you check it by Friday?",
+        "A reply in the coming days would be nice.",
+        "Please take care of it soon.",
+        "I hope to hear from you within the week.",
+    ],
+    "low": [
+        "There is no hurry.",
+        "Whenever you have time.",
+        "It can wait until next month.",
+        "Not important, I just wanted to tell you.",
+        "No rush with this one.",
+        "Take as long as you need.",
+    ],
 }
 HELD_OUT = {
     "billing": [
@@ -104,25 +125,25 @@ HELD_OUT_URGENCY = {
 }
 
 
-def tickets(matters: dict[str, list[str]], urgency: dict[str, list[str]], every: bool) -> list[dict[str, str]]:
-    """Every sentence with every priority, or each sentence once with priorities in turn."""
-    rows = []
-    number = 0
+def tickets(matters: dict[str, list[str]], urgency: dict[str, list[str]], per_sentence: int) -> list[dict[str, str]]:
+    """Joins each sentence to `per_sentence` sentences of urgency; priorities and wordings take turns."""
+    rows, number = [], 0
     for category, sentences in matters.items():
         for sentence in sentences:
-            priorities = list(urgency) if every else [list(urgency)[number % 3]]
-            for priority in priorities:
-                hurry = urgency[priority][number % 2]
-                number += 1
+            for _ in range(per_sentence):
+                priority = list(urgency)[number % len(urgency)]
+                wordings = urgency[priority]
+                text = f"{sentence} {wordings[number // len(urgency) % len(wordings)]}"
                 answer = json.dumps({"category": category, "priority": priority})
-                rows.append({"instruction": INSTRUCTION, "input": f"{sentence} {hurry}", "output": answer})
+                rows.append({"instruction": INSTRUCTION, "input": text, "output": answer})
+                number += 1
     return rows
 
 
 def main() -> None:
     for name, rows in (
-        ("tickets_train", tickets(TRAIN, TRAIN_URGENCY, every=True)),
-        ("tickets_heldout", tickets(HELD_OUT, HELD_OUT_URGENCY, every=False)),
+        ("tickets_train", tickets(TRAIN, TRAIN_URGENCY, per_sentence=6)),
+        ("tickets_heldout", tickets(HELD_OUT, HELD_OUT_URGENCY, per_sentence=1)),
     ):
         random.Random(0).shuffle(rows)
         file = FOLDER / f"{name}.jsonl"

@@ -1,1 +1,24 @@
-"""The only place that imports torch, transformers, trl, peft, datasets and accelerate."""
+"""The only place that imports torch, transformers, trl, peft, datasets and accelerate.
+
+What upstream reads when it is imported is set here, before the modules of this package import it.
+"""
+
+import logging
+import os
+import warnings
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a run reports to nobody unless training.report_to says so
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
+
+# What upstream says on every run and nobody can act on. bitsandbytes 0.50 asks for a hub kernel on CPUs, and
+# says in every layer of every step that 8-bit layers compute in float16; the rest are transformers 5.23 and TRL 1.16
+# about their own use of old names, and about features that a machine without a GPU lacks.
+for _logger in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_logger).setLevel(logging.ERROR)
+for _message in (
+    r".gradient_checkpointing. is deprecated",
+    r".is_gradient_checkpointing. is deprecated",
+    r"'pin_memory' argument is set as true but no accelerator is found",
+    r"Paged optimizers are not supported on CPU",
+):
+    warnings.filterwarnings("ignore", message=_message)

@@ -1,13 +1,12 @@
 """The model card of a run: what was trained, on what, how, and how to use it."""
 
 import importlib.metadata
-import shutil
 from pathlib import Path
 from typing import Any
 
 from recipe_runner.recipe import Recipe
 from recipe_runner.resolve import dump_values
-from recipe_runner.training.data import Accounting
+from recipe_runner.training.tokens import Accounting
 
 
 def write_card(
@@ -15,44 +14,36 @@ def write_card(
 ) -> None:
     """Writes README.md into the run folder and beside the weights, in the hub's layout."""
     values, base = recipe.values, recipe.values["model"]["name_or_path"]
-    metadata: dict[str, Any] = {
-        "library_name": "peft" if values.get("peft") else "transformers",
-        "tags": ["trl", values["stage"], *(values.get("metadata") or {}).get("tags", [])],
-    }
+    tags = ["trl", values["stage"], *recipe.section("metadata").get("tags", [])]
+    header: dict[str, Any] = {"library_name": "peft" if values.get("peft") else "transformers", "tags": tags}
     if not Path(base).is_absolute():
-        metadata = {"base_model": base, **metadata}
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    evaluations = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("trl", "transformers", "peft", "datasets", "torch")
-    )
-    parts = [
-        f"---\n{dump_values(metadata)}---\n",
-        f"# {values['name']}\n",
-        f"{values.get('description', '')}\n",
-        f"- Base model: `{base}`",
-        f"- Training rows: {accounting}",
-        *[
-            f"- {name}: {series[0][1]:.4f} at step {series[0][0]}, {series[-1][1]:.4f} at step {series[-1][0]}"
-            for name, series in (("Training loss", losses), ("Evaluation loss", evaluations))
-            if series
-        ],
-        f"- Versions: {versions}\n",
-        f"## Use\n\n```python\n{_usage(base, result)}```\n",
-        f"## Recipe\n\nTrain it again with `recipe-run recipe.yaml`:\n\n```yaml\n{recipe.text.rstrip()}\n```\n",
-    ]
-    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
-    shutil.copyfile(folder / "README.md", result / "README.md")
+        header = {"base_model": base, **header}
+    facts = [f"Base model: `{base}`", f"Training data: {accounting}"]
+    for name, key in (("Training loss", "loss"), ("Evaluation loss", "eval_loss")):
+        if series := [(entry["step"], entry[key]) for entry in history if key in entry]:
+            (first, before), (last, after) = series[0], series[-1]
+            facts.append(f"{name}: {before:.4f} at step {first}, {after:.4f} at step {last}")
+    packages = ("trl", "transformers", "peft", "datasets", "torch")
+    facts.append("Versions: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
+    for place, weights in ((folder, result.name), (result, ".")):
+        parts = [
+            f"---\n{dump_values(header)}---\n",
+            f"# {values['name']}\n",
+            f"{values.get('description', '')}\n",
+            *[f"- {fact}" for fact in facts],
+            f"\n## Use\n\n```python\n{_usage(base, result.name, weights)}```\n",
+            "## Recipe\n\nAs it was run, with everything resolved:\n",
+            f"```yaml\n{dump_values(dict(values))}```\n",
+        ]
+        (place / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def _usage(base: str, result: Path) -> str:
-    if result.name == "model":
-        return (
-            f'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="{result}")\n'
-        )
+def _usage(base: str, kind: str, weights: str) -> str:
+    folder = f'folder = "{weights}"  # or its id on the hub\n'
+    if kind == "model":
+        return f'from transformers import pipeline\n\n{folder}generate = pipeline("text-generation", model=folder)\n'
     return (
         "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{result}")  # loads {base} and the adapter\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{result}")\n'
+        f"{folder}model = AutoPeftModelForCausalLM.from_pretrained(folder)  # loads {base} and the adapter\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
     )

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from recipe_runner.errors import user_error
 from recipe_runner.recipe import Recipe
 
 PACKAGES = (
@@ -54,32 +53,21 @@ def choose_precision(recipe: Recipe) -> Precision:
         UserError: The recipe asks for a precision that the machine does not have.
     """
     training = recipe.section("training")
-    on_cpu = training.get("use_cpu") or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
-        "true",
-        "1",
-        "yes",
-    )
+    on_cpu = training.get("use_cpu") or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     gpu = torch.cuda.is_available() and not on_cpu
     # Emulated bfloat16 (Turing, Volta) is slower than float32: it does not count.
     has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     machine = torch.cuda.get_device_name(0) if gpu else "this CPU"
 
-    for key, available, fix in (
-        ("bf16", has_bf16 or bool(on_cpu), "remove the key: the precision is then chosen by the machine"),
-        ("fp16", gpu, "remove the key: float16 training needs a GPU"),
-        ("tf32", has_bf16, "remove the key: TF32 needs an Ampere GPU or newer"),
-    ):
-        if training.get(key) and not available:
-            message = f"{machine} does not have it"
-            raise user_error(
-                "precision-unavailable", message, fix, recipe.mark("training", key), f"training.{key}"
-            )
+    available = {"bf16": has_bf16 or bool(on_cpu), "fp16": gpu, "tf32": has_bf16}
+    for key in available:
+        if training.get(key) and not available[key]:
+            fix = "remove the key: the precision is then chosen by the machine"
+            raise recipe.error("precision-unavailable", f"{machine} does not have {key}", fix, "training", key)
 
     asked = training.get("bf16") is not None or training.get("fp16") is not None
     bf16 = bool(training.get("bf16")) if asked else has_bf16
-    dtype = recipe.section("model").get("dtype") or (
-        "bfloat16" if has_bf16 and recipe.section("peft") else "float32"
-    )
+    dtype = recipe.section("model").get("dtype") or ("bfloat16" if has_bf16 and recipe.section("peft") else "float32")
     reason = (
         "as the recipe says"
         if asked
@@ -92,12 +80,10 @@ def choose_precision(recipe: Recipe) -> Precision:
 
 def describe_device(config: Any) -> str:
     """The device a process trains on and how many processes there are, in a few words."""
-    device = (
-        torch.cuda.get_device_name(config.device)
-        if config.device.type == "cuda"
-        else f"{config.device.type}, {torch.get_num_threads()} threads"
-    )
-    return f"{device}; {config.world_size} process{'es' * (config.world_size != 1)} ({config.distributed_state.distributed_type.value})"
+    gpu = config.device.type == "cuda"
+    device = torch.cuda.get_device_name(config.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    processes = f"{config.world_size} process{'es' * (config.world_size != 1)}"
+    return f"{device}; {processes} ({config.distributed_state.distributed_type.value.lower()})".replace(" (no)", "")
 
 
 def describe_environment(recipe: Recipe) -> dict[str, Any]:
@@ -115,11 +101,7 @@ def describe_environment(recipe: Recipe) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "versions": versions,
-        "launcher": {
-            key: value
-            for key, value in sorted(os.environ.items())
-            if key.startswith("ACCELERATE_") and "TOKEN" not in key
-        },
+        "launcher": {key: os.environ[key] for key in sorted(os.environ) if key.startswith("ACCELERATE_")},
         "git_commit": _git_commit(recipe.file.parent),
     }
 

@@ -1,4 +1,4 @@
-"""The tokenizer, the model's configuration, the adapter and the quantization: everything about a model but its weights."""
+"""Everything about a model but its weights: tokenizer, configuration, adapter, quantization."""
 
 import dataclasses
 import re
@@ -30,11 +30,23 @@ from transformers import (
 )
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from recipe_runner.errors import UserError, user_error
+from recipe_runner.errors import UserError
 from recipe_runner.recipe import Recipe
 from recipe_runner.validate import suggest
 
 METHODS = {"lora": LoraConfig}
+
+
+# Why the hub did not give a configuration, first match wins: code, what happened, what to do.
+HUB_ERRORS = (
+    (GatedRepoError, "model-not-found", "the model is gated", "ask for access on its page, then `hf auth login`"),
+    (RepositoryNotFoundError, "model-not-found", "not on the hub, or private", "check the name, or `hf auth login`"),
+    (RevisionNotFoundError, "model-not-found", "there is no such revision", "check model.revision"),
+    (LocalEntryNotFoundError, "hub-unreachable", "not in the local cache, and the hub can't be reached", ""),
+    (EntryNotFoundError, "model-not-found", "the repository has no config.json", "check the name"),
+    (HFValidationError, "model-not-found", "neither a folder nor a hub id", "check the name"),
+    (Exception, "hub-unreachable", "the hub did not answer", ""),
+)
 
 
 def find_model(recipe: Recipe) -> None:
@@ -43,47 +55,19 @@ def find_model(recipe: Recipe) -> None:
     Raises:
         UserError: There is no such model, or it can't be reached.
     """
-    name, revision = recipe.values["model"]["name_or_path"], recipe.values["model"]["revision"]
-    fix = ""
+    name, place = recipe.values["model"]["name_or_path"], ("model", "name_or_path")
     if Path(name).is_absolute():
         if (Path(name) / "config.json").is_file():
             return
         what = "the folder has no config.json" if Path(name).is_dir() else "there is no such folder"
-        fix = "`make model` fetches the demo model" if Path(name).name == "SmolLM2-135M-Instruct" else ""
-        raise _model_error("model-not-found", recipe, f"{name}: {what}", fix)
+        fix = "`make model` makes the demo model" if "SmolLM2-135M-Instruct" in name else ""
+        raise recipe.error("model-not-found", f"{name}: {what}", fix, *place)
     try:
-        hf_hub_download(name, "config.json", revision=revision)
-    except GatedRepoError as error:
-        raise _model_error(
-            "model-not-found", recipe, f"{name} is gated", "ask for access on its page, then `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise _model_error(
-            "model-not-found",
-            recipe,
-            f"{name} is not on the hub, or is private",
-            "check the name; for a private model `hf auth login`",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise _model_error(
-            "model-not-found", recipe, f"{name} has no revision '{revision}'", "check model.revision"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise _model_error(
-            "hub-unreachable",
-            recipe,
-            f"{name} is not in the local cache, and the hub can't be reached",
-            "check the network, or give a local folder: --set model.name_or_path=FOLDER",
-        ) from error
-    except (EntryNotFoundError, HFValidationError) as error:
-        raise _model_error("model-not-found", recipe, f"{name}: no config.json", "check the name") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise _model_error(
-            "hub-unreachable",
-            recipe,
-            f"{name}: {str(error).splitlines()[0]}",
-            "check the network, or give a local folder",
-        ) from error
+        hf_hub_download(name, "config.json", revision=recipe.values["model"]["revision"])
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        code, what, fix = next(row[1:] for row in HUB_ERRORS if isinstance(error, row[0]))
+        fix = fix or "check the network, or use a local folder: --set model.name_or_path=FOLDER"
+        raise recipe.error(code, f"{name}: {what}", fix, *place) from error
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -92,56 +76,33 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises:
         UserError: The tokenizer can't be loaded, or its template can't mark the assistant's tokens.
     """
-    model, dataset, training = recipe.values["model"], recipe.values["dataset"], recipe.values["training"]
+    dataset, training = recipe.values["dataset"], recipe.values["training"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model["name_or_path"], revision=model["revision"], trust_remote_code=model["trust_remote_code"]
-        )
+        tokenizer = AutoTokenizer.from_pretrained(recipe.values["model"]["name_or_path"], **_location(recipe))
     except (OSError, ValueError) as error:
-        raise _model_error(
-            "tokenizer-not-found", recipe, _first_line(error), "the model's folder needs its tokenizer files"
-        ) from error
-    eos = training.get("eos_token")
-    if eos is not None:
-        if eos not in tokenizer.get_vocab():
-            raise user_error(
-                "unknown-token",
-                f"'{eos}' is not in the tokenizer's vocabulary",
-                "",
-                recipe.mark("training", "eos_token"),
-                "training.eos_token",
-            )
-        tokenizer.eos_token = eos
+        raise recipe.error("tokenizer-not-found", _first_line(error), "", "model", "name_or_path") from error
+    if "eos_token" in training:
+        if training["eos_token"] not in tokenizer.get_vocab():
+            message = f"'{training['eos_token']}' is not in the tokenizer's vocabulary"
+            raise recipe.error("unknown-token", message, "", "training", "eos_token")
+        tokenizer.eos_token = training["eos_token"]
     if tokenizer.eos_token is None:
-        raise user_error(
-            "no-eos-token",
-            "the tokenizer has no end-of-sequence token: the model would not learn to stop",
-            "set training.eos_token",
-            recipe.mark("model"),
-            "model",
-        )
+        message = "the tokenizer has no end-of-sequence token: the model would not learn to stop"
+        raise recipe.error("no-eos-token", message, "set training.eos_token", "model", "name_or_path")
     if dataset["format"] == "text" or "template" in dataset:
         return tokenizer
     if "chat_template_path" in training:
         tokenizer.chat_template = Path(training["chat_template_path"]).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         fix = "use an instruct model, set training.chat_template_path, or dataset.template for plain text"
-        raise user_error(
-            "no-chat-template",
-            f"the tokenizer of {model['name_or_path']} has no chat template",
-            fix,
-            recipe.mark("dataset", "format"),
-            "dataset.format",
-        )
+        raise recipe.error("no-chat-template", "the tokenizer has no chat template", fix, "dataset", "format")
     if dataset["train_on"] == "assistant" and not has_generation_markers(tokenizer.chat_template):
         try:
             tokenizer.chat_template = get_training_chat_template(tokenizer)
         except ValueError as error:
-            message = "the chat template does not mark the assistant's tokens ({% generation %}), and TRL has no training version of it"
-            fix = "set training.chat_template_path to a template with the marks, or train_on: completion (the last turn) or all"
-            raise user_error(
-                "no-generation-marks", message, fix, recipe.mark("dataset", "train_on"), "dataset.train_on"
-            ) from error
+            message = "the chat template has no {% generation %} marks, and TRL has no training version of it"
+            fix = "set training.chat_template_path to a template with the marks, or train_on: completion or all"
+            raise recipe.error("no-generation-marks", message, fix, "dataset", "train_on") from error
     return tokenizer
 
 
@@ -151,13 +112,10 @@ def load_model_config(recipe: Recipe) -> PretrainedConfig:
     Raises:
         UserError: It can't be read, or the architecture is unknown.
     """
-    model = recipe.values["model"]
     try:
-        return AutoConfig.from_pretrained(
-            model["name_or_path"], revision=model["revision"], trust_remote_code=model["trust_remote_code"]
-        )
+        return AutoConfig.from_pretrained(recipe.values["model"]["name_or_path"], **_location(recipe))
     except (OSError, ValueError, KeyError) as error:
-        raise _model_error("model-config", recipe, _first_line(error), "") from error
+        raise recipe.error("model-config", _first_line(error), "", "model", "name_or_path") from error
 
 
 def build_quantization(recipe: Recipe) -> BitsAndBytesConfig | None:
@@ -179,21 +137,20 @@ def build_peft(recipe: Recipe) -> PeftConfig | None:
     hints = typing.get_type_hints(cls)
     for key, value in section.items():
         nested = next(
-            (hint for hint in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(hint)),
-            None,
+            (hint for hint in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(hint)), None
         )
         if nested and isinstance(value, dict):
             section[key] = nested(**value)
     try:
         return cls(task_type="CAUSAL_LM", **section)
     except (ValueError, TypeError, ImportError) as error:
-        raise user_error("peft-refused", _first_line(error), "", recipe.mark("peft"), "peft") from error
+        raise recipe.error("peft-refused", _first_line(error), "", "peft") from error
 
 
 def check_targets(recipe: Recipe, peft_config: PeftConfig, model_config: PretrainedConfig) -> None:
     """Checks on a model without weights that every target matches a module.
 
-    PEFT errs only if no target at all matches: a Llama-style list silently adapts a part of Phi-3, whose projections are fused.
+    PEFT errs only if no target at all matches: a Llama-style list silently adapts a part of Phi-3, which fuses its own.
 
     Raises:
         UserError: A target, or a module to save, matches nothing.
@@ -201,39 +158,35 @@ def check_targets(recipe: Recipe, peft_config: PeftConfig, model_config: Pretrai
     architecture = getattr(transformers, (model_config.architectures or [""])[0], None)
     with torch.device("meta"):
         model = (
-            architecture._from_config(model_config)
-            if architecture
-            else AutoModelForCausalLM.from_config(model_config)
+            architecture._from_config(model_config) if architecture else AutoModelForCausalLM.from_config(model_config)
         )
-    modules = dict(model.named_modules())
-    leaves = sorted(
-        {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    modules = list(dict(model.named_modules()))
+    linear = sorted(
+        {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     )
-    wanted: dict[str, Any] = {"modules_to_save": peft_config.modules_to_save or []}
     targets = peft_config.target_modules
-    if targets != "all-linear" and targets is not None:
-        wanted["target_modules"] = [targets] if isinstance(targets, str) else sorted(targets)
-    for key, names in wanted.items():
-        for name in names:
-            one = LoraConfig(
-                target_modules=name if isinstance(targets, str) and key == "target_modules" else [name],
-                exclude_modules=peft_config.exclude_modules,
-            )
-            if not any(
-                check_target_module_exists(one, module) is True
-                or isinstance(check_target_module_exists(one, module), re.Match)
-                for module in modules
-            ):
-                message = f"'{name}' matches no module of {model_config.architectures[0]}; its linear modules: {', '.join(leaves)}"
-                hint = suggest(name, leaves) or "use target_modules: all-linear"
-                raise user_error("target-not-found", message, hint, recipe.mark("peft", key), f"peft.{key}")
+    wanted = (
+        []
+        if targets in (None, "all-linear")
+        else [targets]
+        if isinstance(targets, str)
+        else [[name] for name in targets]
+    )
+    for target in wanted:
+        alone = LoraConfig(target_modules=target, exclude_modules=peft_config.exclude_modules)
+        matches = [check_target_module_exists(alone, module) for module in modules]
+        if not any(match is True or isinstance(match, re.Match) for match in matches):
+            raise _no_match(recipe, "target_modules", target if isinstance(target, str) else target[0], linear)
+    for name in peft_config.modules_to_save or []:
+        if not any(module.split(".")[-1] == name or module.endswith(f".{name}") for module in modules):
+            raise _no_match(recipe, "modules_to_save", name, linear)
 
 
 def keep_4bit_weights_trainable(model: torch.nn.Module) -> int:
     """Stops bitsandbytes from repacking 4-bit weights on a CPU, and returns the number of layers.
 
-    On CPUs with AVX512-BF16 the first forward in evaluation mode without gradients repacks the weights, and from then on no
-    gradient flows through the layer: training after an evaluation learns nothing, and says nothing.
+    On CPUs with AVX512-BF16 the first forward in evaluation mode without gradients repacks the weights, and from then
+    on no gradient flows through the layer: training after an evaluation learns nothing, and says nothing.
     Source: bitsandbytes/nn/modules.py 0.50.2, Linear4bit.forward. `test_model.py` tells when it is mended.
     """
     layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
@@ -242,8 +195,13 @@ def keep_4bit_weights_trainable(model: torch.nn.Module) -> int:
     return len(layers)
 
 
-def _model_error(code: str, recipe: Recipe, message: str, suggestion: str) -> UserError:
-    return user_error(code, message, suggestion, recipe.mark("model", "name_or_path"), "model.name_or_path")
+def _no_match(recipe: Recipe, key: str, name: str, linear: list[str]) -> UserError:
+    message = f"'{name}' matches no module of the model; its linear modules: {', '.join(linear)}"
+    return recipe.error("target-not-found", message, suggest(name, linear), "peft", key)
+
+
+def _location(recipe: Recipe) -> dict[str, Any]:
+    return {key: recipe.values["model"][key] for key in ("revision", "trust_remote_code")}
 
 
 def _first_line(error: BaseException) -> str:

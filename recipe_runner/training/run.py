@@ -4,15 +4,12 @@ import contextlib
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "HF_HUB_DISABLE_TELEMETRY", "1"
-)  # a run reports to nobody unless training.report_to says so
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a run reports to nobody unless training.report_to says so
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
 
 import torch
@@ -23,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from recipe_runner import run_folder
 from recipe_runner.errors import Interrupted, user_error
 from recipe_runner.recipe import Recipe
-from recipe_runner.training import card, data, environment, model, verify
+from recipe_runner.training import card, environment, model, plan, sources, tokens, verify
 
 
 def run_recipe(recipe: Recipe, resume: str) -> Path:
@@ -37,19 +34,18 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
         UserError: The recipe, the data or the environment is at fault.
         Interrupted: The user pressed Ctrl-C.
     """
-    _quiet_libraries()
     run_folder.check_writable(recipe)
     found = run_folder.find_resumable(recipe, resume)
     precision = environment.choose_precision(recipe)
     model.find_model(recipe)
     config = build_config(recipe, precision)
     _say(config, f"Preparing {recipe.values['name']} ...")
-    rows, eval_rows = data.load_splits(recipe)
+    rows, eval_rows = sources.load_splits(recipe)
     tokenizer = model.load_tokenizer(recipe)
-    train = data.prepare_split(rows, recipe, tokenizer, config, config.packing, "train")
+    train = tokens.prepare_split(rows, recipe, tokenizer, config, config.packing, "train")
     packs_eval = config.packing if config.eval_packing is None else config.eval_packing
     evaluation = (
-        data.prepare_split(eval_rows, recipe, tokenizer, config, packs_eval, "eval")
+        tokens.prepare_split(eval_rows, recipe, tokenizer, config, packs_eval, "eval")
         if eval_rows is not None
         else None
     )
@@ -58,9 +54,7 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
     if peft_config:
         model.check_targets(recipe, peft_config, model_config)
 
-    folder = _agree(
-        run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found
-    )
+    folder = _agree(run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found)
     config.output_dir = str(folder / "checkpoints")
     with _recorded(folder, config):
         trainer = SFTTrainer(
@@ -88,10 +82,7 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
                 "dataset_fingerprint": rows._fingerprint,
             }
             run_folder.write_json(folder / "environment.json", facts)
-            _say(
-                config,
-                describe_plan(recipe, trainer, precision, train, evaluation, folder, found is not None),
-            )
+            _say(config, plan.describe_plan(recipe, trainer, precision, train, evaluation, folder))
         _train(trainer, folder, interruption, found is not None)
         result = _save(trainer, recipe, folder)
         if trainer.is_world_process_zero():
@@ -132,60 +123,13 @@ def build_config(recipe: Recipe, precision: environment.Precision) -> SFTConfig:
     return config
 
 
-def describe_plan(
-    recipe: Recipe,
-    trainer: SFTTrainer,
-    precision: environment.Precision,
-    train: data.PreparedSplit,
-    evaluation: data.PreparedSplit | None,
-    folder: Path,
-    resumed: bool,
-) -> str:
-    """The plan that is printed before the first step."""
-    config, values = trainer.args, recipe.values
-    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    total = trainer.model.num_parameters()
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    rows = len(train.dataset)
-    packed = f" packed into {rows:,} rows of up to {config.max_length} tokens" if config.packing else ""
-    steps = config.max_steps if config.max_steps > 0 else -(-rows // batch) * config.num_train_epochs
-    quantization = values.get("quantization")
-    bits = (
-        ""
-        if not quantization
-        else ", 8-bit base"
-        if quantization.get("load_in_8bit")
-        else f", 4-bit {quantization.get('bnb_4bit_quant_type', 'fp4')} base"
-    )
-    method = f"{values['peft']['method']} adapter{bits}" if values.get("peft") else "full fine-tuning"
-    lines = {
-        "model": f"{values['model']['name_or_path']} ({method})",
-        "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})",
-        "data": f"{train.accounting}{packed}",
-        "eval data": str(evaluation.accounting) if evaluation else "none",
-        "steps": f"{steps:,.0f} of {batch} rows (per device {config.per_device_train_batch_size} x accumulation {config.gradient_accumulation_steps} x processes {config.world_size})",
-        "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type.value}"
-        + (
-            " (no GPU: optimizer states are not paged)"
-            if "paged" in config.optim.value and config.device.type == "cpu"
-            else ""
-        ),
-        "precision": str(precision),
-        "device": environment.describe_device(config),
-        "run folder": f"{folder}{' (resumed)' if resumed else ''}",
-    }
-    return "\n".join(f"  {key:<11}{text}" for key, text in lines.items())
-
-
 class _Recorder(TrainerCallback):
     """Appends what the trainer logs to metrics.jsonl, and marks checkpoints that were written whole."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         run_folder.append_metrics(self.folder, {"step": state.global_step, **(logs or {})})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -227,9 +171,7 @@ def _train(trainer: SFTTrainer, folder: Path, interruption: _Interruption, resum
     finally:
         signal.signal(signal.SIGINT, before)
     if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(
-            f"Interrupted at step {trainer.state.global_step}; continue with: --resume {folder}"
-        )
+        raise Interrupted(f"Interrupted at step {trainer.state.global_step}; continue with: --resume {folder}")
 
 
 def _save(trainer: SFTTrainer, recipe: Recipe, folder: Path) -> Path:
@@ -255,9 +197,7 @@ def _stop_on_non_finite(trainer: SFTTrainer, folder: Path) -> None:
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         fix = "lower training.learning_rate, add training.warmup_steps, or look at the rows of this step"
         raise user_error(
-            "non-finite",
-            f"the {what} of step {trainer.state.global_step + 1} is not a finite number; {kept}",
-            fix,
+            "non-finite", f"the {what} of step {trainer.state.global_step + 1} is not a finite number; {kept}", fix
         )
 
     def checked_step(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -308,10 +248,3 @@ def _agree(folder: Path | None) -> Path:
 def _say(config: SFTConfig, text: str) -> None:
     if config.process_index == 0:
         print(text, flush=True)
-
-
-def _quiet_libraries() -> None:
-    """Silences what upstream says on every run and nobody can act on."""
-    warnings.filterwarnings(
-        "ignore", message="Paged optimizers are not supported on CPU", category=UserWarning
-    )

@@ -1,0 +1,68 @@
+"""The plan that is printed before the first step: what will be trained, on what, how long, and where."""
+
+import math
+from pathlib import Path
+
+from trl import SFTTrainer
+
+from recipe_runner.recipe import Recipe
+from recipe_runner.training.environment import Precision, describe_device
+from recipe_runner.training.tokens import PreparedSplit
+
+
+def describe_plan(
+    recipe: Recipe,
+    trainer: SFTTrainer,
+    precision: Precision,
+    train: PreparedSplit,
+    evaluation: PreparedSplit | None,
+    folder: Path,
+) -> str:
+    """Describes a run that is about to begin, one fact a line."""
+    config, values = trainer.args, recipe.values
+    packed = f" packed into {len(train.dataset):,} rows of up to {config.max_length} tokens" if config.packing else ""
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    unpaged = "; no GPU: states are not paged" if "paged" in config.optim.value and config.device.type == "cpu" else ""
+    lines = {
+        "model": f"{values['model']['name_or_path']} ({describe_method(recipe)})",
+        "trainable": describe_trainable(trainer),
+        "data": f"{train.accounting}{packed}",
+        "eval data": str(evaluation.accounting) if evaluation else "none",
+        "steps": f"{count_steps(trainer):,} of {batch} rows: {config.per_device_train_batch_size} per device"
+        f" x {config.gradient_accumulation_steps} accumulated x {config.world_size} processes",
+        "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type.value}{unpaged}",
+        "precision": str(precision),
+        "device": describe_device(config),
+        "run folder": str(folder),
+    }
+    return "\n".join(f"  {key:<11}{text}" for key, text in lines.items())
+
+
+def count_steps(trainer: SFTTrainer) -> int:
+    """Optimizer steps of the run. Source: transformers/trainer.py 5.23, Trainer.set_initial_training_values."""
+    config, rows = trainer.args, len(trainer.train_dataset)
+    round_ = math.floor if config.dataloader_drop_last else math.ceil
+    batches = round_(rows / (config.per_device_train_batch_size * config.world_size))
+    steps_per_epoch = max(math.ceil(batches / config.gradient_accumulation_steps), 1)
+    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
+def describe_method(recipe: Recipe) -> str:
+    """How the model is adapted, in a few words."""
+    peft, quantization = recipe.section("peft"), recipe.section("quantization")
+    if not peft:
+        return "full fine-tuning"
+    if not quantization:
+        return f"{peft['method']} adapter"
+    bits = "8-bit" if quantization.get("load_in_8bit") else f"4-bit {quantization.get('bnb_4bit_quant_type', 'fp4')}"
+    return f"{peft['method']} adapter on a {bits} base"
+
+
+def describe_trainable(trainer: SFTTrainer) -> str:
+    """Trainable parameters of the total; 4-bit weights count as the parameters they stand for."""
+    model = trainer.model
+    if hasattr(model, "get_nb_trainable_parameters"):
+        trainable, total = model.get_nb_trainable_parameters()
+    else:
+        trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    return f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"

@@ -1,0 +1,110 @@
+"""Tiny real models, small real data, and a way to run the command line inside the test process."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a network
+
+ROOT = Path(__file__).resolve().parent.parent
+TICKETS = ROOT / "recipes" / "data" / "tickets_train.jsonl"
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_cli(capsys, monkeypatch):
+    """Runs `recipe-run ARGUMENTS` in this process."""
+    from recipe_runner.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["recipe-run", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return Result(caught.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def write_recipe(tmp_path):
+    """Writes a valid small recipe, with sections changed or (None) removed, and returns its path."""
+
+    def write(name="tiny", folder=tmp_path, **sections):
+        recipe = {
+            "schema_version": 1,
+            "name": name,
+            "stage": "sft",
+            "model": {"name_or_path": "someone/some-model"},
+            "dataset": {"format": "instruction", "train": {"source": str(TICKETS)}},
+            "training": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.001},
+            "run": {"output_dir": str(tmp_path / "runs")},
+        }
+        for section, value in sections.items():
+            if isinstance(value, dict) and isinstance(recipe.get(section), dict):
+                recipe[section] = recipe[section] | value
+            else:
+                recipe[section] = value
+        file = folder / f"{name}.yaml"
+        file.write_text(json.dumps({key: value for key, value in recipe.items() if value is not None}, indent=1))
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A small BPE tokenizer with Phi-3's special tokens and TRL's copy of Phi-3's chat template."""
+    import trl
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train([str(TICKETS)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "phi3.jinja").read_text()
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_phi3(tmp_path_factory, tokenizer):
+    """A randomly initialised Phi-3 of the real architecture, with fused projections, as a model folder."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-phi3"
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import pytest
+
+from recipe_runner.document import parse_document
+from recipe_runner.errors import UserError
+from recipe_runner.resolve import dump_values, load_recipe
+
+
+def test_defaults_of_our_sections_are_filled_in(write_recipe):
+    recipe = load_recipe(str(write_recipe()))
+    assert recipe.values["dataset"]["train_on"] == "completion"
+    assert recipe.values["dataset"]["train"]["split"] == "train"
+    assert recipe.values["model"]["use_safetensors"] is True
+    assert recipe.values["run"]["seed"] == 42
+
+
+def test_extends_merges_mappings_and_replaces_lists(write_recipe, tmp_path):
+    lists = {"method": "lora", "r": 4, "target_modules": ["a", "b"]}
+    write_recipe("base", peft=lists)
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        "schema_version: 1\nname: child\nextends: base.yaml\npeft: {target_modules: [c]}\nrun: {seed: 7}\n"
+    )
+    values = load_recipe(str(child)).values
+    assert values["peft"] == {"method": "lora", "r": 4, "target_modules": ["c"]}
+    assert values["run"]["seed"] == 7
+    assert values["name"] == "child"
+    assert "extends" not in values
+
+
+def test_an_error_inherited_from_the_base_names_the_base(write_recipe, tmp_path, run_cli):
+    base = write_recipe("base", training={"learning_rat": 1})
+    child = tmp_path / "child.yaml"
+    child.write_text("schema_version: 1\nname: child\nextends: base.yaml\n")
+    assert f"{base}:" in run_cli("validate", child).out
+
+
+def test_extends_takes_a_shipped_recipe_by_name_and_keeps_its_paths(tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text("schema_version: 1\nname: child\nextends: smollm2_tickets_lora\ntraining: {max_steps: 1}\n")
+    source = Path(load_recipe(str(child)).values["dataset"]["train"]["source"])
+    assert source.is_absolute()
+    assert source.is_file()
+
+
+def test_paths_are_relative_to_the_recipe(write_recipe, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    file = write_recipe(dataset={"train": {"source": "rows.jsonl"}}, model={"name_or_path": "./model"})
+    monkeypatch.chdir("/")
+    values = load_recipe(str(file)).values
+    assert values["dataset"]["train"]["source"] == str(tmp_path / "rows.jsonl")
+    assert values["model"]["name_or_path"] == str(tmp_path / "model")
+
+
+def test_a_path_given_by_set_is_relative_to_the_current_folder(write_recipe, tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    (folder / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    recipe = load_recipe(str(write_recipe()), ["model.name_or_path=models/mine"])
+    assert recipe.values["model"]["name_or_path"] == str(folder / "models" / "mine")
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("training.learning_rate=2e-4", ("training", "learning_rate"), 2e-4),
+        ("training.lr_scheduler_type=cosine", ("training", "lr_scheduler_type"), "cosine"),
+        ("training.max_length=null", ("training", "max_length"), None),
+        ("peft={method: lora, target_modules: [a, b]}", ("peft", "target_modules"), ["a", "b"]),
+        ("dataset.eval.fraction=0.5", ("dataset", "eval", "fraction"), 0.5),
+    ],
+)
+def test_set_reads_values_by_the_rules_of_the_file(write_recipe, override, path, value):
+    overrides = [override, "training.eval_strategy=steps"] if "eval" in override else [override]
+    found = load_recipe(str(write_recipe()), overrides).values
+    for part in path:
+        found = found[part]
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.learning_rat=1", "--set training.learning_rat=1: error[unknown-key] training.learning_rat"),
+        ("training.learning_rate=-1", "--set training.learning_rate=-1: error[out-of-bounds]"),
+        ("nonsense", "--set nonsense: error[bad-override]"),
+        ("dataset.train.3.source=x", "error["),
+        ("name.deeper.x=1", "error[bad-override]"),
+        ("training.max_steps=[1", "error[yaml-syntax]"),
+    ],
+)
+def test_a_wrong_override_is_an_error_at_the_override(write_recipe, override, message):
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(write_recipe()), [override])
+    assert message in str(caught.value)
+
+
+def test_show_prints_what_reads_back_the_same(run_cli, write_recipe):
+    values = load_recipe(str(write_recipe(training={"learning_rate": 2e-4}))).values
+    assert parse_document(dump_values(dict(values)), "f").values == values
+    shown = run_cli("show", "phi3_chat_qlora", "--set", "training.learning_rate=3e-5")
+    assert shown.status == 0
+    assert parse_document(shown.out, "f").values["training"]["learning_rate"] == 3e-5
+
+
+def test_words_that_yaml_1_1_reads_otherwise_survive_show(write_recipe):
+    recipe = load_recipe(str(write_recipe(description="no", metadata={"tags": ["1e5", "0o7", "null", "12:30"]})))
+    assert parse_document(dump_values(dict(recipe.values)), "f").values == recipe.values
