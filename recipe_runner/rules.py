@@ -165,6 +165,12 @@ def source_files(values: Values) -> Found:
             for key in ("subset", "revision"):
                 if key in source:
                     yield (*path, key), f"a local file has no {key}", "remove the key"
+            if not re.match(r"train$|train\[", source["split"]):
+                yield (
+                    (*path, "split"),
+                    "a local file has the split 'train' only",
+                    "remove the key, or take a slice: train[:5%]",
+                )
         elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             yield (
                 (*path, "source"),
@@ -200,7 +206,7 @@ RULES: dict[str, Callable[[Values], Found]] = {
     "remote-code-unpinned": remote_code_unpinned,
     "wrong-column-role": column_roles,
     "mixture-weight": mixture_weights,
-    "file-not-found": source_files,
+    "wrong-source": source_files,
     "template-use": template_use,
 }
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-import secrets
+import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +22,7 @@ def create_run_folder(recipe: Recipe) -> Path:
     Raises:
         UserError: The folder can't be written.
     """
-    run_id = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    run_id = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")  # in the order of time, also within a second
     folder: Path = Path(recipe.values["run"]["output_dir"]) / recipe.values["name"] / run_id
     try:
         folder.mkdir(parents=True)
@@ -44,10 +44,9 @@ def check_writable(recipe: Recipe) -> None:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         raise _unwritable(recipe, folder, NotADirectoryError(20, f"{existing} is a file"))
-    probe = existing / f".recipe-run-{secrets.token_hex(4)}"
     try:
-        probe.mkdir()
-        probe.rmdir()
+        with tempfile.TemporaryDirectory(prefix=".recipe-run-", dir=existing):
+            pass
     except OSError as error:
         raise _unwritable(recipe, folder, error) from error
 

@@ -68,6 +68,7 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
         )
         model.keep_4bit_weights_trainable(trainer.model)
         _stop_on_non_finite(trainer, folder)
+        _keep_dtypes_on_resume(trainer)
         interruption = _Interruption()
         trainer.add_callback(interruption)
         if trainer.is_world_process_zero():
@@ -117,9 +118,7 @@ def build_config(recipe: Recipe, precision: environment.Precision) -> SFTConfig:
     try:
         config = SFTConfig(**{**section, **owned})
     except (ValueError, ImportError, TypeError) as error:
-        raise user_error(
-            "training-refused", str(error).strip().splitlines()[0], "", recipe.mark("training"), "training"
-        ) from error
+        raise recipe.error("training-refused", str(error).strip().splitlines()[0], "", "training") from error
     return config
 
 
@@ -213,6 +212,22 @@ def _stop_on_non_finite(trainer: SFTTrainer, folder: Path) -> None:
         return norm
 
     trainer.training_step, trainer._get_grad_norm = checked_step, checked_norm
+
+
+def _keep_dtypes_on_resume(trainer: SFTTrainer) -> None:
+    """Keeps the adapter of a quantized base in bfloat16 when a checkpoint is loaded.
+
+    TRL 1.16 trains it in bfloat16; transformers 5.23 resumes through PEFT's load_adapter, which casts it to float32, so
+    that a resumed run would go on differently. `test_run.py` holds that it goes on the same.
+    """
+    load, dtypes = trainer._load_from_checkpoint, {name: p.dtype for name, p in trainer.model.named_parameters()}
+
+    def load_and_cast(*args: Any, **kwargs: Any) -> None:
+        load(*args, **kwargs)
+        for name, parameter in trainer.model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+
+    trainer._load_from_checkpoint = load_and_cast
 
 
 @contextlib.contextmanager

@@ -60,10 +60,10 @@ def load_source(recipe: Recipe, source: dict[str, Any], path: KeyPath) -> Datase
     try:
         if suffix in BUILDERS:
             options = {"sample_by": source["sample_by"]} if suffix == ".txt" else {}
-            rows = load_dataset(BUILDERS[suffix], data_files=name, split="train", **options)
+            rows = load_dataset(BUILDERS[suffix], data_files=name, split=source["split"], **options)
         else:
             rows = load_dataset(name, source.get("subset"), split=source["split"], revision=source.get("revision"))
-    except (DatasetsError, OSError, ValueError, KeyError) as error:
+    except (DatasetsError, OSError, ValueError, KeyError, StopIteration) as error:
         raise _explain_load_error(error, name, suffix, recipe, path) from error
     if not len(rows):
         raise recipe.error("empty-dataset", f"{name} has no rows", "", *path, "source")
@@ -117,7 +117,7 @@ def normalise_batch(
 def _explain_load_error(error: Exception, name: str, suffix: str, recipe: Recipe, path: KeyPath) -> UserError:
     """Says which line of a local file is at fault, or why a hub dataset can't be had."""
     place = (*path, "source")
-    if suffix in BUILDERS and not Path(name).stat().st_size:
+    if isinstance(error, StopIteration):  # datasets 5.2: a JSON file without rows
         return recipe.error("empty-dataset", f"{name} is empty", "", *place)
     if suffix in (".json", ".jsonl") and (found := _find_bad_json(Path(name))):
         return recipe.error("unreadable-data", found, "mend the file", *place)

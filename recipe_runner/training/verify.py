@@ -38,7 +38,10 @@ def _compare_logits(trained: PeftModel, trainer: SFTTrainer, folder: Path) -> fl
     ]
     trained.eval()
     active = trained.active_adapter
-    trained.load_adapter(str(folder), adapter_name="saved", torch_device=str(trainer.args.device))
+    loaded = trained.load_adapter(str(folder), adapter_name="saved", torch_device=str(trainer.args.device))
+    if loaded.missing_keys or loaded.unexpected_keys:  # PEFT only warns, and keeps what it initialised
+        trained.delete_adapter("saved")
+        return float("nan")
     parameters = dict(trained.named_parameters())
     for name, parameter in parameters.items():  # PEFT loads in float32; on a quantized base TRL trains in bfloat16
         if ".saved" in name:

@@ -1,0 +1,107 @@
+import pytest
+
+from recipe_runner.formats import RowError, normalise_row
+
+INSTRUCTION = {"format": "instruction", "train_on": "completion"}
+CHAT = {"format": "chat", "train_on": "assistant"}
+
+
+def row(**values):
+    return {"instruction": "Add.", "input": "1 2", "output": "3"} | values
+
+
+def test_instruction_becomes_one_turn_each():
+    result = normalise_row(row(), INSTRUCTION | {"system": "Be brief."}, "row 1")
+    assert result == {
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add.\n\n1 2"}],
+        "completion": [{"role": "assistant", "content": "3"}],
+        "dropped": "",
+    }
+
+
+@pytest.mark.parametrize("empty", ["", None, "  "])
+def test_empty_input_leaves_no_trace(empty):
+    assert normalise_row(row(input=empty), INSTRUCTION, "row 1")["prompt"][-1]["content"] == "Add."
+    classic = normalise_row(row(input=empty), INSTRUCTION | {"template": "classic"}, "row 1")
+    assert classic["prompt"] == "Instruction:\nAdd.\n\nOutput:\n"
+
+
+def test_classic_template():
+    result = normalise_row(row(), INSTRUCTION | {"template": "classic"}, "row 1")
+    assert (result["prompt"], result["completion"]) == ("Instruction:\nAdd.\n\nInput:\n1 2\n\nOutput:\n", "3")
+
+
+def test_own_template_keeps_braces_and_what_follows_the_answer():
+    template = 'Q {"x"}: {instruction} {input}\nA: {output} [end]'
+    result = normalise_row(row(instruction="use {output} {input}"), INSTRUCTION | {"template": template}, "row 1")
+    assert result["prompt"] == 'Q {"x"}: use {output} {input} 1 2\nA: '
+    assert result["completion"] == "3 [end]"
+
+
+def test_template_that_would_lose_the_input_is_refused():
+    with pytest.raises(RowError, match="row 1 has an input"):
+        normalise_row(row(), INSTRUCTION | {"template": "{instruction} {output}"}, "row 1")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [({"output": ""}, "with an empty output"), ({"instruction": None}, "with an empty instruction")],
+)
+def test_rows_without_question_or_answer_are_dropped_by_name(values, reason):
+    assert normalise_row(row(**values), INSTRUCTION, "row 1")["dropped"] == reason
+
+
+def test_sharegpt_roles_are_mapped():
+    turns = [{"from": role, "value": role} for role in ("system", "human", "gpt", "observation", "chatgpt")]
+    result = normalise_row({"messages": turns}, CHAT, "row 1")
+    assert [turn["role"] for turn in result["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+
+
+def test_system_prompt_is_put_before_conversations_that_have_none():
+    chat = CHAT | {"system": "Be brief."}
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    assert normalise_row({"messages": turns}, chat, "row 1")["messages"][0]["content"] == "Be brief."
+    own = [{"role": "system", "content": "Own."}, *turns]
+    assert normalise_row({"messages": own}, chat, "row 1")["messages"] == own
+
+
+def test_train_on_completion_splits_before_the_last_turn():
+    turns = [{"role": role, "content": str(number)} for number, role in enumerate(["user", "assistant"] * 2)]
+    result = normalise_row({"messages": turns}, CHAT | {"train_on": "completion"}, "row 1")
+    assert (result["prompt"], result["completion"]) == (turns[:3], turns[3:])
+
+
+@pytest.mark.parametrize(
+    ("train_on", "roles", "reason"),
+    [
+        ("assistant", [], "without turns"),
+        ("assistant", ["user"], "without an assistant turn"),
+        ("completion", ["user", "assistant", "user"], "that do not end with an assistant turn"),
+        ("all", ["user"], ""),
+    ],
+)
+def test_conversations_that_teach_nothing_are_dropped_by_name(train_on, roles, reason):
+    turns = [{"role": role, "content": "x"} for role in roles]
+    assert normalise_row({"messages": turns}, CHAT | {"train_on": train_on}, "row 1")["dropped"] == reason
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "row 7: expected a list of turns"),
+        (None, "row 7: expected a list of turns"),
+        ([{"role": "asistant", "content": "x"}], "row 7, turn 1: unknown role 'asistant'.*did you mean 'assistant'"),
+        ([{"role": "user", "content": "x"}, {"content": "y"}], "row 7, turn 2: no role"),
+        ([{"role": "user", "content": None}], "row 7, turn 1: expected a text as content, found nothing"),
+        ([{"role": "user", "content": [1]}], "row 7, turn 1: expected a text as content, found list"),
+    ],
+)
+def test_a_row_of_the_wrong_shape_says_where_and_what(messages, message):
+    with pytest.raises(RowError, match=message):
+        normalise_row({"messages": messages}, CHAT, "row 7")
+
+
+def test_numbers_are_texts_but_lists_are_not():
+    assert normalise_row(row(output=3), INSTRUCTION, "row 1")["completion"][0]["content"] == "3"
+    with pytest.raises(RowError, match="row 1: column 'output': expected a text, found list"):
+        normalise_row(row(output=["3"]), INSTRUCTION, "row 1")

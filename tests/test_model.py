@@ -1,0 +1,140 @@
+"""The model before its weights: where it is, what the adapter matches, and bitsandbytes on a CPU."""
+
+import json
+import re
+
+import pytest
+
+from recipe_runner.errors import UserError
+from recipe_runner.resolve import load_recipe
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture
+def check(write_recipe, tiny_phi3):
+    from recipe_runner.training import model
+
+    def check(**peft):
+        recipe = load_recipe(str(write_recipe(model={"name_or_path": str(tiny_phi3)}, peft={"method": "lora"} | peft)))
+        model.check_targets(recipe, model.build_peft(recipe), model.load_model_config(recipe))
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["qkv_proj", "o_proj"], r".*\.layers\.1\..*(qkv|down)_proj", ["layers.0.mlp.down_proj"]]
+)
+def test_targets_that_match_pass(check, targets):
+    check(target_modules=targets)
+
+
+@pytest.mark.parametrize("targets", [["o_proj", "q_proj"], ["qkv_poj"], r".*\.q_proj", ["embed_token"]])
+def test_a_target_that_matches_nothing_is_an_error_even_beside_one_that_does(check, targets):
+    with pytest.raises(UserError) as caught:
+        check(target_modules=targets)
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.path) == ("target-not-found", "peft.target_modules")
+    assert "its linear modules: down_proj, gate_up_proj, lm_head, o_proj, qkv_proj" in problem.message
+
+
+def test_the_nearest_module_is_suggested(check):
+    with pytest.raises(UserError, match="did you mean 'qkv_proj'"):
+        check(target_modules=["qkv_poj"])
+
+
+def test_modules_to_save_are_checked_too(check):
+    check(target_modules="all-linear", modules_to_save=["embed_tokens"])
+    with pytest.raises(UserError, match=r"peft\.modules_to_save"):
+        check(target_modules="all-linear", modules_to_save=["embeddings"])
+
+
+def test_nested_configurations_of_peft_are_built(write_recipe):
+    from peft import EvaConfig
+
+    from recipe_runner.training.model import build_peft
+
+    peft = {"method": "lora", "init_lora_weights": "eva", "eva_config": {"rho": 1.5}}
+    config = build_peft(load_recipe(str(write_recipe(peft=peft))))
+    assert isinstance(config.eva_config, EvaConfig)
+    assert config.eva_config.rho == 1.5
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("/nowhere/model", "model-not-found"), ("nobody/no-such-model", "hub-unreachable"), ("a b", "model-not-found")],
+)
+def test_a_model_that_is_not_there_is_an_error(write_recipe, name, code):
+    from recipe_runner.training.model import find_model
+
+    with pytest.raises(UserError) as caught:
+        find_model(load_recipe(str(write_recipe(model={"name_or_path": name}))))
+    assert caught.value.problems[0].code == code
+    assert caught.value.problems[0].mark.line > 0
+
+
+def test_every_reason_of_the_hub_has_a_code_of_its_own():
+    from recipe_runner.training.model import HUB_ERRORS
+
+    assert {code for _, code, _, _ in HUB_ERRORS} == {"model-not-found", "hub-unreachable"}
+    names = [error.__name__ for error, *_ in HUB_ERRORS]
+    assert names.index("GatedRepoError") < names.index("RepositoryNotFoundError")  # a subclass: asked first
+    assert names.index("LocalEntryNotFoundError") < names.index("EntryNotFoundError")
+
+
+def gradient_before_and_after_evaluation(tiny_phi3, mended):
+    """Norm of the adapter's gradient for one batch, before and after a forward pass as evaluation does it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from recipe_runner.training.model import keep_4bit_weights_trainable
+
+    torch.manual_seed(0)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_phi3, quantization_config=quantization, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4))
+    if mended:
+        assert keep_4bit_weights_trainable(model) == 8
+    batch = torch.arange(5, 37)[None]
+
+    def norm():
+        model.train()
+        model.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        first = [p.grad.norm() for name, p in model.named_parameters() if "layers.0" in name and "lora_B" in name]
+        return float(torch.stack(first).norm())
+
+    before = norm()
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=batch)
+    return before, norm()
+
+
+def test_4bit_gradients_are_the_same_after_an_evaluation(tiny_phi3):
+    before, after = gradient_before_and_after_evaluation(tiny_phi3, mended=True)
+    assert before > 0
+    assert after == before
+
+
+def test_bitsandbytes_still_needs_the_workaround(tiny_phi3):
+    """Fails when bitsandbytes is mended: then `keep_4bit_weights_trainable` can go. Only AVX512-BF16 CPUs repack."""
+    from bitsandbytes.nn.modules import has_avx512bf16
+
+    before, after = gradient_before_and_after_evaluation(tiny_phi3, mended=False)
+    assert (after != before) == has_avx512bf16()
+
+
+def test_card_of_a_hub_model_names_its_base(write_recipe, tmp_path):
+    from recipe_runner.training.card import write_card
+    from recipe_runner.training.tokens import Accounting
+
+    recipe = load_recipe(str(write_recipe(peft={"method": "lora"})))
+    (tmp_path / "adapter").mkdir()
+    write_card(recipe, tmp_path, tmp_path / "adapter", Accounting(3, 3), [{"step": 1, "loss": 2.0}])
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert re.match(r"---\nbase_model: someone/some-model\nlibrary_name: peft\n", card)
+    assert json.dumps("2.0000 at step 1")[1:-1] in card

@@ -1,0 +1,334 @@
+"""Whole runs, through the command line, on a tiny Phi-3: every method, every format, resuming, and every way to fail."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from recipe_runner.document import read_document
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+LORA = {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "float32",
+}
+INT8 = {"load_in_8bit": True}
+CHAT = [
+    {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"it is {n}"}]}
+    for n in range(12)
+]
+SHAREGPT = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 12
+TEXT = [{"text": f"document number {n} about nothing much"} for n in range(12)]
+
+
+@pytest.fixture
+def train(run_cli, write_recipe, tiny_phi3, tmp_path):
+    """Trains by a small recipe through the command line; returns the result and the run folder (None if there is none)."""
+
+    def train(*arguments, rows=None, **sections):
+        dataset = sections.pop("dataset", {})
+        if rows is not None:
+            (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            dataset = {"train": {"source": "rows.jsonl"}} | dataset
+        training = {"max_steps": 4, "logging_steps": 1, "learning_rate": 0.01} | sections.pop("training", {})
+        model = {"name_or_path": str(tiny_phi3)} | sections.pop("model", {})
+        recipe = write_recipe(model=model, dataset=dataset, training=training, **sections)
+        result = run_cli(recipe, *arguments)
+        folders = sorted((tmp_path / "runs").glob("*/*"))
+        return result, folders[-1] if folders else None
+
+    return train
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [entry["loss"] for entry in metrics(folder) if "loss" in entry]
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("quantization", "peft"),
+    [(None, None), (None, LORA), (NF4, LORA), (INT8, LORA)],
+    ids=["full", "lora", "qlora", "lora-int8"],
+)
+@pytest.mark.parametrize(
+    ("rows", "dataset"),
+    [(None, {}), (CHAT, {"format": "chat"}), (SHAREGPT, {"format": "chat"}), (TEXT, {"format": "text"})],
+    ids=["instruction", "chat", "sharegpt", "text"],
+)
+def test_every_method_learns_every_format(train, quantization, peft, rows, dataset):
+    training = {"max_steps": 12, "packing": dataset.get("format") == "text", "max_length": 128}
+    result, folder = train(rows=rows, dataset=dataset, quantization=quantization, peft=peft, training=training)
+    assert result.status == 0, result.err
+    assert status(folder)["status"] == "completed"
+    found = losses(folder)
+    assert sum(found[-3:]) < 0.97 * sum(found[:3])
+
+
+def test_run_folder_holds_what_explains_and_repeats_the_run(train, tiny_phi3, tmp_path):
+    result, folder = train(peft=LORA, metadata={"tags": ["tiny"]})
+    assert result.status == 0, result.err
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md", "adapter", "checkpoints", "environment.json", "metrics.jsonl", "recipe.yaml", "resolved.yaml", "status.json",
+    }  # fmt: skip
+    assert (folder / "recipe.yaml").read_text() == (tmp_path / "tiny.yaml").read_text()
+    assert read_document(folder / "resolved.yaml").values["model"]["name_or_path"] == str(tiny_phi3)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["trl"]
+    assert environment["data"]["train"]["rows_kept"] == 240
+    assert environment["dataset_fingerprint"]
+    assert [entry["step"] for entry in metrics(folder) if "loss" in entry] == [1, 2, 3, 4]
+    adapter = {file.name for file in (folder / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= adapter
+    assert (folder / "README.md").read_text().startswith("---\nlibrary_name: peft\ntags:\n- trl\n- sft\n- tiny\n---")
+
+
+def test_resolved_recipe_of_a_run_repeats_it(train, run_cli):
+    _, first = train(peft=LORA)
+    assert run_cli(first / "resolved.yaml").status == 0
+    second = max(first.parent.iterdir())
+    assert second != first
+    assert losses(second) == losses(first)
+
+
+def test_plan_says_what_will_happen(train):
+    training = {"gradient_accumulation_steps": 2, "max_steps": -1, "num_train_epochs": 0.05, "save_strategy": "no"}
+    result, folder = train(peft=LORA, quantization=NF4, training=training)
+    assert "(lora adapter on a 4-bit nf4 base)" in result.out
+    assert re.search(r"trainable  [\d,]+ of [\d,]+ parameters", result.out)
+    assert "240 rows: 240 kept, 0 dropped, 0 truncated" in result.out
+    assert "steps      3 of 4 rows: 2 per device x 2 accumulated x 1 processes" in result.out
+    assert "float32 weights, no mixed precision (a CPU)" in result.out
+    assert str(folder) in result.out
+    assert status(folder)["step"] == 3
+
+
+def test_adapter_can_be_loaded_by_itself_and_gives_the_trained_model(train, tiny_phi3):
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    _, folder = train(peft=LORA)
+    batch = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        trained = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")(input_ids=batch).logits
+        base = AutoModelForCausalLM.from_pretrained(tiny_phi3)(input_ids=batch).logits
+    assert (trained - base).abs().max() > 0.01
+
+
+def test_full_model_can_be_loaded_by_itself(train):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, folder = train()
+    assert AutoModelForCausalLM.from_pretrained(folder / "model").num_parameters() > 0
+    assert AutoTokenizer.from_pretrained(folder / "model").chat_template
+
+
+def test_qlora_goes_on_learning_after_evaluations(train):
+    """bitsandbytes on AVX512-BF16 CPUs stops the gradient at the first evaluation, without a word."""
+    training = {"max_steps": 30, "eval_strategy": "steps", "eval_steps": 5}
+    quiet = {"max_steps": 30, "eval_strategy": "epoch"}
+    _, evaluated = train(quantization=NF4, peft=LORA, dataset={"eval": {"fraction": 0.05}}, training=training)
+    found = losses(evaluated)
+    assert sum("eval_loss" in entry for entry in metrics(evaluated)) == 6
+    _, plain = train(quantization=NF4, peft=LORA, dataset={"eval": {"fraction": 0.05}}, training=quiet)
+    assert found == pytest.approx(losses(plain), rel=1e-4)
+    assert sum(found[-5:]) < 0.95 * sum(found[5:10])  # after the first evaluation
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["lora", "qlora"])
+def test_resumed_run_equals_an_uninterrupted_one(train, tmp_path, quantization):
+    training = {"max_steps": 6, "save_steps": 2}
+    sections = {"peft": LORA | {"lora_dropout": 0.1}, "quantization": quantization, "training": training}
+    _, whole = train(**sections)
+    expected = losses(whole)
+    broken = tmp_path / "runs" / "tiny" / "99999999-000000-aaaa"
+    shutil.copytree(whole, broken)
+    for path in [broken / "adapter", *(broken / "checkpoints").glob("checkpoint-[46]")]:
+        shutil.rmtree(path)
+    (broken / "status.json").write_text('{"status": "failed"}')
+    result, folder = train("--resume", "auto", **sections)
+    assert result.status == 0, result.err
+    assert folder == broken
+    assert losses(broken) == expected
+    assert status(broken)["status"] == "completed"
+
+
+def test_half_written_checkpoint_is_not_resumed_from(train, tmp_path):
+    training = {"max_steps": 4, "save_steps": 2}
+    _, whole = train(peft=LORA, training=training)
+    (whole / "status.json").write_text('{"status": "running"}')
+    (whole / "checkpoints" / "checkpoint-4" / "complete").unlink()
+    (whole / "checkpoints" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    result, folder = train("--resume", whole, peft=LORA, training=training)
+    assert result.status == 0, result.err
+    assert folder == whole
+    assert [entry["step"] for entry in metrics(whole) if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_auto_starts_anew_when_there_is_nothing_to_resume(train):
+    first = train("--resume", "auto", peft=LORA)[1]
+    second = train("--resume", "auto", peft=LORA)[1]
+    assert status(first)["status"] == status(second)["status"] == "completed"
+    assert first != second
+
+
+def test_resuming_with_another_recipe_is_refused_and_says_the_difference(train):
+    _, folder = train(peft=LORA, training={"save_steps": 2})
+    (folder / "status.json").write_text('{"status": "interrupted"}')
+    before = sorted(folder.rglob("*"))
+    result, _ = train("--resume", folder, peft=LORA, training={"save_steps": 2, "learning_rate": 0.5})
+    assert result.status == 1
+    assert "error[recipe-changed]" in result.err
+    assert "training.learning_rate: 0.01 -> 0.5" in result.err
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("state", "code"), [("completed", "run-completed"), ("failed", "no-checkpoint")])
+def test_a_run_that_cannot_be_resumed_says_why(train, state, code):
+    _, folder = train(peft=LORA)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "status.json").write_text(json.dumps({"status": state}))
+    assert f"error[{code}]" in train("--resume", folder, peft=LORA)[0].err
+    assert "error[not-a-run]" in train("--resume", folder.parent / "nowhere", peft=LORA)[0].err
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_exit_status_130(write_recipe, tiny_phi3, tmp_path):
+    training = {"max_steps": 100_000, "logging_steps": 1}
+    recipe = write_recipe(model={"name_or_path": str(tiny_phi3)}, peft=LORA, training=training)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recipe_runner", str(recipe)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/tiny/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    (folder,) = tmp_path.glob("runs/tiny/*")
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"continue with: --resume {folder}" in err
+    assert status(folder)["status"] == "interrupted"
+    checkpoint = Path(status(folder)["checkpoint"])
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    done = subprocess.run(
+        [sys.executable, "-m", "recipe_runner", str(recipe), "--resume", str(folder), "--set", "training.max_steps=3"],
+        capture_output=True,
+        text=True,
+    )
+    assert "error[recipe-changed]" in done.stderr
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_non_finite_training_stops_and_keeps_the_last_good_checkpoint(train, monkeypatch, what):
+    from safetensors.torch import load_file
+    from trl import SFTTrainer
+
+    if what == "gradient":  # a loss that is finite, with a gradient that is not
+        training_step = SFTTrainer.training_step
+
+        def step(self, *arguments, **options):
+            loss = training_step(self, *arguments, **options)
+            if self.state.global_step == 3:
+                next(p for p in self.model.parameters() if p.requires_grad).grad[:] = float("nan")
+            return loss
+
+        monkeypatch.setattr(SFTTrainer, "training_step", step)
+    diverging = {"learning_rate": 1e30, "optim": "sgd", "lr_scheduler_type": "constant", "max_steps": 50}
+    training = {"save_steps": 1} | (diverging if what == "loss" else {"max_steps": 6})
+    result, folder = train(training=training)
+    assert result.status == 1
+    assert re.search(rf"error\[non-finite\] the {what} of step \d+ is not a finite number", result.err)
+    assert "Traceback" not in result.err
+    assert status(folder)["status"] == "failed"
+    assert status(folder)["checkpoint"] in result.err
+    state = load_file(Path(status(folder)["checkpoint"]) / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+BAD = {
+    "unknown-key": {"training": {"learning_rat": 1}},
+    "wrong-source": {"dataset": {"train": {"source": "missing.jsonl"}}},
+    "precision-unavailable": {"training": {"fp16": True}},
+    "model-not-found": {"model": {"name_or_path": "/nowhere"}},
+    "hub-unreachable": {"model": {"name_or_path": "nobody/no-such-model"}},
+    "missing-column": {"dataset": {"train": {"source": "rows.jsonl", "columns": {"output": "answer"}}}},
+    "wrong-row-shape": {"dataset": {"format": "chat", "train": {"source": "rows.jsonl"}}, "rows": [{"messages": 3}]},
+    "empty-dataset": {"dataset": {"train": {"source": "rows.jsonl"}}, "rows": [{"instruction": "", "output": ""}]},
+    "target-not-found": {"peft": {"method": "lora", "target_modules": ["q_proj", "o_proj"]}},
+    "peft-refused": {"peft": {"method": "lora", "loftq_config": {}, "init_lora_weights": "loftq"}},
+    "training-refused": {"training": {"lr_scheduler_type": "reduce_lr_on_plateau"}},
+    "output-not-writable": {"run": {"output_dir": "/proc/runs"}},
+}
+
+
+@pytest.mark.parametrize("code", BAD)
+def test_what_the_user_got_wrong_is_one_line_before_the_weights_and_leaves_nothing_behind(train, code, tmp_path):
+    sections = {"rows": [{"instruction": "a", "output": "b"}]} | BAD[code]
+    result, folder = train(**sections)
+    assert result.status == 1
+    (line,) = [line for line in result.err.splitlines() if "error[" in line]
+    assert re.match(rf"(/.*tiny\.yaml:\d+:\d+: )?error\[{code}\] \S+: ", line), line
+    assert "Traceback" not in result.err + result.out
+    assert folder is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "tiny.yaml"]
+
+
+def test_a_failure_after_the_weights_is_recorded(train, monkeypatch):
+    from recipe_runner.errors import user_error
+    from recipe_runner.training import verify
+
+    def differs(*arguments):
+        raise user_error("saved-model-differs", "made up")
+
+    monkeypatch.setattr(verify, "verify_saved", differs)
+    result, folder = train(peft=LORA)
+    assert result.status == 1
+    assert status(folder)["status"] == "failed"
+    assert "made up" in status(folder)["error"]
+
+
+def test_a_bug_is_exit_status_3_with_a_log_and_a_failed_run(train, monkeypatch):
+    from recipe_runner.training import card
+
+    monkeypatch.setattr(card, "write_card", lambda *arguments: 1 / 0)
+    result, folder = train(peft=LORA)
+    assert result.status == 3
+    assert status(folder)["status"] == "failed"
+    log = Path(re.search(r"traceback is in (\S+\.log)", result.err)[1])
+    assert "ZeroDivisionError" in log.read_text()
+    log.unlink()
+
+
+def test_out_of_memory_names_what_to_lower(train, monkeypatch):
+    import torch
+    from trl import SFTTrainer
+
+    def exhausted(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(SFTTrainer, "training_step", exhausted)
+    result, folder = train(peft=LORA)
+    assert result.status == 1
+    assert "error[out-of-memory]" in result.err
+    assert "per_device_train_batch_size" in result.err
+    assert status(folder)["status"] == "failed"

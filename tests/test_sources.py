@@ -1,0 +1,153 @@
+"""Loading: file formats, columns, splits, mixtures, and what is said when something is wrong with them."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from recipe_runner.errors import UserError
+from recipe_runner.resolve import load_recipe
+
+pytestmark = pytest.mark.filterwarnings("default")
+ROWS = [{"instruction": f"question {n}", "output": f"answer {n}", "note": n} for n in range(10)]
+
+
+@pytest.fixture
+def load(write_recipe, tmp_path):
+    from recipe_runner.training.sources import load_splits
+
+    def load(rows=None, file="rows.jsonl", text=None, **dataset):
+        path = tmp_path / file
+        path.write_text(text if text is not None else "".join(json.dumps(row) + "\n" for row in rows))
+        dataset = {"train": {"source": str(path)}} | dataset
+        training = {"eval_strategy": "steps"} if "eval" in dataset else {}
+        return load_splits(load_recipe(str(write_recipe(dataset=dataset, training=training))))
+
+    return load
+
+
+def answers(rows):
+    return [row["completion"][0]["content"] for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_every_file_format_gives_the_same_rows(load, tmp_path, kind):
+    from datasets import Dataset
+
+    file = tmp_path / f"data.{kind}"
+    data = Dataset.from_list(ROWS)
+    if kind == "json":
+        file.write_text(json.dumps(ROWS))
+    else:
+        {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[kind](str(file))
+    train, evaluation = load(ROWS, train={"source": str(file)})
+    assert answers(train) == [f"answer {n}" for n in range(10)]
+    assert evaluation is None
+
+
+@pytest.mark.parametrize(("sample_by", "count"), [("line", 5), ("paragraph", 2), ("document", 1)])
+def test_text_files_are_cut_where_the_recipe_says(load, sample_by, count):
+    train, _ = load(
+        text="a\nb\n\nc\nd\n", file="t.txt", format="text", train={"source": "t.txt", "sample_by": sample_by}
+    )
+    assert len(train) == count
+    assert Counter(train["dropped"])["with an empty text"] == (1 if sample_by == "line" else 0)
+
+
+def test_columns_are_mapped_by_role(load):
+    rows = [{"q": "why", "a": "because", "instruction": "wrong", "output": "wrong"}]
+    train, _ = load(rows, train={"source": "rows.jsonl", "columns": {"instruction": "q", "output": "a"}})
+    assert train[0]["prompt"][0]["content"] == "why"
+    assert answers(train) == ["because"]
+
+
+def test_sharegpt_column_is_found_by_itself(load):
+    rows = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
+    train, _ = load(rows, format="chat")
+    assert train[0]["messages"][1] == {"role": "assistant", "content": "b"}
+
+
+def test_held_out_rows_are_the_same_every_time_and_never_trained_on(load):
+    first = load(ROWS, eval={"fraction": 0.3})
+    second = load(ROWS, eval={"fraction": 0.3})
+    assert [answers(rows) for rows in first] == [answers(rows) for rows in second]
+    assert len(first[1]) == 3
+    assert not set(answers(first[0])) & set(answers(first[1]))
+
+
+def test_mixture_draws_by_weight_and_loses_no_row(load, tmp_path):
+    (tmp_path / "many.jsonl").write_text(
+        "".join(json.dumps({"instruction": "x", "output": f"m{n}"}) + "\n" for n in range(300))
+    )
+    sources = [{"source": "rows.jsonl", "weight": 1}, {"source": "many.jsonl", "weight": 3}]
+    train, evaluation = load(ROWS, train=sources, eval={"fraction": 0.2})
+    counts = Counter(answer[0] for answer in answers(train))
+    assert 2 < counts["m"] / counts["a"] < 4.5
+    assert len(set(answers(train))) == 8 + 240
+    assert not set(answers(train)) & set(answers(evaluation))
+
+
+def test_several_sources_without_weights_are_joined(load, tmp_path):
+    (tmp_path / "more.jsonl").write_text(json.dumps({"instruction": "x", "output": "extra", "input": "i"}) + "\n")
+    train, _ = load(ROWS, train=[{"source": "rows.jsonl"}, {"source": "more.jsonl"}])
+    assert answers(train) == [*(f"answer {n}" for n in range(10)), "extra"]
+
+
+def test_limit_takes_rows_by_the_seed(load):
+    train, _ = load(ROWS, train={"source": "rows.jsonl", "limit": 4})
+    assert len(set(answers(train))) == 4
+    assert answers(train) != [f"answer {n}" for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            {"rows": [{"instruction": "a", "ouput": "b"}]},
+            "missing-column",
+            "columns: instruction, ouput; did you mean 'ouput'?",
+        ),
+        ({"rows": [{"a": 1}], "format": "chat"}, "missing-column", "no column 'messages' for the role 'messages'"),
+        (
+            {"rows": [{"messages": "x"}], "format": "chat"},
+            "wrong-row-shape",
+            "rows.jsonl: row 1: expected a list of turns",
+        ),
+        (
+            {"text": '{"instruction": "a", "output": "b"}\n{"instruction": oops}\n'},
+            "unreadable-data",
+            "rows.jsonl: line 2, column 17: Expecting value",
+        ),
+        (
+            {"text": '{"instruction": "a", "output": "b"}\n[1, 2]\n'},
+            "unreadable-data",
+            "rows.jsonl: line 2 is no JSON object",
+        ),
+        (
+            {"text": '[{"a": 1},\n {"a": }]', "file": "x.json", "train": {"source": "x.json"}},
+            "unreadable-data",
+            "x.json: line 2, column 8",
+        ),
+        ({"text": ""}, "empty-dataset", "rows.jsonl is empty"),
+        ({"text": "\n\n"}, "unreadable-data", "cannot read"),
+        (
+            {"text": "not parquet", "file": "x.parquet", "train": {"source": "x.parquet"}},
+            "unreadable-data",
+            "cannot read",
+        ),
+        (
+            {"rows": ROWS, "train": {"source": "nobody/no-such-dataset"}},
+            "dataset-unavailable",
+            "cannot load the dataset 'nobody/no-such-dataset'",
+        ),
+        ({"rows": ROWS[:1], "eval": {"fraction": 0.5}}, "empty-dataset", "none can be held out"),
+    ],
+)
+def test_what_is_wrong_with_the_data_is_one_clear_line(load, arguments, code, message):
+    with pytest.raises(UserError) as caught:
+        load(**arguments)
+    (problem,) = caught.value.problems
+    assert problem.code == code
+    assert message in str(problem)
+    assert problem.mark.line > 0
+    assert problem.path.startswith("dataset.")
