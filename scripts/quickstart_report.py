@@ -1,4 +1,4 @@
-"""Scores the latest completed run of the quickstart on the held-out tickets, before and after training, and prints a table.
+"""Scores the latest completed run of the quickstart on held-out tickets, before and after training.
 
     python scripts/quickstart_report.py runs/smollm2_tickets_lora
 

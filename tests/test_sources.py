@@ -99,6 +99,24 @@ def test_limit_takes_rows_by_the_seed(load):
     assert answers(train) != [f"answer {n}" for n in range(4)]
 
 
+def test_hub_datasets_are_asked_for_by_subset_split_and_revision(load, monkeypatch):
+    """The hub itself can't be here: what it would be asked for, and what becomes of the answer."""
+    from datasets import Dataset
+
+    from recipe_runner.training import sources
+
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    train, _ = load(ROWS, train={"source": "a/b", "subset": "en", "split": "train[:5%]", "revision": "abc"})
+    assert asked == [(("a/b", "en"), {"split": "train[:5%]", "revision": "abc"})]
+    assert len(train) == 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

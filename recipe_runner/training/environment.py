@@ -82,8 +82,16 @@ def describe_device(config: Any) -> str:
     """The device a process trains on and how many processes there are, in a few words."""
     gpu = config.device.type == "cuda"
     device = torch.cuda.get_device_name(config.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
-    processes = f"{config.world_size} process{'es' * (config.world_size != 1)}"
-    return f"{device}; {processes} ({config.distributed_state.distributed_type.value.lower()})".replace(" (no)", "")
+    return (
+        f"{device}; {describe_processes(config)} ({config.distributed_state.distributed_type.value.lower()})".replace(
+            " (no)", ""
+        )
+    )
+
+
+def describe_processes(config: Any) -> str:
+    """The number of processes, with its noun."""
+    return f"{config.world_size} process{'es' * (config.world_size != 1)}"
 
 
 def describe_environment(recipe: Recipe) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from trl import SFTTrainer
 
 from recipe_runner.recipe import Recipe
-from recipe_runner.training.environment import Precision, describe_device
+from recipe_runner.training.environment import Precision, describe_device, describe_processes
 from recipe_runner.training.tokens import PreparedSplit
 
 
@@ -29,8 +29,9 @@ def describe_plan(
         "data": f"{train.accounting}{packed}",
         "eval data": str(evaluation.accounting) if evaluation else "none",
         "steps": f"{count_steps(trainer):,} of {batch} rows: {config.per_device_train_batch_size} per device"
-        f" x {config.gradient_accumulation_steps} accumulated x {config.world_size} processes",
-        "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g}, {config.lr_scheduler_type.value}{unpaged}",
+        f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(config)}",
+        "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g},"
+        f" {config.lr_scheduler_type.value}{unpaged}",
         "precision": str(precision),
         "device": describe_device(config),
         "run folder": str(folder),

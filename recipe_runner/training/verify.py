@@ -36,9 +36,10 @@ def _compare_logits(trained: PeftModel, trainer: SFTTrainer, folder: Path) -> fl
     rows = [
         trainer.train_dataset[index]["input_ids"][:TOKENS] for index in range(min(ROWS, len(trainer.train_dataset)))
     ]
+    device = "cpu" if trainer.args.device.type == "cpu" else str(trainer.args.device)  # safetensors knows no cpu:0
     trained.eval()
     active = trained.active_adapter
-    loaded = trained.load_adapter(str(folder), adapter_name="saved", torch_device=str(trainer.args.device))
+    loaded = trained.load_adapter(str(folder), adapter_name="saved", torch_device=device)
     if loaded.missing_keys or loaded.unexpected_keys:  # PEFT only warns, and keeps what it initialised
         trained.delete_adapter("saved")
         return float("nan")

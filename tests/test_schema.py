@@ -1,0 +1,73 @@
+"""The schema: complete, documented, and about the versions that are installed."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from recipe_runner import schema
+from recipe_runner.library import shelf
+
+FILES = sorted((shelf() / "schema").rglob("*.schema.json"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_schema_is_valid(file):
+    Draft202012Validator.check_schema(json.loads(file.read_text()))
+
+
+def properties(node, path=()):
+    if isinstance(node, dict):
+        for key, entry in node.get("properties", {}).items():
+            yield (*path, key), entry
+        for key, entry in node.items():
+            yield from properties(entry, (*path, key))
+    elif isinstance(node, list):
+        for number, entry in enumerate(node):
+            yield from properties(entry, (*path, number))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_property_is_described(file):
+    """Bounds on upstream's keys, choices by format, and `if` conditions refine a property described elsewhere."""
+    refining = {"if", "sft_training", "lora", "quantization", "allOf"}
+    for path, entry in properties(json.loads(file.read_text())):
+        if "$ref" not in entry and (entry.get("not") == {} or not refining & set(path)):
+            assert len(entry.get("description", "")) > 5 or file.parent.name == "upstream", path
+
+
+@pytest.mark.filterwarnings("default")
+def test_every_field_of_upstream_is_there_and_nothing_else():
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    for name, cls, ours in (("sft_config", SFTConfig, set()), ("lora_config", LoraConfig, {"method"})):
+        fields = {field.name for field in dataclasses.fields(cls) if field.init}
+        assert set(schema.load(f"upstream/{name}.schema.json")["properties"]) == fields | ours
+
+
+def test_a_key_that_is_refused_says_why_and_its_replacement_exists():
+    known = {f"{section}.{key}" for section in schema.SECTIONS for key in schema.section_keys(section)}
+    known |= {*schema.SECTIONS, "dataset.train.columns"}
+    for path, entry in properties(schema.load()):
+        if "not" in entry and entry["not"] == {}:
+            new = entry.get("x-replaced-by")
+            names = {name.rpartition(".")[2] for name in known} | known | {"source", "subset"}
+            assert new is None or new in names, path
+            assert new or re.search(
+                r"remove|use |belongs|upload|asked|takes|runner|tokenizer|every run|keeps|always|write",
+                entry["description"],
+            ), path
+
+
+def test_upstream_defaults_are_valid_by_our_bounds():
+    """A bound that refuses upstream's own default would be a mistake."""
+    refused = {key for key, entry in schema.load()["$defs"]["sft_training"]["properties"].items() if "not" in entry}
+    upstream = schema.load("upstream/sft_config.schema.json")["properties"]
+    training = {key: entry["default"] for key, entry in upstream.items() if key not in refused}
+    dataset = {"format": "text", "train": {"source": "a/b"}}
+    recipe = {"schema_version": 1, "name": "x", "stage": "sft", "model": {"name_or_path": "a/b"}, "dataset": dataset}
+    errors = list(schema.validator().iter_errors(recipe | {"training": training}))
+    assert not errors, [error.message for error in errors]
