@@ -318,6 +318,49 @@ def test_a_bug_is_exit_status_3_with_a_log_and_a_failed_run(train, monkeypatch):
     log.unlink()
 
 
+def damaged(tiny_phi3, tmp_path, damage):
+    shutil.copytree(tiny_phi3, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "none":
+        weights.unlink()
+    else:  # pickled weights only
+        import torch
+        from safetensors.torch import load_file
+
+        torch.save(load_file(weights), tmp_path / "model" / "pytorch_model.bin")
+        weights.unlink()
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("damage", ["cut", "none", "pickled"])
+def test_weights_that_cannot_be_loaded_are_one_line_and_a_failed_run(train, tiny_phi3, tmp_path, damage):
+    result, folder = train(model={"name_or_path": damaged(tiny_phi3, tmp_path, damage)})
+    assert result.status == 1
+    assert "error[model-not-loaded] model.name_or_path: " in result.err
+    assert "Traceback" not in result.err
+    assert status(folder)["status"] == "failed"
+
+
+def test_pickled_weights_load_when_the_recipe_says_so(train, tiny_phi3, tmp_path):
+    model = {"name_or_path": damaged(tiny_phi3, tmp_path, "pickled"), "use_safetensors": False}
+    assert train(model=model)[0].status == 0
+
+
+def test_a_full_disk_is_no_bug(train, monkeypatch):
+    from trl import SFTTrainer
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", full)
+    result, folder = train(peft=LORA)
+    assert result.status == 1
+    assert "error[input-output] [Errno 28] No space left on device" in result.err
+    assert status(folder)["status"] == "failed"
+
+
 def test_out_of_memory_names_what_to_lower(train, monkeypatch):
     import torch
     from trl import SFTTrainer

@@ -5,22 +5,34 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a run reports to nobody unless training.report_to says so
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
-
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from recipe_runner import run_folder
 from recipe_runner.errors import Interrupted, user_error
 from recipe_runner.recipe import Recipe
 from recipe_runner.training import card, environment, model, plan, sources, tokens, verify
+from recipe_runner.training.environment import Precision
+from recipe_runner.training.tokens import PreparedSplit
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs before weights are loaded."""
+
+    config: SFTConfig
+    precision: Precision
+    tokenizer: PreTrainedTokenizerBase
+    train: PreparedSplit
+    evaluation: PreparedSplit | None
+    fingerprint: str
 
 
 def run_recipe(recipe: Recipe, resume: str) -> Path:
@@ -36,6 +48,38 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
     """
     run_folder.check_writable(recipe)
     found = run_folder.find_resumable(recipe, resume)
+    prepared = prepare(recipe)
+    config = prepared.config
+    folder = _agree(run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found)
+    config.output_dir = str(folder / "checkpoints")
+    with _recorded(folder, config):
+        _write_status(config, folder, "running")
+        trainer = build_trainer(recipe, prepared)
+        _stop_on_non_finite(trainer, folder)
+        _keep_dtypes_on_resume(trainer)
+        interruption = _Interruption()
+        trainer.add_callback(interruption)
+        if config.process_index == 0:
+            trainer.add_callback(_Recorder(folder))
+            run_folder.write_json(folder / "environment.json", describe_run(recipe, prepared))
+        _say(
+            config, plan.describe_plan(recipe, trainer, prepared.precision, prepared.train, prepared.evaluation, folder)
+        )
+        _train(trainer, folder, interruption, found is not None)
+        result = _save(trainer, recipe, folder)
+        if config.process_index == 0:
+            card.write_card(recipe, folder, result, prepared.train.accounting, trainer.state.log_history)
+        _write_status(config, folder, "completed", step=trainer.state.global_step)
+        _say(config, f"Completed: {result}")
+    return folder
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Checks and prepares everything but the weights, the cheapest first.
+
+    Raises:
+        UserError: The recipe, the data or the environment is at fault.
+    """
     precision = environment.choose_precision(recipe)
     model.find_model(recipe)
     config = build_config(recipe, precision)
@@ -43,57 +87,50 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
     rows, eval_rows = sources.load_splits(recipe)
     tokenizer = model.load_tokenizer(recipe)
     train = tokens.prepare_split(rows, recipe, tokenizer, config, config.packing, "train")
-    packs_eval = config.packing if config.eval_packing is None else config.eval_packing
-    evaluation = (
-        tokens.prepare_split(eval_rows, recipe, tokenizer, config, packs_eval, "eval")
-        if eval_rows is not None
-        else None
-    )
-    peft_config, quantization = model.build_peft(recipe), model.build_quantization(recipe)
+    evaluation = None
+    if eval_rows is not None:
+        packing = config.packing if config.eval_packing is None else config.eval_packing
+        evaluation = tokens.prepare_split(eval_rows, recipe, tokenizer, config, packing, "eval")
     model_config = model.load_model_config(recipe)
-    if peft_config:
+    if peft_config := model.build_peft(recipe):
         model.check_targets(recipe, peft_config, model_config)
+    return Prepared(config, precision, tokenizer, train, evaluation, rows._fingerprint)
 
-    folder = _agree(run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found)
-    config.output_dir = str(folder / "checkpoints")
-    with _recorded(folder, config):
+
+def build_trainer(recipe: Recipe, prepared: Prepared) -> SFTTrainer:
+    """Hands everything to TRL, which loads the weights, quantizes them and puts the adapter on.
+
+    Raises:
+        UserError: The weights can't be loaded.
+    """
+    try:
         trainer = SFTTrainer(
             model=recipe.values["model"]["name_or_path"],
-            args=config,
-            train_dataset=train.dataset,
-            eval_dataset=evaluation.dataset if evaluation else None,
-            processing_class=tokenizer,
-            quantization_config=quantization,
-            peft_config=peft_config,
+            args=prepared.config,
+            train_dataset=prepared.train.dataset,
+            eval_dataset=prepared.evaluation.dataset if prepared.evaluation else None,
+            processing_class=prepared.tokenizer,
+            quantization_config=model.build_quantization(recipe),
+            peft_config=model.build_peft(recipe),
         )
-        model.keep_4bit_weights_trainable(trainer.model)
-        _stop_on_non_finite(trainer, folder)
-        _keep_dtypes_on_resume(trainer)
-        interruption = _Interruption()
-        trainer.add_callback(interruption)
-        if trainer.is_world_process_zero():
-            trainer.add_callback(_Recorder(folder))
-            accounting = {
-                "train": asdict(train.accounting),
-                "eval": asdict(evaluation.accounting) if evaluation else None,
-            }
-            facts = environment.describe_environment(recipe) | {
-                "precision": str(precision),
-                "data": accounting,
-                "dataset_fingerprint": rows._fingerprint,
-            }
-            run_folder.write_json(folder / "environment.json", facts)
-            _say(config, plan.describe_plan(recipe, trainer, precision, train, evaluation, folder))
-        _train(trainer, folder, interruption, found is not None)
-        result = _save(trainer, recipe, folder)
-        if trainer.is_world_process_zero():
-            card.write_card(recipe, folder, result, train.accounting, trainer.state.log_history)
-            run_folder.write_status(folder, "completed", step=trainer.state.global_step)
-        _say(config, f"Completed: {result}")
-    return folder
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise recipe.error("model-not-loaded", what, "", "model", "name_or_path") from error
+    model.keep_4bit_weights_trainable(trainer.model)
+    return trainer
 
 
-def build_config(recipe: Recipe, precision: environment.Precision) -> SFTConfig:
+def describe_run(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """What `environment.json` holds: versions and hardware, precision, what became of the data."""
+    splits = {"train": prepared.train, "eval": prepared.evaluation}
+    return environment.describe_environment(recipe) | {
+        "precision": str(prepared.precision),
+        "data": {name: asdict(split.accounting) for name, split in splits.items() if split},
+        "dataset_fingerprint": prepared.fingerprint,
+    }
+
+
+def build_config(recipe: Recipe, precision: Precision) -> SFTConfig:
     """The trainer's configuration: the recipe's `training` section, and what other sections own.
 
     Raises:
@@ -101,6 +138,7 @@ def build_config(recipe: Recipe, precision: environment.Precision) -> SFTConfig:
     """
     section, base = recipe.section("training"), recipe.values["model"]
     section.pop("chat_template_path", None)  # set on the tokenizer already
+    init = {key: base[key] for key in ("revision", "attn_implementation", "use_safetensors") if key in base}
     owned = {
         "output_dir": os.devnull,  # replaced once the run folder exists
         "seed": recipe.values["run"]["seed"],
@@ -108,12 +146,8 @@ def build_config(recipe: Recipe, precision: environment.Precision) -> SFTConfig:
         "bf16": precision.bf16,
         "fp16": precision.fp16,
         "trust_remote_code": base["trust_remote_code"],
-        "model_init_kwargs": {
-            key: base[key] for key in ("revision", "attn_implementation", "use_safetensors") if key in base
-        }
-        | {"dtype": precision.dtype},
+        "model_init_kwargs": init | {"dtype": precision.dtype},
         "dataset_kwargs": {"skip_prepare_dataset": True},  # prepared before the weights are loaded
-        "restore_callback_states_from_checkpoint": False,
     }
     try:
         config = SFTConfig(**{**section, **owned})
@@ -243,6 +277,8 @@ def _recorded(folder: Path, config: SFTConfig) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             fix = "lower per_device_train_batch_size (and raise gradient_accumulation_steps), or max_length"
             raise user_error("out-of-memory", str(error).splitlines()[0], fix) from error
+        if isinstance(error, OSError):
+            raise user_error("input-output", str(error), "check the disk; --resume continues the run") from error
         raise
 
 
