@@ -70,6 +70,10 @@ TRAIN_URGENCY = {
         "Emergency: our whole team is blocked!",
         "It must work again today.",
         "Help as fast as you can, this can't wait.",
+        "Please hurry, every minute counts!",
+        "I can't do any work until this is solved.",
+        "We need an answer at once.",
+        "Highest priority, please!",
     ],
     "medium": [
         "Please look into it this week.",
@@ -78,6 +82,10 @@ TRAIN_URGENCY = {
         "A reply in the coming days would be nice.",
         "Please take care of it soon.",
         "I hope to hear from you within the week.",
+        "Please answer before the weekend.",
+        "I expect a reply in two or three days.",
+        "It should be done by the end of the week.",
+        "Early next week is soon enough.",
     ],
     "low": [
         "There is no hurry.",
@@ -86,6 +94,10 @@ TRAIN_URGENCY = {
         "Not important, I just wanted to tell you.",
         "No rush with this one.",
         "Take as long as you need.",
+        "Please do not hurry because of me.",
+        "It is fine if this takes a while.",
+        "Nothing urgent, some day will do.",
+        "I have all the time in the world.",
     ],
 }
 HELD_OUT = {
@@ -121,7 +133,7 @@ HELD_OUT = {
 HELD_OUT_URGENCY = {
     "high": ["It is urgent, we need help right now!", "Please act immediately, we lose money every hour."],
     "medium": ["An answer this week would be good.", "Please look at it in the next days."],
-    "low": ["It is not in a hurry at all.", "Take your time."],
+    "low": ["I am not in a hurry at all.", "Take your time."],
 }
 
 

@@ -90,3 +90,14 @@ def test_nearest_shipped_data_file_is_suggested(run_cli, write_recipe):
     dataset = {"train": {"source": str(Path("recipes/data/tickets_trian.jsonl").absolute())}}
     result = run_cli("validate", write_recipe(dataset=dataset))
     assert "did you mean 'tickets_train.jsonl'?" in result.out
+
+
+def test_every_code_is_documented_and_every_documented_code_exists():
+    root = Path(__file__).resolve().parent.parent
+    source = "\n".join(file.read_text() for file in (root / "recipe_runner").rglob("*.py"))
+    documented = set(re.findall(r"`([a-z]+(?:-[a-z0-9]+)+)`", (root / "docs" / "errors.md").read_text()))
+    raised = set(re.findall(r'(?:error|problem|Problem|fail)\(\s*"([a-z]+(?:-[a-z0-9]+)+)"', source))
+    raised |= set(re.findall(r'"([a-z]+(?:-[a-z0-9]+)+)": [a-z_]+,', source))  # the table of rules
+    assert len(raised) > 50
+    assert raised <= documented
+    assert all(f'"{code}"' in source for code in documented)
