@@ -63,7 +63,7 @@ def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resum
     from recipe_runner.resolve import load_recipe
 
     if output_dir is not None:
-        overrides = (*overrides, f"run.output_dir={json.dumps(output_dir)}")
+        overrides = (*overrides, f"run.output_dir={json.dumps(output_dir, ensure_ascii=False)}")
     resolved = load_recipe(recipe, overrides)
     for warning in resolved.warnings:
         click.echo(warning, err=True)
@@ -88,15 +88,23 @@ def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str) -> N
     from recipe_runner.library import collect_recipes
     from recipe_runner.resolve import examine_recipe
 
-    files = collect_recipes(list(paths))
-    problems = [problem for file in files for problem in examine_recipe(file, overrides)[1]]
+    count, problems = 0, []
+    for path in paths:
+        try:
+            files = collect_recipes(path)
+        except UserError as error:
+            problems += error.problems
+            continue
+        count += len(files)
+        for file in files:
+            problems += examine_recipe(file, overrides)[1]
     errors = sum(problem.severity == "error" for problem in problems)
     if form == "json":
         click.echo(json.dumps([problem.as_json() for problem in problems], indent=2))
     else:
         for problem in problems:
             click.echo(problem)
-        counts = f"{len(files)} recipe{'s' * (len(files) != 1)}, {errors} error{'s' * (errors != 1)}"
+        counts = f"{count} recipe{'s' * (count != 1)}, {errors} error{'s' * (errors != 1)}"
         click.echo(f"{counts}, {len(problems) - errors} warning{'s' * (len(problems) - errors != 1)}", err=bool(errors))
     if errors:
         sys.exit(EXIT_USER_ERROR)
@@ -142,8 +150,11 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
-        click.echo(str(error) or "interrupted", err=True)
+    except Interrupted as error:
+        click.echo(error, err=True)
+        sys.exit(error.status)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except UserError as error:
         for problem in error.problems:
@@ -152,6 +163,9 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()  # the reader (head, less) has gone: nothing is wrong
         sys.exit(0)
+    except OSError as error:  # a file or folder that may not be read or written
+        click.echo(f"error[input-output] {error}", err=True)
+        sys.exit(EXIT_USER_ERROR)
     except Exception as error:  # the boundary: whatever else arrives here is a bug of ours
         sys.exit(_report_bug(error))
 

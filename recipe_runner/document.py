@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from recipe_runner.errors import UserError, user_error
-from recipe_runner.problem import KeyPath, Mark, Problem, join_path
+from recipe_runner.problem import KeyPath, Mark, Problem
 
 MAX_BYTES = 1_000_000  # a recipe is a page of text; more is a mistaken path
 MAX_DEPTH = 50
@@ -198,7 +198,7 @@ class _Builder:
             raise user_error("yaml-too-large", f"more than {MAX_VALUES:,} values, with aliases expanded", "", mark)
 
     def problem(self, code: str, message: str, suggestion: str, mark: Mark, path: KeyPath) -> None:
-        self.document.problems.append(Problem(code, message, mark, join_path(path), suggestion))
+        self.document.problems.append(Problem(code, message, mark, path, suggestion))
 
 
 def _mark(file: str, mark: Any) -> Mark:
@@ -225,4 +225,4 @@ def _explain_syntax_error(error: yaml.MarkedYAMLError, name: str) -> Problem:
     problem = error.problem or "the text is not YAML"
     if problem == "found unexpected end of stream" and error.context_mark:
         mark = error.context_mark  # where the quote opens says more than the end of the file
-    return Problem("yaml-syntax", problem, _mark(name, mark) if mark else Mark(name), "", _SYNTAX.get(problem, ""))
+    return Problem("yaml-syntax", problem, _mark(name, mark) if mark else Mark(name), (), _SYNTAX.get(problem, ""))

@@ -2,12 +2,12 @@
 
     Exception
     ├── UserError      exit status 1: the recipe, the data or the environment is at fault
-    └── Interrupted    exit status 130: Ctrl-C; a checkpoint was left if training had begun
+    └── Interrupted    exit status 130 (Ctrl-C) or 143 (SIGTERM); a checkpoint was left if training had begun
 
 Anything else that reaches the command line is a bug in this project (exit status 3).
 """
 
-from recipe_runner.problem import Mark, Problem
+from recipe_runner.problem import KeyPath, Mark, Problem
 
 
 class UserError(Exception):
@@ -23,9 +23,20 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The user interrupted the command."""
+    """A signal interrupted the command.
+
+    Args:
+        message: What happened, and how to go on.
+        number: The signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + number  # as a shell reports it
 
 
-def user_error(code: str, message: str, suggestion: str = "", mark: Mark | None = None, path: str = "") -> UserError:
+def user_error(
+    code: str, message: str, suggestion: str = "", mark: Mark | None = None, path: KeyPath = ()
+) -> UserError:
     """Builds the error for one problem."""
     return UserError([Problem(code, message, mark, path, suggestion)])

@@ -102,6 +102,8 @@ def _turn(turn: dict[str, Any], where: str) -> dict[str, str]:
         raise RowError(
             f"{where}: {'no role' if role is None else f'unknown role {role!r}'} (keys: {', '.join(turn)}); {hint}"
         )
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise RowError(f"{where}: tool calls, which this format would lose; remove these rows")
     if not isinstance(content, str):
         raise RowError(f"{where}: expected a text as content, found {_kind(content)}")
     return {"role": ROLES.get(role, role), "content": content}

@@ -1,5 +1,6 @@
 """The shelf: shipped recipes, the schema and launch configurations, in a checkout or inside the installed package."""
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -23,8 +24,17 @@ def find_recipe(name: str) -> Path:
         UserError: There is no such file and no shipped recipe of that name.
     """
     path = Path(name)
-    if path.is_file() or path.suffix in SUFFIXES or len(path.parts) > 1:
+    if path.suffix in SUFFIXES or len(path.parts) > 1 or path.is_file():
         return path
+    return find_shipped(name)
+
+
+def find_shipped(name: str) -> Path:
+    """Finds a recipe on the shelf by its name.
+
+    Raises:
+        UserError: There is none of that name.
+    """
     shipped = {file.stem: file for file in shipped_recipes()}
     if name in shipped:
         return shipped[name]
@@ -39,22 +49,18 @@ def shipped_recipes() -> list[Path]:
     return sorted((shelf() / "recipes").glob("*.yaml"))
 
 
-def collect_recipes(paths: list[str]) -> list[Path]:
-    """Expands folders to the recipe files below them; names and files stay as they are.
+def collect_recipes(name: str) -> list[Path]:
+    """The recipe files below a folder, or the one file or shipped recipe of that name.
 
     Raises:
-        UserError: A folder holds no recipe.
+        UserError: There is none.
     """
-    files: list[Path] = []
-    for name in paths:
-        folder = Path(name)
-        if not folder.is_dir():
-            files.append(find_recipe(name))
-            continue
-        found = sorted(file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}") if file.is_file())
-        if not found:
-            raise user_error(
-                "no-recipes", f"the folder {name} holds no .yaml file", "name a recipe or a folder of recipes"
-            )
-        files += found
-    return files
+    folder = Path(name)
+    if not name or not folder.is_dir():
+        return [find_recipe(name)]
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise user_error("unreadable-file", f"the folder {name} can't be read", "")
+    found = sorted(file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}") if file.is_file())
+    if not found:
+        raise user_error("no-recipes", f"the folder {name} holds no .yaml file", "name a recipe or a folder of recipes")
+    return found

@@ -26,7 +26,7 @@ class Problem:
         code: Stable kebab-case identifier, for example `unknown-key`.
         message: What was found, in one line.
         mark: Where it was found; None for a problem of the environment.
-        path: Key path in the recipe, for example `training.learning_rate`.
+        path: Keys that lead to it in the recipe, for example `("training", "learning_rate")`.
         suggestion: What to write or do instead.
         severity: `error` or `warning`.
     """
@@ -34,13 +34,13 @@ class Problem:
     code: str
     message: str
     mark: Mark | None = None
-    path: str = ""
+    path: KeyPath = ()
     suggestion: str = ""
     severity: str = "error"
 
     def __str__(self) -> str:
         where = f"{self.mark}: " if self.mark else ""
-        key = f"{self.path}: " if self.path else ""
+        key = f"{join_path(self.path)}: " if self.path else ""
         hint = f"; {self.suggestion}" if self.suggestion else ""
         return " ".join(f"{where}{self.severity}[{self.code}] {key}{self.message}{hint}".split("\n"))
 
@@ -53,7 +53,7 @@ class Problem:
             "column": mark.column,
             "severity": self.severity,
             "code": self.code,
-            "path": self.path,
+            "path": join_path(self.path),
             "message": self.message,
             "suggestion": self.suggestion,
         }
@@ -61,7 +61,7 @@ class Problem:
 
 def sort_problems(problems: list[Problem]) -> list[Problem]:
     """Orders problems by file, line and column, and drops exact repetitions."""
-    return sorted(dict.fromkeys(problems), key=lambda p: (p.mark or Mark(""), p.code, p.path))
+    return sorted(dict.fromkeys(problems), key=lambda p: (p.mark or Mark(""), p.code, join_path(p.path)))
 
 
 def as_warning(problem: Problem) -> Problem:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.errors import UserError
-from recipe_runner.problem import KeyPath, Mark, Problem, join_path
+from recipe_runner.problem import KeyPath, Mark, Problem
 
 
 @dataclass(frozen=True)
@@ -37,4 +37,4 @@ class Recipe:
         while written and written not in self.marks:
             written = written[:-1]
         mark = self.marks.get(written, Mark(str(self.file)))
-        return UserError([Problem(code, message, mark, join_path(path), suggestion)])
+        return UserError([Problem(code, message, mark, path, suggestion)])

@@ -1,9 +1,10 @@
 """From a file to a resolved recipe: `extends`, `--set`, validation, defaults, absolute paths."""
 
 import copy
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,9 @@ import yaml
 from recipe_runner import rules, schema, validate
 from recipe_runner.document import Document, parse_document, parse_scalar, read_document
 from recipe_runner.errors import UserError, user_error
-from recipe_runner.library import SUFFIXES, find_recipe
+from recipe_runner.library import SUFFIXES, find_recipe, find_shipped
 from recipe_runner.problem import KeyPath, Mark, Problem, join_path, sort_problems
 from recipe_runner.recipe import Recipe
-
-# Codes after which the rules across sections can still be applied: the shape of the recipe is right.
-_SHAPELY = {"unknown-key", "renamed-key", "misplaced-key", "removed-key", "out-of-bounds"}
 
 
 @dataclass
@@ -66,15 +64,17 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
         draft = _extend(document, file, [])
         for override in overrides:
             _override(draft, override)
+        _drop_nulls(draft.values)
+        problems = draft.problems + validate.check_values(draft.values, draft.place)
+        values = _repaired(draft.values, problems)
+        if not [p for p in validate.check_values(values, draft.place) if p.code != "removed-key"]:
+            schema.fill_defaults(values)
+            _make_paths_absolute(values, draft)
+            problems += rules.check_rules(values, draft.place, file)
     except UserError as error:
         return None, error.problems
-    problems = draft.problems + validate.check_values(draft.values, draft.place)
-    values: dict[str, Any] = copy.deepcopy(draft.values)
-    if all(problem.code in _SHAPELY for problem in problems):
-        _repair(values, problems)
-        schema.fill_defaults(values)
-        _make_paths_absolute(values, draft)
-        problems += rules.check_rules(values, draft.place, file)
+    except OSError as error:  # a folder that may not be read, a name that is too long
+        return None, [Problem("unreadable-file", f"{error.filename}: {error.strerror}", Mark(str(file)))]
     problems = sort_problems(problems)
     if any(problem.severity == "error" for problem in problems):
         return None, problems
@@ -92,24 +92,18 @@ def _extend(document: Document, file: Path, chain: list[Path]) -> _Draft:
     if not isinstance(base_name, str) or not base_name:
         return draft
     mark = document.value_marks[("extends",)]
-    is_path = Path(base_name).suffix in SUFFIXES or "/" in base_name
-    base_file = file.parent / base_name if is_path else find_recipe(base_name)
     chain = [*chain, file.resolve()]
-    if base_file.resolve() in chain:
-        raise user_error(
-            "extends-cycle", f"{base_name} extends this recipe in turn", "remove one 'extends'", mark, "extends"
-        )
     try:
+        is_path = Path(base_name).suffix in SUFFIXES or "/" in base_name
+        base_file = file.parent / os.path.expanduser(base_name) if is_path else find_shipped(base_name)
+        if base_file.resolve() in chain:
+            message = f"{base_name} extends this recipe in turn"
+            raise user_error("extends-cycle", message, "remove one 'extends'", mark, ("extends",))
         base = _extend(read_document(base_file), base_file, chain)
     except UserError as error:
-        if error.problems[0].code == "unreadable-file":
-            raise user_error(
-                "extends-not-found",
-                f"cannot read {base_file}",
-                "name a recipe file or a shipped recipe",
-                mark,
-                "extends",
-            ) from error
+        if error.problems[0].code in ("unreadable-file", "recipe-not-found"):
+            hint = "name a recipe file (.yaml) or a shipped recipe"
+            raise user_error("extends-not-found", f"cannot read {base_name}", hint, mark, ("extends",)) from error
         raise
     _merge(base, draft, ())
     base.problems += draft.problems
@@ -122,7 +116,9 @@ def _merge(base: _Draft, over: _Draft, path: KeyPath) -> None:
     target, source = _at(base.values, path), _at(over.values, path)
     for key, value in source.items():
         here = (*path, key)
-        if isinstance(value, dict) and isinstance(target.get(key), dict):
+        # A source is replaced as a whole: half of one and half of another would be neither.
+        is_source = path == ("dataset",) and isinstance(value, dict) and {"source", "fraction"} & set(value)
+        if isinstance(value, dict) and isinstance(target.get(key), dict) and not is_source:
             base.key_marks[here], base.value_marks[here] = over.key_marks[here], over.value_marks[here]
             _merge(base, over, here)
             continue
@@ -137,47 +133,63 @@ def _merge(base: _Draft, over: _Draft, path: KeyPath) -> None:
 def _override(draft: _Draft, override: str) -> None:
     """Applies one `a.b=c`; c is read as YAML, by the rules of the file."""
     key, equals, text = override.partition("=")
-    name = f"--set {override}"
-    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-        raise user_error("bad-override", "expected KEY=VALUE, for example training.learning_rate=1e-4", "", Mark(name))
-    document = parse_document(f"value: {text}", name)
-    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    mark = Mark(f"--set {override}")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key) or key == "extends":
+        raise user_error("bad-override", "expected KEY=VALUE, for example training.learning_rate=1e-4", "", mark)
+    try:
+        document = parse_document(f"value: {text}", mark.file)
+    except UserError as error:  # the line and column of a text that nobody sees say nothing
+        raise UserError([replace(problem, mark=mark) for problem in error.problems]) from error
+    if set(document.values) != {"value"}:
+        raise user_error("bad-override", "more than one value", "use one --set for each key", mark)
+    path: KeyPath = ()
     target: Any = draft.values
-    for depth, part in enumerate(path[:-1]):
-        if isinstance(target, dict) and target.get(str(part)) is None:
-            target[str(part)] = {}
-        target = _child(target, part, name, path[: depth + 1])
-    _child(target, path[-1], name, path, missing_ok=True)
-    target[path[-1] if isinstance(target, list) else str(path[-1])] = document.values["value"]
-    draft.problems += [Problem(p.code, p.message, Mark(name), key, p.suggestion) for p in document.problems]
-    for depth in range(1, len(path) + 1):
-        if depth == len(path) or path[:depth] not in draft.key_marks:
-            draft.key_marks[path[:depth]] = draft.value_marks[path[:depth]] = Mark(name)
-    for old in [
-        old for old in (*draft.key_marks, *draft.value_marks) if len(old) > len(path) and old[: len(path)] == path
-    ]:
-        draft.key_marks.pop(old, None)
-        draft.value_marks.pop(old, None)
-    draft.folders[name] = Path.cwd()  # a path typed on the command line is relative to where it was typed
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(target, dict) and target.get(part) is None:
+            target[part] = {}
+        path = (*path, _step(target, part, mark, path))
+        target = target[path[-1]]
+    path = (*path, _step(target, last, mark, path, new=True))
+    target[path[-1]] = document.values["value"]
+    draft.problems += [replace(problem, mark=mark, path=path) for problem in document.problems]
+    for marks in (draft.key_marks, draft.value_marks):
+        for old in [old for old in marks if len(old) > len(path) and old[: len(path)] == path]:
+            del marks[old]
+        for depth in range(1, len(path) + 1):
+            if depth == len(path) or path[:depth] not in marks:
+                marks[path[:depth]] = mark
+    draft.folders[mark.file] = Path.cwd()  # a path typed on the command line is relative to where it was typed
 
 
-def _child(target: Any, part: str | int, name: str, path: KeyPath, missing_ok: bool = False) -> Any:
-    if isinstance(target, list) and isinstance(part, int) and part < len(target):
-        return target[part]
-    if isinstance(target, dict) and (missing_ok or str(part) in target):
-        return target.get(str(part))
-    raise user_error("bad-override", f"there is no '{join_path(path)}' to set a key of", "", Mark(name))
+def _step(target: Any, part: str, mark: Mark, path: KeyPath, new: bool = False) -> str | int:
+    """The key or index that a part of an override's path stands for."""
+    if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+        return int(part)
+    if isinstance(target, dict) and (new or part in target):
+        return part
+    raise user_error("bad-override", f"there is no '{join_path((*path, part))}' to set a key of", "", mark)
 
 
-def _repair(values: dict[str, Any], problems: list[Problem]) -> None:
-    """Takes misspelt and renamed keys by the name that was meant, so that the rules judge the recipe, not the typo."""
+def _drop_nulls(values: dict[str, Any]) -> None:
+    """In the header and in our own sections null means left out; upstream's fields may be null."""
+    for section in (values, *(values.get(name) for name in ("model", "dataset", "run"))):
+        if isinstance(section, dict):
+            for key in [key for key, value in section.items() if value is None]:
+                del section[key]
+
+
+def _repaired(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """A copy with misspelt and renamed keys under the name that was meant: rules judge the recipe, not the typo."""
+    values = copy.deepcopy(values)
     for problem in problems:
-        meant = re.fullmatch(r"(?:did you mean|use) '([\w-]+)'\??", problem.suggestion)
-        parts: KeyPath = tuple(int(part) if part.isdigit() else part for part in problem.path.split("."))
-        section = _at(values, parts[:-1])
-        value = section.pop(str(parts[-1]), None) if problem.code != "out-of-bounds" else None
-        if problem.code in ("unknown-key", "renamed-key") and meant and meant[1] not in section:
-            section[meant[1]] = value
+        if problem.code in ("unknown-key", "renamed-key", "misplaced-key", "removed-key", "out-of-bounds"):
+            section = _at(values, problem.path[:-1])
+            value = section.pop(problem.path[-1], None)
+            meant = re.fullmatch(r"(?:did you mean|use) '([\w-]+)'\??", problem.suggestion)
+            if problem.code in ("unknown-key", "renamed-key") and meant and meant[1] not in section:
+                section[meant[1]] = value
+    return values
 
 
 def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
@@ -186,18 +198,20 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
     def folder(path: KeyPath) -> Path:
         return draft.folders.get(draft.place(path, False).file, Path.cwd())
 
-    model = values["model"]
-    local = (folder(("model", "name_or_path")) / Path(model["name_or_path"]).expanduser()).resolve()
-    if re.match(r"\.{0,2}/|~", model["name_or_path"]) or local.is_dir():
+    def absolute(path: KeyPath, name: str) -> Path:
+        return Path(os.path.abspath(folder(path) / os.path.expanduser(name)))
+
+    model, training = values["model"], values["training"]
+    local = absolute(("model", "name_or_path"), model["name_or_path"])
+    if rules.looks_local(model["name_or_path"]) or local.is_dir():
         model["name_or_path"] = str(local)
     for path, source in rules.sources(values):
-        if Path(source["source"]).suffix in rules.DATA_SUFFIXES:
-            source["source"] = str((folder((*path, "source")) / Path(source["source"]).expanduser()).resolve())
-    training = values["training"]
+        if rules.is_file_source(source["source"]):
+            source["source"] = str(absolute((*path, "source"), source["source"]))
     if isinstance(training.get("chat_template_path"), str):
-        here = folder(("training", "chat_template_path"))
-        training["chat_template_path"] = str((here / training["chat_template_path"]).resolve())
-    values["run"]["output_dir"] = str(Path(values["run"]["output_dir"]).expanduser().absolute())
+        where = ("training", "chat_template_path")
+        training["chat_template_path"] = str(absolute(where, training["chat_template_path"]))
+    values["run"]["output_dir"] = os.path.abspath(os.path.expanduser(values["run"]["output_dir"]))
 
 
 def dump_values(values: Any) -> str:
@@ -212,7 +226,8 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        style = "'" if parse_scalar(text) != text else "|" if "\n" in text else None
+        unusual = not text.replace("\n", "").isprintable()
+        style = '"' if unusual else "'" if parse_scalar(text) != text else "|" if "\n" in text else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style)
 
 

@@ -5,11 +5,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.problem import KeyPath, Mark, Problem, as_warning, join_path
+from recipe_runner.problem import KeyPath, Mark, Problem, as_warning
 from recipe_runner.validate import suggest
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 ROLES = {"instruction": {"instruction", "input", "output"}, "chat": {"messages"}, "text": {"text"}}
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is written as a path: ./x, ../x, /x, ~x."""
+    return name.startswith(("./", "../", "/", "~")) or name in (".", "..")
+
+
+def is_file_source(name: str) -> bool:
+    """Whether a data source is a local file rather than a hub id."""
+    return looks_local(name) or Path(name).suffix.lower() in DATA_SUFFIXES
+
 
 Found = Iterator[tuple[KeyPath, str, str]]  # key path, message, suggestion
 Values = dict[str, Any]
@@ -20,10 +31,11 @@ def check_rules(values: Values, place: Callable[[KeyPath, bool], Mark], file: Pa
     problems = []
     for code, rule in RULES.items():
         for path, message, suggestion in rule(values):
-            problems.append(Problem(code, message, place(path, True), join_path(path), suggestion))
+            problem = Problem(code, message, place(path, True), path, suggestion)
+            problems.append(as_warning(problem) if code in WARNINGS else problem)
     if file.stem not in (values["name"], "recipe", "resolved"):  # a run folder keeps copies by those names
         message = f"the recipe is named '{values['name']}', its file '{file.name}'"
-        problem = Problem("name-differs", message, place(("name",), False), "name", "give both the same name")
+        problem = Problem("name-differs", message, place(("name",), False), ("name",), "give both the same name")
         problems.append(as_warning(problem))
     return problems
 
@@ -39,15 +51,17 @@ def quantization_without_peft(values: Values) -> Found:
 
 
 def quantization_width(values: Values) -> Found:
-    """Exactly one of 4-bit and 8-bit."""
+    """Exactly one of 4-bit and 8-bit, and only its own options."""
     quantization = values.get("quantization") or {}
     widths = [key for key in ("load_in_4bit", "load_in_8bit") if quantization.get(key)]
     if quantization and len(widths) != 1:
-        yield (
-            ("quantization",),
-            "both 4-bit and 8-bit are on" if widths else "neither 4-bit nor 8-bit is on",
-            "set one of load_in_4bit and load_in_8bit to true",
-        )
+        found = "both 4-bit and 8-bit are on" if widths else "neither 4-bit nor 8-bit is on"
+        yield ("quantization",), found, "set one of load_in_4bit and load_in_8bit to true"
+    elif quantization:
+        others = ("bnb_4bit_",) if widths == ["load_in_8bit"] else ("llm_int8_threshold", "llm_int8_has_fp16_weight")
+        for key in quantization:
+            if key.startswith(others):
+                yield ("quantization", key), f"has no effect with {widths[0]}", "remove the key"
 
 
 def precision_conflict(values: Values) -> Found:
@@ -111,16 +125,21 @@ def packing_without_length(values: Values) -> Found:
 def remote_code_unpinned(values: Values) -> Found:
     """Code from the hub runs on this machine: the recipe must say which code."""
     model = values["model"]
-    if (
-        model.get("trust_remote_code")
-        and not re.fullmatch(r"[0-9a-f]{40}", model.get("revision", ""))
-        and not Path(model["name_or_path"]).is_dir()
-    ):
-        yield (
-            ("model", "trust_remote_code"),
-            "remote code from a revision that can change",
-            "set model.revision to a full commit hash",
-        )
+    pinned = re.fullmatch(r"[0-9a-f]{40}", model["revision"])
+    if model["trust_remote_code"] and not pinned and not Path(model["name_or_path"]).is_absolute():
+        fix = "set model.revision to a full commit hash"
+        yield ("model", "trust_remote_code"), "remote code from a revision that can change", fix
+
+
+def local_model(values: Values) -> Found:
+    """A local folder has no revision, and a hub id is not the name of a folder here."""
+    name = values["model"]["name_or_path"]
+    if Path(name).is_absolute():
+        if values["model"]["revision"] != "main":
+            yield ("model", "revision"), "a local folder has no revision", "remove the key"
+    elif Path(name).is_dir():
+        found = f"the folder {name} in the current folder would be taken for the hub id"
+        yield ("model", "name_or_path"), found, f"write its path ({Path(name).absolute()}), or work in another folder"
 
 
 def column_roles(values: Values) -> Found:
@@ -134,55 +153,48 @@ def column_roles(values: Values) -> Found:
 
 
 def mixture_weights(values: Values) -> Found:
-    """Weights are relative to each other: all sources have one, or none."""
+    """Weights are relative to each other: all sources of a training mixture have one, or none."""
     train = values["dataset"]["train"]
-    if isinstance(train, list):
-        for index, source in enumerate(train):
-            if "weight" not in source and any("weight" in other for other in train):
-                yield (
-                    ("dataset", "train", index),
-                    "other sources of the mixture have a weight, this one has none",
-                    "add 'weight:'",
-                )
-    elif "weight" in train:
-        yield (
-            ("dataset", "train", "weight"),
-            "a weight without a mixture",
-            "remove it, or make train a list of sources",
-        )
+    weighted = isinstance(train, list) and any("weight" in source for source in train)
+    for path, source in sources(values):
+        if "weight" in source and not (path[1] == "train" and isinstance(train, list)):
+            yield (*path, "weight"), "a weight without a training mixture", "remove the key"
+        elif "weight" not in source and weighted and path[1] == "train":
+            yield path, "other sources of the mixture have a weight, this one has none", "add 'weight:'"
 
 
 def source_files(values: Values) -> Found:
     """Local files exist; anything else must look like a hub id."""
     for path, source in sources(values):
-        name = source["source"]
-        if Path(name).suffix in DATA_SUFFIXES:
-            if not Path(name).is_file():
-                neighbours = (
-                    [str(file.name) for file in Path(name).parent.glob("*")] if Path(name).parent.is_dir() else []
-                )
-                yield (*path, "source"), f"there is no file {name}", suggest(Path(name).name, neighbours)
-            for key in ("subset", "revision"):
-                if key in source:
-                    yield (*path, key), f"a local file has no {key}", "remove the key"
-            if not re.match(r"train$|train\[", source["split"]):
-                yield (
-                    (*path, "split"),
-                    "a local file has the split 'train' only",
-                    "remove the key, or take a slice: train[:5%]",
-                )
-        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-            yield (
-                (*path, "source"),
-                f"'{name}' is neither a local file nor a hub id",
-                f"local files end with {', '.join(DATA_SUFFIXES)}",
-            )
+        name, place = source["source"], (*path, "source")
+        kinds = f"local files end with {', '.join(DATA_SUFFIXES)}"
+        if is_file_source(name):
+            yield from _local_source(Path(name), path, source, kinds)
+        elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+            yield place, f"'{name}' is neither a local file nor a hub id", kinds
+        elif Path(name).exists():
+            yield place, f"{name} in the current folder would be taken for the hub id", f"write ./{name}; {kinds}"
+        if "sample_by" in source and not name.endswith(".txt"):
+            yield (*path, "sample_by"), "only a .txt file is cut into documents", "remove the key"
+
+
+def _local_source(file: Path, path: KeyPath, source: Values, kinds: str) -> Found:
+    if file.suffix not in DATA_SUFFIXES:
+        yield (*path, "source"), f"{file} has the suffix '{file.suffix}'", kinds
+    elif not file.is_file():
+        neighbours = [other.name for other in file.parent.glob("*")] if file.parent.is_dir() else []
+        yield (*path, "source"), f"there is no file {file}", suggest(file.name, neighbours)
+    for key in ("subset", "revision"):
+        if key in source:
+            yield (*path, key), f"a local file has no {key}", "remove the key"
+    if not re.match(r"train$|train\[", source["split"]):
+        yield (*path, "split"), "a local file has the split 'train' only", "remove the key, or take a slice: train[:5%]"
 
 
 def template_use(values: Values) -> Found:
     """A template is a file that exists, and the data uses it."""
     dataset, training = values["dataset"], values["training"]
-    if "chat_template_path" in training:
+    if training.get("chat_template_path") is not None:
         if not Path(training["chat_template_path"]).is_file():
             yield ("training", "chat_template_path"), f"there is no file {training['chat_template_path']}", ""
         if dataset["format"] == "text" or "template" in dataset:
@@ -195,6 +207,21 @@ def template_use(values: Values) -> Found:
         yield (("dataset", "system"), "a plain-text template has no system prompt", "write it into the template")
 
 
+def ignored_keys(values: Values) -> Found:
+    """Fields that upstream does not look at, given the others (transformers' TrainingArguments, TRL's SFTConfig)."""
+    training = values["training"]
+    ignored = {
+        "num_train_epochs": training.get("max_steps", -1) > 0 and "max_steps is set",
+        "eval_steps": training.get("eval_strategy", "no") != "steps" and "eval_strategy is not steps",
+        "save_steps": training.get("save_strategy", "steps") != "steps" and "save_strategy is not steps",
+        "logging_steps": training.get("logging_strategy", "steps") != "steps" and "logging_strategy is not steps",
+        "packing_strategy": not (training.get("packing") or training.get("eval_packing")) and "packing is off",
+    }
+    for key, reason in ignored.items():
+        if key in training and reason:
+            yield ("training", key), f"has no effect: {reason}", "remove the key"
+
+
 RULES: dict[str, Callable[[Values], Found]] = {
     "quantized-full-training": quantization_without_peft,
     "quantization-width": quantization_width,
@@ -204,11 +231,15 @@ RULES: dict[str, Callable[[Values], Found]] = {
     "best-model-schedule": best_model_schedule,
     "packing-without-length": packing_without_length,
     "remote-code-unpinned": remote_code_unpinned,
+    "local-model": local_model,
+    "ignored-key": ignored_keys,
     "wrong-column-role": column_roles,
     "mixture-weight": mixture_weights,
     "wrong-source": source_files,
     "template-use": template_use,
 }
+
+WARNINGS = {"ignored-key"}  # a quick try with --set training.max_steps=10 must not need an edit
 
 
 def sources(values: Values) -> Iterator[tuple[KeyPath, Values]]:

@@ -109,23 +109,22 @@ def find_resumable(recipe: Recipe, resume: str) -> Path | None:
         return None
     if resume == "auto":
         runs = Path(recipe.values["run"]["output_dir"]) / recipe.values["name"]
-        folders = sorted((path.parent for path in runs.glob("*/status.json")), reverse=True)
-        folder = next((folder for folder in folders if read_status(folder) != "completed"), None)
-        if folder is None or last_checkpoint(folder) is None:
+        folders = sorted((file.parent for file in runs.glob("*/status.json")), reverse=True)
+        unfinished = (folder for folder in folders if read_status(folder) not in ("completed", "damaged"))
+        folder = next((folder for folder in unfinished if last_checkpoint(folder)), None)
+        if folder is None:
             return None
     else:
-        folder = next(
-            (path for path in (Path(resume), *Path(resume).absolute().parents) if (path / "status.json").is_file()),
-            Path(resume),
-        )
-        if not (folder / "status.json").is_file():
-            raise user_error("not-a-run", f"{resume} is no run folder", "name a folder that holds status.json")
-        if read_status(folder) == "completed":
+        path = Path(os.path.abspath(resume))
+        folder = next((place for place in (path, *path.parents) if (place / "status.json").is_file()), path)
+        if (status := read_status(folder)) == "damaged":
+            raise user_error(
+                "not-a-run", f"{resume} is no whole run folder", "name one with status.json, resolved.yaml"
+            )
+        if status == "completed":
             raise user_error("run-completed", f"the run in {folder} is complete", "start a new one: --resume never")
         if last_checkpoint(folder) is None:
-            raise user_error(
-                "no-checkpoint", f"the run in {folder} has no complete checkpoint", "start a new one: --resume never"
-            )
+            raise user_error("no-checkpoint", f"the run in {folder} has no complete checkpoint", "--resume never")
     if changes := _differences(
         parse_document((folder / "resolved.yaml").read_text(encoding="utf-8"), "resolved.yaml").values,
         dict(recipe.values),
@@ -136,8 +135,12 @@ def find_resumable(recipe: Recipe, resume: str) -> Path | None:
 
 
 def read_status(folder: Path) -> str:
-    """The status of a run: running, completed, failed or interrupted."""
-    return str(json.loads((folder / "status.json").read_text(encoding="utf-8"))["status"])
+    """The status of a run: running, completed, failed or interrupted; `damaged` when the folder is not whole."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))["status"]
+        return str(status) if (folder / "resolved.yaml").is_file() else "damaged"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "damaged"
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -145,7 +148,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
         keys = [
             key
             for key in dict.fromkeys([*old, *new])
-            if f"{path}{key}" not in ("run.output_dir", "metadata.", "description")
+            if f"{path}{key}" not in ("run.output_dir", "metadata", "description")
         ]
         return [change for key in keys for change in _differences(old.get(key), new.get(key), f"{path}{key}.")]
     return [] if old == new else [f"{path.rstrip('.')}: {old} -> {new}"]

@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from recipe_runner import schema
-from recipe_runner.problem import KeyPath, Mark, Problem, join_path
+from recipe_runner.problem import KeyPath, Mark, Problem
+
+_SHAPES: dict[str | int, str] = {  # what people mean by a plain value
+    "model": "{name_or_path: ...}",
+    "train": "{source: ...}",
+    "eval": "{fraction: 0.02} or {source: ...}",
+    "peft": "{method: lora}",
+}
 
 Place = Callable[[KeyPath, bool], Mark]  # (path, of the key rather than the value) -> mark
 
@@ -30,41 +37,31 @@ def check_values(values: dict[str, Any], place: Place) -> list[Problem]:
     """
     errors = list(schema.validator().iter_errors(values))
     refused = {tuple(error.absolute_path) for error in errors if error.validator == "not"}
-    problems = []
-    for error in errors:
-        for problem, path in _problems(error, tuple(error.absolute_path), place):
-            if problem.code != "unknown-key" or path not in refused:
-                problems.append(problem)
-    return problems
+    found = [problem for error in errors for problem in _problems(error, tuple(error.absolute_path), place)]
+    return [problem for problem in found if problem.code != "unknown-key" or problem.path not in refused]
 
 
-def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[tuple[Problem, KeyPath]]:
+def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
     value, found = error.instance, _show(error.instance)
 
-    def problem(
-        code: str, message: str, suggestion: str = "", key: bool = False, at: KeyPath = path
-    ) -> tuple[Problem, KeyPath]:
-        return Problem(code, message, place(at, key), join_path(at), suggestion), at
+    def problem(code: str, message: str, suggestion: str = "", key: bool = False, at: KeyPath = path) -> Problem:
+        return Problem(code, message, place(at, key), at, suggestion)
 
     match error.validator:
         case "additionalProperties":
-            valid = [
-                key
-                for key, entry in error.schema.get("properties", {}).items()
-                if entry != {"not": {}} and "not" not in entry
-            ]
+            entries = error.schema.get("properties", {})
+            keys = schema.section_keys(str(path[0])) if len(path) == 1 and path[0] in schema.SECTIONS else entries
+            valid = [key for key in keys if "not" not in entries[key]]
             for key in value:
-                if key not in error.schema.get("properties", {}):
-                    yield problem(
-                        "unknown-key", "unknown key", suggest_key(key, valid, path), key=True, at=(*path, key)
-                    )
+                if key not in entries:
+                    hint = suggest_key(key, valid, path)
+                    yield problem("unknown-key", "unknown key", hint, key=True, at=(*path, key))
         case "not" if "const" in error.validator_value:
             yield problem("out-of-bounds", f"{found} is not allowed", "leave the key out or set another value")
         case "not":
             new = error.schema.get("x-replaced-by", "")
-            code = (
-                "removed-key" if not new else "misplaced-key" if "." in new or new in schema.SECTIONS else "renamed-key"
-            )
+            moved = "." in new or new in schema.SECTIONS
+            code = "removed-key" if not new else "misplaced-key" if moved else "renamed-key"
             yield problem(code, error.schema["description"], f"use '{new}'" if new else "", key=True)
         case "required":
             for key in error.validator_value:
@@ -73,7 +70,7 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[tuple[Problem
         case "type":
             kinds = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
             expected = " or ".join(_TYPES[kind] for kind in kinds)
-            yield problem("wrong-type", f"expected {expected}, found {found}", _retype(value, kinds))
+            yield problem("wrong-type", f"expected {expected}, found {found}", _retype(value, kinds, path))
         case "enum" | "const":
             choices = error.validator_value if error.validator == "enum" else [error.validator_value]
             near = suggest(str(value), [str(choice) for choice in choices])
@@ -104,9 +101,31 @@ def suggest(word: str, choices: list[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else ""
 
 
+# Names of other tools, too far from ours for a spelling check.
+_FAMILIAR = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "rank": "r",
+    "lora_rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+}
+
+
 def suggest_key(key: str, valid: list[str], path: KeyPath) -> str:
     """The nearest valid key at this place, or the section that the key belongs to."""
+    if "." in key:
+        return f"write it nested: {key.replace('.', ': {', 1)}: ...}}"
     homes = [section for section in schema.SECTIONS if path[:1] != (section,) and key in schema.section_keys(section)]
+    if path == ("dataset",) and key in schema.resolve("#/$defs/source")["properties"]:
+        homes = ["dataset.train"]
+    if key in _FAMILIAR and _FAMILIAR[key] in valid:
+        return f"did you mean '{_FAMILIAR[key]}'?"
     if near := suggest(key, valid):
         return near
     if homes:
@@ -122,7 +141,9 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _retype(value: Any, kinds: list[str]) -> str:
+def _retype(value: Any, kinds: list[str], path: KeyPath) -> str:
+    if "object" in kinds and (example := _SHAPES.get(path[-1] if path else "")):
+        return f"write {example}"
     if isinstance(value, str) and "boolean" in kinds and value.lower() in ("yes", "on", "no", "off"):
         return f"write {'true' if value.lower() in ('yes', 'on') else 'false'} (YAML 1.2)"
     if isinstance(value, str) and {"number", "integer"} & set(kinds):

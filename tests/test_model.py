@@ -34,8 +34,13 @@ def test_a_target_that_matches_nothing_is_an_error_even_beside_one_that_does(che
     with pytest.raises(UserError) as caught:
         check(target_modules=targets)
     (problem,) = caught.value.problems
-    assert (problem.code, problem.path) == ("target-not-found", "peft.target_modules")
+    assert (problem.code, problem.path) == ("target-not-found", ("peft", "target_modules"))
     assert "its linear modules: down_proj, gate_up_proj, lm_head, o_proj, qkv_proj" in problem.message
+
+
+def test_targets_left_out_are_an_error_where_peft_has_no_default(check):
+    with pytest.raises(UserError, match="PEFT has no default targets for phi3; add 'target_modules: all-linear'"):
+        check()
 
 
 def test_the_nearest_module_is_suggested(check):

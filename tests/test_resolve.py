@@ -107,3 +107,59 @@ def test_show_prints_what_reads_back_the_same(run_cli, write_recipe):
 def test_words_that_yaml_1_1_reads_otherwise_survive_show(write_recipe):
     recipe = load_recipe(str(write_recipe(description="no", metadata={"tags": ["1e5", "0o7", "null", "12:30"]})))
     assert parse_document(dump_values(dict(recipe.values)), "f").values == recipe.values
+
+
+def test_null_takes_out_what_a_base_has(write_recipe):
+    recipe = load_recipe(
+        "phi3_chat_qlora", ["dataset.eval=null", "training.eval_strategy=no", "training.eval_steps=null"]
+    )
+    assert "eval" not in recipe.values["dataset"]
+
+
+def test_a_source_replaces_the_whole_source_of_the_base(tmp_path):
+    child = tmp_path / "child.yaml"
+    (tmp_path / "rows.jsonl").write_text("{}")
+    child.write_text(
+        "schema_version: 1\nname: child\nextends: phi3_chat_qlora\n"
+        "dataset: {train: {source: rows.jsonl}, eval: {source: a/b}}\n"
+    )
+    dataset = load_recipe(str(child)).values["dataset"]
+    assert dataset["train"] == {"source": str(tmp_path / "rows.jsonl"), "split": "train"}
+    assert dataset["eval"] == {"source": "a/b", "split": "train"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("extends=phi3_chat_qlora", "error[bad-override]"),
+        ("training.max_steps=1\nfoo: 2", "error[bad-override] more than one value"),
+        ("training.max_steps=[1", "--set training.max_steps=[1: error[yaml-syntax]"),
+        (
+            "dataset.train.0.source=a/b",
+            "--set dataset.train.0.source=a/b: error[unknown-key] dataset.train.0: unknown key",
+        ),
+    ],
+)
+def test_an_override_that_would_be_lost_is_refused(override, message):
+    with pytest.raises(UserError) as caught:
+        load_recipe("phi3_chat_qlora", [override])
+    assert message in str(caught.value)
+
+
+def test_an_item_of_a_list_can_be_overridden(write_recipe):
+    file = write_recipe(dataset={"train": [{"source": "a/b"}, {"source": "c/d"}]})
+    recipe = load_recipe(str(file), ["dataset.train.1.source=e/f"])
+    assert [source["source"] for source in recipe.values["dataset"]["train"]] == ["a/b", "e/f"]
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(file), ["dataset.train.1.limit=0"])
+    assert str(caught.value).startswith("--set dataset.train.1.limit=0: error[out-of-bounds] dataset.train.1.limit")
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "a\u2028b", "a\tb", "a\nb\n", " a ", "", "{a}", "# a", "é😀"])
+def test_every_text_survives_show(text):
+    assert parse_document(dump_values({"k": text}), "f").values == {"k": text}
+
+
+def test_output_dir_may_have_any_name(write_recipe, run_cli, tmp_path):
+    result = run_cli(write_recipe(model={"name_or_path": "/nowhere"}), "--output-dir", tmp_path / "runs 😀: x")
+    assert "error[model-not-found]" in result.err

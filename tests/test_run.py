@@ -148,7 +148,7 @@ def test_qlora_goes_on_learning_after_evaluations(train):
     assert sum("eval_loss" in entry for entry in metrics(evaluated)) == 6
     _, plain = train(quantization=NF4, peft=LORA, dataset={"eval": {"fraction": 0.05}}, training=quiet)
     assert found == pytest.approx(losses(plain), rel=1e-4)
-    assert sum(found[-5:]) < 0.95 * sum(found[5:10])  # after the first evaluation
+    assert sum(found[-5:]) < 0.98 * sum(found[5:10])  # after the first evaluation
 
 
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["lora", "qlora"])
@@ -208,7 +208,8 @@ def test_a_run_that_cannot_be_resumed_says_why(train, state, code):
     assert "error[not-a-run]" in train("--resume", folder.parent / "nowhere", peft=LORA)[0].err
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_exit_status_130(write_recipe, tiny_phi3, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_and_its_exit_status(write_recipe, tiny_phi3, tmp_path, number, code):
     training = {"max_steps": 100_000, "logging_steps": 1}
     recipe = write_recipe(model={"name_or_path": str(tiny_phi3)}, peft=LORA, training=training)
     process = subprocess.Popen(
@@ -220,10 +221,10 @@ def test_ctrl_c_leaves_a_checkpoint_and_exit_status_130(write_recipe, tiny_phi3,
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/tiny/*/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     (folder,) = tmp_path.glob("runs/tiny/*")
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert "Traceback" not in err
     assert f"continue with: --resume {folder}" in err
     assert status(folder)["status"] == "interrupted"
@@ -264,6 +265,32 @@ def test_non_finite_training_stops_and_keeps_the_last_good_checkpoint(train, mon
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+@pytest.mark.parametrize("damage", [{"status.json": ""}, {"status.json": "{}"}, {"resolved.yaml": None}])
+def test_a_damaged_run_folder_is_no_bug(train, damage):
+    training = {"save_steps": 2}
+    _, folder = train(peft=LORA, training=training)
+    (folder / "status.json").write_text('{"status": "failed"}')
+    for name, text in damage.items():
+        (folder / name).unlink() if text is None else (folder / name).write_text(text)
+    assert "error[not-a-run]" in train("--resume", folder, peft=LORA, training=training)[0].err
+    result, newest = train("--resume", "auto", peft=LORA, training=training)
+    assert result.status == 0, result.err
+    assert newest != folder
+
+
+def test_auto_continues_an_older_run_when_the_newest_has_no_checkpoint(train, tmp_path):
+    training = {"save_steps": 2}
+    _, folder = train(peft=LORA, training=training)
+    (folder / "status.json").write_text('{"status": "failed"}')
+    newer = folder.with_name("99999999-000000-000000")
+    newer.mkdir()
+    for name in ("resolved.yaml", "status.json"):
+        shutil.copy(folder / name, newer)
+    train("--resume", "auto", peft=LORA, training=training, metadata={"tags": ["another"]})
+    assert status(folder)["status"] == "completed"
+    assert status(newer)["status"] == "failed"
+
+
 BAD = {
     "unknown-key": {"training": {"learning_rat": 1}},
     "wrong-source": {"dataset": {"train": {"source": "missing.jsonl"}}},
@@ -276,6 +303,7 @@ BAD = {
     "target-not-found": {"peft": {"method": "lora", "target_modules": ["q_proj", "o_proj"]}},
     "peft-refused": {"peft": {"method": "lora", "loftq_config": {}, "init_lora_weights": "loftq"}},
     "training-refused": {"training": {"lr_scheduler_type": "reduce_lr_on_plateau"}},
+    "tracker-missing": {"training": {"report_to": ["wandb"]}},
     "output-not-writable": {"run": {"output_dir": "/proc/runs"}},
 }
 
@@ -341,6 +369,27 @@ def test_weights_that_cannot_be_loaded_are_one_line_and_a_failed_run(train, tiny
     assert "error[model-not-loaded] model.name_or_path: " in result.err
     assert "Traceback" not in result.err
     assert status(folder)["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("training", "key"),
+    [
+        ({"optim": "lomo"}, "optim"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type"),
+        ({"lr_scheduler_kwargs": {"nonsense": 1}}, "lr_scheduler_type"),
+    ],
+)
+def test_an_optimizer_or_scheduler_that_cannot_be_had_is_said_at_its_key(train, training, key):
+    result, folder = train(peft=LORA, training=training)
+    assert result.status == 1, result.err
+    assert f"error[training-refused] training.{key}: " in result.err
+    assert status(folder)["status"] == "failed"
+
+
+def test_an_attention_that_does_not_exist_is_said(train):
+    result, _ = train(peft=LORA, model={"attn_implementation": "nonsense"})
+    assert result.status == 1, result.err
+    assert "error[training-refused] training: " in result.err
 
 
 def test_pickled_weights_load_when_the_recipe_says_so(train, tiny_phi3, tmp_path):

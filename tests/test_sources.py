@@ -168,4 +168,4 @@ def test_what_is_wrong_with_the_data_is_one_clear_line(load, arguments, code, me
     assert problem.code == code
     assert message in str(problem)
     assert problem.mark.line > 0
-    assert problem.path.startswith("dataset.")
+    assert problem.path[0] == "dataset"

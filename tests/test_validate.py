@@ -101,3 +101,153 @@ def test_every_code_is_documented_and_every_documented_code_exists():
     assert len(raised) > 50
     assert raised <= documented
     assert all(f'"{code}"' in source for code in documented)
+
+
+ODD = [
+    "training.learning_rate: 2e-4",
+    "trainning:",
+    "quantisation: true",
+    "runs: null",
+    "model: {a.b: 1}",
+    "model: a/b",
+    "peft: lora",
+    "peft: []",
+    "dataset: 3",
+    "dataset: {format: instruction, train: []}",
+    "dataset: {format: instruction, train: {source: a/b}, eval: 3}",
+    "dataset: {format: instruction, train: {source: ~nobody/x.jsonl}}",
+    "training: [1]",
+    "training: {chat_template_path: null, eos_token: null}",
+    "training: {load_best_model_at_end: true, eval_strategy: steps, logging_steps: 0}",
+    "training: {<<: *x}",
+    "name: [1]",
+    "run: {output_dir: '~nobody/x'}",
+    "model: {name_or_path: '~nobody/x'}",
+    "model: {name_or_path: '" + "x" * 300 + "'}",
+    'model: {name_or_path: "a\\0b"}',
+    "extends: nosuch",
+    "extends: 3",
+]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_recipes_are_no_bugs(run_cli, tmp_path, text):
+    base = "schema_version: 1\nname: t\nstage: sft\nmodel: {name_or_path: a/b}\n"
+    base += "dataset: {format: instruction, train: {source: a/b}}\n"
+    key = text.split(":")[0]
+    kept = "".join(line + "\n" for line in base.splitlines() if not line.startswith(f"{key}:"))
+    (tmp_path / "t.yaml").write_text(kept + text + "\n")
+    result = run_cli("validate", tmp_path / "t.yaml")
+    assert result.status in (0, 1), result.err
+    assert all(line.startswith(str(tmp_path)) for line in result.out.splitlines() if "error[" in line)
+
+
+def test_mutated_recipes_are_no_bugs(tmp_path):
+    """Keys are renamed, moved and removed, values swapped, 1,000 times by a seed: an answer each time."""
+    import copy
+    import random
+
+    import yaml
+
+    from recipe_runner.resolve import examine_recipe
+
+    chance = random.Random(0)
+    shipped = [yaml.safe_load(file.read_text()) for file in shipped_recipes()]
+    values = [None, True, 0, -1, 1.5, "", "x", "a.b", [], [None], {}, {"a": 1}, "9" * 400, "\u2028", "~", "../x.csv"]
+    file = tmp_path / "t.yaml"
+    answers = {True: 0, False: 0}
+    for _ in range(1000):
+        recipe = copy.deepcopy(chance.choice(shipped))
+        for _ in range(chance.randint(1, 3)):
+            section = recipe
+            while isinstance(section, dict) and section:
+                key = chance.choice(list(section))
+                if not isinstance(section[key], dict) or chance.random() < 0.3:
+                    change = chance.randrange(4)
+                    if change == 0:
+                        section[key + chance.choice("sx._-")] = section.pop(key)
+                    elif change == 1:
+                        del section[key]
+                    elif change == 2:
+                        section[key] = chance.choice(values)
+                    else:
+                        recipe[chance.choice(list(recipe))] = section[key]
+                    break
+                section = section[key]
+        file.write_text(json.dumps(recipe))
+        found, problems = examine_recipe(file)
+        assert (found is None) == any(problem.severity == "error" for problem in problems)
+        assert all(str(problem) and problem.as_json() for problem in problems)
+        answers[found is None] += 1
+    assert answers[True] > 500
+
+
+def test_one_argument_that_is_not_there_does_not_hide_the_others(run_cli):
+    result = run_cli("validate", "--format", "json", EXAMPLES / "invalid" / "unknown_key.yaml", "nosuch")
+    assert [problem["code"] for problem in json.loads(result.out)] == ["unknown-key", "recipe-not-found"]
+
+
+@pytest.mark.parametrize(
+    ("training", "hint"),
+    [
+        ({"lr": 1}, "did you mean 'learning_rate'?"),
+        ({"batch_size": 1}, "did you mean 'per_device_train_batch_size'?"),
+        ({"gradient_acumulation_steps": 1}, "did you mean 'gradient_accumulation_steps'?"),
+        ({"r": 8}, "it belongs to 'peft'"),
+    ],
+)
+def test_hints_name_keys_that_may_be_set(run_cli, write_recipe, training, hint):
+    assert hint in run_cli("validate", write_recipe(training=training)).out
+
+
+def test_a_missing_format_is_one_problem(run_cli, write_recipe):
+    dataset = {"format": None, "system": "x", "train_on": "completion"}
+    assert run_cli("validate", write_recipe(dataset=dataset)).out.count("error[") == 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "Q: {instruction}",
+        "{output} {instruction}",
+        "{instruction} {context} {output}",
+        {"with_input": "{input}{output}", "without_input": "{instruction}{output}"},
+    ],
+)
+def test_templates_that_would_lose_something_are_refused(run_cli, write_recipe, template):
+    assert "error[wrong-form]" in run_cli("validate", write_recipe(dataset={"template": template})).out
+
+
+@pytest.mark.parametrize(
+    ("sections", "code"),
+    [
+        (
+            {"quantization": {"load_in_8bit": True, "bnb_4bit_quant_type": "nf4"}, "peft": {"method": "lora"}},
+            "error[quantization-width]",
+        ),
+        ({"dataset": {"train": {"source": "a/b", "sample_by": "line"}}}, "error[wrong-source]"),
+        ({"dataset": {"train": {"source": "../x/nosuch"}}}, "error[wrong-source]"),
+        ({"dataset": {"train": {"source": "rows.JSONL"}}}, "error[wrong-source]"),
+        ({"dataset": {"train": {"source": "a/b", "weight": 1}}}, "error[mixture-weight]"),
+        ({"model": {"name_or_path": "./here", "revision": "v1"}}, "error[local-model]"),
+        ({"training": {"max_steps": 3, "num_train_epochs": 2}}, "warning[ignored-key] training.num_train_epochs"),
+        ({"training": {"packing_strategy": "wrapped"}}, "warning[ignored-key] training.packing_strategy"),
+        ({"training": {"save_only_model": True}}, "error[removed-key]"),
+        ({"name": "tiny\n"}, "error[wrong-form]"),
+    ],
+)
+def test_what_would_be_ignored_is_said(run_cli, write_recipe, sections, code):
+    name = sections.pop("name", None)
+    file = write_recipe(**sections)
+    if name:
+        file.write_text(file.read_text().replace('"tiny"', json.dumps(name)))
+    assert code in run_cli("validate", file).out
+
+
+def test_a_folder_with_the_name_of_a_hub_id_is_not_taken_for_it(run_cli, write_recipe, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "someone" / "some-model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model = {"trust_remote_code": True}
+    result = run_cli("validate", write_recipe(model=model))
+    assert "error[local-model]" in result.out
+    assert "error[remote-code-unpinned]" in result.out

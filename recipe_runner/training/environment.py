@@ -62,10 +62,12 @@ def choose_precision(recipe: Recipe) -> Precision:
     available = {"bf16": has_bf16 or bool(on_cpu), "fp16": gpu, "tf32": has_bf16}
     for key in available:
         if training.get(key) and not available[key]:
-            fix = "remove the key: the precision is then chosen by the machine"
+            fix = "remove the key: the machine then decides"
+            if key == "bf16" and not gpu:
+                fix += "; on a CPU, training.use_cpu: true (or accelerate_configs/cpu.yaml) allows it"
             raise recipe.error("precision-unavailable", f"{machine} does not have {key}", fix, "training", key)
 
-    asked = training.get("bf16") is not None or training.get("fp16") is not None
+    asked = training.get("bf16") is not None or bool(training.get("fp16"))
     bf16 = bool(training.get("bf16")) if asked else has_bf16
     dtype = recipe.section("model").get("dtype") or ("bfloat16" if has_bf16 and recipe.section("peft") else "float32")
     reason = (

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -81,7 +82,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(recipe.values["model"]["name_or_path"], **_location(recipe))
     except (OSError, ValueError) as error:
         raise recipe.error("tokenizer-not-found", _first_line(error), "", "model", "name_or_path") from error
-    if "eos_token" in training:
+    if training.get("eos_token") is not None:
         if training["eos_token"] not in tokenizer.get_vocab():
             message = f"'{training['eos_token']}' is not in the tokenizer's vocabulary"
             raise recipe.error("unknown-token", message, "", "training", "eos_token")
@@ -91,7 +92,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         raise recipe.error("no-eos-token", message, "set training.eos_token", "model", "name_or_path")
     if dataset["format"] == "text" or "template" in dataset:
         return tokenizer
-    if "chat_template_path" in training:
+    if training.get("chat_template_path") is not None:
         tokenizer.chat_template = Path(training["chat_template_path"]).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         fix = "use an instruct model, set training.chat_template_path, or dataset.template for plain text"
@@ -156,15 +157,23 @@ def check_targets(recipe: Recipe, peft_config: PeftConfig, model_config: Pretrai
         UserError: A target, or a module to save, matches nothing.
     """
     architecture = getattr(transformers, (model_config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        model = (
-            architecture._from_config(model_config) if architecture else AutoModelForCausalLM.from_config(model_config)
-        )
+    trust = recipe.values["model"]["trust_remote_code"]
+    try:
+        with torch.device("meta"):
+            if architecture:
+                model = architecture._from_config(model_config)
+            else:
+                model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
+    except ValueError as error:
+        raise recipe.error("model-config", _first_line(error), "", "model", "name_or_path") from error
     modules = list(dict(model.named_modules()))
     linear = sorted(
         {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     )
     targets = peft_config.target_modules
+    if targets is None and model_config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        message = f"PEFT has no default targets for {model_config.model_type}"
+        raise recipe.error("target-not-found", message, "add 'target_modules: all-linear'", "peft", "target_modules")
     wanted = (
         []
         if targets in (None, "all-linear")

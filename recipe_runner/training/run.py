@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
 from recipe_runner import run_folder
@@ -113,11 +114,28 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> SFTTrainer:
             quantization_config=model.build_quantization(recipe),
             peft_config=model.build_peft(recipe),
         )
-    except (OSError, ImportError, ValueError, SafetensorError) as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise recipe.error("model-not-loaded", what, "", "model", "name_or_path") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise recipe.error("model-not-loaded", _first_line(error), "", "model", "name_or_path") from error
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise recipe.error("training-refused", _first_line(error), "", "training") from error
+    for name, key in (("create_optimizer", "optim"), ("create_scheduler", "lr_scheduler_type")):
+        setattr(trainer, name, _refusing(getattr(trainer, name), recipe, key))
     model.keep_4bit_weights_trainable(trainer.model)
     return trainer
+
+
+def _refusing(create: Callable[..., Any], recipe: Recipe, key: str) -> Callable[..., Any]:
+    """Says at which key an optimizer or scheduler is refused: transformers makes them when training begins."""
+
+    def create_or_refuse(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return create(*args, **kwargs)
+        except (ImportError, ValueError, TypeError) as error:
+            raise recipe.error("training-refused", _first_line(error), "", "training", key) from error
+
+    return create_or_refuse
 
 
 def describe_run(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
@@ -152,7 +170,11 @@ def build_config(recipe: Recipe, precision: Precision) -> SFTConfig:
     try:
         config = SFTConfig(**{**section, **owned})
     except (ValueError, ImportError, TypeError) as error:
-        raise recipe.error("training-refused", str(error).strip().splitlines()[0], "", "training") from error
+        raise recipe.error("training-refused", _first_line(error), "", "training") from error
+    trackers = get_available_reporting_integrations()
+    for tracker in set(config.report_to) - set(trackers):
+        known = f"installed trackers: {', '.join(sorted(trackers)) or 'none'}"
+        raise recipe.error("tracker-missing", f"'{tracker}' is not installed", known, "training", "report_to")
     return config
 
 
@@ -170,15 +192,15 @@ class _Recorder(TrainerCallback):
 
 
 class _Interruption(TrainerCallback):
-    """The first Ctrl-C ends the current step, saves a checkpoint and stops; the second stops at once."""
+    """The first SIGINT (Ctrl-C) or SIGTERM ends the step, saves a checkpoint and stops; the second stops at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self.number = False, signal.SIGINT
 
     def __call__(self, number: int, frame: Any) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.number = True, signal.Signals(number)
         print(
             "\nInterrupted: finishing this step and saving a checkpoint (Ctrl-C again to stop at once).",
             file=sys.stderr,
@@ -198,13 +220,15 @@ def _train(trainer: SFTTrainer, folder: Path, interruption: _Interruption, resum
     checkpoint = run_folder.last_checkpoint(folder) if resumed else None
     if checkpoint and trainer.is_world_process_zero():
         run_folder.drop_metrics_after(folder, int(checkpoint.name.rpartition("-")[2]))
-    before = signal.signal(signal.SIGINT, interruption)
+    before = {number: signal.signal(number, interruption) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(f"Interrupted at step {trainer.state.global_step}; continue with: --resume {folder}")
+        message = f"Interrupted at step {trainer.state.global_step}; continue with: --resume {folder}"
+        raise Interrupted(message, interruption.number)
 
 
 def _save(trainer: SFTTrainer, recipe: Recipe, folder: Path) -> Path:
@@ -299,3 +323,7 @@ def _agree(folder: Path | None) -> Path:
 def _say(config: SFTConfig, text: str) -> None:
     if config.process_index == 0:
         print(text, flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

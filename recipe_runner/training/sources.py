@@ -59,11 +59,11 @@ def load_source(recipe: Recipe, source: dict[str, Any], path: KeyPath) -> Datase
     name, suffix = source["source"], Path(source["source"]).suffix
     try:
         if suffix in BUILDERS:
-            options = {"sample_by": source["sample_by"]} if suffix == ".txt" else {}
+            options = {"sample_by": source["sample_by"]} if "sample_by" in source else {}
             rows = load_dataset(BUILDERS[suffix], data_files=name, split=source["split"], **options)
         else:
             rows = load_dataset(name, source.get("subset"), split=source["split"], revision=source.get("revision"))
-    except (DatasetsError, OSError, ValueError, KeyError, StopIteration) as error:
+    except (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration) as error:
         raise _explain_load_error(error, name, suffix, recipe, path) from error
     if not len(rows):
         raise recipe.error("empty-dataset", f"{name} has no rows", "", *path, "source")
