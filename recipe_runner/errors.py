@@ -40,3 +40,8 @@ def user_error(
 ) -> UserError:
     """Builds the error for one problem."""
     return UserError([Problem(code, message, mark, path, suggestion)])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what upstream says, or the error's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -73,7 +73,11 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
             yield problem("wrong-type", f"expected {expected}, found {found}", _retype(value, kinds, path))
         case "enum" | "const":
             choices = error.validator_value if error.validator == "enum" else [error.validator_value]
-            near = suggest(str(value), [str(choice) for choice in choices])
+            renamed = (
+                schema.resolve("#/$defs/sft_training")["properties"].get(path[-1], {}).get("x-renamed-choices", {})
+            )
+            new = renamed.get(value) if isinstance(value, str) else None
+            near = f"renamed to '{new}'" if new else suggest(str(value), [str(choice) for choice in choices])
             listed = ", ".join(_show(choice) for choice in choices)
             yield problem("unknown-choice", f"{found} is not one of {listed}", near)
         case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":

@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import recipe_runner.training  # noqa: F401  # isort: skip (before the libraries that it keeps quiet)
 import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
-
-import recipe_runner.training  # noqa: F401 (before the libraries that it keeps quiet)
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "recipes" / "data" / "tickets_heldout.jsonl"
 

@@ -63,6 +63,10 @@ def test_files_that_are_linked_or_named_exist():
         assert (ROOT / name).is_file(), name
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"\b[A-Z]+_OUTPUT\b|TODO|XXX", README)
+
+
 def test_version_is_the_changelog_s():
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()

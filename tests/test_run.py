@@ -346,6 +346,18 @@ def test_a_bug_is_exit_status_3_with_a_log_and_a_failed_run(train, monkeypatch):
     log.unlink()
 
 
+@pytest.mark.parametrize(
+    ("file", "text"), [("config.json", '{"model_type": "nonsense"}'), ("config.json", "{"), ("tokenizer.json", "{")]
+)
+def test_a_damaged_model_folder_is_one_line_before_the_weights(train, tiny_phi3, tmp_path, file, text):
+    shutil.copytree(tiny_phi3, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(text)
+    result, folder = train(model={"name_or_path": str(tmp_path / "model")})
+    assert result.status == 1, result.err
+    assert re.search(r"error\[(model-config|tokenizer-not-found)\] model.name_or_path: ", result.err)
+    assert folder is None
+
+
 def damaged(tiny_phi3, tmp_path, damage):
     shutil.copytree(tiny_phi3, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"

@@ -22,7 +22,7 @@ CONVERSATION = [
 def prepare(write_recipe, tmp_path, tiny_phi3):
     """Prepares rows as a run does; returns the split, its tokenizer, and (rendered text, learned text) of each row."""
     from recipe_runner.training import environment, model, sources, tokens
-    from recipe_runner.training.run import build_config
+    from recipe_runner.training.preparation import build_config
 
     def prepare(rows, name_or_path=tiny_phi3, training=None, **dataset):
         file = tmp_path / "rows.jsonl"

@@ -31,7 +31,7 @@ from transformers import (
 )
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from recipe_runner.errors import UserError
+from recipe_runner.errors import UserError, first_line
 from recipe_runner.recipe import Recipe
 from recipe_runner.validate import suggest
 
@@ -81,7 +81,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.values["model"]["name_or_path"], **_location(recipe))
     except (OSError, ValueError) as error:
-        raise recipe.error("tokenizer-not-found", _first_line(error), "", "model", "name_or_path") from error
+        raise recipe.error("tokenizer-not-found", first_line(error), "", "model", "name_or_path") from error
     if training.get("eos_token") is not None:
         if training["eos_token"] not in tokenizer.get_vocab():
             message = f"'{training['eos_token']}' is not in the tokenizer's vocabulary"
@@ -116,7 +116,7 @@ def load_model_config(recipe: Recipe) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(recipe.values["model"]["name_or_path"], **_location(recipe))
     except (OSError, ValueError, KeyError) as error:
-        raise recipe.error("model-config", _first_line(error), "", "model", "name_or_path") from error
+        raise recipe.error("model-config", first_line(error), "", "model", "name_or_path") from error
 
 
 def build_quantization(recipe: Recipe) -> BitsAndBytesConfig | None:
@@ -145,7 +145,7 @@ def build_peft(recipe: Recipe) -> PeftConfig | None:
     try:
         return cls(task_type="CAUSAL_LM", **section)
     except (ValueError, TypeError, ImportError) as error:
-        raise recipe.error("peft-refused", _first_line(error), "", "peft") from error
+        raise recipe.error("peft-refused", first_line(error), "", "peft") from error
 
 
 def check_targets(recipe: Recipe, peft_config: PeftConfig, model_config: PretrainedConfig) -> None:
@@ -165,7 +165,7 @@ def check_targets(recipe: Recipe, peft_config: PeftConfig, model_config: Pretrai
             else:
                 model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
     except ValueError as error:
-        raise recipe.error("model-config", _first_line(error), "", "model", "name_or_path") from error
+        raise recipe.error("model-config", first_line(error), "", "model", "name_or_path") from error
     modules = list(dict(model.named_modules()))
     linear = sorted(
         {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -211,7 +211,3 @@ def _no_match(recipe: Recipe, key: str, name: str, linear: list[str]) -> UserErr
 
 def _location(recipe: Recipe) -> dict[str, Any]:
     return {key: recipe.values["model"][key] for key in ("revision", "trust_remote_code")}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,33 +6,30 @@ from pathlib import Path
 from trl import SFTTrainer
 
 from recipe_runner.recipe import Recipe
-from recipe_runner.training.environment import Precision, describe_device, describe_processes
-from recipe_runner.training.tokens import PreparedSplit
+from recipe_runner.training.environment import describe_device, describe_processes
+from recipe_runner.training.preparation import Prepared
 
 
-def describe_plan(
-    recipe: Recipe,
-    trainer: SFTTrainer,
-    precision: Precision,
-    train: PreparedSplit,
-    evaluation: PreparedSplit | None,
-    folder: Path,
-) -> str:
+def describe_plan(recipe: Recipe, trainer: SFTTrainer, prepared: Prepared, folder: Path) -> str:
     """Describes a run that is about to begin, one fact a line."""
     config, values = trainer.args, recipe.values
-    packed = f" packed into {len(train.dataset):,} rows of up to {config.max_length} tokens" if config.packing else ""
+    packed = (
+        f" packed into {len(prepared.train.dataset):,} rows of up to {config.max_length} tokens"
+        if config.packing
+        else ""
+    )
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     unpaged = "; no GPU: states are not paged" if "paged" in config.optim.value and config.device.type == "cpu" else ""
     lines = {
         "model": f"{values['model']['name_or_path']} ({describe_method(recipe)})",
         "trainable": describe_trainable(trainer),
-        "data": f"{train.accounting}{packed}",
-        "eval data": str(evaluation.accounting) if evaluation else "none",
+        "data": f"{prepared.train.accounting}{packed}",
+        "eval data": str(prepared.evaluation.accounting) if prepared.evaluation else "none",
         "steps": f"{count_steps(trainer):,} of {batch} rows: {config.per_device_train_batch_size} per device"
         f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(config)}",
         "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g},"
         f" {config.lr_scheduler_type.value}{unpaged}",
-        "precision": str(precision),
+        "precision": str(prepared.precision),
         "device": describe_device(config),
         "run folder": str(folder),
     }

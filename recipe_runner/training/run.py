@@ -1,39 +1,21 @@
 """A run, from top to bottom: the cheapest failure first, then the weights, then training."""
 
 import contextlib
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import get_available_reporting_integrations
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from recipe_runner import run_folder
 from recipe_runner.errors import Interrupted, user_error
 from recipe_runner.recipe import Recipe
-from recipe_runner.training import card, environment, model, plan, sources, tokens, verify
-from recipe_runner.training.environment import Precision
-from recipe_runner.training.tokens import PreparedSplit
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that a run needs before weights are loaded."""
-
-    config: SFTConfig
-    precision: Precision
-    tokenizer: PreTrainedTokenizerBase
-    train: PreparedSplit
-    evaluation: PreparedSplit | None
-    fingerprint: str
+from recipe_runner.training import card, plan, preparation, trainers, verify
 
 
 def run_recipe(recipe: Recipe, resume: str) -> Path:
@@ -49,23 +31,21 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
     """
     run_folder.check_writable(recipe)
     found = run_folder.find_resumable(recipe, resume)
-    prepared = prepare(recipe)
+    prepared = preparation.prepare(recipe)
     config = prepared.config
     folder = _agree(run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found)
     config.output_dir = str(folder / "checkpoints")
     with _recorded(folder, config):
         _write_status(config, folder, "running")
-        trainer = build_trainer(recipe, prepared)
-        _stop_on_non_finite(trainer, folder)
-        _keep_dtypes_on_resume(trainer)
+        trainer = trainers.build_trainer(recipe, prepared)
+        trainers.stop_on_non_finite(trainer, folder)
+        trainers.keep_dtypes_on_resume(trainer)
         interruption = _Interruption()
         trainer.add_callback(interruption)
         if config.process_index == 0:
             trainer.add_callback(_Recorder(folder))
-            run_folder.write_json(folder / "environment.json", describe_run(recipe, prepared))
-        _say(
-            config, plan.describe_plan(recipe, trainer, prepared.precision, prepared.train, prepared.evaluation, folder)
-        )
+            run_folder.write_json(folder / "environment.json", preparation.describe_run(recipe, prepared))
+        _say(config, plan.describe_plan(recipe, trainer, prepared, folder))
         _train(trainer, folder, interruption, found is not None)
         result = _save(trainer, recipe, folder)
         if config.process_index == 0:
@@ -73,109 +53,6 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
         _write_status(config, folder, "completed", step=trainer.state.global_step)
         _say(config, f"Completed: {result}")
     return folder
-
-
-def prepare(recipe: Recipe) -> Prepared:
-    """Checks and prepares everything but the weights, the cheapest first.
-
-    Raises:
-        UserError: The recipe, the data or the environment is at fault.
-    """
-    precision = environment.choose_precision(recipe)
-    model.find_model(recipe)
-    config = build_config(recipe, precision)
-    _say(config, f"Preparing {recipe.values['name']} ...")
-    rows, eval_rows = sources.load_splits(recipe)
-    tokenizer = model.load_tokenizer(recipe)
-    train = tokens.prepare_split(rows, recipe, tokenizer, config, config.packing, "train")
-    evaluation = None
-    if eval_rows is not None:
-        packing = config.packing if config.eval_packing is None else config.eval_packing
-        evaluation = tokens.prepare_split(eval_rows, recipe, tokenizer, config, packing, "eval")
-    model_config = model.load_model_config(recipe)
-    if peft_config := model.build_peft(recipe):
-        model.check_targets(recipe, peft_config, model_config)
-    return Prepared(config, precision, tokenizer, train, evaluation, rows._fingerprint)
-
-
-def build_trainer(recipe: Recipe, prepared: Prepared) -> SFTTrainer:
-    """Hands everything to TRL, which loads the weights, quantizes them and puts the adapter on.
-
-    Raises:
-        UserError: The weights can't be loaded.
-    """
-    try:
-        trainer = SFTTrainer(
-            model=recipe.values["model"]["name_or_path"],
-            args=prepared.config,
-            train_dataset=prepared.train.dataset,
-            eval_dataset=prepared.evaluation.dataset if prepared.evaluation else None,
-            processing_class=prepared.tokenizer,
-            quantization_config=model.build_quantization(recipe),
-            peft_config=model.build_peft(recipe),
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise recipe.error("model-not-loaded", _first_line(error), "", "model", "name_or_path") from error
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise recipe.error("training-refused", _first_line(error), "", "training") from error
-    for name, key in (("create_optimizer", "optim"), ("create_scheduler", "lr_scheduler_type")):
-        setattr(trainer, name, _refusing(getattr(trainer, name), recipe, key))
-    model.keep_4bit_weights_trainable(trainer.model)
-    return trainer
-
-
-def _refusing(create: Callable[..., Any], recipe: Recipe, key: str) -> Callable[..., Any]:
-    """Says at which key an optimizer or scheduler is refused: transformers makes them when training begins."""
-
-    def create_or_refuse(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return create(*args, **kwargs)
-        except (ImportError, ValueError, TypeError) as error:
-            raise recipe.error("training-refused", _first_line(error), "", "training", key) from error
-
-    return create_or_refuse
-
-
-def describe_run(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
-    """What `environment.json` holds: versions and hardware, precision, what became of the data."""
-    splits = {"train": prepared.train, "eval": prepared.evaluation}
-    return environment.describe_environment(recipe) | {
-        "precision": str(prepared.precision),
-        "data": {name: asdict(split.accounting) for name, split in splits.items() if split},
-        "dataset_fingerprint": prepared.fingerprint,
-    }
-
-
-def build_config(recipe: Recipe, precision: Precision) -> SFTConfig:
-    """The trainer's configuration: the recipe's `training` section, and what other sections own.
-
-    Raises:
-        UserError: TRL or transformers refuses the combination of fields.
-    """
-    section, base = recipe.section("training"), recipe.values["model"]
-    section.pop("chat_template_path", None)  # set on the tokenizer already
-    init = {key: base[key] for key in ("revision", "attn_implementation", "use_safetensors") if key in base}
-    owned = {
-        "output_dir": os.devnull,  # replaced once the run folder exists
-        "seed": recipe.values["run"]["seed"],
-        "data_seed": recipe.values["run"]["seed"],
-        "bf16": precision.bf16,
-        "fp16": precision.fp16,
-        "trust_remote_code": base["trust_remote_code"],
-        "model_init_kwargs": init | {"dtype": precision.dtype},
-        "dataset_kwargs": {"skip_prepare_dataset": True},  # prepared before the weights are loaded
-    }
-    try:
-        config = SFTConfig(**{**section, **owned})
-    except (ValueError, ImportError, TypeError) as error:
-        raise recipe.error("training-refused", _first_line(error), "", "training") from error
-    trackers = get_available_reporting_integrations()
-    for tracker in set(config.report_to) - set(trackers):
-        known = f"installed trackers: {', '.join(sorted(trackers)) or 'none'}"
-        raise recipe.error("tracker-missing", f"'{tracker}' is not installed", known, "training", "report_to")
-    return config
 
 
 class _Recorder(TrainerCallback):
@@ -241,53 +118,6 @@ def _save(trainer: SFTTrainer, recipe: Recipe, folder: Path) -> Path:
     return result
 
 
-def _stop_on_non_finite(trainer: SFTTrainer, folder: Path) -> None:
-    """Ends the run before a loss or gradient that is not finite reaches the weights, and so the next checkpoint.
-
-    transformers 5.23 replaces such losses in its log (logging_nan_inf_filter) and trains on. With float16 the gradient
-    scaler deals with gradients that overflow, so only the loss is looked at.
-    """
-    training_step, get_grad_norm = trainer.training_step, trainer._get_grad_norm
-
-    def fail(what: str) -> None:
-        checkpoint = run_folder.last_checkpoint(folder)
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        fix = "lower training.learning_rate, add training.warmup_steps, or look at the rows of this step"
-        raise user_error(
-            "non-finite", f"the {what} of step {trainer.state.global_step + 1} is not a finite number; {kept}", fix
-        )
-
-    def checked_step(*args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = training_step(*args, **kwargs)
-        if not torch.isfinite(loss).all():
-            fail("loss")
-        return loss
-
-    def checked_norm(*args: Any, **kwargs: Any) -> Any:
-        norm = get_grad_norm(*args, **kwargs)
-        if norm is not None and not trainer.args.fp16 and not torch.isfinite(torch.as_tensor(norm)).all():
-            fail("gradient")
-        return norm
-
-    trainer.training_step, trainer._get_grad_norm = checked_step, checked_norm
-
-
-def _keep_dtypes_on_resume(trainer: SFTTrainer) -> None:
-    """Keeps the adapter of a quantized base in bfloat16 when a checkpoint is loaded.
-
-    TRL 1.16 trains it in bfloat16; transformers 5.23 resumes through PEFT's load_adapter, which casts it to float32, so
-    that a resumed run would go on differently. `test_run.py` holds that it goes on the same.
-    """
-    load, dtypes = trainer._load_from_checkpoint, {name: p.dtype for name, p in trainer.model.named_parameters()}
-
-    def load_and_cast(*args: Any, **kwargs: Any) -> None:
-        load(*args, **kwargs)
-        for name, parameter in trainer.model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
-
-    trainer._load_from_checkpoint = load_and_cast
-
-
 @contextlib.contextmanager
 def _recorded(folder: Path, config: SFTConfig) -> Iterator[None]:
     """Leaves the right status in the run folder, whatever happens."""
@@ -323,7 +153,3 @@ def _agree(folder: Path | None) -> Path:
 def _say(config: SFTConfig, text: str) -> None:
     if config.process_index == 0:
         print(text, flush=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

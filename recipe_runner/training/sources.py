@@ -10,7 +10,7 @@ from datasets import Dataset, concatenate_datasets, disable_progress_bars, inter
 from datasets.exceptions import DatasetsError
 
 from recipe_runner import formats
-from recipe_runner.errors import UserError
+from recipe_runner.errors import UserError, first_line
 from recipe_runner.formats import RowError, normalise_row
 from recipe_runner.problem import KeyPath
 from recipe_runner.recipe import Recipe
@@ -124,7 +124,7 @@ def _explain_load_error(error: Exception, name: str, suffix: str, recipe: Recipe
     root: BaseException = error
     while suffix in BUILDERS and (root.__cause__ or root.__context__):
         root = root.__cause__ or root.__context__ or root
-    what = (str(root).strip().splitlines() or [type(root).__name__])[0]
+    what = first_line(root)
     if suffix in BUILDERS:
         return recipe.error("unreadable-data", f"cannot read {name}: {what}", "", *place)
     hint = "check the id, subset and split, and the network; or use a local file"

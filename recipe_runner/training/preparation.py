@@ -1,0 +1,91 @@
+"""Everything that a run needs before weights are loaded, the cheapest first."""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
+from trl import SFTConfig
+
+from recipe_runner.errors import first_line
+from recipe_runner.recipe import Recipe
+from recipe_runner.training import environment, model, sources, tokens
+from recipe_runner.training.environment import Precision
+from recipe_runner.training.tokens import PreparedSplit
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs before weights are loaded."""
+
+    config: SFTConfig
+    precision: Precision
+    tokenizer: PreTrainedTokenizerBase
+    train: PreparedSplit
+    evaluation: PreparedSplit | None
+    fingerprint: str
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Checks and prepares everything but the weights, the cheapest first.
+
+    Raises:
+        UserError: The recipe, the data or the environment is at fault.
+    """
+    precision = environment.choose_precision(recipe)
+    model.find_model(recipe)
+    config = build_config(recipe, precision)
+    if config.process_index == 0:
+        print(f"Preparing {recipe.values['name']} ...", flush=True)
+    rows, eval_rows = sources.load_splits(recipe)
+    tokenizer = model.load_tokenizer(recipe)
+    train = tokens.prepare_split(rows, recipe, tokenizer, config, config.packing, "train")
+    evaluation = None
+    if eval_rows is not None:
+        packing = config.packing if config.eval_packing is None else config.eval_packing
+        evaluation = tokens.prepare_split(eval_rows, recipe, tokenizer, config, packing, "eval")
+    model_config = model.load_model_config(recipe)
+    if peft_config := model.build_peft(recipe):
+        model.check_targets(recipe, peft_config, model_config)
+    return Prepared(config, precision, tokenizer, train, evaluation, rows._fingerprint)
+
+
+def build_config(recipe: Recipe, precision: Precision) -> SFTConfig:
+    """The trainer's configuration: the recipe's `training` section, and what other sections own.
+
+    Raises:
+        UserError: TRL or transformers refuses the combination of fields.
+    """
+    section, base = recipe.section("training"), recipe.values["model"]
+    section.pop("chat_template_path", None)  # set on the tokenizer already
+    init = {key: base[key] for key in ("revision", "attn_implementation", "use_safetensors") if key in base}
+    owned = {
+        "output_dir": os.devnull,  # replaced once the run folder exists
+        "seed": recipe.values["run"]["seed"],
+        "data_seed": recipe.values["run"]["seed"],
+        "bf16": precision.bf16,
+        "fp16": precision.fp16,
+        "trust_remote_code": base["trust_remote_code"],
+        "model_init_kwargs": init | {"dtype": precision.dtype},
+        "dataset_kwargs": {"skip_prepare_dataset": True},  # prepared before the weights are loaded
+    }
+    try:
+        config = SFTConfig(**{**section, **owned})
+    except (ValueError, ImportError, TypeError) as error:
+        raise recipe.error("training-refused", first_line(error), "", "training") from error
+    trackers = get_available_reporting_integrations()
+    for tracker in set(config.report_to) - set(trackers):
+        known = f"installed trackers: {', '.join(sorted(trackers)) or 'none'}"
+        raise recipe.error("tracker-missing", f"'{tracker}' is not installed", known, "training", "report_to")
+    return config
+
+
+def describe_run(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """What `environment.json` holds: versions and hardware, precision, what became of the data."""
+    splits = {"train": prepared.train, "eval": prepared.evaluation}
+    return environment.describe_environment(recipe) | {
+        "precision": str(prepared.precision),
+        "data": {name: asdict(split.accounting) for name, split in splits.items() if split},
+        "dataset_fingerprint": prepared.fingerprint,
+    }
