@@ -8,8 +8,6 @@ import pytest
 from recipe_runner.errors import UserError
 from recipe_runner.resolve import load_recipe
 
-pytestmark = pytest.mark.filterwarnings("default")
-
 
 @pytest.fixture
 def check(write_recipe, tiny_phi3):

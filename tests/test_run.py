@@ -13,8 +13,6 @@ import pytest
 
 from recipe_runner.document import read_document
 
-pytestmark = pytest.mark.filterwarnings("default")
-
 LORA = {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 NF4 = {
     "load_in_4bit": True,

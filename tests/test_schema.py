@@ -38,7 +38,6 @@ def test_every_property_is_described(file):
             assert len(entry.get("description", "")) > 5 or file.parent.name == "upstream", path
 
 
-@pytest.mark.filterwarnings("default")
 def test_every_field_of_upstream_is_there_and_nothing_else():
     from peft import LoraConfig
     from trl import SFTConfig

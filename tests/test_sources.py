@@ -8,7 +8,6 @@ import pytest
 from recipe_runner.errors import UserError
 from recipe_runner.resolve import load_recipe
 
-pytestmark = pytest.mark.filterwarnings("default")
 ROWS = [{"instruction": f"question {n}", "output": f"answer {n}", "note": n} for n in range(10)]
 
 

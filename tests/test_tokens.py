@@ -8,7 +8,6 @@ import pytest
 from recipe_runner.errors import UserError
 from recipe_runner.resolve import load_recipe
 
-pytestmark = pytest.mark.filterwarnings("default")
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "one"},

@@ -4,8 +4,6 @@ import pytest
 
 from recipe_runner.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("default")
-
 
 @pytest.fixture(params=["lora", "full"])
 def saved(request, tiny_phi3, tokenizer, tmp_path):
