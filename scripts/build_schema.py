@@ -45,9 +45,8 @@ def main() -> None:
         sys.exit(
             f"{', '.join(stale)}: not what the installed versions give; run `make schema` and review the difference"
         )
-    print(
-        f"{FOLDER.relative_to(FOLDER.parents[1])}: {len(schemas)} files, {len(stale)} {'differ' if '--check' in sys.argv else 'changed'}"
-    )
+    verb = "differ" if "--check" in sys.argv else "changed"
+    print(f"schema/upstream: {len(schemas)} files, {len(stale)} {verb}")
 
 
 def header(cls: type, package: str) -> dict[str, Any]:
