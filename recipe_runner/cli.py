@@ -78,14 +78,16 @@ def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resum
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["text", "json"]),
+    type=click.Choice(["text", "json", "github", "sarif"]),
     default="text",
     show_default=True,
-    help="How problems are written.",
+    help="How problems are written: for people, for scripts, as GitHub annotations, for code scanning.",
 )
-def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str) -> None:
+@click.option("--strict", is_flag=True, help="Warnings fail, too.")
+def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str, strict: bool) -> None:
     """Check recipes: files, folders or names of shipped recipes."""
     from recipe_runner.library import collect_recipes
+    from recipe_runner.report import FORMATS
     from recipe_runner.resolve import examine_recipe
 
     count, problems = 0, []
@@ -98,15 +100,14 @@ def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str) -> N
         count += len(files)
         for file in files:
             problems += examine_recipe(file, overrides)[1]
+    if problems or form in ("json", "sarif"):
+        click.echo(FORMATS[form](problems))
     errors = sum(problem.severity == "error" for problem in problems)
-    if form == "json":
-        click.echo(json.dumps([problem.as_json() for problem in problems], indent=2))
-    else:
-        for problem in problems:
-            click.echo(problem)
+    if form in ("text", "github"):
         counts = f"{count} recipe{'s' * (count != 1)}, {errors} error{'s' * (errors != 1)}"
-        click.echo(f"{counts}, {len(problems) - errors} warning{'s' * (len(problems) - errors != 1)}", err=bool(errors))
-    if errors:
+        warnings = len(problems) - errors
+        click.echo(f"{counts}, {warnings} warning{'s' * (warnings != 1)}", err=bool(errors))
+    if errors or (strict and problems):
         sys.exit(EXIT_USER_ERROR)
 
 

@@ -65,6 +65,8 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
         for override in overrides:
             _override(draft, override)
         _drop_nulls(draft.values)
+        if isinstance(draft.values.get("extends"), str):
+            del draft.values["extends"]  # merged: from here on the recipe must be whole
         problems = draft.problems + validate.check_values(draft.values, draft.place)
         values = _repaired(draft.values, problems)
         if not [p for p in validate.check_values(values, draft.place) if p.code != "removed-key"]:
@@ -78,7 +80,6 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
     problems = sort_problems(problems)
     if any(problem.severity == "error" for problem in problems):
         return None, problems
-    values.pop("extends", None)
     warnings = tuple(str(problem) for problem in problems)
     return Recipe(file, document.text, values, draft.key_marks, warnings), problems
 

@@ -222,6 +222,51 @@ def ignored_keys(values: Values) -> Found:
             yield ("training", key), f"has no effect: {reason}", "remove the key"
 
 
+def compute_dtype(values: Values) -> Found:
+    """4-bit weights are computed in the precision of training, or every layer converts twice."""
+    computed = (values.get("quantization") or {}).get("bnb_4bit_compute_dtype")
+    mixed = next((name for key, name in _MIXED.items() if values["training"].get(key)), None)
+    if computed and mixed and computed != mixed:
+        found = f"4-bit weights are computed in {computed}, training is in {mixed}"
+        yield ("quantization", "bnb_4bit_compute_dtype"), found, f"write {mixed}"
+
+
+def fused_projections(values: Values) -> Found:
+    """Phi-3 fuses its projections: the names of Llama's match nothing. Source: transformers/models/phi3."""
+    targets = (values.get("peft") or {}).get("target_modules")
+    if re.search(r"phi-?3", Path(values["model"]["name_or_path"]).name.lower()) and isinstance(targets, list):
+        for index, target in enumerate(targets):
+            if fused := _PHI3_FUSED.get(target):
+                yield ("peft", "target_modules", index), f"Phi-3 has no '{target}'", f"use '{fused}', or all-linear"
+
+
+def context_length(values: Values) -> Found:
+    """Tokens beyond the model's context are out of its range; some hub ids say how long that is (4k, 128k)."""
+    said = re.search(r"-(\d+)k(-|$)", values["model"]["name_or_path"].lower())
+    length = values["training"].get("max_length")
+    if said and length and length > int(said[1]) * 1024:
+        yield ("training", "max_length"), f"{length} tokens, the model's context is {said[1]}k", "lower it"
+
+
+def learning_rate(values: Values) -> Found:
+    """Adapters take a tenfold higher rate than full fine-tuning.
+
+    Source: QLoRA (arXiv 2305.14314) trains adapters at 1e-4 to 2e-4; TRL's default for full fine-tuning is 2e-5. The
+    ranges here are wider by a factor of ten or more.
+    """
+    low, high = (2e-6, 6e-3) if values.get("peft") else (2e-7, 1e-3)
+    rate = values["training"].get("learning_rate")
+    if rate is not None and not low <= rate <= high:
+        method = "an adapter" if values.get("peft") else "full fine-tuning"
+        yield ("training", "learning_rate"), f"{rate:g} is unusual for {method}", f"usual: {low:g} to {high:g}"
+
+
+_MIXED = {"bf16": "bfloat16", "fp16": "float16"}
+_PHI3_FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+
 RULES: dict[str, Callable[[Values], Found]] = {
     "quantized-full-training": quantization_without_peft,
     "quantization-width": quantization_width,
@@ -233,13 +278,18 @@ RULES: dict[str, Callable[[Values], Found]] = {
     "remote-code-unpinned": remote_code_unpinned,
     "local-model": local_model,
     "ignored-key": ignored_keys,
+    "compute-dtype": compute_dtype,
+    "fused-projections": fused_projections,
+    "context-length": context_length,
+    "unusual-learning-rate": learning_rate,
     "wrong-column-role": column_roles,
     "mixture-weight": mixture_weights,
     "wrong-source": source_files,
     "template-use": template_use,
 }
 
-WARNINGS = {"ignored-key"}  # a quick try with --set training.max_steps=10 must not need an edit
+# What may be meant: it is said, and never fails a run.
+WARNINGS = {"ignored-key", "context-length", "unusual-learning-rate"}
 
 
 def sources(values: Values) -> Iterator[tuple[KeyPath, Values]]:

@@ -47,7 +47,7 @@ def write_recipe(tmp_path):
             "stage": "sft",
             "model": {"name_or_path": "someone/some-model"},
             "dataset": {"format": "instruction", "train": {"source": str(TICKETS)}},
-            "training": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.001},
+            "training": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-4},
             "run": {"output_dir": str(tmp_path / "runs")},
         }
         for section, value in sections.items():

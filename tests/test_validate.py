@@ -251,3 +251,28 @@ def test_a_folder_with_the_name_of_a_hub_id_is_not_taken_for_it(run_cli, write_r
     result = run_cli("validate", write_recipe(model=model))
     assert "error[local-model]" in result.out
     assert "error[remote-code-unpinned]" in result.out
+
+
+PHI3 = {"name_or_path": "microsoft/Phi-3-mini-4k-instruct"}
+NF4 = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+LORA = {"method": "lora", "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"quantization": NF4, "peft": LORA, "training": {"fp16": True}}, "error[compute-dtype]"),
+        ({"model": PHI3, "peft": LORA | {"target_modules": ["q_proj"]}}, "Phi-3 has no 'q_proj'; use 'qkv_proj'"),
+        ({"model": PHI3, "training": {"max_length": 8192}}, "warning[context-length] training.max_length"),
+        ({"training": {"learning_rate": 0.01}}, "warning[unusual-learning-rate] training.learning_rate"),
+        ({"peft": LORA, "training": {"learning_rate": 1e-7}}, "is unusual for an adapter"),
+    ],
+)
+def test_rules_about_precision_models_and_rates(run_cli, write_recipe, sections, message):
+    assert message in run_cli("validate", write_recipe(**sections)).out
+
+
+def test_what_is_usual_is_not_remarked_on(run_cli, write_recipe):
+    training = {"learning_rate": 2e-4, "max_length": 4096, "bf16": True}
+    result = run_cli("validate", write_recipe(model=PHI3, quantization=NF4, peft=LORA, training=training))
+    assert result.out == "1 recipe, 0 errors, 0 warnings\n"

@@ -1,0 +1,46 @@
+"""Problems for machines: GitHub annotations and SARIF."""
+
+import json
+from pathlib import Path
+
+from recipe_runner.problem import Mark, Problem
+from recipe_runner.report import write_github
+
+INVALID = Path(__file__).parent / "examples" / "invalid"
+
+
+def test_github_annotation_names_file_line_column_and_code(run_cli):
+    result = run_cli("validate", "--format", "github", INVALID / "unknown_key.yaml")
+    assert result.status == 1
+    assert result.out == (
+        f"::error file={INVALID / 'unknown_key.yaml'},line=12,col=3,title=unknown-key::"
+        "training.learning_rat: unknown key; did you mean 'learning_rate'?\n"
+    )
+
+
+def test_github_annotation_escapes_what_would_end_it():
+    problem = Problem("a-code", "100%\nof it", Mark("a,b:c.yaml", 3, 1))
+    assert write_github([problem]) == "::error file=a%2Cb%3Ac.yaml,line=3,col=1,title=a-code::100%25%0Aof it"
+
+
+def test_sarif_log_holds_every_problem_at_its_place(run_cli):
+    result = run_cli("validate", "--format", "sarif", INVALID / "wrong_type.yaml", INVALID / "unknown_key.yaml")
+    log = json.loads(result.out)
+    (run,) = log["runs"]
+    places = [found["locations"][0]["physicalLocation"] for found in run["results"]]
+    assert log["version"] == "2.1.0"
+    assert [place["region"]["startLine"] for place in places] == [12, 13, 14, 12]
+    rules = [rule["id"] for rule in run["tool"]["driver"]["rules"]]
+    assert all(rules[found["ruleIndex"]] == found["ruleId"] for found in run["results"])
+
+
+def test_sarif_log_of_valid_recipes_is_empty_not_missing(run_cli):
+    result = run_cli("validate", "--format", "sarif", "phi3_chat_qlora")
+    assert result.status == 0
+    assert json.loads(result.out)["runs"][0]["results"] == []
+
+
+def test_warnings_fail_only_when_strict(run_cli, write_recipe):
+    file = write_recipe(training={"max_steps": 3, "num_train_epochs": 2})
+    assert run_cli("validate", file).status == 0
+    assert run_cli("validate", "--strict", file).status == 1
