@@ -143,6 +143,15 @@ def show(recipe: str, overrides: tuple[str, ...]) -> None:
     click.echo(dump_values(dict(load_recipe(recipe, overrides).values)), nl=False)
 
 
+@cli.command()
+@click.argument("name")
+def explain(name: str) -> None:
+    """Explain a key of a recipe (training.packing_strategy) or an error code (unknown-key)."""
+    from recipe_runner.explain import explain
+
+    click.echo(explain(name))
+
+
 def main() -> NoReturn:
     """Runs the command line and maps errors to exit status and one-line messages."""
     try:

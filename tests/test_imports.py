@@ -14,7 +14,14 @@ CORE = sorted(set(PACKAGE.glob("*.py")))
 
 @pytest.mark.parametrize(
     "arguments",
-    [["validate", "recipes"], ["list"], ["show", "phi3_chat_qlora"], ["--help"], ["train", "--help"]],
+    [
+        ["validate", "recipes"],
+        ["list"],
+        ["show", "phi3_chat_qlora"],
+        ["--help"],
+        ["train", "--help"],
+        ["explain", "peft.r"],
+    ],
     ids=str,
 )
 def test_light_commands_load_none_of_the_ml_stack(arguments):

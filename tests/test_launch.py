@@ -107,7 +107,12 @@ def test_wheel_holds_the_shelf_and_works_in_an_empty_folder(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     names = {str(file.relative_to(ROOT)) for file in (ROOT / "recipes").glob("*.yaml")}
-    names |= {"schema/recipe.schema.json", "accelerate_configs/cpu.yaml", "recipes/data/tickets_train.jsonl"}
+    names |= {
+        "schema/recipe.schema.json",
+        "accelerate_configs/cpu.yaml",
+        "recipes/data/tickets_train.jsonl",
+        "docs/errors.md",
+    }
     assert all((tmp_path / "site" / "recipe_runner" / "_shelf" / name).is_file() for name in names)
     empty = tmp_path / "empty"
     empty.mkdir()

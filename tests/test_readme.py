@@ -21,7 +21,11 @@ def test_the_recipe_is_the_one_on_the_shelf():
 
 @pytest.mark.parametrize(
     "command",
-    [command for command in COMMANDS + CELLS if "validate" in command or " list" in command or " show" in command],
+    [
+        command
+        for command in COMMANDS + CELLS
+        if " explain" in command or "validate" in command or " list" in command or " show" in command
+    ],
 )
 def test_commands_that_need_no_model_run_and_print_what_is_shown(run_cli, monkeypatch, command):
     monkeypatch.chdir(ROOT)

@@ -1,0 +1,95 @@
+"""The documentation of a recipe key or of an error code, from the schema and from docs/errors.md."""
+
+import json
+import re
+import textwrap
+from typing import Any
+
+from recipe_runner import schema
+from recipe_runner.errors import user_error
+from recipe_runner.library import shelf
+from recipe_runner.validate import suggest
+
+_NAMES = {"null": "null", "object": "mapping", "array": "list"}
+
+
+def explain(name: str) -> str:
+    """Explains a key path (`training.packing_strategy`) or an error code (`unknown-key`).
+
+    Raises:
+        UserError: There is no such key and no such code.
+    """
+    codes, keys = _codes(), _keys()
+    if name in codes:
+        return f"{name}: {codes[name]}"
+    path = re.sub(r"\.\d+(?=\.|$)", "", name)  # dataset.train.0.source is dataset.train.source
+    if path not in keys:
+        hint = suggest(path, [*keys, *codes]) or f"sections: {', '.join(key for key in keys if '.' not in key)}"
+        raise user_error("unknown-key", f"there is no key and no error code '{name}'", hint)
+    return _describe(path, *keys[path])
+
+
+def _describe(path: str, entry: dict[str, Any], origin: str) -> str:
+    kinds = entry.get("type", [])
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    facts = {
+        "type": " or ".join(str(_NAMES.get(kind, kind)) for kind in kinds),
+        "choices": ", ".join(json.dumps(choice).strip('"') for choice in entry.get("enum", [])),
+        "default": json.dumps(entry["default"]) if "default" in entry else "",
+        "bounds": ", ".join(
+            f"{key} {entry[key]}" for key in entry if re.match(r"(exclusive)?(Min|Max|min|max)imum", key)
+        ),
+        "from": origin,
+    }
+    if "not" in entry and entry["not"] == {}:
+        facts = {"instead": entry.get("x-replaced-by", "")}
+    lines = [path, *textwrap.wrap(entry.get("description", ""), 100, initial_indent="  ", subsequent_indent="  ")]
+    lines += [f"  {key + ':':<9}{text}" for key, text in facts.items() if text]
+    if below := entry.get("properties"):
+        lines += textwrap.wrap(f"keys: {', '.join(below)}", 100, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _keys() -> dict[str, tuple[dict[str, Any], str]]:
+    """Every documented key path, with its schema and the class that it comes from."""
+    keys: dict[str, tuple[dict[str, Any], str]] = {}
+    for name, entry in schema.load()["properties"].items():
+        keys[name] = entry, ""
+        for reference in schema.SECTIONS.get(name, []):
+            section = schema.resolve(reference)
+            keys[name] = {**section, **entry, "properties": section["properties"]}, _origin(section)
+            for key, below in section["properties"].items():
+                keys[f"{name}.{key}"] = below, _origin(section)
+    for bounds, name in (("sft_training", "training"), ("lora", "peft"), ("quantization", "quantization")):
+        for key, narrowed in schema.resolve(f"#/$defs/{bounds}")["properties"].items():
+            path = f"{name}.{key}"
+            entry, origin = keys.get(path, ({}, ""))
+            keys[path] = {**entry, **narrowed}, origin
+    for name in ("train", "eval"):
+        for key, entry in schema.resolve("#/$defs/source")["properties"].items():
+            keys[f"dataset.{name}.{key}"] = entry, ""
+    for key, entry in schema.load()["$defs"]["source"]["properties"]["columns"]["properties"].items():
+        keys[f"dataset.train.columns.{key}"] = entry, ""
+    keys["dataset.eval.fraction"] = (
+        schema.resolve("#/$defs/dataset")["properties"]["eval"]["then"]["properties"]["fraction"],
+        "",
+    )
+    return keys
+
+
+def _origin(section: dict[str, Any]) -> str:
+    made = re.search(r"from (\S+) ([\d.]+)\. ", section.get("$comment", ""))
+    return f"{section['title']}, {made[1]} {made[2]}" if made else ""
+
+
+def _codes() -> dict[str, str]:
+    """Error code -> its row of docs/errors.md. A row of several codes explains them in their order."""
+    codes = {}
+    for line in (shelf() / "docs" / "errors.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            names, text = (cell.strip() for cell in line.strip("|").split(" | "))
+            found = re.findall(r"`([a-z0-9-]+)`", names)
+            parts = text.split("; ")
+            for index, code in enumerate(found):
+                codes[code] = parts[index] if len(parts) == len(found) else text
+    return codes

@@ -1,0 +1,58 @@
+"""`recipe-run explain`: every key of the schema and every error code has an answer."""
+
+import re
+
+import pytest
+
+from recipe_runner import schema
+from recipe_runner.library import shelf
+
+
+def test_upstream_key_shows_type_default_choices_help_and_class(run_cli):
+    out = run_cli("explain", "training.packing_strategy").out
+    assert out.startswith("training.packing_strategy\n  Strategy for packing sequences.")
+    assert "choices: bfd, bfd_split, wrapped" in out
+    assert 'default: "bfd"' in out
+    assert re.search(r"from: +SFTConfig, trl \d+\.\d+\.\d+", out)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("training.learning_rate", "exclusiveMinimum 0"),
+        ("training.seed", "instead: run.seed"),
+        ("peft", "keys: method"),
+        ("dataset.train.0.columns", "Role of a column"),
+        ("dataset.eval.fraction", "held out"),
+        ("run.seed", "default: 42"),
+        ("quantization.bnb_4bit_quant_type", "choices: nf4, fp4"),
+        ("unknown-key", "unknown-key: no such key"),
+        ("renamed-key", "a name that upstream renamed"),
+        ("hub-unreachable", "no network"),
+    ],
+)
+def test_keys_and_codes_are_explained(run_cli, name, text):
+    result = run_cli("explain", name)
+    assert result.status == 0
+    assert text in result.out
+
+
+def test_every_key_that_may_be_set_is_explained(run_cli):
+    for section in schema.SECTIONS:
+        for key in schema.section_keys(section):
+            lines = run_cli("explain", f"{section}.{key}").out.splitlines()
+            assert lines[0] == f"{section}.{key}"
+            assert len(lines) > 1
+
+
+def test_every_documented_code_is_explained(run_cli):
+    text = (shelf() / "docs" / "errors.md").read_text()
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    for code in re.findall(r"`([a-z0-9-]+)`", " ".join(rows)):
+        assert run_cli("explain", code).out.startswith(f"{code}: ")
+
+
+def test_an_unknown_name_suggests_the_nearest(run_cli):
+    result = run_cli("explain", "training.packing_stratgy")
+    assert result.status == 1
+    assert "did you mean 'training.packing_strategy'?" in result.err
