@@ -84,8 +84,10 @@ def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resum
     help="How problems are written: for people, for scripts, as GitHub annotations, for code scanning.",
 )
 @click.option("--strict", is_flag=True, help="Warnings fail, too.")
-def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str, strict: bool) -> None:
+@click.option("--fix", is_flag=True, help="Mend renamed keys, unambiguous typos and the name; print the difference.")
+def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str, strict: bool, fix: bool) -> None:
     """Check recipes: files, folders or names of shipped recipes."""
+    from recipe_runner.fix import fix_file
     from recipe_runner.library import collect_recipes
     from recipe_runner.report import FORMATS
     from recipe_runner.resolve import examine_recipe
@@ -99,7 +101,11 @@ def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str, stri
             continue
         count += len(files)
         for file in files:
-            problems += examine_recipe(file, overrides)[1]
+            found = examine_recipe(file, overrides)[1]
+            if fix and (difference := fix_file(file, found) if found else ""):
+                click.echo(difference, nl=False, err=form != "text")
+                found = examine_recipe(file, overrides)[1]
+            problems += found
     if problems or form in ("json", "sarif"):
         click.echo(FORMATS[form](problems))
     errors = sum(problem.severity == "error" for problem in problems)

@@ -62,7 +62,7 @@ def section_keys(section: str) -> dict[str, Any]:
         keys |= resolve(reference)["properties"]
     bounds = {"training": "sft_training", "peft": "lora", "quantization": "quantization"}.get(section)
     refused = resolve(f"#/$defs/{bounds}")["properties"] if bounds else {}
-    return {key: schema for key, schema in keys.items() if "not" not in {**schema, **_as_dict(refused.get(key))}}
+    return {key: schema for key, schema in keys.items() if {**schema, **_as_dict(refused.get(key))}.get("not") != {}}
 
 
 def fill_defaults(values: dict[str, Any], schema: dict[str, Any] | None = None) -> dict[str, Any]:

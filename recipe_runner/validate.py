@@ -51,7 +51,7 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
         case "additionalProperties":
             entries = error.schema.get("properties", {})
             keys = schema.section_keys(str(path[0])) if len(path) == 1 and path[0] in schema.SECTIONS else entries
-            valid = [key for key in keys if "not" not in entries[key]]
+            valid = [key for key in keys if entries[key].get("not") != {}]
             for key in value:
                 if key not in entries:
                     hint = suggest_key(key, valid, path)

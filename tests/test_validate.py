@@ -191,6 +191,7 @@ def test_one_argument_that_is_not_there_does_not_hide_the_others(run_cli):
     ("training", "hint"),
     [
         ({"lr": 1}, "did you mean 'learning_rate'?"),
+        ({"max_step": 1}, "did you mean 'max_steps'?"),
         ({"batch_size": 1}, "did you mean 'per_device_train_batch_size'?"),
         ({"gradient_acumulation_steps": 1}, "did you mean 'gradient_accumulation_steps'?"),
         ({"r": 8}, "it belongs to 'peft'"),

@@ -83,7 +83,8 @@ def choose_precision(recipe: Recipe) -> Precision:
 def describe_device(config: Any) -> str:
     """The device a process trains on and how many processes there are, in a few words."""
     gpu = config.device.type == "cuda"
-    device = torch.cuda.get_device_name(config.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    device = torch.cuda.get_device_name(config.device) if gpu else f"CPU, {threads} thread{'s' * (threads != 1)}"
     return (
         f"{device}; {describe_processes(config)} ({config.distributed_state.distributed_type.value.lower()})".replace(
             " (no)", ""

@@ -1,0 +1,80 @@
+"""`validate --fix` changes what is certain, and not a character more."""
+
+import pytest
+
+HEAD = (
+    "schema_version: 1\nname: t\nstage: sft\nmodel: {name_or_path: a/b}\n"
+    "dataset: {format: text, train: {source: a/b}}\n"
+)
+
+
+@pytest.fixture
+def fix(run_cli, tmp_path):
+    """Fixes a recipe with the given tail; returns the result and the new text of the tail."""
+
+    def fix(tail, name="t", head=HEAD):
+        file = tmp_path / f"{name}.yaml"
+        file.write_bytes((head + tail).encode())
+        result = run_cli("validate", "--fix", file)
+        text = file.read_bytes().decode()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [file.name]
+        return result, text.removeprefix(head)
+
+    return fix
+
+
+@pytest.mark.parametrize(
+    ("tail", "fixed"),
+    [
+        ("training:\n  max_seq_length: 9  # tokens\n", "training:\n  max_length: 9  # tokens\n"),
+        ("training: # é\r\n  learning_rat:   2e-4\r\n", "training: # é\r\n  learning_rate:   2e-4\r\n"),
+        ("training: {'learning_rat': 2e-4, max_step: 3}", "training: {'learning_rate': 2e-4, max_steps: 3}"),
+        ("trainig: {evaluation_strategy: 'no'} # x\n", "training: {evaluation_strategy: 'no'} # x\n"),
+    ],
+)
+def test_certain_fixes_keep_comments_order_and_layout(fix, tail, fixed):
+    result, text = fix(tail)
+    assert text == fixed
+    assert "--- " in result.out
+    assert "+++ " in result.out
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "training: {learning_rat: 1e-4, learning_rate: 2e-4}\n",  # the right key is there
+        "training: {learning_rat: 1e-4, learning_rte: 2e-4}\n",  # two for one
+        "training: {lr: 1e-4}\n",  # a guess
+        "training: {warmup_ratio: 0.1}\n",  # renamed, with another meaning
+        "training: {seed: 3}\n",  # belongs elsewhere
+        "training: {max_steps: '3'}\n",
+        "training: {max_seq_length: 9\n",  # not YAML
+    ],
+)
+def test_what_is_not_certain_is_left_alone(fix, tail):
+    result, text = fix(tail)
+    assert text == tail
+    assert result.status == 1
+
+
+def test_the_name_is_made_the_files(fix):
+    result, text = fix("", name="other", head=HEAD)
+    assert result.status == 0
+    assert text == HEAD.replace("name: t", "name: other")
+
+
+def test_a_fixed_recipe_is_valid_and_left_alone_the_next_time(fix):
+    result, text = fix("training: {max_seq_length: 9, learning_rat: 1e-4}\n")
+    assert result.status == 0
+    assert result.out.endswith("1 recipe, 0 errors, 0 warnings\n")
+    again, same = fix(text)
+    assert (again.out, same) == ("1 recipe, 0 errors, 0 warnings\n", text)
+
+
+def test_an_error_of_the_base_is_not_mended_in_the_child(run_cli, tmp_path):
+    base, child = tmp_path / "base.yaml", tmp_path / "child.yaml"
+    base.write_text(HEAD.replace("name: t", "name: base") + "training: {max_seq_length: 9}\n")
+    child.write_text("schema_version: 1\nname: child\nextends: base.yaml\n")
+    before = base.read_text(), child.read_text()
+    assert run_cli("validate", "--fix", child).status == 1
+    assert (base.read_text(), child.read_text()) == before
