@@ -150,6 +150,35 @@ def show(recipe: str, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--model", metavar="ID|FOLDER", help="Base model.")
+@click.option("--format", "form", type=click.Choice(["instruction", "chat", "text"]), help="Layout of the data.")
+@click.option("--stage", type=click.Choice(["sft"]), default="sft", show_default=True, help="Training stage.")
+@click.option("--method", type=click.Choice(["qlora", "lora", "full"]), help="What is trained.")
+@click.option("--data", metavar="ID|FILE", help="Hub id or file of the data.")
+@click.option("--from", "source", metavar="NAME", help="Start from a shipped recipe instead.")
+def new(file: Path, model: str, form: str, stage: str, method: str, data: str, source: str | None) -> None:
+    """Write a new recipe to FILE (NAME.yaml). What no option says is asked."""
+    from recipe_runner.new import FORMATS, METHODS, compose, copy_shipped, write_new
+    from recipe_runner.resolve import examine_recipe
+
+    if file.suffix != ".yaml":
+        raise click.BadParameter("give a name that ends with .yaml", param_hint="FILE")
+    if source:
+        text = copy_shipped(file.stem, source)
+    else:
+        model = model or click.prompt("Base model (hub id or folder)", default="microsoft/Phi-3-mini-4k-instruct")
+        form = form or click.prompt("Layout of the data", type=click.Choice(list(FORMATS)), default="chat")
+        method = method or click.prompt("Method", type=click.Choice(METHODS), default="qlora")
+        data = data or click.prompt("Data (hub id or file)")
+        text = compose(file.stem, model, form, method, data)
+    write_new(file, text)
+    for problem in examine_recipe(file)[1]:
+        click.echo(problem, err=True)
+    click.echo(f"{file} is written; recipe-run {file} trains")
+
+
+@cli.command()
 @click.argument("name")
 def explain(name: str) -> None:
     """Explain a key of a recipe (training.packing_strategy) or an error code (unknown-key)."""

@@ -69,7 +69,7 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
             del draft.values["extends"]  # merged: from here on the recipe must be whole
         problems = draft.problems + validate.check_values(draft.values, draft.place)
         values = _repaired(draft.values, problems)
-        if not [p for p in validate.check_values(values, draft.place) if p.code != "removed-key"]:
+        if not problems or not [p for p in validate.check_values(values, draft.place) if p.code != "removed-key"]:
             schema.fill_defaults(values)
             _make_paths_absolute(values, draft)
             problems += rules.check_rules(values, draft.place, file)
