@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import recipe_runner.training  # noqa: F401  # isort: skip (before the libraries that it keeps quiet)
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig

@@ -27,7 +27,7 @@ def test_targets_that_match_pass(check, targets):
     check(target_modules=targets)
 
 
-@pytest.mark.parametrize("targets", [["o_proj", "q_proj"], ["qkv_poj"], r".*\.q_proj", ["embed_token"]])
+@pytest.mark.parametrize("targets", [["o_proj", "c_proj"], ["qkv_poj"], r".*\.q_proj", ["embed_token"]])
 def test_a_target_that_matches_nothing_is_an_error_even_beside_one_that_does(check, targets):
     with pytest.raises(UserError) as caught:
         check(target_modules=targets)

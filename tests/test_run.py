@@ -298,7 +298,7 @@ BAD = {
     "missing-column": {"dataset": {"train": {"source": "rows.jsonl", "columns": {"output": "answer"}}}},
     "wrong-row-shape": {"dataset": {"format": "chat", "train": {"source": "rows.jsonl"}}, "rows": [{"messages": 3}]},
     "empty-dataset": {"dataset": {"train": {"source": "rows.jsonl"}}, "rows": [{"instruction": "", "output": ""}]},
-    "target-not-found": {"peft": {"method": "lora", "target_modules": ["q_proj", "o_proj"]}},
+    "target-not-found": {"peft": {"method": "lora", "target_modules": ["c_proj", "o_proj"]}},
     "peft-refused": {"peft": {"method": "lora", "loftq_config": {}, "init_lora_weights": "loftq"}},
     "training-refused": {"training": {"lr_scheduler_type": "reduce_lr_on_plateau"}},
     "tracker-missing": {"training": {"report_to": ["wandb"]}},
