@@ -55,13 +55,13 @@ def _keys() -> dict[str, tuple[dict[str, Any], str]]:
     keys: dict[str, tuple[dict[str, Any], str]] = {}
     for name, entry in schema.load()["properties"].items():
         keys[name] = entry, ""
-        for reference in schema.SECTIONS.get(name, []):
-            section = schema.resolve(reference)
+        if name in schema.SECTIONS:
+            section = schema.resolve(schema.SECTIONS[name])
             keys[name] = {**section, **entry, "properties": section["properties"]}, _origin(section)
             for key, below in section["properties"].items():
                 keys[f"{name}.{key}"] = below, _origin(section)
-    for bounds, name in (("sft_training", "training"), ("lora", "peft"), ("quantization", "quantization")):
-        for key, narrowed in schema.resolve(f"#/$defs/{bounds}")["properties"].items():
+    for name, bounds in schema.BOUNDS.items():
+        for key, narrowed in schema.resolve(bounds)["properties"].items():
             path = f"{name}.{key}"
             entry, origin = keys.get(path, ({}, ""))
             keys[path] = {**entry, **narrowed}, origin

@@ -5,14 +5,13 @@ stay as they are.
 """
 
 import difflib
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from recipe_runner.document import Document, parse_document, read_document
 from recipe_runner.errors import UserError
-from recipe_runner.problem import KeyPath, Problem
+from recipe_runner.problem import KeyPath, Problem, meant_key
 
 CERTAIN = 0.8  # likeness (difflib's ratio) from which a typo is taken for one
 
@@ -69,11 +68,10 @@ def mend(document: Document, problems: Sequence[Problem], stem: str) -> str:
 
 def _certain_key(problem: Problem, document: Document) -> str:
     """The key that was certainly meant, or nothing."""
-    meant = re.fullmatch(r"(?:did you mean|use) '([\w-]+)'\??", problem.suggestion)
-    if problem.code not in ("unknown-key", "renamed-key") or not meant:
+    if not (meant := meant_key(problem)):
         return ""
     siblings = [path[-1] for path in document.key_marks if path[:-1] == problem.path[:-1]]
-    likeness = difflib.SequenceMatcher(None, str(problem.path[-1]), meant[1]).ratio()
+    likeness = difflib.SequenceMatcher(None, str(problem.path[-1]), meant).ratio()
     certain = problem.code == "renamed-key" or likeness >= CERTAIN
-    same_meaning = meant[1] not in ("warmup_steps", "train_sampling_strategy")  # renamed, and takes another value
-    return meant[1] if certain and same_meaning and meant[1] not in siblings else ""
+    same_meaning = meant not in ("warmup_steps", "train_sampling_strategy")  # renamed, and takes another value
+    return meant if certain and same_meaning and meant not in siblings else ""

@@ -1,5 +1,6 @@
 """A problem in a recipe, in the data or in the environment, and how it is written down."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +63,12 @@ class Problem:
 def sort_problems(problems: list[Problem]) -> list[Problem]:
     """Orders problems by file, line and column, and drops exact repetitions."""
     return sorted(dict.fromkeys(problems), key=lambda p: (p.mark or Mark(""), p.code, join_path(p.path)))
+
+
+def meant_key(problem: Problem) -> str:
+    """The key that a misspelt or renamed one stands for, or nothing."""
+    meant = re.fullmatch(r"(?:did you mean|use) '([\w-]+)'\??", problem.suggestion)
+    return meant[1] if meant and problem.code in ("unknown-key", "renamed-key") else ""
 
 
 def as_warning(problem: Problem) -> Problem:

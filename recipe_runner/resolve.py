@@ -14,7 +14,7 @@ from recipe_runner import rules, schema, validate
 from recipe_runner.document import Document, parse_document, parse_scalar, read_document
 from recipe_runner.errors import UserError, user_error
 from recipe_runner.library import SUFFIXES, find_recipe, find_shipped
-from recipe_runner.problem import KeyPath, Mark, Problem, join_path, sort_problems
+from recipe_runner.problem import KeyPath, Mark, Problem, join_path, meant_key, sort_problems
 from recipe_runner.recipe import Recipe
 
 
@@ -187,9 +187,8 @@ def _repaired(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]
         if problem.code in ("unknown-key", "renamed-key", "misplaced-key", "removed-key", "out-of-bounds"):
             section = _at(values, problem.path[:-1])
             value = section.pop(problem.path[-1], None)
-            meant = re.fullmatch(r"(?:did you mean|use) '([\w-]+)'\??", problem.suggestion)
-            if problem.code in ("unknown-key", "renamed-key") and meant and meant[1] not in section:
-                section[meant[1]] = value
+            if (meant := meant_key(problem)) and meant not in section:
+                section[meant] = value
     return values
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from recipe_runner.problem import KeyPath, Mark, Problem, as_warning
 from recipe_runner.validate import suggest
 
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+# Suffix of a local data file -> the builder of `datasets` that reads it.
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 ROLES = {"instruction": {"instruction", "input", "output"}, "chat": {"messages"}, "text": {"text"}}
 
 
@@ -19,7 +20,7 @@ def looks_local(name: str) -> bool:
 
 def is_file_source(name: str) -> bool:
     """Whether a data source is a local file rather than a hub id."""
-    return looks_local(name) or Path(name).suffix.lower() in DATA_SUFFIXES
+    return looks_local(name) or Path(name).suffix.lower() in BUILDERS
 
 
 Found = Iterator[tuple[KeyPath, str, str]]  # key path, message, suggestion
@@ -167,7 +168,7 @@ def source_files(values: Values) -> Found:
     """Local files exist; anything else must look like a hub id."""
     for path, source in sources(values):
         name, place = source["source"], (*path, "source")
-        kinds = f"local files end with {', '.join(DATA_SUFFIXES)}"
+        kinds = f"local files end with {', '.join(BUILDERS)}"
         if is_file_source(name):
             yield from _local_source(Path(name), path, source, kinds)
         elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
@@ -179,7 +180,7 @@ def source_files(values: Values) -> Found:
 
 
 def _local_source(file: Path, path: KeyPath, source: Values, kinds: str) -> Found:
-    if file.suffix not in DATA_SUFFIXES:
+    if file.suffix not in BUILDERS:
         yield (*path, "source"), f"{file} has the suffix '{file.suffix}'", kinds
     elif not file.is_file():
         neighbours = [other.name for other in file.parent.glob("*")] if file.parent.is_dir() else []

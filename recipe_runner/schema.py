@@ -14,13 +14,15 @@ from recipe_runner.library import shelf
 
 ROOT = "recipe.schema.json"
 SECTIONS = {
-    "model": ["#/$defs/model"],
-    "quantization": ["upstream/bitsandbytes_config.schema.json"],
-    "peft": ["upstream/lora_config.schema.json"],
-    "dataset": ["#/$defs/dataset"],
-    "training": ["upstream/sft_config.schema.json"],
-    "run": ["#/$defs/run"],
+    "model": "#/$defs/model",
+    "quantization": "upstream/bitsandbytes_config.schema.json",
+    "peft": "upstream/lora_config.schema.json",
+    "dataset": "#/$defs/dataset",
+    "training": "upstream/sft_config.schema.json",
+    "run": "#/$defs/run",
 }
+# Our bounds on upstream's keys, and the keys that are refused there.
+BOUNDS = {"training": "#/$defs/sft_training", "peft": "#/$defs/lora", "quantization": "#/$defs/quantization"}
 
 
 @cache
@@ -57,12 +59,9 @@ def validator() -> Any:
 
 def section_keys(section: str) -> dict[str, Any]:
     """The keys of a section that a recipe may set, with their schemas."""
-    keys: dict[str, Any] = {}
-    for reference in SECTIONS[section]:
-        keys |= resolve(reference)["properties"]
-    bounds = {"training": "sft_training", "peft": "lora", "quantization": "quantization"}.get(section)
-    refused = resolve(f"#/$defs/{bounds}")["properties"] if bounds else {}
-    return {key: schema for key, schema in keys.items() if {**schema, **_as_dict(refused.get(key))}.get("not") != {}}
+    narrowed = resolve(BOUNDS[section])["properties"] if section in BOUNDS else {}
+    keys = resolve(SECTIONS[section])["properties"].items()
+    return {key: entry for key, entry in keys if {**entry, **narrowed.get(key, {})}.get("not") != {}}
 
 
 def fill_defaults(values: dict[str, Any], schema: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -92,7 +91,3 @@ def _applicable(schema: dict[str, Any], values: dict[str, Any]) -> Iterator[dict
     if "if" in schema:
         holds = Draft202012Validator(schema["if"]).is_valid(values)
         yield from _applicable(schema.get("then" if holds else "else", {}), values)
-
-
-def _as_dict(entry: Any) -> dict[str, Any]:
-    return entry if isinstance(entry, dict) else {}

@@ -73,11 +73,7 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
             yield problem("wrong-type", f"expected {expected}, found {found}", _retype(value, kinds, path))
         case "enum" | "const":
             choices = error.validator_value if error.validator == "enum" else [error.validator_value]
-            renamed = (
-                schema.resolve("#/$defs/sft_training")["properties"].get(path[-1], {}).get("x-renamed-choices", {})
-            )
-            new = renamed.get(value) if isinstance(value, str) else None
-            near = f"renamed to '{new}'" if new else suggest(str(value), [str(choice) for choice in choices])
+            near = _nearest_choice(value, choices, path)
             listed = ", ".join(_show(choice) for choice in choices)
             yield problem("unknown-choice", f"{found} is not one of {listed}", near)
         case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
@@ -97,6 +93,14 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
             )
         case _:
             yield problem("invalid-value", error.message)
+
+
+def _nearest_choice(value: Any, choices: list[Any], path: KeyPath) -> str:
+    """The choice that upstream renamed this one to, or the nearest."""
+    entry = schema.resolve(schema.BOUNDS["training"])["properties"].get(path[-1], {})
+    if isinstance(value, str) and (new := entry.get("x-renamed-choices", {}).get(value)):
+        return f"renamed to '{new}'"
+    return suggest(str(value), [str(choice) for choice in choices])
 
 
 def suggest(word: str, choices: list[str]) -> str:

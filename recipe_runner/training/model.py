@@ -166,28 +166,22 @@ def check_targets(recipe: Recipe, peft_config: PeftConfig, model_config: Pretrai
                 model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
     except ValueError as error:
         raise recipe.error("model-config", first_line(error), "", "model", "name_or_path") from error
-    modules = list(dict(model.named_modules()))
-    linear = sorted(
-        {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    )
+    modules = dict(model.named_modules())
+    linear = sorted({name.split(".")[-1] for name, module in modules.items() if isinstance(module, torch.nn.Linear)})
     targets = peft_config.target_modules
     if targets is None and model_config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         message = f"PEFT has no default targets for {model_config.model_type}"
         raise recipe.error("target-not-found", message, "add 'target_modules: all-linear'", "peft", "target_modules")
-    wanted = (
-        []
-        if targets in (None, "all-linear")
-        else [targets]
-        if isinstance(targets, str)
-        else [[name] for name in targets]
-    )
+    wanted = [targets] if isinstance(targets, str) else [[name] for name in targets or ()]
     for target in wanted:
+        if target == "all-linear":
+            continue
         alone = LoraConfig(target_modules=target, exclude_modules=peft_config.exclude_modules)
         matches = [check_target_module_exists(alone, module) for module in modules]
         if not any(match is True or isinstance(match, re.Match) for match in matches):
             raise _no_match(recipe, "target_modules", target if isinstance(target, str) else target[0], linear)
     for name in peft_config.modules_to_save or []:
-        if not any(module.split(".")[-1] == name or module.endswith(f".{name}") for module in modules):
+        if not any(module == name or module.endswith(f".{name}") for module in modules):
             raise _no_match(recipe, "modules_to_save", name, linear)
 
 

@@ -4,6 +4,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
@@ -22,6 +23,7 @@ class Prepared:
     config: SFTConfig
     precision: Precision
     tokenizer: PreTrainedTokenizerBase
+    peft_config: PeftConfig | None
     train: PreparedSplit
     evaluation: PreparedSplit | None
     fingerprint: str
@@ -48,7 +50,7 @@ def prepare(recipe: Recipe) -> Prepared:
     model_config = model.load_model_config(recipe)
     if peft_config := model.build_peft(recipe):
         model.check_targets(recipe, peft_config, model_config)
-    return Prepared(config, precision, tokenizer, train, evaluation, rows._fingerprint)
+    return Prepared(config, precision, tokenizer, peft_config, train, evaluation, rows._fingerprint)
 
 
 def build_config(recipe: Recipe, precision: Precision) -> SFTConfig:

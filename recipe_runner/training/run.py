@@ -36,7 +36,8 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
     folder = _agree(run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found)
     config.output_dir = str(folder / "checkpoints")
     with _recorded(folder, config):
-        _write_status(config, folder, "running")
+        if found:
+            _write_status(config, folder, "running")
         trainer = trainers.build_trainer(recipe, prepared)
         trainers.stop_on_non_finite(trainer, folder)
         trainers.keep_dtypes_on_resume(trainer)

@@ -14,10 +14,9 @@ from recipe_runner.errors import UserError, first_line
 from recipe_runner.formats import RowError, normalise_row
 from recipe_runner.problem import KeyPath
 from recipe_runner.recipe import Recipe
-from recipe_runner.rules import sources
+from recipe_runner.rules import BUILDERS, sources
 from recipe_runner.validate import suggest
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 COLUMNS = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
 # datasets' cache tells functions of a module by their names alone: without this it would serve rows made by older code.
 CODE = hashlib.sha256(Path(formats.__file__).read_bytes()).hexdigest()
@@ -70,7 +69,7 @@ def load_source(recipe: Recipe, source: dict[str, Any], path: KeyPath) -> Datase
     columns = choose_columns(recipe, source, rows.column_names, path)
     if "limit" in source:
         rows = rows.shuffle(seed=recipe.values["run"]["seed"]).select(range(min(source["limit"], len(rows))))
-    rows = rows.select_columns(list(columns.values())).flatten_indices()
+    rows = rows.select_columns(list(columns.values()))
     settings = {"dataset": recipe.values["dataset"], "columns": columns, "name": name, "code": CODE}
     try:
         normalise = partial(normalise_batch, **settings)

@@ -80,11 +80,13 @@ def prepare_split(
     Raises:
         UserError: No row is left, or the masks of the rows are wrong.
     """
-    reasons = Counter(reason for reason in rows["dropped"] if reason)
-    kept = [index for index, reason in enumerate(rows["dropped"]) if not reason]
-    usable = rows.select(kept).remove_columns("dropped") if reasons else rows.remove_columns("dropped")
+    reasons_of_rows = rows["dropped"][:]
+    reasons = Counter(reason for reason in reasons_of_rows if reason)
+    kept = [index for index, reason in enumerate(reasons_of_rows) if not reason]
     if not kept:
-        raise _nothing_left(recipe, name, dict(reasons))
+        raise _nothing_left(recipe, name, reasons)
+    usable = rows.remove_columns("dropped")
+    usable = usable.select(kept) if reasons else usable
     tokenized = _tokenize(usable, recipe, tokenizer, config)
     check_masks(tokenized.select(range(min(CHECKED_ROWS, len(tokenized)))), recipe, tokenizer)
 
@@ -94,10 +96,10 @@ def prepare_split(
     learnable = np.flatnonzero(supervised)
     if lost := len(lengths) - len(learnable):
         reasons[f"without a supervised token within max_length ({limit})"] += lost
-        tokenized = tokenized.select(learnable).flatten_indices()
+        tokenized = tokenized.select(learnable)
         lengths, supervised = lengths[learnable], supervised[learnable]
     if not len(learnable):
-        raise _nothing_left(recipe, name, dict(reasons))
+        raise _nothing_left(recipe, name, reasons)
     over = np.maximum(lengths - limit, 0) if limit else np.zeros_like(lengths)
     accounting = Accounting(
         rows_read=len(rows),

@@ -29,7 +29,7 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> SFTTrainer:
             eval_dataset=prepared.evaluation.dataset if prepared.evaluation else None,
             processing_class=prepared.tokenizer,
             quantization_config=model.build_quantization(recipe),
-            peft_config=model.build_peft(recipe),
+            peft_config=prepared.peft_config,
         )
     except torch.OutOfMemoryError:
         raise

@@ -40,14 +40,13 @@ def _compare_logits(trained: PeftModel, trainer: SFTTrainer, folder: Path) -> fl
     trained.eval()
     active = trained.active_adapter
     loaded = trained.load_adapter(str(folder), adapter_name="saved", torch_device=device)
-    if loaded.missing_keys or loaded.unexpected_keys:  # PEFT only warns, and keeps what it initialised
-        trained.delete_adapter("saved")
-        return float("nan")
-    parameters = dict(trained.named_parameters())
-    for name, parameter in parameters.items():  # PEFT loads in float32; on a quantized base TRL trains in bfloat16
-        if ".saved" in name:
-            parameter.data = parameter.data.to(parameters[name.replace(".saved", f".{active}")].dtype)
     try:
+        if loaded.missing_keys or loaded.unexpected_keys:  # PEFT only warns, and keeps what it initialised
+            return float("nan")
+        parameters = dict(trained.named_parameters())
+        for name, parameter in parameters.items():  # PEFT loads in float32; on a quantized base TRL trains in bfloat16
+            if ".saved" in name:
+                parameter.data = parameter.data.to(parameters[name.replace(".saved", f".{active}")].dtype)
         worst = 0.0
         for row in rows:
             batch = torch.tensor([row], device=trainer.args.device)
@@ -71,10 +70,7 @@ def _compare_tensors(trained: torch.nn.Module, folder: Path) -> float:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if name not in state or (
-                    state[name].shape != tensors.get_slice(name).get_shape()
-                    and list(state[name].shape) != tensors.get_slice(name).get_shape()
-                ):
+                if name not in state or list(state[name].shape) != list(tensors.get_slice(name).get_shape()):
                     return float("nan")
                 seen.add(name)
                 worst = max(worst, float((tensors.get_tensor(name).float() - state[name].cpu().float()).abs().max()))
