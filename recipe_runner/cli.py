@@ -1,6 +1,7 @@
 """The command line: `recipe-run RECIPE` trains; `validate`, `list` and `show` need no ML stack."""
 
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -86,7 +87,7 @@ def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resum
 @click.option("--strict", is_flag=True, help="Warnings fail, too.")
 @click.option("--fix", is_flag=True, help="Mend renamed keys, unambiguous typos and the name; print the difference.")
 def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str, strict: bool, fix: bool) -> None:
-    """Check recipes: files, folders or names of shipped recipes."""
+    """Check recipes: files, folders or names of shipped recipes. More about a problem: `recipe-run explain CODE`."""
     from recipe_runner.fix import fix_file
     from recipe_runner.library import collect_recipes
     from recipe_runner.report import FORMATS
@@ -107,7 +108,7 @@ def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str, stri
                 found = examine_recipe(file, overrides)[1]
             problems += found
     if problems or form in ("json", "sarif"):
-        click.echo(FORMATS[form](problems))
+        click.echo(FORMATS[form](problems), color=_colour())
     errors = sum(problem.severity == "error" for problem in problems)
     if form in ("text", "github"):
         counts = f"{count} recipe{'s' * (count != 1)}, {errors} error{'s' * (errors != 1)}"
@@ -187,6 +188,11 @@ def explain(name: str) -> None:
     click.echo(explain(name))
 
 
+def _colour() -> bool | None:
+    """None: click decides by whether it writes to a terminal. Source: no-color.org."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
 def main() -> NoReturn:
     """Runs the command line and maps errors to exit status and one-line messages."""
     try:
@@ -202,8 +208,9 @@ def main() -> NoReturn:
         click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except UserError as error:
-        for problem in error.problems:
-            click.echo(problem, err=True)
+        from recipe_runner.report import write_text
+
+        click.echo(write_text(error.problems), err=True, color=_colour())
         sys.exit(EXIT_USER_ERROR)
     except BrokenPipeError:
         sys.stderr.close()  # the reader (head, less) has gone: nothing is wrong

@@ -83,13 +83,7 @@ def _origin(section: dict[str, Any]) -> str:
 
 
 def _codes() -> dict[str, str]:
-    """Error code -> its row of docs/errors.md. A row of several codes explains them in their order."""
-    codes = {}
-    for line in (shelf() / "docs" / "errors.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("| `"):
-            names, text = (cell.strip() for cell in line.strip("|").split(" | "))
-            found = re.findall(r"`([a-z0-9-]+)`", names)
-            parts = text.split("; ")
-            for index, code in enumerate(found):
-                codes[code] = parts[index] if len(parts) == len(found) else text
-    return codes
+    """Error code -> what it means and what to do, from its row of docs/errors.md."""
+    text = (shelf() / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.+) \| (.+) \|$", text, flags=re.MULTILINE)
+    return {code: f"{meaning}\n  what to do: {fix}" for code, meaning, fix in rows}

@@ -1,19 +1,21 @@
-"""Mends what has one certain fix in a recipe's text: renamed keys, unambiguous typos in keys, the name.
+"""Mends what has one certain fix in a recipe's text: renamed keys and choices, unambiguous typos in them, the name.
 
-Only the characters of a key or of the name are replaced, at the place where they were read; comments, order and layout
-stay as they are.
+Only the characters of a key or value are replaced, at the place where they were read; comments, order and layout stay
+as they are.
 """
 
 import difflib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from recipe_runner.document import Document, parse_document, read_document
 from recipe_runner.errors import UserError
-from recipe_runner.problem import KeyPath, Problem, meant_key
+from recipe_runner.problem import KeyPath, Problem
 
 CERTAIN = 0.8  # likeness (difflib's ratio) from which a typo is taken for one
+_OF_KEYS, _OF_VALUES = ("unknown-key", "renamed-key"), ("unknown-choice", "renamed-choice")
 
 
 def fix_file(file: Path, problems: Sequence[Problem]) -> str:
@@ -50,9 +52,11 @@ def mend(document: Document, problems: Sequence[Problem], stem: str) -> str:
             continue
         if problem.code == "name-differs":
             edits.append((document.value_marks[("name",)], str(document.values["name"]), stem))
-        elif new := _certain_key(problem, document):
-            edits.append((problem.mark, str(problem.path[-1]), new))
-            renamed.add((*problem.path[:-1], new))
+        elif problem.code in _OF_VALUES and _is_certain(problem, old := _value(document, problem.path)):
+            edits.append((problem.mark, str(old), problem.meant))
+        elif problem.code in _OF_KEYS and _certain_key(problem, document):
+            edits.append((problem.mark, str(problem.path[-1]), problem.meant))
+            renamed.add((*problem.path[:-1], problem.meant))
     for mark, old, new in sorted(edits, reverse=True):  # from the end: a change moves what is behind it on the line
         line, start = lines[mark.line - 1], mark.column - 1
         start += line[start : start + 1] in ("'", '"')
@@ -66,12 +70,20 @@ def mend(document: Document, problems: Sequence[Problem], stem: str) -> str:
     return text if not after.problems and renamed <= set(after.key_marks) else document.text
 
 
-def _certain_key(problem: Problem, document: Document) -> str:
-    """The key that was certainly meant, or nothing."""
-    if not (meant := meant_key(problem)):
-        return ""
+def _certain_key(problem: Problem, document: Document) -> bool:
     siblings = [path[-1] for path in document.key_marks if path[:-1] == problem.path[:-1]]
-    likeness = difflib.SequenceMatcher(None, str(problem.path[-1]), meant).ratio()
-    certain = problem.code == "renamed-key" or likeness >= CERTAIN
-    same_meaning = meant not in ("warmup_steps", "train_sampling_strategy")  # renamed, and takes another value
-    return meant if certain and same_meaning and meant not in siblings else ""
+    return problem.meant not in siblings and _is_certain(problem, problem.path[-1])
+
+
+def _is_certain(problem: Problem, old: object) -> bool:
+    """Whether what was meant is certain: renamed upstream, or all but spelt right."""
+    if problem.meant is None or problem.code.startswith("renamed"):
+        return problem.meant is not None
+    return difflib.SequenceMatcher(None, str(old), str(problem.meant)).ratio() >= CERTAIN
+
+
+def _value(document: Document, path: KeyPath) -> object:
+    value: Any = document.values
+    for part in path:
+        value = value[part]
+    return value

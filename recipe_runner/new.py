@@ -62,6 +62,7 @@ def compose(name: str, model: str, form: str, method: str, data: str) -> str:
         form == "text"
     )
     split = "  packing_strategy: bfd_split      # long documents are split, not cut\n" * (form == "text")
+    split += "  eval_packing: true               # as in training\n" * (form == "text")
     return (
         f"# accelerate launch --no_python recipe-run {name}.yaml\n"
         "# What a key means: recipe-run explain training.learning_rate\n"

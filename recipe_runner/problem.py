@@ -1,7 +1,6 @@
 """A problem in a recipe, in the data or in the environment, and how it is written down."""
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 KeyPath = tuple[str | int, ...]
@@ -30,6 +29,7 @@ class Problem:
         path: Keys that lead to it in the recipe, for example `("training", "learning_rate")`.
         suggestion: What to write or do instead.
         severity: `error` or `warning`.
+        meant: The key or value that was meant, where there is one: what `--fix` and the rules go by.
     """
 
     code: str
@@ -38,6 +38,7 @@ class Problem:
     path: KeyPath = ()
     suggestion: str = ""
     severity: str = "error"
+    meant: Any = field(default=None, compare=False)
 
     def __str__(self) -> str:
         where = f"{self.mark}: " if self.mark else ""
@@ -63,12 +64,6 @@ class Problem:
 def sort_problems(problems: list[Problem]) -> list[Problem]:
     """Orders problems by file, line and column, and drops exact repetitions."""
     return sorted(dict.fromkeys(problems), key=lambda p: (p.mark or Mark(""), p.code, join_path(p.path)))
-
-
-def meant_key(problem: Problem) -> str:
-    """The key that a misspelt or renamed one stands for, or nothing."""
-    meant = re.fullmatch(r"(?:did you mean|use) '([\w-]+)'\??", problem.suggestion)
-    return meant[1] if meant and problem.code in ("unknown-key", "renamed-key") else ""
 
 
 def as_warning(problem: Problem) -> Problem:

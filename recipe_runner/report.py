@@ -4,14 +4,22 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+import click
 
 from recipe_runner import __version__
 from recipe_runner.problem import Mark, Problem, join_path
 
 
 def write_text(problems: Sequence[Problem]) -> str:
-    """One line a problem."""
-    return "\n".join(str(problem) for problem in problems)
+    """One line a problem, with severity and code in colour: `click.echo` leaves colour out where no terminal is."""
+    lines = []
+    for problem in problems:
+        kind = f"{problem.severity}[{problem.code}]"
+        colour = "red" if problem.severity == "error" else "yellow"
+        lines.append(str(problem).replace(kind, click.style(kind, fg=colour, bold=True), 1))
+    return "\n".join(lines)
 
 
 def write_json(problems: Sequence[Problem]) -> str:
@@ -40,7 +48,7 @@ def write_sarif(problems: Sequence[Problem]) -> str:
     for problem in problems:
         mark = problem.mark or Mark("")
         region = {"startLine": mark.line or 1, "startColumn": mark.column or 1}
-        location = {"artifactLocation": {"uri": Path(mark.file).as_posix()}, "region": region}
+        location = {"artifactLocation": {"uri": quote(Path(mark.file).as_posix())}, "region": region}
         results.append(
             {
                 "ruleId": problem.code,

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from recipe_runner import rules, schema, validate
+from recipe_runner import data_rules, rules, schema, validate
 from recipe_runner.document import Document, parse_document, parse_scalar, read_document
 from recipe_runner.errors import UserError, user_error
 from recipe_runner.library import SUFFIXES, find_recipe, find_shipped
-from recipe_runner.problem import KeyPath, Mark, Problem, join_path, meant_key, sort_problems
+from recipe_runner.problem import KeyPath, Mark, Problem, join_path, sort_problems
 from recipe_runner.recipe import Recipe
 
 
@@ -181,14 +181,16 @@ def _drop_nulls(values: dict[str, Any]) -> None:
 
 
 def _repaired(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    """A copy with misspelt and renamed keys under the name that was meant: rules judge the recipe, not the typo."""
+    """A copy with the keys and values that were meant: rules judge the recipe, not the typo."""
     values = copy.deepcopy(values)
     for problem in problems:
         if problem.code in ("unknown-key", "renamed-key", "misplaced-key", "removed-key", "out-of-bounds"):
             section = _at(values, problem.path[:-1])
             value = section.pop(problem.path[-1], None)
-            if (meant := meant_key(problem)) and meant not in section:
-                section[meant] = value
+            if problem.meant is not None and problem.meant not in section:
+                section[problem.meant] = value
+        elif problem.meant is not None and problem.path:
+            _at(values, problem.path[:-1])[problem.path[-1]] = problem.meant
     return values
 
 
@@ -203,10 +205,10 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
 
     model, training = values["model"], values["training"]
     local = absolute(("model", "name_or_path"), model["name_or_path"])
-    if rules.looks_local(model["name_or_path"]) or local.is_dir():
+    if data_rules.looks_local(model["name_or_path"]) or local.is_dir():
         model["name_or_path"] = str(local)
-    for path, source in rules.sources(values):
-        if rules.is_file_source(source["source"]):
+    for path, source in data_rules.sources(values):
+        if data_rules.is_file_source(source["source"]):
             source["source"] = str(absolute((*path, "source"), source["source"]))
     if isinstance(training.get("chat_template_path"), str):
         where = ("training", "chat_template_path")

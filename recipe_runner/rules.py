@@ -1,30 +1,15 @@
 """Rules across sections: what each section allows, but the whole does not. One small function a rule."""
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recipe_runner import data_rules
+from recipe_runner.data_rules import Found, Values
+from recipe_runner.packages import missing_packages
 from recipe_runner.problem import KeyPath, Mark, Problem, as_warning
-from recipe_runner.validate import suggest
-
-# Suffix of a local data file -> the builder of `datasets` that reads it.
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-ROLES = {"instruction": {"instruction", "input", "output"}, "chat": {"messages"}, "text": {"text"}}
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name is written as a path: ./x, ../x, /x, ~x."""
-    return name.startswith(("./", "../", "/", "~")) or name in (".", "..")
-
-
-def is_file_source(name: str) -> bool:
-    """Whether a data source is a local file rather than a hub id."""
-    return looks_local(name) or Path(name).suffix.lower() in BUILDERS
-
-
-Found = Iterator[tuple[KeyPath, str, str]]  # key path, message, suggestion
-Values = dict[str, Any]
 
 
 def check_rules(values: Values, place: Callable[[KeyPath, bool], Mark], file: Path) -> list[Problem]:
@@ -123,6 +108,25 @@ def packing_without_length(values: Values) -> Found:
         yield ("training", "max_length"), "packing needs a length to fill", "set max_length"
 
 
+def packed_evaluation(values: Values) -> Found:
+    """Packed evaluation rows give another eval_loss than single ones: the recipe says which it means.
+
+    Source: TRL 1.16, SFTConfig.eval_packing (left out: as `packing`); transformers averages the loss over batches.
+    """
+    training = values["training"]
+    if training.get("packing") and "eval" in values["dataset"] and training.get("eval_packing") is None:
+        found = "evaluation rows are packed, too: eval_loss is then a mean over packed rows, not over documents"
+        yield ("training", "packing"), found, "set training.eval_packing to true or false"
+
+
+def paged_optimizer_on_cpu(values: Values) -> Found:
+    """A paged optimizer moves its states from the GPU to CPU memory: on a CPU there is nothing to move."""
+    training = values["training"]
+    if "paged" in training.get("optim", "") and training.get("use_cpu") and not values.get("peft"):
+        found = f"{training['optim']} pages nothing on a CPU: the states of all weights stay in memory"
+        yield ("training", "optim"), found, "write optim: adamw_torch, or adafactor for less memory"
+
+
 def remote_code_unpinned(values: Values) -> Found:
     """Code from the hub runs on this machine: the recipe must say which code."""
     model = values["model"]
@@ -143,81 +147,20 @@ def local_model(values: Values) -> Found:
         yield ("model", "name_or_path"), found, f"write its path ({Path(name).absolute()}), or work in another folder"
 
 
-def column_roles(values: Values) -> Found:
-    """Each format has its own roles of columns."""
-    dataset = values["dataset"]
-    roles = ROLES[dataset["format"]]
-    for path, source in sources(values):
-        for role in sorted(set(source.get("columns", {})) - roles):
-            hint = suggest(role, sorted(roles)) or f"roles: {', '.join(sorted(roles))}"
-            yield (*path, "columns", role), f"'{role}' is no role of format {dataset['format']}", hint
-
-
-def mixture_weights(values: Values) -> Found:
-    """Weights are relative to each other: all sources of a training mixture have one, or none."""
-    train = values["dataset"]["train"]
-    weighted = isinstance(train, list) and any("weight" in source for source in train)
-    for path, source in sources(values):
-        if "weight" in source and not (path[1] == "train" and isinstance(train, list)):
-            yield (*path, "weight"), "a weight without a training mixture", "remove the key"
-        elif "weight" not in source and weighted and path[1] == "train":
-            yield path, "other sources of the mixture have a weight, this one has none", "add 'weight:'"
-
-
-def source_files(values: Values) -> Found:
-    """Local files exist; anything else must look like a hub id."""
-    for path, source in sources(values):
-        name, place = source["source"], (*path, "source")
-        kinds = f"local files end with {', '.join(BUILDERS)}"
-        if is_file_source(name):
-            yield from _local_source(Path(name), path, source, kinds)
-        elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
-            yield place, f"'{name}' is neither a local file nor a hub id", kinds
-        elif Path(name).exists():
-            yield place, f"{name} in the current folder would be taken for the hub id", f"write ./{name}; {kinds}"
-        if "sample_by" in source and not name.endswith(".txt"):
-            yield (*path, "sample_by"), "only a .txt file is cut into documents", "remove the key"
-
-
-def _local_source(file: Path, path: KeyPath, source: Values, kinds: str) -> Found:
-    if file.suffix not in BUILDERS:
-        yield (*path, "source"), f"{file} has the suffix '{file.suffix}'", kinds
-    elif not file.is_file():
-        neighbours = [other.name for other in file.parent.glob("*")] if file.parent.is_dir() else []
-        yield (*path, "source"), f"there is no file {file}", suggest(file.name, neighbours)
-    for key in ("subset", "revision"):
-        if key in source:
-            yield (*path, key), f"a local file has no {key}", "remove the key"
-    if not re.match(r"train$|train\[", source["split"]):
-        yield (*path, "split"), "a local file has the split 'train' only", "remove the key, or take a slice: train[:5%]"
-
-
-def template_use(values: Values) -> Found:
-    """A template is a file that exists, and the data uses it."""
-    dataset, training = values["dataset"], values["training"]
-    if training.get("chat_template_path") is not None:
-        if not Path(training["chat_template_path"]).is_file():
-            yield ("training", "chat_template_path"), f"there is no file {training['chat_template_path']}", ""
-        if dataset["format"] == "text" or "template" in dataset:
-            yield (
-                ("training", "chat_template_path"),
-                "this dataset is plain text: the chat template would not be used",
-                "remove it",
-            )
-    if "template" in dataset and "system" in dataset:
-        yield (("dataset", "system"), "a plain-text template has no system prompt", "write it into the template")
-
-
 def ignored_keys(values: Values) -> Found:
     """Fields that upstream does not look at, given the others (transformers' TrainingArguments, TRL's SFTConfig)."""
     training = values["training"]
-    ignored = {
+    ignored: dict[str, Any] = {
         "num_train_epochs": training.get("max_steps", -1) > 0 and "max_steps is set",
         "eval_steps": training.get("eval_strategy", "no") != "steps" and "eval_strategy is not steps",
         "save_steps": training.get("save_strategy", "steps") != "steps" and "save_strategy is not steps",
         "logging_steps": training.get("logging_strategy", "steps") != "steps" and "logging_strategy is not steps",
         "packing_strategy": not (training.get("packing") or training.get("eval_packing")) and "packing is off",
     }
+    if "eval" not in values["dataset"]:
+        evaluating = ("eval_strategy", "eval_on_start")  # errors of their own: eval-without-data
+        options = [key for key in training if key.startswith(("eval_", "per_device_eval")) and key not in evaluating]
+        ignored |= dict.fromkeys(options, "there is no evaluation data")
     for key, reason in ignored.items():
         if key in training and reason:
             yield ("training", key), f"has no effect: {reason}", "remove the key"
@@ -233,20 +176,42 @@ def compute_dtype(values: Values) -> Found:
 
 
 def fused_projections(values: Values) -> Found:
-    """Phi-3 fuses its projections: the names of Llama's match nothing. Source: transformers/models/phi3."""
+    """Some architectures fuse their projections: the names of Llama's match nothing.
+
+    Source: transformers/models/{phi3,gpt_neox,falcon,bloom}. Phi-4 models are of the phi3 architecture.
+    """
     targets = (values.get("peft") or {}).get("target_modules")
-    if re.search(r"phi-?3", Path(values["model"]["name_or_path"]).name.lower()) and isinstance(targets, list):
-        for index, target in enumerate(targets):
-            if fused := _PHI3_FUSED.get(target):
-                yield ("peft", "target_modules", index), f"Phi-3 has no '{target}'", f"use '{fused}', or all-linear"
+    model = Path(values["model"]["name_or_path"]).name.lower()
+    kind = str(_local_config(values).get("model_type", model))
+    for pattern, (name, fusions) in _FUSED.items():
+        if re.search(pattern, kind) and isinstance(targets, list):
+            for index, target in enumerate(targets):
+                if fused := fusions.get(target):
+                    place = ("peft", "target_modules", index)
+                    yield place, f"{name} has no '{target}'", f"use '{fused}', or all-linear"
 
 
 def context_length(values: Values) -> Found:
-    """Tokens beyond the model's context are out of its range; some hub ids say how long that is (4k, 128k)."""
-    said = re.search(r"-(\d+)k(-|$)", values["model"]["name_or_path"].lower())
+    """Tokens beyond the model's context are out of its range.
+
+    A local model's config.json says how long the context is, and some hub ids do (4k, 128k).
+    """
+    said = re.search(r"-(\d+)k(-|$)", Path(values["model"]["name_or_path"]).name.lower())
+    context = _local_config(values).get("max_position_embeddings", int(said[1]) * 1024 if said else None)
     length = values["training"].get("max_length")
-    if said and length and length > int(said[1]) * 1024:
-        yield ("training", "max_length"), f"{length} tokens, the model's context is {said[1]}k", "lower it"
+    if isinstance(context, int) and length and length > context:
+        found = f"{length} tokens, the model's context is {context}"
+        yield ("training", "max_length"), found, f"lower it to {context} at most"
+
+
+def _local_config(values: Values) -> dict[str, Any]:
+    """The config.json of a local model; empty when there is none that can be read: training says why."""
+    name = Path(values["model"]["name_or_path"])
+    try:
+        config = json.loads((name / "config.json").read_text(encoding="utf-8")) if name.is_absolute() else {}
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def learning_rate(values: Values) -> Found:
@@ -259,13 +224,20 @@ def learning_rate(values: Values) -> Found:
     rate = values["training"].get("learning_rate")
     if rate is not None and not low <= rate <= high:
         method = "an adapter" if values.get("peft") else "full fine-tuning"
-        yield ("training", "learning_rate"), f"{rate:g} is unusual for {method}", f"usual: {low:g} to {high:g}"
+        source = "QLoRA, arXiv 2305.14314, takes 1e-4 to 2e-4" if values.get("peft") else "TRL 1.16's default is 2e-5"
+        fix = f"usual: {low:g} to {high:g} ({source})"
+        yield ("training", "learning_rate"), f"{rate:g} is unusual for {method}", fix
 
 
 _MIXED = {"bf16": "bfloat16", "fp16": "float16"}
-_PHI3_FUSED = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+_ATTENTION = ("q_proj", "k_proj", "v_proj")
+# Pattern of a model's name or type -> its name for people, and separate projections -> the fused one.
+_FUSED = {
+    r"phi-?[34](?!-small)": (
+        "Phi-3",
+        {**dict.fromkeys(_ATTENTION, "qkv_proj"), **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")},
+    ),
+    r"pythia|neox|falcon|bloom": ("this architecture", dict.fromkeys(_ATTENTION, "query_key_value")),
 }
 
 RULES: dict[str, Callable[[Values], Found]] = {
@@ -276,6 +248,9 @@ RULES: dict[str, Callable[[Values], Found]] = {
     "eval-data-unused": eval_data_unused,
     "best-model-schedule": best_model_schedule,
     "packing-without-length": packing_without_length,
+    "packed-evaluation": packed_evaluation,
+    "paged-optimizer-on-cpu": paged_optimizer_on_cpu,
+    "missing-package": missing_packages,
     "remote-code-unpinned": remote_code_unpinned,
     "local-model": local_model,
     "ignored-key": ignored_keys,
@@ -283,21 +258,18 @@ RULES: dict[str, Callable[[Values], Found]] = {
     "fused-projections": fused_projections,
     "context-length": context_length,
     "unusual-learning-rate": learning_rate,
-    "wrong-column-role": column_roles,
-    "mixture-weight": mixture_weights,
-    "wrong-source": source_files,
-    "template-use": template_use,
+    "wrong-column-role": data_rules.column_roles,
+    "mixture-weight": data_rules.mixture_weights,
+    "wrong-source": data_rules.source_files,
+    "template-use": data_rules.template_use,
 }
 
 # What may be meant: it is said, and never fails a run.
-WARNINGS = {"ignored-key", "context-length", "unusual-learning-rate"}
-
-
-def sources(values: Values) -> Iterator[tuple[KeyPath, Values]]:
-    """Every data source of a recipe, with its key path."""
-    for key in ("train", "eval"):
-        entry = values["dataset"].get(key, {})
-        if isinstance(entry, list):
-            yield from ((("dataset", key, index), source) for index, source in enumerate(entry))
-        elif "source" in entry:
-            yield ("dataset", key), entry
+WARNINGS = {
+    "ignored-key",
+    "context-length",
+    "unusual-learning-rate",
+    "packed-evaluation",
+    "paged-optimizer-on-cpu",
+    "missing-package",
+}

@@ -1,11 +1,12 @@
 """Checks a recipe's values against the schema and turns what jsonschema finds into problems that name the fix."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from recipe_runner import schema
-from recipe_runner.problem import KeyPath, Mark, Problem
+from recipe_runner.document import parse_scalar
+from recipe_runner.problem import KeyPath, Mark, Problem, join_path
 
 _SHAPES: dict[str | int, str] = {  # what people mean by a plain value
     "model": "{name_or_path: ...}",
@@ -44,8 +45,10 @@ def check_values(values: dict[str, Any], place: Place) -> list[Problem]:
 def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
     value, found = error.instance, _show(error.instance)
 
-    def problem(code: str, message: str, suggestion: str = "", key: bool = False, at: KeyPath = path) -> Problem:
-        return Problem(code, message, place(at, key), at, suggestion)
+    def problem(
+        code: str, message: str, suggestion: str = "", key: bool = False, at: KeyPath = path, meant: Any = None
+    ) -> Problem:
+        return Problem(code, message, place(at, key), at, suggestion, meant=meant)
 
     match error.validator:
         case "additionalProperties":
@@ -54,15 +57,16 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
             valid = [key for key in keys if entries[key].get("not") != {}]
             for key in value:
                 if key not in entries:
-                    hint = suggest_key(key, valid, path)
-                    yield problem("unknown-key", "unknown key", hint, key=True, at=(*path, key))
+                    hint, meant = suggest_key(key, valid, path)
+                    yield problem("unknown-key", "unknown key", hint, key=True, at=(*path, key), meant=meant)
         case "not" if "const" in error.validator_value:
             yield problem("out-of-bounds", f"{found} is not allowed", "leave the key out or set another value")
         case "not":
             new = error.schema.get("x-replaced-by", "")
             moved = "." in new or new in schema.SECTIONS
             code = "removed-key" if not new else "misplaced-key" if moved else "renamed-key"
-            yield problem(code, error.schema["description"], f"use '{new}'" if new else "", key=True)
+            meant = new if code == "renamed-key" and "x-other-values" not in error.schema else None
+            yield problem(code, error.schema["description"], f"use '{new}'" if new else "", key=True, meant=meant)
         case "required":
             for key in error.validator_value:
                 if key not in value and f"'{key}'" in error.message:
@@ -70,12 +74,25 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
         case "type":
             kinds = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
             expected = " or ".join(_TYPES[kind] for kind in kinds)
-            yield problem("wrong-type", f"expected {expected}, found {found}", _retype(value, kinds, path))
+            hint, meant = _retype(value, kinds, path)
+            yield problem("wrong-type", f"expected {expected}, found {found}", hint, meant=meant)
         case "enum" | "const":
             choices = error.validator_value if error.validator == "enum" else [error.validator_value]
-            near = _nearest_choice(value, choices, path)
             listed = ", ".join(_show(choice) for choice in choices)
-            yield problem("unknown-choice", f"{found} is not one of {listed}", near)
+            if len(choices) > 12:
+                listed = f"its {len(choices)} choices (`recipe-run explain {join_path(path)}` lists them)"
+            message = f"{found} is not one of {listed}"
+            bounds = schema.resolve(schema.BOUNDS["training"])["properties"].get(path[-1] if path else "", {})
+            if "x-code" in error.schema:  # another key rules this choice out
+                if value in schema.section_keys(str(path[0]))[str(path[1])]["enum"]:
+                    meant = error.schema.get("default")
+                    yield problem(error.schema["x-code"], message, error.schema["description"], meant=meant)
+            elif isinstance(value, str) and value in (renamed := bounds.get("x-renamed-choices", {})):
+                new, since = renamed[value]
+                yield problem("renamed-choice", f"'{value}': {since}", f"use '{new}'", meant=new)
+            else:
+                near = nearest(str(value), [choice for choice in choices if isinstance(choice, str)])
+                yield problem("unknown-choice", message, _ask(near), meant=near[0] if len(near) == 1 else None)
         case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
             yield problem(
                 "out-of-bounds",
@@ -95,18 +112,20 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
             yield problem("invalid-value", error.message)
 
 
-def _nearest_choice(value: Any, choices: list[Any], path: KeyPath) -> str:
-    """The choice that upstream renamed this one to, or the nearest."""
-    entry = schema.resolve(schema.BOUNDS["training"])["properties"].get(path[-1], {})
-    if isinstance(value, str) and (new := entry.get("x-renamed-choices", {}).get(value)):
-        return f"renamed to '{new}'"
-    return suggest(str(value), [str(choice) for choice in choices])
+def nearest(word: str, choices: Iterable[str]) -> list[str]:
+    """The choices that a word is most like: none, one, or several that are equally near."""
+    scored = [(difflib.SequenceMatcher(None, choice, word).ratio(), choice) for choice in choices]
+    best = max((score for score, _ in scored), default=0)
+    return [choice for score, choice in scored if score > best - 0.02] if best >= 0.6 else []
 
 
-def suggest(word: str, choices: list[str]) -> str:
+def suggest(word: str, choices: Iterable[str]) -> str:
     """`did you mean 'x'?` for the nearest choice, or nothing."""
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else ""
+    return _ask(nearest(word, choices))
+
+
+def _ask(near: list[str]) -> str:
+    return f"did you mean {' or '.join(f'{choice!r}' for choice in near)}?" if near else ""
 
 
 # Names of other tools, too far from ours for a spelling check.
@@ -125,20 +144,19 @@ _FAMILIAR = {
 }
 
 
-def suggest_key(key: str, valid: list[str], path: KeyPath) -> str:
-    """The nearest valid key at this place, or the section that the key belongs to."""
+def suggest_key(key: str, valid: list[str], path: KeyPath) -> tuple[str, str | None]:
+    """What to write instead: the nearest valid key at this place (which is also returned), or where the key belongs."""
     if "." in key:
-        return f"write it nested: {key.replace('.', ': {', 1)}: ...}}"
+        return f"write it nested: {key.replace('.', ': {', 1)}: ...}}", None
     homes = [section for section in schema.SECTIONS if path[:1] != (section,) and key in schema.section_keys(section)]
     if path == ("dataset",) and key in schema.resolve("#/$defs/source")["properties"]:
         homes = ["dataset.train"]
-    if key in _FAMILIAR and _FAMILIAR[key] in valid:
-        return f"did you mean '{_FAMILIAR[key]}'?"
-    if near := suggest(key, valid):
-        return near
+    near = [_FAMILIAR[key]] if _FAMILIAR.get(key) in valid else nearest(key, valid)
+    if near:
+        return _ask(near), near[0] if len(near) == 1 else None
     if homes:
-        return f"it belongs to '{homes[0]}'"
-    return f"valid keys: {', '.join(valid)}" if len(valid) <= 12 else ""
+        return f"it belongs to '{homes[0]}'", None
+    return f"valid keys: {', '.join(valid)}" if len(valid) <= 12 else "", None
 
 
 def _show(value: Any) -> str:
@@ -149,18 +167,24 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _retype(value: Any, kinds: list[str], path: KeyPath) -> str:
+def _retype(value: Any, kinds: list[str], path: KeyPath) -> tuple[str, Any]:
+    """What to write instead of a value of the wrong type, and that value."""
     if "object" in kinds and (example := _SHAPES.get(path[-1] if path else "")):
-        return f"write {example}"
+        return f"write {example}", None
     if isinstance(value, str) and "boolean" in kinds and value.lower() in ("yes", "on", "no", "off"):
-        return f"write {'true' if value.lower() in ('yes', 'on') else 'false'} (YAML 1.2)"
-    if isinstance(value, str) and {"number", "integer"} & set(kinds):
-        return "write the number without quotes"
+        meant = value.lower() in ("yes", "on")
+        return f"write {'true' if meant else 'false'} (YAML 1.2)", meant
+    if isinstance(value, str) and {"number", "integer", "boolean"} & set(kinds):
+        number = parse_scalar(value.strip())
+        kind = {bool: "boolean", int: "integer", float: "number"}.get(type(number), "")
+        if kind in kinds or (kind == "integer" and "number" in kinds):
+            return f"write {value.strip()} without quotes", number
+        return ("write a number" if "boolean" not in kinds else ""), None
     if isinstance(value, float) and value.is_integer() and "integer" in kinds:
-        return f"write {int(value)}"
+        return f"write {int(value)}", int(value)
     if "array" in kinds and isinstance(value, str):
-        return f"write [{value}]"
-    return ""
+        return f"write [{value}]", [value]
+    return "", None
 
 
 def _example(key: str) -> str:

@@ -26,9 +26,9 @@ def test_upstream_key_shows_type_default_choices_help_and_class(run_cli):
         ("dataset.eval.fraction", "held out"),
         ("run.seed", "default: 42"),
         ("quantization.bnb_4bit_quant_type", "choices: nf4, fp4"),
-        ("unknown-key", "unknown-key: no such key"),
-        ("renamed-key", "a name that upstream renamed"),
-        ("hub-unreachable", "no network"),
+        ("unknown-key", "unknown-key: there is no such key"),
+        ("renamed-key", "what to do: write the new name"),
+        ("hub-unreachable", "the hub does not answer"),
     ],
 )
 def test_keys_and_codes_are_explained(run_cli, name, text):

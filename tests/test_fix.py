@@ -30,6 +30,11 @@ def fix(run_cli, tmp_path):
         ("training: # é\r\n  learning_rat:   2e-4\r\n", "training: # é\r\n  learning_rate:   2e-4\r\n"),
         ("training: {'learning_rat': 2e-4, max_step: 3}", "training: {'learning_rate': 2e-4, max_steps: 3}"),
         ("trainig: {evaluation_strategy: 'no'} # x\n", "training: {evaluation_strategy: 'no'} # x\n"),
+        (
+            "training: {packing: true, packing_strategy: 'bfd-requeue'}",
+            "training: {packing: true, packing_strategy: 'bfd_split'}",
+        ),
+        ("training:\n  optim:  adamw_8bt # small\n", "training:\n  optim:  adamw_8bit # small\n"),
     ],
 )
 def test_certain_fixes_keep_comments_order_and_layout(fix, tail, fixed):
@@ -45,6 +50,8 @@ def test_certain_fixes_keep_comments_order_and_layout(fix, tail, fixed):
         "training: {learning_rat: 1e-4, learning_rate: 2e-4}\n",  # the right key is there
         "training: {learning_rat: 1e-4, learning_rte: 2e-4}\n",  # two for one
         "training: {lr: 1e-4}\n",  # a guess
+        "training: {adam_beta: 0.9}\n",  # adam_beta1, or adam_beta2?
+        "training: {optim: adam}\n",  # which of them?
         "training: {warmup_ratio: 0.1}\n",  # renamed, with another meaning
         "training: {seed: 3}\n",  # belongs elsewhere
         "training: {max_steps: '3'}\n",

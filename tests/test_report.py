@@ -1,7 +1,14 @@
 """Problems for machines: GitHub annotations and SARIF."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
+from jsonschema import Draft4Validator
 
 from recipe_runner.problem import Mark, Problem
 from recipe_runner.report import write_github
@@ -32,6 +39,31 @@ def test_sarif_log_holds_every_problem_at_its_place(run_cli):
     assert [place["region"]["startLine"] for place in places] == [12, 13, 14, 12]
     rules = [rule["id"] for rule in run["tool"]["driver"]["rules"]]
     assert all(rules[found["ruleIndex"]] == found["ruleId"] for found in run["results"])
+
+
+def test_sarif_log_is_valid_by_the_schema_of_sarif(run_cli):
+    schema = json.loads((Path(__file__).parent / "schemas" / "sarif-2.1.0.json").read_text())
+    check = Draft4Validator(schema)
+    for arguments in ([INVALID], [INVALID.parent / "warned"], ["phi3_chat_qlora"], ["/nowhere/x.yaml"]):
+        log = json.loads(run_cli("validate", "--format", "sarif", *arguments).out)
+        assert not list(check.iter_errors(log))
+    assert list(check.iter_errors({**log, "version": "3"}))
+
+
+@pytest.mark.parametrize(("no_colour", "painted"), [("", True), ("1", False)])
+def test_colour_is_for_terminals_only(no_colour, painted):
+    """A pseudo-terminal shows colour unless NO_COLOR is set; a pipe never does."""
+    command = [sys.executable, "-m", "recipe_runner", "validate", str(INVALID / "unknown_key.yaml")]
+    environment = {**os.environ, "NO_COLOR": no_colour, "TERM": "xterm"}
+    piped = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "\x1b" not in piped.stdout + piped.stderr
+    ours, theirs = pty.openpty()
+    subprocess.run(command, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert ("\x1b[31m\x1b[1merror[unknown-key]\x1b[0m" in shown) == painted
+    assert "did you mean 'learning_rate'?" in shown
 
 
 def test_sarif_log_of_valid_recipes_is_empty_not_missing(run_cli):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from recipe_runner import rules
 from recipe_runner.library import shipped_recipes
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -26,6 +27,18 @@ def test_invalid_example_gives_exactly_the_problems_it_names(run_cli, file):
     assert len(lines) == len(expected) > 0, result.out
     for line, (place, code, message) in zip(lines, expected, strict=True):
         assert line.startswith(f"{file}:{place.decode()}: error[{code.decode()}] {message.decode()}")
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "warned").glob("*.yaml")), ids=lambda f: f.stem)
+def test_warned_example_gives_its_warnings_and_fails_only_when_strict(run_cli, file):
+    expected = re.findall(r"# expect: (\S+) (\S+) (.*)", file.read_text())
+    result = run_cli("validate", file)
+    lines = result.out.splitlines()[:-1]
+    assert result.status == 0
+    assert len(lines) == len(expected) > 0, result.out
+    for line, (place, code, message) in zip(lines, expected, strict=True):
+        assert line.startswith(f"{file}:{place}: warning[{code}] {message}")
+    assert run_cli("validate", "--strict", file).status == 1
 
 
 def test_all_problems_of_all_files_are_given_at_once_in_order(run_cli):
@@ -95,12 +108,17 @@ def test_nearest_shipped_data_file_is_suggested(run_cli, write_recipe):
 def test_every_code_is_documented_and_every_documented_code_exists():
     root = Path(__file__).resolve().parent.parent
     source = "\n".join(file.read_text() for file in (root / "recipe_runner").rglob("*.py"))
-    documented = set(re.findall(r"`([a-z]+(?:-[a-z0-9]+)+)`", (root / "docs" / "errors.md").read_text()))
+    source += (root / "schema" / "recipe.schema.json").read_text()
+    rows = re.findall(r"^\| `(\S+)` \| (.+) \| (.+) \|$", (root / "docs" / "errors.md").read_text(), flags=re.MULTILINE)
+    documented = {code for code, meaning, fix in rows if len(meaning) > 10 and len(fix) > 5} - {"bug"}
     raised = set(re.findall(r'(?:error|problem|Problem|fail)\(\s*"([a-z]+(?:-[a-z0-9]+)+)"', source))
-    raised |= set(re.findall(r'"([a-z]+(?:-[a-z0-9]+)+)": [a-z_]+,', source))  # the table of rules
+    raised |= set(rules.RULES) | set(re.findall(r'"x-code": "([a-z-]+)"', source))
     assert len(raised) > 50
     assert raised <= documented
     assert all(f'"{code}"' in source for code in documented)
+    assert len(rows) == len({code for code, *_ in rows})
+    warnings = {code for code, meaning, _ in rows if meaning.startswith("warning: ")}
+    assert warnings == rules.WARNINGS | {"name-differs"}
 
 
 ODD = [

@@ -10,11 +10,11 @@ from datasets import Dataset, concatenate_datasets, disable_progress_bars, inter
 from datasets.exceptions import DatasetsError
 
 from recipe_runner import formats
+from recipe_runner.data_rules import BUILDERS, sources
 from recipe_runner.errors import UserError, first_line
 from recipe_runner.formats import RowError, normalise_row
 from recipe_runner.problem import KeyPath
 from recipe_runner.recipe import Recipe
-from recipe_runner.rules import BUILDERS, sources
 from recipe_runner.validate import suggest
 
 COLUMNS = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
