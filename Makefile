@@ -36,12 +36,16 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/build_schema.py --check
+	$(BIN)/python scripts/make_mistakes_table.py --check
+	$(BIN)/python scripts/compare_validators.py
 	$(BIN)/recipe-run validate recipes
 
 schema: install
 	$(BIN)/python scripts/build_schema.py
+	$(BIN)/python scripts/make_mistakes_table.py
 
 bench: install model
+	$(BIN)/python scripts/bench_validate.py
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/bench_startup.py
 
 clean:

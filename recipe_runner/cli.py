@@ -3,8 +3,6 @@
 import json
 import os
 import sys
-import tempfile
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,6 +59,8 @@ def cli() -> None:
 )
 def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resume: str) -> None:
     """Train from a recipe. The word `train` can be left out."""
+    from recipe_runner.errors import user_error
+    from recipe_runner.packages import is_installed
     from recipe_runner.resolve import load_recipe
 
     if output_dir is not None:
@@ -68,6 +68,9 @@ def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resum
     resolved = load_recipe(recipe, overrides)
     for warning in resolved.warnings:
         click.echo(warning, err=True)
+    if not is_installed("trl"):  # installed without dependencies, to validate only
+        fix = "pip install recipe-runner, with its dependencies"
+        raise user_error("training-stack-missing", "TRL is not installed: recipes can be checked here, not run", fix)
     from recipe_runner.training.run import run_recipe
 
     run_recipe(resolved, resume)
@@ -88,9 +91,7 @@ def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resum
 @click.option("--fix", is_flag=True, help="Mend renamed keys, unambiguous typos and the name; print the difference.")
 def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str, strict: bool, fix: bool) -> None:
     """Check recipes: files, folders or names of shipped recipes. More about a problem: `recipe-run explain CODE`."""
-    from recipe_runner.fix import fix_file
     from recipe_runner.library import collect_recipes
-    from recipe_runner.report import FORMATS
     from recipe_runner.resolve import examine_recipe
 
     count, problems = 0, []
@@ -103,11 +104,16 @@ def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str, stri
         count += len(files)
         for file in files:
             found = examine_recipe(file, overrides)[1]
-            if fix and (difference := fix_file(file, found) if found else ""):
-                click.echo(difference, nl=False, err=form != "text")
-                found = examine_recipe(file, overrides)[1]
+            if fix and found:
+                from recipe_runner.fix import fix_file
+
+                if difference := fix_file(file, found):
+                    click.echo(difference, nl=False, err=form != "text")
+                    found = examine_recipe(file, overrides)[1]
             problems += found
     if problems or form in ("json", "sarif"):
+        from recipe_runner.report import FORMATS
+
         click.echo(FORMATS[form](problems), color=_colour())
     errors = sum(problem.severity == "error" for problem in problems)
     if form in ("text", "github"):
@@ -223,6 +229,9 @@ def main() -> NoReturn:
 
 
 def _report_bug(error: Exception) -> int:
+    import tempfile  # here, because a command that works needs neither: a tenth of its time
+    import traceback
+
     with tempfile.NamedTemporaryFile("w", prefix="recipe-run-", suffix=".log", delete=False) as log:
         traceback.print_exception(error, file=log)
     click.echo(f"error[bug] {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", err=True)

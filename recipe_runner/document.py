@@ -65,6 +65,8 @@ def read_document(path: Path, name: str | None = None) -> Document:
     try:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+            if path.is_symlink() and not path.exists():
+                what = "is a link that leads to nothing, or to itself"
             raise user_error("unreadable-file", f"the file {what}", "name a recipe file (.yaml)", mark)
         if path.stat().st_size > MAX_BYTES:
             raise user_error("file-too-large", f"a recipe of more than {MAX_BYTES:,} bytes", "is it a recipe?", mark)

@@ -60,7 +60,7 @@ def collect_recipes(name: str) -> list[Path]:
         return [find_recipe(name)]
     if not os.access(folder, os.R_OK | os.X_OK):
         raise user_error("unreadable-file", f"the folder {name} can't be read", "")
-    found = sorted(file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}") if file.is_file())
+    found = sorted(file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}") if not file.is_dir())
     if not found:
         raise user_error("no-recipes", f"the folder {name} holds no .yaml file", "name a recipe or a folder of recipes")
     return found

@@ -26,7 +26,7 @@ _ON_PYPI = {"optimi": "torch-optimi", "flash_attn_interface": "flash-attn-3"}
 
 def missing_packages(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str, str]]:
     """Optional packages that the recipe needs, and this machine lacks; silent where nothing can be trained anyway."""
-    if not _is_installed("torch"):
+    if not is_installed("torch"):
         return
     training, attention = values["training"], values["model"].get("attn_implementation", "")
     wanted = [(("model", "attn_implementation"), attention, _KERNELS.get(attention))]
@@ -39,10 +39,11 @@ def missing_packages(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str, str
     for tracker in [trackers] if isinstance(trackers, str) else trackers:
         wanted.append((("training", "report_to"), tracker, _TRACKERS.get(tracker)))
     for path, choice, package in wanted:
-        if package and not _is_installed(package):
+        if package and not is_installed(package):
             name = _ON_PYPI.get(package, package.replace("_", "-"))
             yield path, f"{choice} needs the package {name}, which is not installed here", f"pip install {name}"
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a module can be imported here, without importing it."""
     return importlib.util.find_spec(package) is not None

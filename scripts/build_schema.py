@@ -2,6 +2,7 @@
 
     python scripts/build_schema.py            # write
     python scripts/build_schema.py --check    # exit status 1 if a committed file differs
+    python scripts/build_schema.py --output DIR   # upstream's schemas into another folder, for diff_upstream.py
 
 Every field of a class becomes a property, with its type, choices, default and help text; nothing else is accepted.
 Bounds, and keys that the runner owns, are in schema/recipe.schema.json, which is written by hand.
@@ -34,6 +35,12 @@ def main() -> None:
         "upstream/lora_config": with_method(dataclass_schema(LoraConfig, "peft"), "lora"),
         "upstream/bitsandbytes_config": signature_schema(BitsAndBytesConfig, "transformers"),
     }
+    if "--output" in sys.argv:
+        folder = Path(sys.argv[sys.argv.index("--output") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, schema in schemas.items():
+            (folder / f"{Path(name).name}.schema.json").write_text(json.dumps(schema, indent=2), encoding="utf-8")
+        return
     schemas["recipe.bundle"] = bundle(json.loads((FOLDER / "recipe.schema.json").read_text(encoding="utf-8")), schemas)
     stale = []
     for name, schema in schemas.items():

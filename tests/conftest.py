@@ -14,6 +14,22 @@ ROOT = Path(__file__).resolve().parent.parent
 TICKETS = ROOT / "recipes" / "data" / "tickets_train.jsonl"
 
 
+FIGURES = []
+
+
+@pytest.fixture
+def report_figure():
+    """Keeps a line for the end of pytest's output: what a test measured."""
+    return FIGURES.append
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FIGURES:
+        terminalreporter.section("figures")
+        for line in FIGURES:
+            terminalreporter.write_line(line)
+
+
 @dataclass(frozen=True)
 class Result:
     status: int

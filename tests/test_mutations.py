@@ -1,6 +1,6 @@
 """Thousands of broken copies of the shipped recipes, by a seed: no exception, no hang, what is broken is reported.
 
-`pytest -s tests/test_mutations.py` prints the figures.
+The figures stand at the end of pytest's output.
 """
 
 import random
@@ -72,6 +72,13 @@ def random_characters(lines, chance):
     lines[number] = lines[number][:at] + noise + lines[number][at:]
 
 
+def random_bytes(lines, chance):
+    number = chance.randrange(len(lines))
+    at = chance.randrange(len(lines[number]) + 1)
+    noise = "".join(chr(0xDC80 + chance.randrange(128)) for _ in range(3))  # written as the bytes 0x80 to 0xff
+    lines[number] = lines[number][:at] + noise + lines[number][at:]
+
+
 def monstrous_value(lines, chance):
     number = chance.choice([n for n in key_lines(lines) if KEY.match(lines[n])[4]])
     match = KEY.match(lines[number])
@@ -81,11 +88,12 @@ def monstrous_value(lines, chance):
     return None if KEY.match(lines[number]) is None else number
 
 
-KINDS = [misspell_key, change_type, duplicate_key, delete_line, swap_values, indent, random_characters, monstrous_value]
+KINDS = [misspell_key, change_type, duplicate_key, delete_line, swap_values, indent, random_characters, random_bytes]
+KINDS += [monstrous_value]
 
 
 @pytest.mark.parametrize("mutate", KINDS, ids=lambda kind: kind.__name__)
-def test_mutants_are_answered(mutate, tmp_path):
+def test_mutants_are_answered(mutate, tmp_path, report_figure):
     chance = random.Random(mutate.__name__)
     recipes = {file.stem: (file.read_text(), examine_recipe(file)[0].values) for file in shipped_recipes()}
     figures, slowest = Counter(), 0.0
@@ -98,7 +106,7 @@ def test_mutants_are_answered(mutate, tmp_path):
         lines = text.splitlines()
         number = mutate(lines, chance)
         file = tmp_path / f"{name}.yaml"
-        file.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+        file.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
         began = time.monotonic()
         recipe, problems = examine_recipe(file)
         slowest = max(slowest, time.monotonic() - began)
@@ -113,7 +121,8 @@ def test_mutants_are_answered(mutate, tmp_path):
             figures["as valid as before" if problems or recipe.values == values else "another valid recipe"] += 1
         else:
             figures["accepted with a warning"] += 1
-    print(f"\n{mutate.__name__}: {dict(figures)}, slowest {slowest * 1000:.0f} ms")
+    told = ", ".join(f"{count} {kind}" for kind, count in figures.most_common())
+    report_figure(f"{MUTANTS_OF_A_KIND} mutants by {mutate.__name__}: {told}; slowest {slowest * 1000:.0f} ms")
     assert slowest < 2
     assert sum(figures.values()) == MUTANTS_OF_A_KIND
 

@@ -15,7 +15,7 @@ CELLS = re.findall(r"^\| `(recipe-run [^`]+)`", README, flags=re.MULTILINE)
 
 
 def test_the_recipe_is_the_one_on_the_shelf():
-    (shown,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
     assert shown == (ROOT / "recipes" / "phi3_chat_qlora.yaml").read_text(encoding="utf-8")
 
 

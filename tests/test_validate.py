@@ -1,6 +1,7 @@
 """The example files are the tests: every file in valid/ passes, every one in invalid/ gives what it says at its end."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -295,3 +296,26 @@ def test_what_is_usual_is_not_remarked_on(run_cli, write_recipe):
     training = {"learning_rate": 2e-4, "max_length": 4096, "bf16": True}
     result = run_cli("validate", write_recipe(model=PHI3, quantization=NF4, peft=LORA, training=training))
     assert result.out == "1 recipe, 0 errors, 0 warnings\n"
+
+
+def test_a_local_model_s_config_says_its_context_and_architecture(run_cli, write_recipe, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "phi3", "max_position_embeddings": 128}))
+    sections = {"model": {"name_or_path": str(model)}, "training": {"max_length": 129}}
+    peft = {"method": "lora", "target_modules": ["up_proj"]}
+    out = run_cli("validate", write_recipe(**sections, peft=peft)).out
+    assert "error[fused-projections] peft.target_modules.0: Phi-3 has no 'up_proj'; use 'gate_up_proj'" in out
+    assert "warning[context-length] training.max_length: 129 tokens, the model's context is 128" in out
+    (model / "config.json").write_text("{broken")  # another check's business, and no reason to fail here
+    assert run_cli("validate", write_recipe(**sections)).status == 0
+
+
+def test_links_to_nothing_and_pipes_in_a_folder_are_reported_not_skipped(run_cli, tmp_path):
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    result = run_cli("validate", tmp_path)
+    assert [line.split("error")[1] for line in result.out.splitlines()] == [
+        "[unreadable-file] the file is a link that leads to nothing, or to itself; name a recipe file (.yaml)",
+        "[unreadable-file] the file is no regular file; name a recipe file (.yaml)",
+    ]

@@ -1,0 +1,69 @@
+"""Time and memory of `recipe-run validate`, whole cold processes, beside what it can't do without, in turn.
+
+    python scripts/bench_validate.py [ROUNDS]
+
+Prints the median of each command over the rounds and the ratio to bare Python, then folders of 1,000 and 2,000 recipes:
+time, growth, and the largest resident memory.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from recipe_runner.library import shipped_recipes
+
+VALIDATE = [sys.executable, "-m", "recipe_runner", "validate"]
+
+
+def main(rounds: int) -> None:
+    commands = {
+        "bare Python": [sys.executable, "-c", ""],
+        "import click": [sys.executable, "-c", "import click"],
+        "import jsonschema": [sys.executable, "-c", "import jsonschema"],
+        "validate one recipe": [*VALIDATE, str(shipped_recipes()[0])],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            seconds[name].append(measure(command)[0])
+    bare = statistics.median(seconds["bare Python"])
+    for name, series in seconds.items():
+        median = statistics.median(series)
+        print(f"{name:<20} {median * 1000:6.0f} ms  ({median / bare:.1f} times bare Python)")
+    with tempfile.TemporaryDirectory() as folder:
+        times = []
+        for count in (1000, 2000):
+            fill(Path(folder), count)
+            took, memory = measure([*VALIDATE, folder])
+            times.append(took)
+            print(f"{count} recipes         {took:6.2f} s   {memory / 2**20:.0f} MiB at most")
+        print(f"twice as many recipes take {times[1] / times[0]:.2f} times as long")
+
+
+def fill(folder: Path, count: int) -> None:
+    """Writes copies of the shipped recipes, each under its own name."""
+    texts = [(file.stem, file.read_text(encoding="utf-8")) for file in shipped_recipes()]
+    for number in range(count):
+        stem, text = texts[number % len(texts)]
+        text = text.replace(f"name: {stem}", f"name: r{number}").replace(
+            "data/", f"{shipped_recipes()[0].parent}/data/"
+        )
+        (folder / f"r{number}.yaml").write_text(text, encoding="utf-8")
+
+
+def measure(command: list[str]) -> tuple[float, int]:
+    """Seconds and largest resident memory in bytes of one process that must succeed."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    return time.monotonic() - began, usage.ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 11)
