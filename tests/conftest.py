@@ -3,12 +3,15 @@
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a network
+HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")  # no test reads or fills the caches of the machine
+os.environ["HF_HOME"] = HF_HOME.name
 
 ROOT = Path(__file__).resolve().parent.parent
 TICKETS = ROOT / "recipes" / "data" / "tickets_train.jsonl"

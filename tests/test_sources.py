@@ -13,14 +13,17 @@ ROWS = [{"instruction": f"question {n}", "output": f"answer {n}", "note": n} for
 
 @pytest.fixture
 def load(write_recipe, tmp_path):
-    from recipe_runner.training.sources import load_splits
+    from recipe_runner.training.sources import open_sources, order_rows, read_rows
 
     def load(rows=None, file="rows.jsonl", text=None, **dataset):
         path = tmp_path / file
         path.write_text(text if text is not None else "".join(json.dumps(row) + "\n" for row in rows))
         dataset = {"train": {"source": str(path)}} | dataset
         training = {"eval_strategy": "steps"} if "eval" in dataset else {}
-        return load_splits(load_recipe(str(write_recipe(dataset=dataset, training=training))))
+        recipe = load_recipe(str(write_recipe(dataset=dataset, training=training)))
+        sources = open_sources(recipe)
+        splits = {split: read_rows(recipe, sources, order) for split, order in order_rows(recipe, sources).items()}
+        return splits["train"], splits.get("eval")
 
     return load
 
@@ -50,7 +53,7 @@ def test_text_files_are_cut_where_the_recipe_says(load, sample_by, count):
         text="a\nb\n\nc\nd\n", file="t.txt", format="text", train={"source": "t.txt", "sample_by": sample_by}
     )
     assert len(train) == count
-    assert Counter(train["dropped"])["with an empty text"] == (1 if sample_by == "line" else 0)
+    assert Counter(row["dropped"] for row in train)["with an empty text"] == (1 if sample_by == "line" else 0)
 
 
 def test_columns_are_mapped_by_role(load):

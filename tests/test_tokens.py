@@ -20,7 +20,7 @@ CONVERSATION = [
 @pytest.fixture
 def prepare(write_recipe, tmp_path, tiny_phi3):
     """Prepares rows as a run does; returns the split, its tokenizer, and (rendered text, learned text) of each row."""
-    from recipe_runner.training import environment, model, sources, tokens
+    from recipe_runner.training import environment, model, sources, store
     from recipe_runner.training.preparation import build_config
 
     def prepare(rows, name_or_path=tiny_phi3, training=None, **dataset):
@@ -32,12 +32,9 @@ def prepare(write_recipe, tmp_path, tiny_phi3):
         )
         config = build_config(recipe, environment.choose_precision(recipe))
         tokenizer = model.load_tokenizer(recipe)
-        split = tokens.prepare_split(sources.load_splits(recipe)[0], recipe, tokenizer, config, config.packing, "train")
+        split = store.prepare_data(recipe, sources.open_sources(recipe), tokenizer, config).splits["train"]
         texts = [
-            (
-                tokenizer.decode(row["input_ids"]),
-                tokenizer.decode([label for label in row["labels"] if label != tokens.IGNORED]),
-            )
+            (tokenizer.decode(row["input_ids"]), tokenizer.decode([label for label in row["labels"] if label != -100]))
             for row in split.dataset
         ]
         return split, tokenizer, texts

@@ -6,7 +6,7 @@ from typing import Any
 
 from recipe_runner.recipe import Recipe
 from recipe_runner.resolve import dump_values
-from recipe_runner.training.tokens import Accounting
+from recipe_runner.training.accounting import Accounting
 
 
 def write_card(

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from recipe_runner.recipe import Recipe
 from recipe_runner.training.environment import describe_device, describe_processes
@@ -19,13 +19,17 @@ def describe_plan(recipe: Recipe, trainer: SFTTrainer, prepared: Prepared, folde
         else ""
     )
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    steps = count_steps(config, len(trainer.train_dataset))
     unpaged = "; no GPU: states are not paged" if "paged" in config.optim.value and config.device.type == "cpu" else ""
     lines = {
         "model": f"{values['model']['name_or_path']} ({describe_method(recipe)})",
         "trainable": describe_trainable(trainer),
         "data": f"{prepared.train.accounting}{packed}",
+        "lengths": prepared.train.accounting.describe_lengths(),
+        "batches": prepared.train.accounting.describe_batches(),
+        "sources": prepared.train.accounting.describe_sources(),
         "eval data": str(prepared.evaluation.accounting) if prepared.evaluation else "none",
-        "steps": f"{count_steps(trainer):,} of {batch} rows: {config.per_device_train_batch_size} per device"
+        "steps": f"{steps:,} of {batch} rows: {config.per_device_train_batch_size} per device"
         f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(config)}",
         "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g},"
         f" {config.lr_scheduler_type.value}{unpaged}",
@@ -33,12 +37,11 @@ def describe_plan(recipe: Recipe, trainer: SFTTrainer, prepared: Prepared, folde
         "device": describe_device(config),
         "run folder": str(folder),
     }
-    return "\n".join(f"  {key:<11}{text}" for key, text in lines.items())
+    return "\n".join(f"  {key:<11}{text}" for key, text in lines.items() if text)
 
 
-def count_steps(trainer: SFTTrainer) -> int:
+def count_steps(config: SFTConfig, rows: int) -> int:
     """Optimizer steps of the run. Source: transformers/trainer.py 5.23, Trainer.set_initial_training_values."""
-    config, rows = trainer.args, len(trainer.train_dataset)
     round_ = math.floor if config.dataloader_drop_last else math.ceil
     batches = round_(rows / (config.per_device_train_batch_size * config.world_size))
     steps_per_epoch = max(math.ceil(batches / config.gradient_accumulation_steps), 1)

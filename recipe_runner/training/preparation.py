@@ -9,11 +9,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
-from recipe_runner.errors import first_line
+from recipe_runner.errors import UserError, first_line
+from recipe_runner.problem import Problem, sort_problems
 from recipe_runner.recipe import Recipe
-from recipe_runner.training import environment, model, sources, tokens
+from recipe_runner.training import checks, environment, model, sources, store
 from recipe_runner.training.environment import Precision
-from recipe_runner.training.tokens import PreparedSplit
+from recipe_runner.training.store import PreparedData, PreparedSplit
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,18 @@ class Prepared:
     precision: Precision
     tokenizer: PreTrainedTokenizerBase
     peft_config: PeftConfig | None
-    train: PreparedSplit
-    evaluation: PreparedSplit | None
-    fingerprint: str
+    data: PreparedData
+    warnings: tuple[Problem, ...]
+
+    @property
+    def train(self) -> PreparedSplit:
+        """The training rows."""
+        return self.data.splits["train"]
+
+    @property
+    def evaluation(self) -> PreparedSplit | None:
+        """The evaluation rows, when the recipe evaluates."""
+        return self.data.splits.get("eval")
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -40,17 +50,29 @@ def prepare(recipe: Recipe) -> Prepared:
     config = build_config(recipe, precision)
     if config.process_index == 0:
         print(f"Preparing {recipe.values['name']} ...", flush=True)
-    rows, eval_rows = sources.load_splits(recipe)
+    opened = sources.open_sources(recipe)
     tokenizer = model.load_tokenizer(recipe)
-    train = tokens.prepare_split(rows, recipe, tokenizer, config, config.packing, "train")
-    evaluation = None
-    if eval_rows is not None:
-        packing = config.packing if config.eval_packing is None else config.eval_packing
-        evaluation = tokens.prepare_split(eval_rows, recipe, tokenizer, config, packing, "eval")
     model_config = model.load_model_config(recipe)
     if peft_config := model.build_peft(recipe):
         model.check_targets(recipe, peft_config, model_config)
-    return Prepared(config, precision, tokenizer, peft_config, train, evaluation, rows._fingerprint)
+    data = store.prepare_data(recipe, opened, tokenizer, config)
+    return Prepared(config, precision, tokenizer, peft_config, data, find_data_problems(recipe, tokenizer, data))
+
+
+def find_data_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> tuple[Problem, ...]:
+    """What was found in the data, as warnings.
+
+    Raises:
+        UserError: What was found is more than a warning.
+    """
+    found = [
+        problem
+        for split, prepared in data.splits.items()
+        for problem in checks.find_problems(recipe, tokenizer, prepared.accounting, split)
+    ]
+    if any(problem.severity == "error" for problem in found):
+        raise UserError(sort_problems(found))
+    return tuple(sort_problems(found))
 
 
 def build_config(recipe: Recipe, precision: Precision) -> SFTConfig:
@@ -85,9 +107,9 @@ def build_config(recipe: Recipe, precision: Precision) -> SFTConfig:
 
 def describe_run(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """What `environment.json` holds: versions and hardware, precision, what became of the data."""
-    splits = {"train": prepared.train, "eval": prepared.evaluation}
     return environment.describe_environment(recipe) | {
         "precision": str(prepared.precision),
-        "data": {name: asdict(split.accounting) for name, split in splits.items() if split},
-        "dataset_fingerprint": prepared.fingerprint,
+        "data": {name: asdict(split.accounting) for name, split in prepared.data.splits.items()},
+        "dataset_fingerprint": prepared.data.key,
+        "warnings": [str(problem) for problem in prepared.warnings],
     }

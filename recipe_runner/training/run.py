@@ -33,6 +33,8 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
     found = run_folder.find_resumable(recipe, resume)
     prepared = preparation.prepare(recipe)
     config = prepared.config
+    for warning in prepared.warnings if config.process_index == 0 else ():
+        print(warning, file=sys.stderr)
     folder = _agree(run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found)
     config.output_dir = str(folder / "checkpoints")
     with _recorded(folder, config):

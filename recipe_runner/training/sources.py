@@ -1,16 +1,16 @@
-"""Data sources: loading, choosing columns, splitting and mixing. The rows' layout is made by `formats`."""
+"""Data sources: opening them, choosing columns, the order of rows. The rows' layout is made by `formats`."""
 
-import hashlib
 import json
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, interleave_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 
-from recipe_runner import formats
-from recipe_runner.data_rules import BUILDERS, sources
+from recipe_runner.data_rules import BUILDERS
+from recipe_runner.data_rules import sources as sources_of
 from recipe_runner.errors import UserError, first_line
 from recipe_runner.formats import RowError, normalise_row
 from recipe_runner.problem import KeyPath
@@ -18,43 +18,37 @@ from recipe_runner.recipe import Recipe
 from recipe_runner.validate import suggest
 
 COLUMNS = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
-# datasets' cache tells functions of a module by their names alone: without this it would serve rows made by older code.
-CODE = hashlib.sha256(Path(formats.__file__).read_bytes()).hexdigest()
 
 
-def load_splits(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
-    """Loads, normalises, splits and mixes the sources of a recipe, by its seed.
+@dataclass(frozen=True)
+class Source:
+    """One source of a recipe, opened.
 
-    Returns:
-        Training and evaluation rows: `messages: list[{role, content}]`, or `prompt` and `completion` (both strings, or
-        both lists of messages), or `text`; and `dropped`, the reason why a row can't be trained on, or ''.
+    Attributes:
+        name: The file or hub id.
+        path: Where the recipe names it.
+        rows: Its rows, with the columns that are used, memory-mapped.
+        columns: Role of a column -> its name in the data.
+    """
+
+    name: str
+    path: KeyPath
+    rows: Dataset
+    columns: dict[str, str]
+
+
+def open_sources(recipe: Recipe) -> list[Source]:
+    """Opens every source of a recipe, without reading its rows.
 
     Raises:
-        UserError: A source cannot be read, lacks a column, or has a row of the wrong shape.
+        UserError: A source can't be read, has no rows, or lacks a column.
     """
     disable_progress_bars()
-    seed, held_out = recipe.values["run"]["seed"], recipe.values["dataset"].get("eval") or {}
-    loaded = {path: load_source(recipe, source, path) for path, source in sources(recipe.values)}
-    train = [rows for path, rows in loaded.items() if path[1] == "train"]
-    evaluation = [rows for path, rows in loaded.items() if path[1] == "eval"]
-    if "fraction" in held_out:
-        # Split before mixing: mixing repeats rows, and a repeated row may not be on both sides.
-        if min(len(rows) for rows in train) < 2:
-            raise recipe.error("empty-dataset", "a source has one row: none can be held out", "", "dataset", "eval")
-        sizes = [max(1, round(len(rows) * held_out["fraction"])) for rows in train]
-        parts = [rows.train_test_split(size, seed=seed) for rows, size in zip(train, sizes, strict=True)]
-        train, evaluation = [part["train"] for part in parts], [part["test"] for part in parts]
-    weights = [source.get("weight") for path, source in sources(recipe.values) if path[1] == "train"]
-    if len(train) > 1 and None not in weights:
-        shares = [weight / sum(weights) for weight in weights]
-        mixed = interleave_datasets(train, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
-    else:
-        mixed = concatenate_datasets(train)
-    return mixed, concatenate_datasets(evaluation) if evaluation else None
+    return [open_source(recipe, source, path) for path, source in sources_of(recipe.values)]
 
 
-def load_source(recipe: Recipe, source: dict[str, Any], path: KeyPath) -> Dataset:
-    """Loads one source and normalises its rows."""
+def open_source(recipe: Recipe, source: dict[str, Any], path: KeyPath) -> Source:
+    """Opens one source and chooses its columns."""
     name, suffix = source["source"], Path(source["source"]).suffix
     try:
         if suffix in BUILDERS:
@@ -67,15 +61,78 @@ def load_source(recipe: Recipe, source: dict[str, Any], path: KeyPath) -> Datase
     if not len(rows):
         raise recipe.error("empty-dataset", f"{name} has no rows", "", *path, "source")
     columns = choose_columns(recipe, source, rows.column_names, path)
-    if "limit" in source:
-        rows = rows.shuffle(seed=recipe.values["run"]["seed"]).select(range(min(source["limit"], len(rows))))
-    rows = rows.select_columns(list(columns.values()))
-    settings = {"dataset": recipe.values["dataset"], "columns": columns, "name": name, "code": CODE}
-    try:
-        normalise = partial(normalise_batch, **settings)
-        return rows.map(normalise, batched=True, with_indices=True, remove_columns=rows.column_names)
-    except RowError as error:
-        raise recipe.error("wrong-row-shape", str(error), "", *path, "source") from error
+    return Source(name, path, rows.select_columns(list(dict.fromkeys(columns.values()))), columns)
+
+
+def order_rows(recipe: Recipe, sources: list[Source]) -> dict[str, np.ndarray]:
+    """Which rows are trained on and which are held out, in which order, by the recipe's seed.
+
+    Only numbers are shuffled, split and mixed here (by `datasets`' own functions), so that the first rows are known
+    without reading all.
+
+    Returns:
+        `train` and, when the recipe evaluates, `eval`: arrays `(rows, 2)` of source and row in it.
+
+    Raises:
+        UserError: A source is too small to be split.
+    """
+    seed, held_out = recipe.values["run"]["seed"], recipe.values["dataset"].get("eval") or {}
+    declared = [source for _, source in sources_of(recipe.values)]
+    indices = []
+    for number, (source, settings) in enumerate(zip(sources, declared, strict=True)):
+        rows = Dataset.from_dict({"source": np.full(len(source.rows), number), "row": np.arange(len(source.rows))})
+        if "limit" in settings:
+            rows = rows.shuffle(seed=seed).select(range(min(settings["limit"], len(rows))))
+        indices.append(rows)
+    train = [rows for rows, source in zip(indices, sources, strict=True) if source.path[1] == "train"]
+    evaluation = [rows for rows, source in zip(indices, sources, strict=True) if source.path[1] == "eval"]
+    if "fraction" in held_out:
+        # Split before mixing: mixing repeats rows, and a repeated row may not be on both sides.
+        if min(len(rows) for rows in train) < 2:
+            raise recipe.error("empty-dataset", "a source has one row: none can be held out", "", "dataset", "eval")
+        sizes = [max(1, round(len(rows) * held_out["fraction"])) for rows in train]
+        parts = [rows.train_test_split(size, seed=seed) for rows, size in zip(train, sizes, strict=True)]
+        train, evaluation = [part["train"] for part in parts], [part["test"] for part in parts]
+    weights = [settings["weight"] for settings in declared if "weight" in settings]
+    if len(train) > 1 and weights:
+        shares = [weight / sum(weights) for weight in weights]
+        mixed = interleave_datasets(train, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    else:
+        mixed = concatenate_datasets(train)
+    orders = {"train": mixed} | ({"eval": concatenate_datasets(evaluation)} if evaluation else {})
+    return {split: _as_array(rows) for split, rows in orders.items()}
+
+
+def _as_array(rows: Dataset) -> np.ndarray:
+    columns = rows.with_format("numpy")[:]
+    return np.stack([columns["source"], columns["row"]], axis=1)
+
+
+def read_rows(recipe: Recipe, sources: list[Source], order: np.ndarray) -> list[dict[str, Any]]:
+    """Reads some rows and brings them to a layout of TRL's: see `formats`.
+
+    Args:
+        recipe: The recipe.
+        sources: Its sources, opened.
+        order: Array `(rows, 2)` of source and row in it.
+
+    Returns:
+        `messages`, or `prompt` and `completion`, or `text`; and `dropped`, why a row can't be trained on, or ''.
+
+    Raises:
+        UserError: A row has the wrong shape.
+    """
+    dataset, rows = recipe.values["dataset"], [{}] * len(order)
+    for number in np.unique(order[:, 0]):
+        source, places = sources[number], np.flatnonzero(order[:, 0] == number)
+        batch = source.rows[order[places, 1].tolist()]
+        for position, place in enumerate(places):
+            row = {role: batch[column][position] for role, column in source.columns.items()}
+            try:
+                rows[place] = normalise_row(row, dataset, f"{source.name}: row {order[place, 1] + 1}")
+            except RowError as error:
+                raise recipe.error("wrong-row-shape", str(error), "", *source.path, "source") from error
+    return rows
 
 
 def choose_columns(recipe: Recipe, source: dict[str, Any], available: list[str], path: KeyPath) -> dict[str, str]:
@@ -97,20 +154,6 @@ def choose_columns(recipe: Recipe, source: dict[str, Any], available: list[str],
             hint = suggest(column, available) or f"set columns: {{{role}: NAME}}"
             raise recipe.error("missing-column", message, hint, *path, "columns", role)
     return columns
-
-
-def normalise_batch(
-    batch: dict[str, list], indices: list[int], dataset: dict[str, Any], columns: dict[str, str], name: str, code: str
-) -> dict[str, list]:
-    """Normalises rows to a layout of TRL's, as `Dataset.map` wants it: columns in, columns out.
-
-    `code` is not used: it makes the cache of `Dataset.map` notice a changed version of formats.py.
-    """
-    rows = []
-    for position, index in enumerate(indices):
-        row = {role: batch[column][position] for role, column in columns.items()}
-        rows.append(normalise_row(row, dataset, f"{name}: row {index + 1}"))
-    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 def _explain_load_error(error: Exception, name: str, suffix: str, recipe: Recipe, path: KeyPath) -> UserError:

@@ -1,191 +1,264 @@
-"""From normalised rows to tokens and labels, by TRL's own code, with every lost row and token counted."""
+"""From rows to tokens and labels, by TRL's own code, chunk by chunk, with every lost row and token counted."""
 
+import contextlib
 import copy
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
-from recipe_runner.errors import UserError
+from recipe_runner.errors import UserError, first_line
 from recipe_runner.recipe import Recipe
+from recipe_runner.training.accounting import Tally
+from recipe_runner.training.checks import check_ends, count_rendered_roles, count_special_tokens
+from recipe_runner.training.sources import Source, read_rows
 
 IGNORED = -100  # label of a token that is not in the loss (torch.nn.CrossEntropyLoss's ignore_index)
-CHECKED_ROWS = 100  # rows whose masks are checked before the weights are loaded
+CHUNK = 5_000  # rows prepared at once: what bounds the memory
+PACKED_TOGETHER = 1_000  # rows: the batch of `Dataset.map`, and so of TRL's packing
+CHECKED_ROWS = 100  # rows of a split whose masks are checked token by token
 
 
 @dataclass(frozen=True)
-class Accounting:
-    """What became of the rows of one split.
+class Job:
+    """What is needed to make tokens of rows.
 
     Attributes:
-        rows_read: Rows in the source, after `limit` and the evaluation split.
-        rows_kept: Rows that are trained on, before packing.
-        dropped: Reason -> number of rows.
-        rows_truncated: Rows cut at `max_length`.
-        tokens_truncated: Tokens cut off.
-        tokens: Tokens in the kept rows.
-        supervised_tokens: Those of them that are in the loss.
-    """
-
-    rows_read: int
-    rows_kept: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    rows_truncated: int = 0
-    tokens_truncated: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-
-    def __str__(self) -> str:
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
-        dropped = f"{sum(self.dropped.values()):,} dropped" + (f" ({reasons})" if reasons else "")
-        cut = f"{self.rows_truncated:,} truncated" + (
-            f" ({self.tokens_truncated:,} tokens lost)" if self.rows_truncated else ""
-        )
-        share = self.supervised_tokens / max(self.tokens, 1)
-        tokens = f"{self.tokens:,} tokens, {self.supervised_tokens:,} supervised ({share:.0%})"
-        return f"{self.rows_read:,} rows: {self.rows_kept:,} kept, {dropped}, {cut}; {tokens}"
-
-
-@dataclass(frozen=True)
-class PreparedSplit:
-    """A split ready for the trainer.
-
-    Attributes:
-        dataset: Rows with `input_ids`, `labels` and, when packed, `seq_lengths`.
-        accounting: What became of its rows.
-    """
-
-    dataset: Dataset
-    accounting: Accounting
-
-
-def prepare_split(
-    rows: Dataset, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: SFTConfig, packing: bool, name: str
-) -> PreparedSplit:
-    """Tokenizes rows, builds labels, truncates or packs: TRL's own preparation, with every lost row and token counted.
-
-    Args:
-        rows: Normalised rows, from `sources.load_splits`.
         recipe: The recipe.
+        sources: Its sources, opened.
         tokenizer: With the chat template that is trained with.
         config: The trainer's configuration.
-        packing: Whether to pack rows up to `config.max_length`.
-        name: `train` or `eval`, for messages.
+    """
+
+    recipe: Recipe
+    sources: list[Source]
+    tokenizer: PreTrainedTokenizerBase
+    config: SFTConfig
+
+    def packing(self, split: str) -> bool:
+        """Whether a split is packed."""
+        packing, of_eval = self.config.packing, self.config.eval_packing
+        return bool(packing if split == "train" or of_eval is None else of_eval)
+
+    def cuts(self, split: str) -> bool:
+        """Whether rows longer than `max_length` lose tokens, rather than being split between packed rows."""
+        return not (self.packing(split) and self.config.packing_strategy != "bfd")
+
+    def tally(self) -> Tally:
+        """Counters for a split."""
+        return Tally(self.config.max_length, [source.name for source in self.sources])
+
+
+def prepare_chunks(job: Job, split: str, order: np.ndarray, tally: Tally) -> Iterator[pa.Table]:
+    """Tokenizes rows, builds labels, cuts or packs: what the trainer is given.
+
+    Args:
+        job: Recipe, sources, tokenizer, configuration.
+        split: `train` or `eval`.
+        order: Array `(rows, 2)` of source and row in it.
+        tally: Is told what became of every row.
+
+    Yields:
+        Tables of `input_ids` and `labels` (lists of equal length); `documents`, the places in `order` of the rows that
+        a row is made of; and `document_lengths`, how many tokens each of them has there.
 
     Raises:
-        UserError: No row is left, or the masks of the rows are wrong.
+        UserError: A row has the wrong shape, is refused by the template, or is too long; or masks are wrong.
     """
-    reasons_of_rows = rows["dropped"][:]
-    reasons = Counter(reason for reason in reasons_of_rows if reason)
-    kept = [index for index, reason in enumerate(reasons_of_rows) if not reason]
-    if not kept:
-        raise _nothing_left(recipe, name, reasons)
-    usable = rows.remove_columns("dropped")
-    usable = usable.select(kept) if reasons else usable
-    tokenized = _tokenize(usable, recipe, tokenizer, config)
-    check_masks(tokenized.select(range(min(CHECKED_ROWS, len(tokenized)))), recipe, tokenizer)
+    waiting = None
+    for start in range(0, len(order), CHUNK):
+        table = _prepare_chunk(job, split, order, start, tally)
+        if not job.packing(split):
+            yield _with_documents(table)
+            continue
+        waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        whole = len(waiting) // PACKED_TOGETHER * PACKED_TOGETHER
+        whole = whole if start + CHUNK < len(order) else len(waiting)
+        if whole:
+            packed = _pack(waiting.slice(0, whole), job.config)
+            tally.packed_rows += len(packed)
+            yield packed
+            waiting = waiting.slice(whole)
 
-    cuts = config.max_length is not None and not (packing and config.packing_strategy != "bfd")
-    limit = config.max_length if cuts else None
-    lengths, supervised = measure_rows(tokenized, limit)
-    learnable = np.flatnonzero(supervised)
-    if lost := len(lengths) - len(learnable):
-        reasons[f"without a supervised token within max_length ({limit})"] += lost
-        tokenized = tokenized.select(learnable)
-        lengths, supervised = lengths[learnable], supervised[learnable]
-    if not len(learnable):
-        raise _nothing_left(recipe, name, reasons)
-    over = np.maximum(lengths - limit, 0) if limit else np.zeros_like(lengths)
-    accounting = Accounting(
-        rows_read=len(rows),
-        rows_kept=len(lengths),
-        dropped=dict(reasons),
-        rows_truncated=int((over > 0).sum()),
-        tokens_truncated=int(over.sum()),
-        tokens=int((lengths - over).sum()),
-        supervised_tokens=int(supervised.sum()),
+
+def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int, tally: Tally) -> pa.Table:
+    """`input_ids`, `labels` and `document` of the rows of a chunk that are kept."""
+    part = order[start : start + CHUNK]
+    rows = read_rows(job.recipe, job.sources, part)
+    tally.read += len(rows)
+    reasons = [row.pop("dropped") for row in rows]
+    for reason in filter(None, reasons):
+        tally.drop(reason, 1)
+    places = np.array([place for place, reason in enumerate(reasons) if not reason], dtype=np.int64)
+    if not len(places):
+        return _table([], [], places)
+    usable = [rows[place] for place in places]
+    tally.special += count_special_tokens(usable, job.tokenizer)
+    count_rendered_roles(usable, job.tokenizer, tally)
+    tokenized = _tokenize(job, usable, part[places])
+    if start == 0:
+        check_ends(tokenized.slice(0, CHECKED_ROWS), job.recipe, job.tokenizer)
+    return _keep_learnable(job, split, tokenized, part, places, tally, start)
+
+
+def _keep_learnable(
+    job: Job, split: str, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int
+) -> pa.Table:
+    """Drops, cuts or refuses rows that are too long, drops those that teach nothing, and counts all."""
+    limit, policy = job.config.max_length, job.recipe.values["dataset"]["on_overlong"]
+    cuts = job.cuts(split)
+    lengths, supervised, hashes = measure_rows(table, limit if cuts else None)
+    long = lengths > limit if limit else np.zeros(len(lengths), dtype=bool)
+    if policy == "error" and long.any():
+        source, row = part[places[np.argmax(long)]]
+        message = f"{job.sources[source].name}: row {row + 1} has {lengths[np.argmax(long)]:,} tokens"
+        fix = f"max_length is {limit:,}: raise it, or set on_overlong to truncate or drop"
+        raise job.recipe.error("row-too-long", message, fix, "dataset", "on_overlong")
+    dropped = long if policy == "drop" else np.zeros(len(lengths), dtype=bool)
+    mute = (supervised == 0) & ~dropped
+    keep = ~(dropped | mute)
+    tally.drop(f"longer than max_length ({limit})", int(dropped.sum()))
+    tally.drop(
+        f"without a supervised token{f' within max_length ({limit})' if limit and cuts else ''}", int(mute.sum())
     )
-    if packing or over.any():
-        tokenized = _upstream_preparation(tokenized, recipe, tokenizer, config, packing)
-    return PreparedSplit(tokenized, accounting)
+    kept = table.filter(pa.array(keep))
+    if (bos := job.tokenizer.bos_token_id) is not None:
+        tally.two_bos += _count_two_bos(kept, bos)
+    tally.add(lengths[keep], supervised[keep], part[places[keep], 0], hashes[keep])
+    ids, labels = kept["input_ids"], kept["labels"]
+    if cuts and (long & keep).any():
+        ids, labels = (pc.list_slice(column, 0, limit) for column in (ids, labels))
+    return _table(ids, labels, places[keep] + start)
 
 
-def _tokenize(rows: Dataset, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> Dataset:
-    """Tokens and labels of whole rows, neither truncated nor packed."""
-    whole = copy.copy(config)
+def _table(ids: Any, labels: Any, documents: np.ndarray) -> pa.Table:
+    numbers = pa.list_(pa.int32())
+    columns = [
+        pa.chunked_array([column], numbers) if isinstance(column, list) else column.cast(numbers)
+        for column in (ids, labels)
+    ]
+    return pa.table({"input_ids": columns[0], "labels": columns[1], "document": pa.array(documents, pa.int64())})
+
+
+def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Table:
+    """`input_ids` and `labels` of whole rows, neither cut nor packed.
+
+    Raises:
+        UserError: The chat template, or the tokenizer, refuses a row.
+    """
+    whole = copy.copy(job.config)
     whole.max_length = None
-    whole.assistant_only_loss = recipe.values["dataset"]["train_on"] == "assistant"
-    tokenized = _upstream_preparation(rows, recipe, tokenizer, whole, packing=False)
-    return tokenized.select_columns(["input_ids", "labels"])
+    whole.assistant_only_loss = job.recipe.values["dataset"]["train_on"] == "assistant"
+
+    def tokenize(some: list[dict[str, Any]]) -> pa.Table:
+        dataset = Dataset.from_dict({key: [row[key] for row in some] for key in some[0]})
+        prepared = _upstream_preparation(dataset, job, whole)
+        return prepared.select_columns(["input_ids", "labels"]).data.table.combine_chunks()
+
+    try:
+        return tokenize(rows)
+    except (TemplateError, RuntimeError, ValueError, TypeError):
+        for row, (source, number) in zip(rows, order, strict=True):
+            try:
+                tokenize([row])
+            except (TemplateError, RuntimeError, ValueError, TypeError) as error:
+                message = f"{job.sources[source].name}: row {number + 1} can't be rendered: {first_line(error)}"
+                fix = "mend or remove the row"
+                raise job.recipe.error("row-refused", message, fix, *job.sources[source].path, "source") from error
+        raise
 
 
-def _upstream_preparation(
-    rows: Dataset, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: SFTConfig, packing: bool
-) -> Dataset:
+def _upstream_preparation(rows: Dataset, job: Job, config: SFTConfig) -> Dataset:
     """Calls `SFTTrainer._prepare_dataset` without a trainer, because a trainer would load the weights first.
 
     Source: trl/trainer/sft_trainer.py 1.16.0; of `self` the method reads only the three attributes given here, which
-    `test_tokens.py` holds against a real trainer.
+    `test_tokens.py` holds against a real trainer. Its barrier between processes is taken out: `store` lets one process
+    prepare and the others wait without a collective, which would time out.
     """
     stand_in = SimpleNamespace(
-        _tokenizer=tokenizer,
+        _tokenizer=job.tokenizer,
         chat_template=None,  # the tokenizer already has the training template: see `model.load_tokenizer`
-        completion_only_loss=recipe.values["dataset"]["train_on"] == "completion",
+        completion_only_loss=job.recipe.values["dataset"]["train_on"] == "completion",
     )
     prepare: Any = SFTTrainer._prepare_dataset
-    return prepare(stand_in, rows, tokenizer, config, packing, None, "")
+    with mock.patch("trl.trainer.sft_trainer.global_then_local_main_first", contextlib.nullcontext):
+        return prepare(stand_in, rows, job.tokenizer, config, False, None, "")
 
 
-def measure_rows(tokenized: Dataset, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of rows, and how many supervised tokens each has within the first `limit` tokens: arrays `(rows,)`."""
-    lengths, supervised = [], []
-    for batch in tokenized.select_columns(["labels"]).with_format("arrow").iter(batch_size=10_000):
-        column = batch.column("labels").combine_chunks()
-        offsets = column.offsets.to_numpy()
-        learned = np.concatenate([[0], np.cumsum(column.values.to_numpy() != IGNORED)])
-        ends = offsets[1:] if limit is None else np.minimum(offsets[1:], offsets[:-1] + limit)
-        lengths.append(np.diff(offsets))
-        supervised.append(learned[ends] - learned[offsets[:-1]])
-    return np.concatenate(lengths), np.concatenate(supervised)
+def measure_rows(table: pa.Table, limit: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lengths of rows, supervised tokens within the first `limit` of each, and hashes: arrays `(rows,)`."""
+    ids, ends = _flat(table, "input_ids")
+    labels, _ = _flat(table, "labels")
+    lengths = np.diff(ends)
+    learned = np.concatenate([[0], np.cumsum(labels != IGNORED)])
+    stops = ends[1:] if limit is None else np.minimum(ends[1:], ends[:-1] + limit)
+    both = np.stack([ids, labels], axis=1) if len(ids) else np.zeros((0, 2), np.int64)
+    data, width = memoryview(np.ascontiguousarray(both)).cast("B"), both.itemsize * 2
+    hashes = [
+        xxhash.xxh3_64_intdigest(data[begin * width : end * width])
+        for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    ]
+    return lengths, learned[stops] - learned[ends[:-1]], np.array(hashes, dtype=np.uint64)
 
 
-def check_masks(sample: Dataset, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks on real rows that every supervised span ends with a token that ends a turn or a text.
-
-    A template may leave that token out of the assistant's mask: the loss looks healthy, and the model never stops.
-
-    Args:
-        sample: Tokenized rows, not yet truncated.
-        recipe: The recipe.
-        tokenizer: With the chat template that is trained with.
-
-    Raises:
-        UserError: A supervised span ends with content.
-    """
-    stops = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-    for number, row in enumerate(sample, 1):
-        last = None
-        for token in [*row["labels"], IGNORED]:
-            if token != IGNORED and (last is None or tokenizer.decode([token]).strip()):
-                last = token  # white space after the end of a turn belongs to the template
-            elif token == IGNORED and last is not None:
-                if last not in stops:
-                    text = tokenizer.decode([token for token in row["labels"] if token != IGNORED])
-                    message = (
-                        f"the supervised text of row {number} ends with {text[-30:]!r}, not with an end-of-turn token"
-                    )
-                    fix = (
-                        "the model would not learn to stop: put that token inside {% generation %} in the chat template"
-                    )
-                    raise recipe.error("end-of-turn-masked", message, fix, "dataset", "train_on")
-                last = None
+def _flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a list column, one after the other, and where each row begins and the last one ends."""
+    column = table[name].combine_chunks()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    offsets = column.offsets.to_numpy()
+    return column.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
-def _nothing_left(recipe: Recipe, name: str, reasons: dict[str, int]) -> UserError:
+def _count_two_bos(table: pa.Table, bos: int) -> int:
+    ids, ends = _flat(table, "input_ids")
+    begins = ends[:-1][np.diff(ends) > 1]
+    return int(((ids[begins] == bos) & (ids[begins + 1] == bos)).sum())
+
+
+def _with_documents(table: pa.Table) -> pa.Table:
+    """An unpacked row is one document."""
+    lengths = pc.list_value_length(table["input_ids"]).combine_chunks()
+    one = np.arange(len(table) + 1, dtype=np.int32)
+    documents = pa.ListArray.from_arrays(one, table["document"].combine_chunks())
+    return (
+        table.drop_columns("document")
+        .append_column("documents", documents)
+        .append_column("document_lengths", pa.ListArray.from_arrays(one, lengths))
+    )
+
+
+def _pack(table: pa.Table, config: SFTConfig) -> pa.Table:
+    """TRL's packing, which also carries, token by token, the document that a token is of."""
+    ends = _flat(table, "input_ids")[1]
+    owners = np.repeat(table["document"].to_numpy(), np.diff(ends))
+    offsets = pa.array(ends.astype(np.int32))
+    owned = table.drop_columns("document").append_column("document", pa.ListArray.from_arrays(offsets, owners))
+    packed = pack_dataset(Dataset(owned), config.max_length, config.packing_strategy, {"batch_size": PACKED_TOGETHER})
+    result = packed.with_format("arrow")[:].combine_chunks()
+    owners, ends = _flat(result, "document")
+    fresh = np.ones(len(owners), dtype=bool)
+    fresh[1:] = owners[1:] != owners[:-1]
+    fresh[ends[:-1]] = True
+    begins = np.flatnonzero(fresh)
+    rows = np.searchsorted(begins, ends).astype(np.int32)
+    lengths = np.diff(np.append(begins, len(owners))).astype(np.int32)
+    columns = {name: result[name].combine_chunks() for name in ("input_ids", "labels")}
+    columns["documents"] = pa.ListArray.from_arrays(rows, owners[begins])
+    columns["document_lengths"] = pa.ListArray.from_arrays(rows, lengths)
+    return pa.table(columns)
+
+
+def nothing_left(recipe: Recipe, split: str, reasons: dict[str, int]) -> UserError:
+    """The error for a split of which no row is left."""
     told = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-    return recipe.error("empty-dataset", f"no row of the {name} data can be used: {told}", "", "dataset", name)
+    return recipe.error("empty-dataset", f"no row of the {split} data can be used: {told}", "", "dataset", split)

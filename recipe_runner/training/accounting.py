@@ -1,0 +1,193 @@
+"""What became of the rows of a split: what was lost and why, how long rows are, what batching wastes."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import SFTConfig, pack_dataset
+
+BINS = 20  # of the length histogram
+SIMULATED = 20_000  # rows that batching is simulated on
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """What became of the rows of one split.
+
+    Attributes:
+        rows_read: Rows in the source, after `limit` and the evaluation split.
+        rows_kept: Rows that are trained on, before packing.
+        dropped: Reason -> number of rows.
+        rows_truncated: Rows cut at `max_length`.
+        tokens_truncated: Tokens cut off.
+        duplicates: Kept rows with the same tokens and labels as an earlier one.
+        tokens: Tokens in the kept rows.
+        supervised_tokens: Those of them that are in the loss.
+        lengths: Tokens of whole rows, before cutting: p50, p90, p99, max.
+        histogram: `counts` of rows between `edges` of length, in tokens, before cutting.
+        max_length: Where rows are cut, split or packed up to; None for nowhere.
+        batches: Share of padding in batches of `random` rows and of rows `grouped` by length; `packed`: the share of
+            packed rows that stays empty (which is not computed: bfd packing is padding-free).
+        sources: Name, rows and tokens of each source of a mixture.
+        packed_rows: Rows after packing; 0 without.
+        roles: Role -> rows that have a turn of it.
+        lost_roles: Role -> turns looked at whose text the chat template does not render; out of `looked_at`.
+        looked_at: Role -> turns looked at.
+        rows_with_special_tokens: Rows whose text spells special tokens of the tokenizer.
+        rows_with_two_bos: Rows that begin with two beginning-of-sequence tokens.
+    """
+
+    rows_read: int = 0
+    rows_kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    rows_truncated: int = 0
+    tokens_truncated: int = 0
+    duplicates: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    lengths: dict[str, int] = field(default_factory=dict)
+    histogram: dict[str, list[int]] = field(default_factory=dict)
+    max_length: int | None = None
+    batches: dict[str, float] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    packed_rows: int = 0
+    roles: dict[str, int] = field(default_factory=dict)
+    lost_roles: dict[str, int] = field(default_factory=dict)
+    looked_at: dict[str, int] = field(default_factory=dict)
+    rows_with_special_tokens: int = 0
+    rows_with_two_bos: int = 0
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        dropped = f"{sum(self.dropped.values()):,} dropped" + (f" ({reasons})" if reasons else "")
+        cut = f"{self.rows_truncated:,} truncated" + (
+            f" ({self.tokens_truncated:,} tokens lost)" if self.rows_truncated else ""
+        )
+        twice = f", {self.duplicates:,} duplicates" if self.duplicates else ""
+        share = self.supervised_tokens / max(self.tokens, 1)
+        tokens = f"{self.tokens:,} tokens, {self.supervised_tokens:,} supervised ({share:.0%})"
+        return f"{self.rows_read:,} rows: {self.rows_kept:,} kept, {dropped}, {cut}{twice}; {tokens}"
+
+    def describe_lengths(self) -> str:
+        """Lengths of rows against `max_length`, in a line."""
+        quantiles = ", ".join(f"{name} {value:,}" for name, value in self.lengths.items())
+        return f"{quantiles} tokens; max_length {f'{self.max_length:,}' if self.max_length else 'none'}"
+
+    def describe_batches(self) -> str:
+        """What padding costs, in a line."""
+        shares = self.batches
+        packed = f", packed to {self.max_length:,} {shares['packed']:.0%} empty" if "packed" in shares else ""
+        return f"random batches {shares['random']:.0%} padding, grouped by length {shares['grouped']:.0%}{packed}"
+
+    def describe_sources(self) -> str:
+        """Shares of the sources of a mixture, in a line."""
+        shares = [
+            (source["name"], source["rows"] / self.rows_kept, source["tokens"] / self.tokens) for source in self.sources
+        ]
+        return "; ".join(f"{name} {rows:.0%} of rows, {tokens:.0%} of tokens" for name, rows, tokens in shares)
+
+
+class Tally:
+    """Counts while rows go by, and makes the accounting at the end.
+
+    Args:
+        limit: Where rows are cut; None for nowhere.
+        source_names: Names of the sources, in their order.
+    """
+
+    def __init__(self, limit: int | None, source_names: list[str]) -> None:
+        self.limit, self.source_names = limit, source_names
+        self.read, self.packed_rows, self.special, self.two_bos = 0, 0, 0, 0
+        self.dropped: Counter[str] = Counter()
+        self.roles: Counter[str] = Counter()
+        self.lost_roles: Counter[str] = Counter()
+        self.looked_at: Counter[str] = Counter()
+        self.columns: dict[str, list[np.ndarray]] = {"length": [], "supervised": [], "source": [], "hash": []}
+
+    def add(self, lengths: np.ndarray, supervised: np.ndarray, sources: np.ndarray, hashes: np.ndarray) -> None:
+        """Adds kept rows: arrays `(rows,)` of whole lengths, supervised tokens within the limit, source, hash."""
+        for name, column in zip(self.columns, (lengths, supervised, sources, hashes), strict=True):
+            self.columns[name].append(column)
+
+    def drop(self, reason: str, rows: int) -> None:
+        """Counts rows that can't be trained on."""
+        if rows:
+            self.dropped[reason] += rows
+
+    def finish(self, cuts: bool) -> Accounting:
+        """The accounting of all rows that went by, without `batches`.
+
+        Args:
+            cuts: Whether rows longer than the limit are cut, rather than split.
+        """
+        lengths, supervised, sources, hashes = (np.concatenate(column) for column in self.columns.values())
+        over = np.maximum(lengths - self.limit, 0) if self.limit and cuts else np.zeros_like(lengths)
+        kept = lengths - over
+        counts, edges = np.histogram(lengths, bins=min(BINS, int(lengths.max())), range=(0, int(lengths.max())))
+        used = np.unique(sources)
+        return Accounting(
+            rows_read=self.read,
+            rows_kept=len(lengths),
+            dropped=dict(self.dropped),
+            rows_truncated=int((over > 0).sum()),
+            tokens_truncated=int(over.sum()),
+            duplicates=len(hashes) - len(np.unique(hashes)),
+            tokens=int(kept.sum()),
+            supervised_tokens=int(supervised.sum()),
+            lengths={f"p{q}": int(np.percentile(lengths, q, method="higher")) for q in (50, 90, 99)}
+            | {"max": int(lengths.max())},
+            histogram={"counts": counts.tolist(), "edges": np.rint(edges).astype(int).tolist()},
+            max_length=self.limit,
+            sources=[
+                {
+                    "name": self.source_names[number],
+                    "rows": int((sources == number).sum()),
+                    "tokens": int(kept[sources == number].sum()),
+                }
+                for number in used
+            ]
+            if len(used) > 1
+            else [],
+            packed_rows=self.packed_rows,
+            roles=dict(self.roles),
+            lost_roles=dict(self.lost_roles),
+            looked_at=dict(self.looked_at),
+            rows_with_special_tokens=self.special,
+            rows_with_two_bos=self.two_bos,
+        )
+
+
+def simulate_batches(lengths: np.ndarray, config: SFTConfig) -> dict[str, float]:
+    """What padding would cost by each way of batching, as a share of tokens: see `Accounting.batches`.
+
+    Source: transformers' LengthGroupedSampler (batches of device batch x accumulation) and TRL's `pack_dataset`.
+
+    Args:
+        lengths: Array `(documents,)` of tokens.
+        config: For batch size, accumulation, seed and `max_length`.
+    """
+    chance = np.random.default_rng(config.seed)
+    lengths = chance.permutation(lengths)[:SIMULATED]
+    size = config.per_device_train_batch_size
+    grouping = size * config.gradient_accumulation_steps
+    generator = torch.Generator().manual_seed(config.seed)
+    grouped = lengths[get_length_grouped_indices(lengths.tolist(), grouping, generator=generator)]
+    shares = {"random": _padding(lengths, size), "grouped": _padding(grouped, size)}
+    if config.max_length:
+        fitted = np.minimum(lengths, config.max_length)
+        ones = Dataset.from_dict({"input_ids": [np.zeros(length, dtype=np.int8) for length in fitted]})
+        packed = pack_dataset(ones, config.max_length, "bfd")
+        shares["packed"] = 1 - int(fitted.sum()) / (len(packed) * config.max_length)
+    return {name: round(float(share), 4) for name, share in shares.items()}
+
+
+def _padding(lengths: np.ndarray, size: int) -> float:
+    """Share of padding when rows are batched in this order."""
+    padded = sum(
+        int(lengths[at : at + size].max()) * len(lengths[at : at + size]) for at in range(0, len(lengths), size)
+    )
+    return 1 - int(lengths.sum()) / padded
