@@ -10,6 +10,7 @@ import click
 
 from recipe_runner import __version__
 from recipe_runner.errors import Interrupted, UserError
+from recipe_runner.recipe import Recipe
 
 EXIT_USER_ERROR, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
 
@@ -59,21 +60,27 @@ def cli() -> None:
 )
 def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resume: str) -> None:
     """Train from a recipe. The word `train` can be left out."""
+    if output_dir is not None:
+        overrides = (*overrides, f"run.output_dir={json.dumps(output_dir, ensure_ascii=False)}")
+    resolved = _load_to_run(recipe, overrides)
+    from recipe_runner.training.run import run_recipe
+
+    run_recipe(resolved, resume)
+
+
+def _load_to_run(recipe: str, overrides: tuple[str, ...]) -> Recipe:
+    """Loads a recipe for a command that needs the ML stack, and says what validation warns about."""
     from recipe_runner.errors import user_error
     from recipe_runner.packages import is_installed
     from recipe_runner.resolve import load_recipe
 
-    if output_dir is not None:
-        overrides = (*overrides, f"run.output_dir={json.dumps(output_dir, ensure_ascii=False)}")
     resolved = load_recipe(recipe, overrides)
     for warning in resolved.warnings:
         click.echo(warning, err=True)
     if not is_installed("trl"):  # installed without dependencies, to validate only
         fix = "pip install recipe-runner, with its dependencies"
         raise user_error("training-stack-missing", "TRL is not installed: recipes can be checked here, not run", fix)
-    from recipe_runner.training.run import run_recipe
-
-    run_recipe(resolved, resume)
+    return resolved
 
 
 @cli.command()
@@ -154,6 +161,54 @@ def show(recipe: str, overrides: tuple[str, ...]) -> None:
     from recipe_runner.resolve import dump_values, load_recipe
 
     click.echo(dump_values(dict(load_recipe(recipe, overrides).values)), nl=False)
+
+
+@cli.command()
+@_recipe
+@_set
+@click.option("-n", "number", type=click.IntRange(1, 1000), default=3, show_default=True, help="Rows to show.")
+@click.option(
+    "--row", type=click.IntRange(1), metavar="I", help="Show row I of the data, as it is in its files, instead."
+)
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--html", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to FILE.")
+@click.option("--rows-only", is_flag=True, help="Leave out the accounting, which reads all rows.")
+@click.option("--force", is_flag=True, help="Overwrite FILE.")
+@click.option(
+    "--write-template",
+    "template",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Only write the chat template with {% generation %} marks to FILE (.jinja).",
+)
+def preview(recipe: str, overrides: tuple[str, ...], template: Path | None, **options: Any) -> None:
+    """Show what the model will see, and which tokens it learns: rows, then what becomes of all rows. Loads no weights.
+
+    Supervised tokens are green; without colour (NO_COLOR, a pipe) they stand in [[double brackets]].
+    """
+    resolved = _load_to_run(recipe, overrides)
+    if template:
+        from recipe_runner.training.model import write_training_template
+
+        write_training_template(resolved, template)
+        click.echo(f"{template} is written; set training.chat_template_path to it")
+        return
+    from recipe_runner.preview import preview_recipe
+
+    colour = _colour() is None and sys.stdout.isatty()
+    for part in preview_recipe(resolved, colour=colour, **options):
+        click.echo(part)
+
+
+@cli.command()
+@_recipe
+@_set
+def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Format and tokenize the data now, outside the launcher; training finds it prepared until something changes."""
+    from recipe_runner.preview import prepare_recipe
+
+    for part in prepare_recipe(_load_to_run(recipe, overrides)):
+        click.echo(part, color=_colour())
 
 
 @cli.command()

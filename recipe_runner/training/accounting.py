@@ -127,7 +127,9 @@ class Tally:
         lengths, supervised, sources, hashes = (np.concatenate(column) for column in self.columns.values())
         over = np.maximum(lengths - self.limit, 0) if self.limit and cuts else np.zeros_like(lengths)
         kept = lengths - over
-        counts, edges = np.histogram(lengths, bins=min(BINS, int(lengths.max())), range=(0, int(lengths.max())))
+        least, most = int(lengths.min()), int(lengths.max())
+        least = 0 if least < most / 2 else least - 1
+        counts, edges = np.histogram(lengths, bins=min(BINS, most - least), range=(least, most))
         used = np.unique(sources)
         return Accounting(
             rows_read=self.read,

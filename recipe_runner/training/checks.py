@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
 
 from recipe_runner.problem import Problem, as_warning
 from recipe_runner.recipe import Recipe
@@ -91,6 +92,17 @@ def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> 
         return str(tokenizer.apply_chat_template(turns, tokenize=False))
     except TemplateError:
         return None
+
+
+def count_common_tokens(
+    turns: list[dict[str, str]], input_ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> int | None:
+    """How many tokens of a conversation are those of its first turns; None when the template refuses them alone."""
+    try:
+        alone = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    except TemplateError:
+        return None
+    return int(common_prefix_length(alone, input_ids))
 
 
 def find_problems(

@@ -32,7 +32,9 @@ from transformers import (
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from recipe_runner.errors import UserError, first_line
+from recipe_runner.new import write_new
 from recipe_runner.recipe import Recipe
+from recipe_runner.training import templates
 from recipe_runner.validate import suggest
 
 METHODS = {"lora": LoraConfig}
@@ -78,10 +80,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         UserError: The tokenizer can't be loaded, or its template can't mark the assistant's tokens.
     """
     dataset, training = recipe.values["dataset"], recipe.values["training"]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.values["model"]["name_or_path"], **_location(recipe))
-    except (OSError, ValueError) as error:
-        raise recipe.error("tokenizer-not-found", first_line(error), "", "model", "name_or_path") from error
+    tokenizer = _read_tokenizer(recipe)
     if training.get("eos_token") is not None:
         if training["eos_token"] not in tokenizer.get_vocab():
             message = f"'{training['eos_token']}' is not in the tokenizer's vocabulary"
@@ -101,10 +100,47 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         try:
             tokenizer.chat_template = get_training_chat_template(tokenizer)
         except ValueError as error:
-            message = "the chat template has no {% generation %} marks, and TRL has no training version of it"
-            fix = "set training.chat_template_path to a template with the marks, or train_on: completion or all"
-            raise recipe.error("no-generation-marks", message, fix, "dataset", "train_on") from error
+            raise _no_generation_marks(recipe, tokenizer) from error
     return tokenizer
+
+
+def _read_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(recipe.values["model"]["name_or_path"], **_location(recipe))
+    except (OSError, ValueError) as error:
+        raise recipe.error("tokenizer-not-found", first_line(error), "", "model", "name_or_path") from error
+
+
+def _no_generation_marks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> UserError:
+    """Says which template would serve: one of TRL's, or the tokenizer's own with a patch."""
+    message = "the chat template has no {% generation %} marks, and TRL does not know it"
+    own = "set training.chat_template_path to a template with the marks, or train_on: completion or all"
+    if (file := templates.find_equivalent(tokenizer)) or templates.mark_generation(tokenizer):
+        which = f"TRL's {file.name} renders the same text" if file else "a patched copy of it marks the answers"
+        write = f"recipe-run preview {recipe.file} --write-template chat.jinja"
+        own = f"{which}: `{write}`, then set training.chat_template_path: chat.jinja"
+    return recipe.error("no-generation-marks", message, own, "dataset", "train_on")
+
+
+def write_training_template(recipe: Recipe, file: Path) -> None:
+    """Writes the chat template that marks the assistant's tokens, for `training.chat_template_path`.
+
+    Raises:
+        UserError: No such template is known, or the file is there already.
+    """
+    tokenizer = _read_tokenizer(recipe)
+    if not tokenizer.chat_template:
+        raise recipe.error("no-chat-template", "the tokenizer has no chat template", "", "model", "name_or_path")
+    text = str(tokenizer.chat_template)
+    if not has_generation_markers(text):
+        try:
+            text = str(get_training_chat_template(tokenizer))
+        except ValueError as error:
+            found = templates.find_equivalent(tokenizer)
+            text = found.read_text(encoding="utf-8") if found else templates.mark_generation(tokenizer) or ""
+            if not text:
+                raise _no_generation_marks(recipe, tokenizer) from error
+    write_new(file, text)
 
 
 def load_model_config(recipe: Recipe) -> PretrainedConfig:

@@ -18,8 +18,6 @@ def describe_plan(recipe: Recipe, trainer: SFTTrainer, prepared: Prepared, folde
         if config.packing
         else ""
     )
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    steps = count_steps(config, len(trainer.train_dataset))
     unpaged = "; no GPU: states are not paged" if "paged" in config.optim.value and config.device.type == "cpu" else ""
     lines = {
         "model": f"{values['model']['name_or_path']} ({describe_method(recipe)})",
@@ -29,8 +27,7 @@ def describe_plan(recipe: Recipe, trainer: SFTTrainer, prepared: Prepared, folde
         "batches": prepared.train.accounting.describe_batches(),
         "sources": prepared.train.accounting.describe_sources(),
         "eval data": str(prepared.evaluation.accounting) if prepared.evaluation else "none",
-        "steps": f"{steps:,} of {batch} rows: {config.per_device_train_batch_size} per device"
-        f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(config)}",
+        "steps": describe_steps(config, len(trainer.train_dataset)),
         "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g},"
         f" {config.lr_scheduler_type.value}{unpaged}",
         "precision": str(prepared.precision),
@@ -40,12 +37,27 @@ def describe_plan(recipe: Recipe, trainer: SFTTrainer, prepared: Prepared, folde
     return "\n".join(f"  {key:<11}{text}" for key, text in lines.items() if text)
 
 
+def describe_steps(config: SFTConfig, rows: int) -> str:
+    """Steps, epochs and batch size, in a line."""
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    steps = count_steps(config, rows)
+    return (
+        f"{steps:,} of {batch} rows: {config.per_device_train_batch_size} per device"
+        f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(config)};"
+        f" {steps / _steps_per_epoch(config, rows):.3g} epochs"
+    )
+
+
 def count_steps(config: SFTConfig, rows: int) -> int:
     """Optimizer steps of the run. Source: transformers/trainer.py 5.23, Trainer.set_initial_training_values."""
+    steps = math.ceil(config.num_train_epochs * _steps_per_epoch(config, rows))
+    return config.max_steps if config.max_steps > 0 else steps
+
+
+def _steps_per_epoch(config: SFTConfig, rows: int) -> int:
     round_ = math.floor if config.dataloader_drop_last else math.ceil
     batches = round_(rows / (config.per_device_train_batch_size * config.world_size))
-    steps_per_epoch = max(math.ceil(batches / config.gradient_accumulation_steps), 1)
-    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+    return max(math.ceil(batches / config.gradient_accumulation_steps), 1)
 
 
 def describe_method(recipe: Recipe) -> str:

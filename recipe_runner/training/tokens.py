@@ -16,6 +16,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from recipe_runner.errors import UserError, first_line
 from recipe_runner.recipe import Recipe
@@ -256,6 +257,20 @@ def _pack(table: pa.Table, config: SFTConfig) -> pa.Table:
     columns["documents"] = pa.ListArray.from_arrays(rows, owners[begins])
     columns["document_lengths"] = pa.ListArray.from_arrays(rows, lengths)
     return pa.table(columns)
+
+
+def labels_as_trained(row: dict[str, Any], config: SFTConfig) -> list[int]:
+    """Labels of a prepared row after TRL's collator, which masks the first token of each packed document.
+
+    Args:
+        row: `input_ids`, `labels`, `document_lengths`.
+        config: The trainer's configuration.
+    """
+    flattened = config.padding_free or (config.packing and config.packing_strategy in ("bfd", "bfd_split"))
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=flattened)
+    entry = {**row, "seq_lengths": row["document_lengths"]} if config.packing else row
+    labels: list[int] = collator([entry])["labels"][0].tolist()
+    return labels
 
 
 def nothing_left(recipe: Recipe, split: str, reasons: dict[str, int]) -> UserError:

@@ -1,0 +1,77 @@
+"""`recipe-run preview`: what the model will see of the data, and which tokens it learns, before any weights are loaded.
+
+The runner's own functions make the tokens; nothing of them is written again here.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipe_runner.errors import UserError, user_error
+from recipe_runner.preview import page, rows, text
+from recipe_runner.problem import Mark
+from recipe_runner.recipe import Recipe
+
+
+def preview_recipe(
+    recipe: Recipe,
+    number: int,
+    row: int | None = None,
+    form: str = "text",
+    html: Path | None = None,
+    rows_only: bool = False,
+    force: bool = False,
+    colour: bool = False,
+) -> Iterator[str]:
+    """Shows rows as the model sees them, then what became of all rows.
+
+    Args:
+        recipe: A resolved recipe.
+        number: How many rows of the training data to show, in the order they have before the trainer shuffles them.
+        row: Show this row of the data as it is in its files instead, counted from 1 through all sources.
+        form: `text`, or `json`: a list of rows.
+        html: Write a page with everything to this file.
+        rows_only: Leave the accounting out, which reads all rows.
+        force: Overwrite the page.
+        colour: Mark supervised tokens by colour instead of brackets.
+
+    Yields:
+        Text, as soon as it is known: rows come before the accounting.
+
+    Raises:
+        UserError: The recipe, the data or the environment is at fault.
+    """
+    if html and html.exists() and not force:
+        raise user_error("file-exists", "the file is there already", "choose another name, or --force", Mark(str(html)))
+    opened = rows.open_preview(recipe)
+    shown = rows.take_row(opened, row) if row is not None else rows.take_rows(opened, number)
+    if form == "json":
+        yield json.dumps([rows.as_json(entry) for entry in shown], ensure_ascii=False, indent=1)
+    elif not html:
+        yield from (text.write_row(entry, colour) for entry in shown)
+    if html or (form == "text" and not rows_only):
+        facts = rows.account(opened)
+        if form == "text":
+            yield text.write_facts(facts)
+        if html:
+            write_page(html, page.write_page(recipe, facts, shown))
+            yield f"{html} is written"
+
+
+def write_page(file: Path, content: str) -> None:
+    """Writes a file in one step."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(file)
+
+
+def prepare_recipe(recipe: Recipe) -> Iterator[str]:
+    """Prepares all rows into the store and says what became of them.
+
+    Raises:
+        UserError: The recipe, the data or the environment is at fault.
+    """
+    facts = rows.account(rows.open_preview(recipe))
+    yield text.write_facts(facts)
+    if any(problem.severity == "error" for problem in facts.problems):
+        raise UserError([problem for problem in facts.problems if problem.severity == "error"])

@@ -1,0 +1,233 @@
+"""Rows as the trainer receives them, with what a person needs to read them: text, turns, where they come from."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from recipe_runner.errors import user_error
+from recipe_runner.problem import Problem
+from recipe_runner.recipe import Recipe
+from recipe_runner.training import checks, environment, model, plan, preparation, sources, store, tokens
+from recipe_runner.training.accounting import Accounting
+from recipe_runner.training.tokens import IGNORED, Job
+
+SPARE = 50  # rows read beyond those asked for, in case some are dropped
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some tokens that decode to whole characters.
+
+    Attributes:
+        text: What they say.
+        supervised: Whether they are in the loss.
+        special: Whether they are a special token.
+        start: Place of the first of them in the row.
+    """
+
+    text: str
+    supervised: bool
+    special: bool
+    start: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """A row of the data, inside a row of the trainer's: alone, or packed with others.
+
+    Attributes:
+        source: File or hub id.
+        row: Its number there, from 1.
+        start: Place of its first token.
+        tokens: How many it has here.
+        lost: How many were cut off at `max_length`.
+        turns: Role and place of the first token of each turn.
+    """
+
+    source: str
+    row: int
+    start: int
+    tokens: int
+    lost: int
+    turns: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as the trainer receives it.
+
+    Attributes:
+        tokens: Tokens as the vocabulary spells them.
+        input_ids: Their numbers.
+        labels: What is learned at each place; -100 where nothing is.
+        pieces: The tokens as text.
+        documents: What the row is made of.
+    """
+
+    tokens: list[str]
+    input_ids: list[int]
+    labels: list[int]
+    pieces: tuple[Piece, ...]
+    documents: tuple[Document, ...]
+
+    @property
+    def supervised(self) -> int:
+        """Tokens in the loss."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Everything about a recipe's data but the rows."""
+
+    job: Job
+    orders: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What became of all rows."""
+
+    accounts: dict[str, Accounting]
+    problems: list[Problem]
+    steps: str
+    stored: str
+
+
+def open_preview(recipe: Recipe) -> Opened:
+    """Opens data, tokenizer and template; no weights.
+
+    Raises:
+        UserError: One of them is at fault.
+    """
+    config = preparation.build_config(recipe, environment.choose_precision(recipe))
+    opened = sources.open_sources(recipe)
+    model.find_model(recipe)
+    job = Job(recipe, opened, model.load_tokenizer(recipe), config)
+    return Opened(job, sources.order_rows(recipe, opened))
+
+
+def take_rows(opened: Opened, number: int) -> list[Row]:
+    """The first rows of the training data, as the trainer receives them before it shuffles."""
+    job, order = opened.job, opened.orders["train"]
+    found: list[Row] = []
+    part = order if job.packing("train") else order[: number + SPARE]  # packing looks at the rows around
+    while True:
+        tally = job.tally()
+        for table in tokens.prepare_chunks(job, "train", part, tally):
+            found += _read_table(job, order, table, tally, number - len(found))
+            if len(found) >= number:
+                return found
+        if len(part) == len(order):
+            if not found:
+                raise tokens.nothing_left(job.recipe, "train", tally.dropped)
+            return found
+        found, part = [], order[: len(part) * 10]
+
+
+def take_row(opened: Opened, number: int) -> list[Row]:
+    """One row of the data by its number, from 1, through all sources in their order; alone, also when rows are packed.
+
+    Raises:
+        UserError: There is no such row, or it is dropped (the message says why).
+    """
+    sizes = [len(source.rows) for source in opened.job.sources]
+    if not 1 <= number <= sum(sizes):
+        raise user_error("no-such-row", f"there is no row {number}", f"the data has rows 1 to {sum(sizes)}")
+    ends = np.cumsum(sizes)
+    source = int(np.searchsorted(ends, number))
+    order = np.array([[source, number - 1 - (ends[source] - sizes[source])]])
+    config = dataclasses.replace(opened.job.config, packing=False, eval_packing=False)
+    job = dataclasses.replace(opened.job, config=config)
+    tally = job.tally()
+    (table,) = tokens.prepare_chunks(job, "train", order, tally)
+    if not len(table):
+        reason = next(iter(tally.dropped))
+        name = f"{job.sources[source].name}: row {order[0, 1] + 1}"
+        raise user_error("row-dropped", f"{name} is not trained on: it is one {reason}", "mend it, or leave it out")
+    return _read_table(job, order, table, tally, 1)
+
+
+def _read_table(job: Job, order: np.ndarray, table: Any, tally: Any, number: int) -> list[Row]:
+    entries = table.slice(0, number).to_pylist()
+    whole = np.concatenate(tally.columns["length"]) if job.cuts("train") and not job.packing("train") else None
+    first = 0 if whole is None else len(whole) - len(table)
+    rows = []
+    for place, entry in enumerate(entries):
+        labels = tokens.labels_as_trained(entry, job.config)
+        documents, start = [], 0
+        for document, length in zip(entry["documents"], entry["document_lengths"], strict=True):
+            source, row = order[document]
+            lost = int(whole[first + place]) - length if whole is not None else 0
+            found = _find_turns(job, order[document : document + 1], entry["input_ids"][start : start + length])
+            turns = tuple((role, start + at) for role, at in found)
+            documents.append(Document(job.sources[source].name, int(row) + 1, start, length, lost, turns))
+            start += length
+        spelt = list(job.tokenizer.convert_ids_to_tokens(entry["input_ids"]))
+        pieces = _find_pieces(job.tokenizer, entry["input_ids"], labels)
+        rows.append(Row(spelt, entry["input_ids"], labels, pieces, tuple(documents)))
+    return rows
+
+
+def _find_turns(job: Job, order: np.ndarray, input_ids: list[int]) -> list[tuple[str, int]]:
+    """Where each turn begins: after as many tokens as the turns before it have, rendered alone."""
+    turns = checks.turns_of(sources.read_rows(job.recipe, job.sources, order)[0])
+    found = []
+    for count in range(len(turns)):
+        begins = 0 if not count else checks.count_common_tokens(turns[:count], input_ids, job.tokenizer)
+        if begins is None or begins >= len(input_ids):
+            break  # the template does not render a part of this conversation, or it is cut before
+        found.append((turns[count]["role"], begins))
+    return found
+
+
+def _find_pieces(tokenizer: Any, input_ids: list[int], labels: list[int]) -> tuple[Piece, ...]:
+    """Decodes token by token, beside the one before (a word's space belongs to it), whole characters together."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+
+    def decode(begin: int, end: int) -> str:
+        return str(tokenizer.decode(input_ids[begin:end], clean_up_tokenization_spaces=False))
+
+    pieces, start = [], 0
+    for end in range(1, len(input_ids) + 1):
+        before = decode(start - 1, start) if start else ""
+        text = decode(max(start - 1, 0), end)[len(before) :]
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(input_ids) and end - start < 8:
+            continue  # a part of a character
+        supervised = any(label != IGNORED for label in labels[start:end])
+        pieces.append(Piece(text, supervised, input_ids[start] in special, start))
+        start = end
+    return tuple(pieces)
+
+
+def account(opened: Opened) -> Facts:
+    """Prepares all rows (or finds them prepared) and says what became of them."""
+    job = opened.job
+    data = store.prepare_data(job.recipe, job.sources, job.tokenizer, job.config)
+    accounts = {split: prepared.accounting for split, prepared in data.splits.items()}
+    problems = [
+        problem
+        for split, accounting in accounts.items()
+        for problem in checks.find_problems(job.recipe, job.tokenizer, accounting, split)
+    ]
+    size = sum(file.stat().st_size for file in data.folder.iterdir())
+    made = f"made in {data.seconds:.1f} s" if data.made_now else f"found in {data.seconds:.1f} s"
+    steps = plan.describe_steps(job.config, len(data.splits["train"].dataset))
+    return Facts(accounts, problems, steps, f"{data.folder} ({size / 1e6:,.1f} MB, {made})")
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """A row as JSON values; `source` and `row` are those of its first document."""
+    documents = [dataclasses.asdict(document) for document in row.documents]
+    for document in documents:
+        document["turns"] = [{"role": role, "start": start} for role, start in document["turns"]]
+    return {
+        "source": row.documents[0].source,
+        "row": row.documents[0].row,
+        "tokens": row.tokens,
+        "input_ids": row.input_ids,
+        "labels": row.labels,
+        "documents": documents,
+    }

@@ -1,0 +1,93 @@
+"""Rows and accounting for a terminal."""
+
+from collections.abc import Iterator
+
+import click
+
+from recipe_runner.preview.rows import Facts, Piece, Row
+from recipe_runner.report import write_text
+from recipe_runner.training.accounting import Accounting
+
+
+def write_row(row: Row, colour: bool) -> str:
+    """A row, its tokens marked: supervised in green, the rest plain; without colour, [[supervised]]."""
+    heads = {document.start: _head(number, row) for number, document in enumerate(row.documents)}
+    turns = {start: role for document in row.documents for role, start in document.turns}
+    lines = []
+    if len(row.documents) > 1:
+        lines.append(f"{len(row.documents)} documents packed into {len(row.input_ids)} tokens")
+    line, last = "", False
+    for piece in row.pieces:
+        if piece.start in heads or piece.start in turns:
+            lines.append(line + _close(last, colour))
+            line, last = "", False
+            if piece.start in heads:
+                lines.append(click.style(heads[piece.start], bold=True) if colour else heads[piece.start])
+            if piece.start in turns:
+                role = f"  -- {turns[piece.start]}"
+                lines.append(click.style(role, fg="blue") if colour else role)
+        marks = _close(last, colour) if last and not piece.supervised else ""
+        marks += "[[" if piece.supervised and not last and not colour else ""
+        line += marks + _paint(piece, colour)
+        last = piece.supervised
+    lines.append(line + _close(last, colour))
+    if lost := sum(document.lost for document in row.documents):
+        lines.append(f"  -- cut here at max_length: {lost:,} tokens are lost")
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def _head(number: int, row: Row) -> str:
+    document = row.documents[number]
+    span = row.labels[document.start : document.start + document.tokens]
+    learned = sum(label != -100 for label in span)
+    of = f" (document {number + 1})" if len(row.documents) > 1 else ""
+    return f"{document.source} row {document.row}{of}: {document.tokens:,} tokens, {learned:,} supervised"
+
+
+def _close(last: bool, colour: bool) -> str:
+    return "]]" if last and not colour else ""
+
+
+def _paint(piece: Piece, colour: bool) -> str:
+    text = make_visible(piece.text).replace("\n", "\N{RETURN SYMBOL}\n")
+    if not colour:
+        return text
+    return click.style(text, fg="green" if piece.supervised else "bright_black", bold=piece.special)
+
+
+def make_visible(text: str) -> str:
+    """Text with everything spelt out that a terminal would obey or hide: escapes, direction marks, NUL."""
+    return "".join(
+        character if character == "\n" or character.isprintable() or character == "\u200d" else ascii(character)[1:-1]
+        for character in text
+    )
+
+
+def write_facts(facts: Facts) -> str:
+    """The accounting of all splits, and what was found."""
+    lines = [line for split, account in facts.accounts.items() for line in describe(split, account)]
+    lines += [f"  {'steps':<11}{facts.steps}", f"  {'prepared':<11}{facts.stored}"]
+    return "\n".join(lines) + (f"\n{write_text(facts.problems)}" if facts.problems else "")
+
+
+def describe(split: str, account: Accounting) -> Iterator[str]:
+    """The accounting of a split, one fact a line."""
+    yield f"{split} data"
+    facts = {
+        "rows": str(account),
+        "lengths": account.describe_lengths(),
+        "batches": account.describe_batches(),
+        "packed": f"{account.packed_rows:,} rows" if account.packed_rows else "",
+        "sources": account.describe_sources(),
+    }
+    yield from (f"  {name:<11}{text}" for name, text in facts.items() if text)
+    if account.histogram:
+        yield from draw_histogram(account.histogram)
+
+
+def draw_histogram(histogram: dict[str, list[int]], width: int = 40) -> Iterator[str]:
+    """Rows by length, as bars of characters."""
+    counts, edges = histogram["counts"], histogram["edges"]
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        bar = "#" * round(count / max(counts) * width) or ("." if count else "")
+        yield f"  {f'{low}-{high}':>13} {bar} {count:,}"
