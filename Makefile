@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
 QUICKSTART := smollm2_tickets_lora
 
-.PHONY: install model quickstart test lint schema bench clean
+.PHONY: install model quickstart test test-browser lint schema bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -27,6 +27,10 @@ quickstart: install model
 	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 accelerate launch --config_file accelerate_configs/cpu.yaml \
 		recipe-run recipes/$(QUICKSTART).yaml
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/quickstart_report.py runs/$(QUICKSTART)
+
+# What needs a program that Python's packages don't bring: Chromium.
+test-browser: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser
 
 test: install lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

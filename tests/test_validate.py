@@ -119,7 +119,7 @@ def test_every_code_is_documented_and_every_documented_code_exists():
     assert all(f'"{code}"' in source for code in documented)
     assert len(rows) == len({code for code, *_ in rows})
     warnings = {code for code, meaning, _ in rows if meaning.startswith("warning: ")}
-    assert warnings == rules.WARNINGS | {"name-differs"}
+    assert warnings == rules.WARNINGS | {"name-differs", "special-tokens-in-data", "many-truncated"}
 
 
 ODD = [

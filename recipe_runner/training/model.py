@@ -91,8 +91,6 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         raise recipe.error("no-eos-token", message, "set training.eos_token", "model", "name_or_path")
     if dataset["format"] == "text" or "template" in dataset:
         return tokenizer
-    if training.get("chat_template_path") is not None:
-        tokenizer.chat_template = Path(training["chat_template_path"]).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         fix = "use an instruct model, set training.chat_template_path, or dataset.template for plain text"
         raise recipe.error("no-chat-template", "the tokenizer has no chat template", fix, "dataset", "format")
@@ -105,10 +103,14 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _read_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the recipe's chat template if it names one."""
     try:
-        return AutoTokenizer.from_pretrained(recipe.values["model"]["name_or_path"], **_location(recipe))
+        tokenizer = AutoTokenizer.from_pretrained(recipe.values["model"]["name_or_path"], **_location(recipe))
     except (OSError, ValueError) as error:
         raise recipe.error("tokenizer-not-found", first_line(error), "", "model", "name_or_path") from error
+    if (template := recipe.values["training"].get("chat_template_path")) is not None:
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    return tokenizer
 
 
 def _no_generation_marks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> UserError:

@@ -12,6 +12,7 @@ from recipe_runner import run_folder
 from recipe_runner.errors import first_line, user_error
 from recipe_runner.recipe import Recipe
 from recipe_runner.training import model
+from recipe_runner.training.packing import PackingCheck
 from recipe_runner.training.preparation import Prepared
 
 
@@ -40,6 +41,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> SFTTrainer:
     for name, key in (("create_optimizer", "optim"), ("create_scheduler", "lr_scheduler_type")):
         setattr(trainer, name, _refusing(getattr(trainer, name), recipe, key))
     model.keep_4bit_weights_trainable(trainer.model)
+    if "seq_lengths" in prepared.train.dataset.column_names:
+        trainer.add_callback(PackingCheck(trainer, recipe))
     return trainer
 
 

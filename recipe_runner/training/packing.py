@@ -1,0 +1,72 @@
+"""Packing is exact, or refused: documents in one row must not see each other."""
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from recipe_runner.recipe import Recipe
+
+TOKENS = 64  # of each of the two documents that are compared
+LOOKED_AT = 100  # packed rows that are searched for one of two documents
+
+
+class PackingCheck(TrainerCallback):
+    """Compares, before the first step, the logits of a document inside a packed row with those that it has alone.
+
+    transformers 5 keeps documents apart by `position_ids`, if the architecture takes them and its attention heeds them.
+    Where it does not, a packed row gives what the mixed text gives; that third forward tells what "different" means for
+    these weights and this precision.
+
+    Args:
+        trainer: With packed rows, and the collator that they go through.
+        recipe: The recipe, for the error.
+    """
+
+    def __init__(self, trainer: SFTTrainer, recipe: Recipe) -> None:
+        self.trainer, self.recipe = trainer, recipe
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises a UserError when documents see each other."""
+        documents = self._two_documents()
+        if documents is None:
+            return  # every row holds one document
+        model, (first, second) = kwargs["model"], documents
+        training = model.training
+        model.eval()
+        try:
+            alone = self._logits(model, [second])
+            packed = self._logits(model, [first, second])
+            mixed = self._logits(model, [[*first, *second]])[-len(second) :]
+        except TypeError as error:  # an architecture without position_ids
+            raise self._refusal(str(error).splitlines()[0]) from error
+        finally:
+            model.train(training)
+        apart = float((packed - alone).abs().max())
+        together = float((mixed - alone).abs().max())
+        if apart > together / 2:
+            raise self._refusal(f"a document's logits change by up to {apart:.2g} when it is packed with another")
+
+    def _two_documents(self) -> tuple[list[int], list[int]] | None:
+        for row in self.trainer.train_dataset.select(range(min(LOOKED_AT, len(self.trainer.train_dataset)))):
+            if len(row["seq_lengths"]) > 1:
+                border, end = row["seq_lengths"][0], sum(row["seq_lengths"][:2])
+                return row["input_ids"][:border][:TOKENS], row["input_ids"][border:end][:TOKENS]
+        return None
+
+    def _logits(self, model: torch.nn.Module, documents: list[list[int]]) -> torch.Tensor:
+        """Logits `(tokens, vocabulary)` of the last document of a row, by the collator and precision of training."""
+        tokens = [token for document in documents for token in document]
+        row = {"input_ids": tokens, "labels": tokens, "seq_lengths": [len(document) for document in documents]}
+        batch = self.trainer._prepare_inputs(self.trainer.data_collator([row]))
+        batch.pop("labels")
+        with torch.no_grad(), self.trainer.autocast_smart_context_manager():
+            logits: torch.Tensor = model(**batch, use_cache=False).logits[0].float()  # as in SFTTrainer.compute_loss
+        return logits[-len(documents[-1]) :]
+
+    def _refusal(self, found: str) -> Exception:
+        model = self.recipe.values["model"]
+        message = f"packing is not exact for {model['name_or_path']}: {found}"
+        fix = "use training.train_sampling_strategy: group_by_length instead of packing"
+        return self.recipe.error("packing-not-exact", message, fix, "training", "packing")

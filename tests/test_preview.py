@@ -1,0 +1,290 @@
+"""`recipe-run preview` and `prepare`: what is shown is what is trained on; what is prepared is used, and made again."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+CHAT = [
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"say {n} \N{GRINNING FACE}"},
+            {"role": "assistant", "content": f"it is {n}"},
+            {"role": "user", "content": "again " * n},
+            {"role": "assistant", "content": f"still {n} \u05e9\u05dc\u05d5\u05dd"},
+        ]
+    }
+    for n in range(1, 13)
+]
+TEXT = [{"text": f"document {n} " * n} for n in range(1, 13)]
+PACKED = {"packing": True, "max_length": 64}
+
+
+@pytest.fixture
+def preview(run_cli, write_recipe, tiny_phi3, tmp_path):
+    """Runs a command on a small recipe; returns the result and the recipe's file."""
+
+    def preview(*arguments, rows=None, training=None, command="preview", **dataset):
+        if rows is not None:
+            (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            dataset = {"train": {"source": "rows.jsonl"}} | dataset
+        recipe = write_recipe(model={"name_or_path": str(tiny_phi3)}, dataset=dataset, training=training or {})
+        return run_cli(command, recipe, *arguments), recipe
+
+    return preview
+
+
+@pytest.mark.parametrize(
+    ("rows", "dataset", "training"),
+    [
+        (None, {"train_on": "completion"}, {}),
+        (None, {"train_on": "all"}, {}),
+        (None, {"template": "classic"}, {"max_length": 90}),
+        (None, {"train_on": "completion"}, PACKED),
+        (CHAT, {"format": "chat", "train_on": "assistant"}, {"max_length": 40}),
+        (CHAT, {"format": "chat", "train_on": "completion"}, {}),
+        (CHAT, {"format": "chat", "train_on": "all"}, {}),
+        (CHAT, {"format": "chat", "train_on": "assistant"}, {**PACKED, "max_length": 128}),
+        (TEXT, {"format": "text"}, {}),
+        (TEXT, {"format": "text"}, {**PACKED, "packing_strategy": "bfd_split"}),
+        (TEXT, {"format": "text"}, {**PACKED, "packing_strategy": "wrapped"}),
+    ],
+)
+def test_what_is_shown_is_what_the_trainer_receives(preview, tmp_path, rows, dataset, training):
+    """Element by element, against the batches of the trainer's own data loader."""
+    from recipe_runner.resolve import load_recipe
+    from recipe_runner.training import preparation, trainers
+
+    result, file = preview(
+        "-n",
+        "12",
+        "--format",
+        "json",
+        rows=rows,
+        training={"train_sampling_strategy": "sequential"} | training,
+        **dataset,
+    )
+    shown = json.loads(result.out)
+    recipe = load_recipe(str(file))
+    prepared = preparation.prepare(recipe)
+    prepared.config.per_device_train_batch_size, prepared.config.output_dir = 1, str(tmp_path / "out")
+    trainer = trainers.build_trainer(recipe, prepared)
+    batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), shown, strict=False)]
+    assert len(batches) == len(shown) > 0
+    for batch, row in zip(batches, shown, strict=True):
+        assert batch["input_ids"][0].tolist() == row["input_ids"]
+        assert batch["labels"][0].tolist() == row["labels"]
+        assert len(row["tokens"]) == len(row["input_ids"])
+        assert sum(document["tokens"] for document in row["documents"]) == len(row["input_ids"])
+    assert any(label != -100 for label in shown[0]["labels"])
+
+
+def test_text_marks_what_is_learned_turn_by_turn(preview):
+    result, _ = preview("-n", "1", "--rows-only", rows=CHAT, format="chat")
+    assert result.status == 0, result.err
+    assert re.findall(r"^  -- (\w+)$", result.out, flags=re.MULTILINE) == ["system", *["user", "assistant"] * 2]
+    assert [" ".join(span.split()) for span in re.findall(r"\[\[(.*?)\]\]", result.out, flags=re.DOTALL)] == [
+        "it is 1<|end|>\u23ce",
+        "still 1 \u05e9\u05dc\u05d5\u05dd<|end|>\u23ce <|endoftext|>",
+    ]
+    assert "say 1 \N{GRINNING FACE}<|end|>" in result.out
+    assert "rows.jsonl row 1: " in result.out
+
+
+def test_text_shows_which_documents_share_a_row_and_where_one_is_cut(preview):
+    packed, _ = preview("-n", "9", "--rows-only", rows=TEXT, format="text", training=PACKED)
+    assert "documents packed into" in packed.out
+    assert len(re.findall(r"rows.jsonl row \d+ \(document \d+\)", packed.out)) > 1
+    cut, _ = preview("--row", "12", "--rows-only", rows=TEXT, format="text", training={"max_length": 20})
+    assert re.search(r"-- cut here at max_length: \d+ tokens are lost", cut.out)
+
+
+def test_a_row_is_found_by_its_number_in_the_file(preview):
+    result, _ = preview("--row", "5", "--format", "json", rows=TEXT, format="text", training=PACKED)
+    (row,) = json.loads(result.out)
+    assert row["row"] == 5
+    assert "".join(row["tokens"]).count("5") == 5
+    assert "there is no row 13" in preview("--row", "13", rows=TEXT, format="text")[0].err
+    empty, _ = preview("--row", "2", rows=[TEXT[0], {"text": " "}], format="text")
+    assert (empty.status, "error[row-dropped]" in empty.err) == (1, True)
+    assert "row 2 is not trained on: it is one with an empty text" in empty.err
+
+
+def test_rows_are_escaped_for_the_terminal(preview):
+    result, _ = preview("-n", "1", rows=[{"text": "a\x1b[31m b \u202e \x00 c"}] * 4, format="text")
+    assert "\\x1b[31m b \\u202e \\x00 c" in result.out
+
+
+def test_accounting_says_what_became_of_every_row(preview):
+    rows = [*TEXT, TEXT[3], {"text": ""}]
+    result, _ = preview(rows=rows, format="text", training={"max_length": 30})
+    text = " ".join(result.out.split())
+    assert re.search(r"14 rows: 13 kept, 1 dropped \(1 with an empty text\), \d+ truncated", text)
+    assert ", 1 duplicates; " in text
+    assert re.search(r"lengths p50 \d+, p90 \d+, p99 \d+, max \d+ tokens; max_length 30", text)
+    assert re.search(r"random batches \d+% padding, grouped by length \d+%, packed to 30 \d+% empty", text)
+    assert "warning[many-truncated] training.max_length:" in result.out
+
+
+def test_accounting_is_printed_and_kept_by_a_run(preview, tmp_path):
+    result, _ = preview("--set", "run.output_dir=" + str(tmp_path / "runs"), command="train")
+    assert result.status == 0, result.err
+    (folder,) = (tmp_path / "runs").glob("*/*")
+    kept = json.loads((folder / "environment.json").read_text())["data"]["train"]
+    assert "  lengths    p50 " in result.out
+    assert "  batches    random " in result.out
+    assert kept["rows_kept"] == 240
+    assert sum(kept["histogram"]["counts"]) == 240
+    assert set(kept["batches"]) == {"random", "grouped", "packed"}
+
+
+def test_mixtures_are_accounted_by_source(preview, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three"}\n' * 30)
+    (tmp_path / "b.jsonl").write_text('{"text": "four"}\n' * 10)
+    result, _ = preview(format="text", train=[{"source": "a.jsonl"}, {"source": "b.jsonl"}])
+    assert "a.jsonl 75% of rows" in result.out
+    assert "b.jsonl 25% of rows" in result.out
+
+
+def test_too_many_dropped_rows_are_refused(preview):
+    rows = [*TEXT[:4], {"text": ""}]
+    refused, _ = preview(command="prepare", rows=rows, format="text")
+    assert refused.status == 1
+    assert (
+        "error[too-many-dropped] dataset.max_dropped: 1 of 5 train rows can't be used (1 with an empty" in refused.err
+    )
+    assert preview(command="prepare", rows=rows, format="text", max_dropped=0.2)[0].status == 0
+
+
+@pytest.mark.parametrize(("policy", "kept", "cut"), [("truncate", 12, True), ("drop", 2, False)])
+def test_rows_that_are_too_long_are_cut_or_dropped(preview, policy, kept, cut):
+    result, _ = preview(rows=TEXT, format="text", training={"max_length": 20}, on_overlong=policy, max_dropped=1)
+    assert f"12 rows: {kept} kept" in result.out
+    assert (", 0 truncated" not in result.out) == cut
+
+
+def test_rows_that_are_too_long_are_refused_when_the_recipe_says_so(preview):
+    result, _ = preview(rows=TEXT, format="text", training={"max_length": 20}, on_overlong="error")
+    assert result.status == 1
+    assert re.search(r"error\[row-too-long\] dataset.on_overlong: \S+rows.jsonl: row \d+ has \d+ tokens", result.err)
+
+
+def test_text_that_spells_special_tokens_is_counted(preview):
+    rows = [*CHAT, {"messages": [{"role": "user", "content": "<|end|>"}, {"role": "assistant", "content": "x"}]}]
+    result, _ = preview(rows=rows, format="chat")
+    assert "warning[special-tokens-in-data] dataset.train: 1 train rows spell special tokens" in result.out
+
+
+WITHOUT_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+)
+
+
+def test_a_role_that_the_template_does_not_render_is_told(preview, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text(WITHOUT_SYSTEM)
+    training = {"chat_template_path": str(template)}
+    result, _ = preview(rows=CHAT, format="chat", training=training)
+    assert "warning[system-prompt-lost] dataset" in result.out
+    assert "renders nothing of the role 'system', which 12 rows have" in result.out
+    own, _ = preview(command="prepare", rows=CHAT, format="chat", training=training, system="Be kind.")
+    assert (own.status, "error[system-prompt-lost]" in own.err) == (1, True)
+    template.write_text(WITHOUT_SYSTEM.replace("'system'", "'user'"))
+    lost, _ = preview(command="prepare", rows=CHAT, format="chat", training=training)
+    assert (lost.status, "error[role-not-rendered]" in lost.err) == (1, True)
+
+
+def test_two_beginnings_are_refused(preview, tokenizer, tiny_phi3, tmp_path):
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    twice = copy.deepcopy(tokenizer)
+    twice.bos_token = "<|system|>"
+    twice.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", 1)]
+    )
+    folder = tmp_path / "twice"
+    twice.save_pretrained(folder)
+    shutil.copy(tiny_phi3 / "config.json", folder)
+    rows = [{"text": "<|system|>once more"}] * 5
+    result, _ = preview("--set", f"model.name_or_path={folder}", command="prepare", rows=rows, format="text")
+    assert (result.status, "error[doubled-bos] dataset.train: 5 train rows begin with two" in result.err) == (1, True)
+
+
+CHATML = "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+
+
+def test_a_template_without_marks_is_patched_when_asked(preview, tmp_path):
+    plain, marked = tmp_path / "plain.jinja", tmp_path / "marked.jinja"
+    plain.write_text(CHATML)
+    training = {"chat_template_path": str(plain)}
+    refused, recipe = preview(rows=CHAT, format="chat", training=training)
+    assert refused.status == 1
+    assert (
+        f"a patched copy of it marks the answers: `recipe-run preview {recipe} --write-template chat.jinja`"
+        in refused.err
+    )
+    written, _ = preview("--write-template", marked, rows=CHAT, format="chat", training=training)
+    assert written.status == 0, written.err
+    shown, _ = preview("-n", "1", rows=CHAT, format="chat", training={"chat_template_path": str(marked)})
+    assert re.findall(r"\[\[(.*?)\]\]", shown.out) == ["it is 1<|end|>", "still 1 \u05e9\u05dc\u05d5\u05dd<|end|>"]
+
+
+def store():
+    from recipe_runner.training.store import store_folder
+
+    return store_folder()
+
+
+def entries():
+    return {folder for folder in store().glob("*") if folder.is_dir()}
+
+
+def test_prepared_data_is_used_by_training_and_made_again_when_something_changes(preview, tmp_path):
+    before = entries()
+    assert ", made in" in preview(command="prepare", rows=TEXT, format="text")[0].out
+    (made,) = entries() - before
+    assert ", found in" in preview(command="prepare", rows=TEXT, format="text")[0].out
+    trained, _ = preview(command="train", rows=TEXT, format="text")
+    assert trained.status == 0, trained.err
+    assert entries() - before == {made}
+    for change in ({"training": {"max_length": 33}}, {"rows": TEXT[1:]}, {"training": PACKED}):
+        count = len(entries())
+        preview(command="prepare", **{"rows": TEXT, "format": "text", **change})
+        assert len(entries()) == count + 1, change
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "missing", "manifest"])
+def test_damaged_prepared_data_is_made_again(preview, damage):
+    before = entries()
+    preview(command="prepare", rows=TEXT[:7], format="text", training={"max_length": 77})
+    (folder,) = entries() - before
+    file = folder / ("manifest.json" if damage == "manifest" else "train.arrow")
+    data = file.read_bytes()
+    if damage == "bit":
+        file.write_bytes(data[:-200] + bytes([data[-200] ^ 1]) + data[-199:])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(data[: len(data) // 2])
+    again, _ = preview(command="prepare", rows=TEXT[:7], format="text", training={"max_length": 77})
+    assert ", made in" in again.out
+    assert file.read_bytes() == data
+    assert not list(store().glob("*.partial"))
+
+
+def test_page_is_one_file_that_shows_data_as_text(preview, tmp_path):
+    page = tmp_path / "page.html"
+    rows = [{"text": "<script>alert(1)</script> & <b>"}] * 4
+    assert preview("--html", page, rows=rows, format="text")[0].status == 0
+    html = page.read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;" in html
+    assert "<script" not in html
+    assert not re.search(r"(src|href)=|url\(|@import|http", html)
+    again, _ = preview("--html", page, rows=rows, format="text")
+    assert (again.status, "error[file-exists]" in again.err) == (1, True)
+    assert preview("--html", page, "--force", rows=rows, format="text")[0].status == 0
