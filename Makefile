@@ -51,6 +51,8 @@ schema: install
 bench: install model
 	$(BIN)/python scripts/bench_validate.py
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/bench_startup.py
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/bench_prepare.py
+	@echo "and: scripts/bench_batching.py DATA.json, on instructions of your own"
 
 clean:
 	rm -rf $(VENV) models runs

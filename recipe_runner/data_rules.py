@@ -14,6 +14,7 @@ Values = dict[str, Any]
 # Suffix of a local data file -> the builder of `datasets` that reads it.
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 ROLES = {"instruction": {"instruction", "input", "output"}, "chat": {"messages"}, "text": {"text"}}
+ROLES["preference"] = {"prompt", "chosen", "rejected"}
 
 
 def looks_local(name: str) -> bool:

@@ -55,16 +55,13 @@ def _keys() -> dict[str, tuple[dict[str, Any], str]]:
     keys: dict[str, tuple[dict[str, Any], str]] = {}
     for name, entry in schema.load()["properties"].items():
         keys[name] = entry, ""
-        if name in schema.SECTIONS:
-            section = schema.resolve(schema.SECTIONS[name])
+        # The first stage that has a key explains it: where stages share a name, it means the same.
+        for stage in reversed(schema.STAGES) if name == "training" else ["sft"] if name in schema.SECTIONS else []:
+            section, bounds = schema.fields_of(name, stage), schema.bounds_of(name, stage)
             keys[name] = {**section, **entry, "properties": section["properties"]}, _origin(section)
-            for key, below in section["properties"].items():
-                keys[f"{name}.{key}"] = below, _origin(section)
-    for name, bounds in schema.BOUNDS.items():
-        for key, narrowed in schema.resolve(bounds)["properties"].items():
-            path = f"{name}.{key}"
-            entry, origin = keys.get(path, ({}, ""))
-            keys[path] = {**entry, **narrowed}, origin
+            for key in [*section["properties"], *(key for key in bounds if key not in section["properties"])]:
+                documented = section["properties"].get(key, {})
+                keys[f"{name}.{key}"] = {**documented, **bounds.get(key, {})}, _origin(section) if documented else ""
     for name in ("train", "eval"):
         for key, entry in schema.resolve("#/$defs/source")["properties"].items():
             keys[f"dataset.{name}.{key}"] = entry, ""

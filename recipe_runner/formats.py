@@ -1,7 +1,8 @@
 """Dataset formats: from a row as it is in the data to a row as TRL knows it. Plain Python, no ML stack.
 
 The layouts are TRL's: `messages: list[{role, content}]`, `prompt` and `completion` (both strings, or both lists of
-messages), or `text`. Each row also says why it can't be trained on, in `dropped` ('' when it can).
+messages), `text`, or `prompt`, `chosen` and `rejected` (lists of messages). Each row also says why it can't be trained
+on, in `dropped` ('' when it can).
 """
 
 import re
@@ -43,9 +44,8 @@ def normalise_row(row: dict[str, Any], dataset: dict[str, Any], where: str) -> d
     Raises:
         RowError: The row has the wrong shape.
     """
-    return {"instruction": _instruction_row, "chat": _chat_row, "text": _text_row}[dataset["format"]](
-        row, dataset, where
-    )
+    layouts = {"instruction": _instruction_row, "chat": _chat_row, "text": _text_row, "preference": _preference_row}
+    return layouts[dataset["format"]](row, dataset, where)
 
 
 def _instruction_row(row: dict[str, Any], dataset: dict[str, Any], where: str) -> dict[str, Any]:
@@ -107,6 +107,49 @@ def _turn(turn: dict[str, Any], where: str) -> dict[str, str]:
     if not isinstance(content, str):
         raise RowError(f"{where}: expected a text as content, found {_kind(content)}")
     return {"role": ROLES.get(role, role), "content": content}
+
+
+def _preference_row(row: dict[str, Any], dataset: dict[str, Any], where: str) -> dict[str, Any]:
+    """A pair. Texts become turns; without a prompt, the turns that both answers begin with are the prompt."""
+    chosen, rejected = (
+        _turns(row.get(role), "assistant", f"{where}: column '{role}'") for role in ("chosen", "rejected")
+    )
+    prompt = _turns(row.get("prompt"), "user", f"{where}: column 'prompt'")
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    dropped = next(
+        (f"with an empty {name}" for name, turns in (("chosen", chosen), ("rejected", rejected)) if not _says(turns)),
+        "",
+    )
+    if not dropped and chosen == rejected:
+        dropped = "with equal answers"
+    if prompt and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # whole conversations beside their prompt
+    elif not prompt:
+        common = min(common, len(chosen) - 1, len(rejected) - 1)
+        prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
+    if not dropped and not prompt:
+        dropped = "whose answers have no prompt in common"
+    if not dropped and any(turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
+        dropped = "whose answer does not continue its prompt"
+    if "system" in dataset and not any(turn["role"] == "system" for turn in prompt[:1]):
+        prompt = [{"role": "system", "content": dataset["system"]}, *prompt]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "dropped": dropped}
+
+
+def _turns(value: Any, role: str, where: str) -> list[dict[str, str]]:
+    """Turns of a text, of one turn, or of turns."""
+    if value is None or isinstance(value, str):
+        return [{"role": role, "content": value}] if value else []
+    turns = [value] if isinstance(value, dict) else value
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise RowError(f"{where}: expected a text, a turn or a list of turns, found {_kind(value)}")
+    return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
+
+
+def _says(turns: list[dict[str, str]]) -> bool:
+    return bool(turns) and bool(turns[-1]["content"].strip())
 
 
 def _text_row(row: dict[str, Any], dataset: dict[str, Any], where: str) -> dict[str, Any]:

@@ -108,6 +108,12 @@ def packing_without_length(values: Values) -> Found:
         yield ("training", "max_length"), "packing needs a length to fill", "set max_length"
 
 
+def synced_reference(values: Values) -> Found:
+    """With an adapter the reference is the model without it: there is nothing to sync. Source: TRL 1.16, DPOTrainer."""
+    if values["training"].get("sync_ref_model") and values.get("peft"):
+        yield ("training", "sync_ref_model"), "the reference of an adapter is the base model itself", "remove the key"
+
+
 def packed_evaluation(values: Values) -> Found:
     """Packed evaluation rows give another eval_loss than single ones: the recipe says which it means.
 
@@ -221,10 +227,13 @@ def learning_rate(values: Values) -> Found:
     ranges here are wider by a factor of ten or more.
     """
     low, high = (2e-6, 6e-3) if values.get("peft") else (2e-7, 1e-3)
+    if values["stage"] == "dpo":
+        low, high = low / 20, high / 20
     rate = values["training"].get("learning_rate")
     if rate is not None and not low <= rate <= high:
         method = "an adapter" if values.get("peft") else "full fine-tuning"
         source = "QLoRA, arXiv 2305.14314, takes 1e-4 to 2e-4" if values.get("peft") else "TRL 1.16's default is 2e-5"
+        source = "TRL 1.16's default for DPO is 1e-6" if values["stage"] == "dpo" else source
         fix = f"usual: {low:g} to {high:g} ({source})"
         yield ("training", "learning_rate"), f"{rate:g} is unusual for {method}", fix
 
@@ -248,6 +257,7 @@ RULES: dict[str, Callable[[Values], Found]] = {
     "eval-data-unused": eval_data_unused,
     "best-model-schedule": best_model_schedule,
     "packing-without-length": packing_without_length,
+    "synced-reference": synced_reference,
     "packed-evaluation": packed_evaluation,
     "paged-optimizer-on-cpu": paged_optimizer_on_cpu,
     "missing-package": missing_packages,

@@ -23,6 +23,7 @@ SECTIONS = {
 }
 # Our bounds on upstream's keys, and the keys that are refused there.
 BOUNDS = {"training": "#/$defs/sft_training", "peft": "#/$defs/lora", "quantization": "#/$defs/quantization"}
+STAGES = {"sft": "upstream/sft_config.schema.json", "dpo": "upstream/dpo_config.schema.json"}  # what `training` holds
 
 
 @cache
@@ -57,10 +58,24 @@ def validator() -> Any:
     return strict({"$ref": ROOT}, registry=registry)
 
 
-def section_keys(section: str) -> dict[str, Any]:
+def fields_of(section: str, stage: str = "sft") -> dict[str, Any]:
+    """The schema of the class behind a section: for `training`, the one of the stage."""
+    return resolve(STAGES.get(stage, STAGES["sft"]) if section == "training" else SECTIONS[section])
+
+
+def bounds_of(section: str, stage: str = "sft") -> dict[str, Any]:
+    """Our entries on top of a section's: bounds, old names, keys that are refused."""
+    if section not in BOUNDS:
+        return {}
+    own = resolve(f"#/$defs/{stage}_training" if section == "training" and stage in STAGES else BOUNDS[section])
+    shared = [resolve(part["$ref"])["properties"] for part in own.get("allOf", [])]
+    return {key: entry for part in (*shared, own["properties"]) for key, entry in part.items()}
+
+
+def section_keys(section: str, stage: str = "sft") -> dict[str, Any]:
     """The keys of a section that a recipe may set, with their schemas."""
-    narrowed = resolve(BOUNDS[section])["properties"] if section in BOUNDS else {}
-    keys = resolve(SECTIONS[section])["properties"].items()
+    narrowed = bounds_of(section, stage)
+    keys = fields_of(section, stage)["properties"].items()
     return {key: entry for key, entry in keys if {**entry, **narrowed.get(key, {})}.get("not") != {}}
 
 

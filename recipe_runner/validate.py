@@ -38,11 +38,12 @@ def check_values(values: dict[str, Any], place: Place) -> list[Problem]:
     """
     errors = list(schema.validator().iter_errors(values))
     refused = {tuple(error.absolute_path) for error in errors if error.validator == "not"}
-    found = [problem for error in errors for problem in _problems(error, tuple(error.absolute_path), place)]
+    stage = str(values.get("stage"))
+    found = [problem for error in errors for problem in _problems(error, tuple(error.absolute_path), place, stage)]
     return [problem for problem in found if problem.code != "unknown-key" or problem.path not in refused]
 
 
-def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
+def _problems(error: Any, path: KeyPath, place: Place, stage: str) -> Iterator[Problem]:
     value, found = error.instance, _show(error.instance)
 
     def problem(
@@ -53,11 +54,12 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
     match error.validator:
         case "additionalProperties":
             entries = error.schema.get("properties", {})
-            keys = schema.section_keys(str(path[0])) if len(path) == 1 and path[0] in schema.SECTIONS else entries
+            whole = len(path) == 1 and path[0] in schema.SECTIONS
+            keys = schema.section_keys(str(path[0]), stage) if whole else entries
             valid = [key for key in keys if entries[key].get("not") != {}]
             for key in value:
                 if key not in entries:
-                    hint, meant = suggest_key(key, valid, path)
+                    hint, meant = suggest_key(key, valid, path, stage)
                     yield problem("unknown-key", "unknown key", hint, key=True, at=(*path, key), meant=meant)
         case "not" if "const" in error.validator_value:
             yield problem("out-of-bounds", f"{found} is not allowed", "leave the key out or set another value")
@@ -82,7 +84,7 @@ def _problems(error: Any, path: KeyPath, place: Place) -> Iterator[Problem]:
             if len(choices) > 12:
                 listed = f"its {len(choices)} choices (`recipe-run explain {join_path(path)}` lists them)"
             message = f"{found} is not one of {listed}"
-            bounds = schema.resolve(schema.BOUNDS["training"])["properties"].get(path[-1] if path else "", {})
+            bounds = schema.bounds_of("training", stage).get(str(path[-1]) if path else "", {})
             if "x-code" in error.schema:  # another key rules this choice out
                 if value in schema.section_keys(str(path[0]))[str(path[1])]["enum"]:
                     meant = error.schema.get("default")
@@ -144,11 +146,12 @@ _FAMILIAR = {
 }
 
 
-def suggest_key(key: str, valid: list[str], path: KeyPath) -> tuple[str, str | None]:
+def suggest_key(key: str, valid: list[str], path: KeyPath, stage: str) -> tuple[str, str | None]:
     """What to write instead: the nearest valid key at this place (which is also returned), or where the key belongs."""
     if "." in key:
         return f"write it nested: {key.replace('.', ': {', 1)}: ...}}", None
-    homes = [section for section in schema.SECTIONS if path[:1] != (section,) and key in schema.section_keys(section)]
+    others = [section for section in schema.SECTIONS if path[:1] != (section,)]
+    homes = [section for section in others if key in schema.section_keys(section, stage)]
     if path == ("dataset",) and key in schema.resolve("#/$defs/source")["properties"]:
         homes = ["dataset.train"]
     near = [_FAMILIAR[key]] if _FAMILIAR.get(key) in valid else nearest(key, valid)
@@ -191,7 +194,7 @@ def _example(key: str) -> str:
     return {
         "schema_version": "add 'schema_version: 1'",
         "name": "add 'name:' with the file's name, without suffix",
-        "stage": "add 'stage: sft'",
+        "stage": "add 'stage: sft' or 'stage: dpo'",
         "method": "add 'method: lora'",
-        "format": "add 'format: instruction', 'chat' or 'text'",
+        "format": "add 'format: instruction', 'chat', 'text' or 'preference'",
     }.get(key, f"add '{key}:'")

@@ -23,7 +23,7 @@ from typing import Any
 import recipe_runner.training  # noqa: F401  # isort: skip (before the libraries that it keeps quiet)
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "schema"
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null", dict: "object"}
@@ -32,6 +32,7 @@ JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", t
 def main() -> None:
     schemas = {
         "upstream/sft_config": dataclass_schema(SFTConfig, "trl"),
+        "upstream/dpo_config": dataclass_schema(DPOConfig, "trl"),
         "upstream/lora_config": with_method(dataclass_schema(LoraConfig, "peft"), "lora"),
         "upstream/bitsandbytes_config": signature_schema(BitsAndBytesConfig, "transformers"),
     }

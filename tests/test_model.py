@@ -132,8 +132,8 @@ def test_bitsandbytes_still_needs_the_workaround(tiny_phi3):
 
 
 def test_card_of_a_hub_model_names_its_base(write_recipe, tmp_path):
+    from recipe_runner.training.accounting import Accounting
     from recipe_runner.training.card import write_card
-    from recipe_runner.training.tokens import Accounting
 
     recipe = load_recipe(str(write_recipe(peft={"method": "lora"})))
     (tmp_path / "adapter").mkdir()

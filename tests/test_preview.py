@@ -288,3 +288,56 @@ def test_page_is_one_file_that_shows_data_as_text(preview, tmp_path):
     again, _ = preview("--html", page, rows=rows, format="text")
     assert (again.status, "error[file-exists]" in again.err) == (1, True)
     assert preview("--html", page, "--force", rows=rows, format="text")[0].status == 0
+
+
+TURN = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "bad", "said"),
+    [
+        ({"format": "text"}, {"text": None}, "1 dropped (1 with an empty text)"),
+        ({"format": "text"}, {"other": "x"}, "1 dropped (1 with an empty text)"),
+        ({"format": "text"}, {"text": 7}, "9 kept, 0 dropped"),
+        ({"format": "text"}, {"text": ["a"]}, "row 9: column 'text': expected a text, found list"),
+        ({"format": "text"}, '{"text": "\\ud800"}', "error[unreadable-data]"),
+        ({"format": "text"}, {"text": "a \x00 b"}, "9 kept, 0 dropped"),
+        ({"format": "text"}, {"text": "\N{GRINNING FACE} \u05e9\u05dc\u05d5\u05dd"}, "9 kept, 0 dropped"),
+        ({"format": "text"}, {"text": "long " * 600}, "1 truncated"),
+        ({"format": "instruction"}, {"instruction": "", "output": "x"}, "1 dropped (1 with an empty instruction)"),
+        ({"format": "instruction"}, {"output": "x"}, "1 dropped (1 with an empty instruction)"),
+        ({"format": "chat"}, {"messages": None}, "error[wrong-row-shape]"),
+        ({"format": "chat"}, {"messages": []}, "1 dropped (1 without turns)"),
+        ({"format": "chat"}, {"messages": [TURN]}, "1 dropped (1 without an assistant turn)"),
+        ({"format": "chat"}, {"messages": [{"role": "system", "content": "s"}]}, "1 without an assistant turn"),
+        ({"format": "chat"}, {"messages": [{"role": "owl", "content": "s"}, ANSWER]}, "unknown role 'owl'"),
+        ({"format": "chat"}, {"messages": [TURN, {"role": "assistant"}]}, "expected a text as content, found nothing"),
+        ({"format": "chat"}, {"messages": [TURN, ANSWER, ANSWER]}, "9 kept, 0 dropped"),
+        ({"format": "chat"}, {"messages": [TURN, {"role": "assistant", "content": ""}]}, "9 kept, 0 dropped"),
+    ],
+)
+def test_odd_rows_are_counted_or_named(preview, tmp_path, dataset, bad, said):
+    good = {"text": [{"text": "fine"}], "instruction": [{"instruction": "q", "output": "a"}]}
+    rows = good.get(dataset["format"], [{"messages": [TURN, ANSWER]}]) * 8
+    lines = [json.dumps(row) for row in rows] + [bad if isinstance(bad, str) else json.dumps(bad)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    result, _ = preview(
+        command="prepare", train={"source": "rows.jsonl"}, training={"max_length": 100}, max_dropped=0.2, **dataset
+    )
+    assert said in result.out + result.err
+    assert result.status == int("error[" in result.err)
+    if "wrong-row-shape" in result.err:
+        assert "rows.jsonl: row 9" in result.err
+
+
+def test_a_row_that_the_template_refuses_is_named(preview, tmp_path):
+    template = tmp_path / "strict.jinja"
+    again = "not loop.first and m.role == messages[loop.index0 - 1].role"
+    rule = f"{{% if {again} %}}{{{{ raise_exception('take turns') }}}}{{% endif %}}"
+    template.write_text(WITHOUT_SYSTEM.replace("%}<|{{", f"%}}{rule}<|{{{{", 1))
+    rows = [{"messages": [TURN, ANSWER]}] * 8 + [{"messages": [TURN, ANSWER, ANSWER]}]
+    result, _ = preview(command="prepare", rows=rows, format="chat", training={"chat_template_path": str(template)})
+    assert result.status == 1
+    assert "error[row-refused]" in result.err
+    assert "rows.jsonl: row 9 can't be rendered: take turns" in result.err

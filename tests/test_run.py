@@ -110,7 +110,7 @@ def test_plan_says_what_will_happen(train):
     assert "(lora adapter on a 4-bit nf4 base)" in result.out
     assert re.search(r"trainable  [\d,]+ of [\d,]+ parameters", result.out)
     assert "240 rows: 240 kept, 0 dropped, 0 truncated" in result.out
-    assert "steps      3 of 4 rows: 2 per device x 2 accumulated x 1 process\n" in result.out
+    assert "steps      3 of 4 rows: 2 per device x 2 accumulated x 1 process; " in result.out
     assert "float32 weights, no mixed precision (a CPU)" in result.out
     assert str(folder) in result.out
     assert status(folder)["step"] == 3

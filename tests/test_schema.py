@@ -35,7 +35,7 @@ def properties(node, path=()):
 @pytest.mark.parametrize("file", [file for file in FILES if file != BUNDLE], ids=lambda file: file.stem)
 def test_every_property_is_described(file):
     """Bounds on upstream's keys, choices by format, and `if` conditions refine a property described elsewhere."""
-    refining = {"if", "sft_training", "lora", "quantization", "allOf"}
+    refining = {"if", "sft_training", "dpo_training", "shared_training", "lora", "quantization", "allOf"}
     for path, entry in properties(json.loads(file.read_text())):
         if "$ref" not in entry and (entry.get("not") == {} or not refining & set(path)):
             assert len(entry.get("description", "")) > 5 or file.parent.name == "upstream", path
@@ -43,15 +43,20 @@ def test_every_property_is_described(file):
 
 def test_every_field_of_upstream_is_there_and_nothing_else():
     from peft import LoraConfig
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
-    for name, cls, ours in (("sft_config", SFTConfig, set()), ("lora_config", LoraConfig, {"method"})):
+    for name, cls, ours in (
+        ("sft_config", SFTConfig, set()),
+        ("dpo_config", DPOConfig, set()),
+        ("lora_config", LoraConfig, {"method"}),
+    ):
         fields = {field.name for field in dataclasses.fields(cls) if field.init}
         assert set(schema.load(f"upstream/{name}.schema.json")["properties"]) == fields | ours
 
 
 def test_a_key_that_is_refused_says_why_and_its_replacement_exists():
-    known = {f"{section}.{key}" for section in schema.SECTIONS for key in schema.section_keys(section)}
+    stages = schema.STAGES
+    known = {f"{s}.{key}" for s in schema.SECTIONS for stage in stages for key in schema.section_keys(s, stage)}
     known |= {*schema.SECTIONS, "dataset.train.columns"}
     for path, entry in properties(schema.load()):
         if "not" in entry and entry["not"] == {}:
@@ -64,13 +69,14 @@ def test_a_key_that_is_refused_says_why_and_its_replacement_exists():
             ), path
 
 
-def test_upstream_defaults_are_valid_by_our_bounds():
+@pytest.mark.parametrize(("stage", "form"), [("sft", "text"), ("dpo", "preference")])
+def test_upstream_defaults_are_valid_by_our_bounds(stage, form):
     """A bound that refuses upstream's own default would be a mistake."""
-    refused = {key for key, entry in schema.load()["$defs"]["sft_training"]["properties"].items() if "not" in entry}
-    upstream = schema.load("upstream/sft_config.schema.json")["properties"]
+    refused = {key for key, entry in schema.bounds_of("training", stage).items() if "not" in entry}
+    upstream = schema.fields_of("training", stage)["properties"]
     training = {key: entry["default"] for key, entry in upstream.items() if key not in refused}
-    dataset = {"format": "text", "train": {"source": "a/b"}}
-    recipe = {"schema_version": 1, "name": "x", "stage": "sft", "model": {"name_or_path": "a/b"}, "dataset": dataset}
+    dataset = {"format": form, "train": {"source": "a/b"}}
+    recipe = {"schema_version": 1, "name": "x", "stage": stage, "model": {"name_or_path": "a/b"}, "dataset": dataset}
     errors = list(schema.validator().iter_errors(recipe | {"training": training}))
     assert not errors, [error.message for error in errors]
 

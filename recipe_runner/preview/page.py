@@ -27,6 +27,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.6 ui-monospac
 mark { background: var(--learned); color: inherit; } .special { font-weight: bold; } .quiet { color: var(--quiet); }
 .turn, .document, .cut { display: block; color: var(--quiet); font: 13px/1.6 system-ui, sans-serif; }
 .document { border-top: 1px dashed var(--quiet); margin-top: .4rem; } .cut { border-top: 2px solid #cf222e; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
+.rejected { color: #cf222e; } .chosen { color: #1a7f37; } .pair > div { min-width: 0; }
 .error { color: #cf222e; } .warning { color: #9a6700; }
 """
 
@@ -106,7 +108,13 @@ def _row(number: int, row: Row) -> str:
     first, more = row.documents[0], len(row.documents) - 1
     origin = f"{escape(first.source)} row {first.row}" + (f" and {more} more, packed" if more else "")
     summary = f"{origin}: {len(row.input_ids):,} tokens, {row.supervised:,} in the loss"
-    return f"<details{' open' if number == 1 else ''}><summary>{summary}</summary><pre>{_tokens(row)}</pre></details>"
+    content = f"<pre>{_tokens(row)}</pre>"
+    if row.rejected:
+        summary = f"{origin}: chosen {row.supervised:,}, rejected {row.rejected.supervised:,} tokens learned"
+        sides = (("chosen", row), ("rejected", row.rejected))
+        content = "".join(f'<div><b class="{name}">{name}</b><pre>{_tokens(side)}</pre></div>' for name, side in sides)
+        content = f'<div class="pair">{content}</div>'
+    return f"<details{' open' if number == 1 else ''}><summary>{summary}</summary>{content}</details>"
 
 
 def _tokens(row: Row) -> str:

@@ -64,6 +64,7 @@ class Row:
         labels: What is learned at each place; -100 where nothing is.
         pieces: The tokens as text.
         documents: What the row is made of.
+        rejected: The sequence with the rejected answer, when the row is a pair; this one then holds the chosen answer.
     """
 
     tokens: list[str]
@@ -71,6 +72,7 @@ class Row:
     labels: list[int]
     pieces: tuple[Piece, ...]
     documents: tuple[Document, ...]
+    rejected: "Row | None" = None
 
     @property
     def supervised(self) -> int:
@@ -139,8 +141,9 @@ def take_row(opened: Opened, number: int) -> list[Row]:
     ends = np.cumsum(sizes)
     source = int(np.searchsorted(ends, number))
     order = np.array([[source, number - 1 - (ends[source] - sizes[source])]])
-    config = dataclasses.replace(opened.job.config, packing=False, eval_packing=False)
-    job = dataclasses.replace(opened.job, config=config)
+    job = opened.job
+    if not job.pairs:
+        job = dataclasses.replace(job, config=dataclasses.replace(job.config, packing=False, eval_packing=False))
     tally = job.tally()
     (table,) = tokens.prepare_chunks(job, "train", order, tally)
     if not len(table):
@@ -151,36 +154,59 @@ def take_row(opened: Opened, number: int) -> list[Row]:
 
 
 def _read_table(job: Job, order: np.ndarray, table: Any, tally: Any, number: int) -> list[Row]:
-    entries = table.slice(0, number).to_pylist()
-    whole = np.concatenate(tally.columns["length"]) if job.cuts("train") and not job.packing("train") else None
-    first = 0 if whole is None else len(whole) - len(table)
+    lost = None if job.packing("train") else tally.columns["lost"][-1]
     rows = []
-    for place, entry in enumerate(entries):
+    for place, entry in enumerate(table.slice(0, number).to_pylist()):
+        cut = 0 if lost is None else int(lost[place])
+        if job.pairs:
+            rows.append(_read_pair(job, order, entry, cut))
+            continue
         labels = tokens.labels_as_trained(entry, job.config)
         documents, start = [], 0
         for document, length in zip(entry["documents"], entry["document_lengths"], strict=True):
-            source, row = order[document]
-            lost = int(whole[first + place]) - length if whole is not None else 0
-            found = _find_turns(job, order[document : document + 1], entry["input_ids"][start : start + length])
-            turns = tuple((role, start + at) for role, at in found)
-            documents.append(Document(job.sources[source].name, int(row) + 1, start, length, lost, turns))
+            turns = checks.turns_of(_read_raw(job, order, document))
+            found = _find_turns(job, turns, entry["input_ids"][start : start + length], start)
+            documents.append(_document(job, order, document, start, length, cut, found))
             start += length
-        spelt = list(job.tokenizer.convert_ids_to_tokens(entry["input_ids"]))
-        pieces = _find_pieces(job.tokenizer, entry["input_ids"], labels)
-        rows.append(Row(spelt, entry["input_ids"], labels, pieces, tuple(documents)))
+        rows.append(_as_row(job, entry["input_ids"], labels, documents))
     return rows
 
 
-def _find_turns(job: Job, order: np.ndarray, input_ids: list[int]) -> list[tuple[str, int]]:
+def _read_pair(job: Job, order: np.ndarray, entry: dict[str, Any], cut: int) -> Row:
+    """The chosen sequence of a pair, with the rejected one beside it."""
+    (document,) = entry["documents"]
+    raw, sides = _read_raw(job, order, document), []
+    for answer, (ids, labels) in zip(("chosen", "rejected"), tokens.pair_as_trained(entry, job.config), strict=True):
+        turns = _find_turns(job, [*raw["prompt"], *raw[answer]], ids, 0)
+        sides.append(_as_row(job, ids, labels, [_document(job, order, document, 0, len(ids), cut, turns)]))
+    return dataclasses.replace(sides[0], rejected=sides[1])
+
+
+def _read_raw(job: Job, order: np.ndarray, document: int) -> dict[str, Any]:
+    return sources.read_rows(job.recipe, job.sources, order[document : document + 1])[0]
+
+
+def _document(
+    job: Job, order: np.ndarray, document: int, start: int, length: int, cut: int, turns: tuple[tuple[str, int], ...]
+) -> Document:
+    source, row = order[document]
+    return Document(job.sources[source].name, int(row) + 1, start, length, cut, turns)
+
+
+def _as_row(job: Job, input_ids: list[int], labels: list[int], documents: list[Document]) -> Row:
+    spelt = list(job.tokenizer.convert_ids_to_tokens(input_ids))
+    return Row(spelt, input_ids, labels, _find_pieces(job.tokenizer, input_ids, labels), tuple(documents))
+
+
+def _find_turns(job: Job, turns: list[dict[str, str]], input_ids: list[int], start: int) -> tuple[tuple[str, int], ...]:
     """Where each turn begins: after as many tokens as the turns before it have, rendered alone."""
-    turns = checks.turns_of(sources.read_rows(job.recipe, job.sources, order)[0])
     found = []
     for count in range(len(turns)):
         begins = 0 if not count else checks.count_common_tokens(turns[:count], input_ids, job.tokenizer)
         if begins is None or begins >= len(input_ids):
             break  # the template does not render a part of this conversation, or it is cut before
-        found.append((turns[count]["role"], begins))
-    return found
+        found.append((turns[count]["role"], start + begins))
+    return tuple(found)
 
 
 def _find_pieces(tokenizer: Any, input_ids: list[int], labels: list[int]) -> tuple[Piece, ...]:
@@ -219,11 +245,11 @@ def account(opened: Opened) -> Facts:
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """A row as JSON values; `source` and `row` are those of its first document."""
+    """A row as JSON values; `source` and `row` are those of its first document, `rejected` is of pairs only."""
     documents = [dataclasses.asdict(document) for document in row.documents]
     for document in documents:
         document["turns"] = [{"role": role, "start": start} for role, start in document["turns"]]
-    return {
+    values = {
         "source": row.documents[0].source,
         "row": row.documents[0].row,
         "tokens": row.tokens,
@@ -231,3 +257,4 @@ def as_json(row: Row) -> dict[str, Any]:
         "labels": row.labels,
         "documents": documents,
     }
+    return values | ({"rejected": as_json(row.rejected)} if row.rejected else {})

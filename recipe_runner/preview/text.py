@@ -1,16 +1,23 @@
 """Rows and accounting for a terminal."""
 
+import shutil
+import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import zip_longest
 
 import click
 
 from recipe_runner.preview.rows import Facts, Piece, Row
 from recipe_runner.report import write_text
 from recipe_runner.training.accounting import Accounting
+from recipe_runner.training.tokens import IGNORED
 
 
 def write_row(row: Row, colour: bool) -> str:
     """A row, its tokens marked: supervised in green, the rest plain; without colour, [[supervised]]."""
+    if row.rejected:
+        return _write_pair(row, row.rejected, colour)
     heads = {document.start: _head(number, row) for number, document in enumerate(row.documents)}
     turns = {start: role for document in row.documents for role, start in document.turns}
     lines = []
@@ -36,10 +43,39 @@ def write_row(row: Row, colour: bool) -> str:
     return "\n".join(line for line in lines if line) + "\n"
 
 
+def _write_pair(chosen: Row, rejected: Row, colour: bool) -> str:
+    """The prompt, then both answers side by side."""
+    begins = next((place for place, label in enumerate(chosen.labels) if label != IGNORED), len(chosen.labels))
+    turns = tuple(turn for turn in chosen.documents[0].turns if turn[1] < begins)
+    document = replace(chosen.documents[0], turns=turns, lost=0)
+    pieces = tuple(piece for piece in chosen.pieces if piece.start < begins)
+    prompt = write_row(replace(chosen, pieces=pieces, documents=(document,), rejected=None), colour).rstrip("\n")
+    width = max(shutil.get_terminal_size().columns // 2 - 2, 20)
+    columns = [
+        [f"{name}: {side.supervised:,} tokens learned", *_wrap(side, width)]
+        for name, side in (("chosen", chosen), ("rejected", rejected))
+    ]
+    lines = []
+    for left, right in zip_longest(*columns, fillvalue=""):
+        shown = f"{left:<{width}}"
+        lines.append(
+            f"{click.style(shown, fg='green')} | {click.style(right, fg='red')}" if colour else f"{shown} | {right}"
+        )
+    if lost := chosen.documents[0].lost:
+        lines.append(f"  -- cut at max_length: {lost:,} tokens are lost")
+    return "\n".join([prompt, *lines]) + "\n"
+
+
+def _wrap(side: Row, width: int) -> list[str]:
+    """The answer of a side in lines of at most a width."""
+    text = "".join(make_visible(piece.text) for piece in side.pieces if piece.supervised)
+    return [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]
+
+
 def _head(number: int, row: Row) -> str:
     document = row.documents[number]
     span = row.labels[document.start : document.start + document.tokens]
-    learned = sum(label != -100 for label in span)
+    learned = sum(label != IGNORED for label in span)
     of = f" (document {number + 1})" if len(row.documents) > 1 else ""
     return f"{document.source} row {document.row}{of}: {document.tokens:,} tokens, {learned:,} supervised"
 

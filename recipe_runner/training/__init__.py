@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader fork
 for _logger in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_logger).setLevel(logging.ERROR)
 for _message in (
-    r".gradient_checkpointing. is deprecated",
+    r".gradient_checkpointing(_disable|_enable)?. is deprecated",
     r".is_gradient_checkpointing. is deprecated",
     r"'pin_memory' argument is set as true but no accelerator is found",
     r"Paged optimizers are not supported on CPU",

@@ -25,7 +25,7 @@ class Accounting:
         rows_truncated: Rows cut at `max_length`.
         tokens_truncated: Tokens cut off.
         duplicates: Kept rows with the same tokens and labels as an earlier one.
-        tokens: Tokens in the kept rows.
+        tokens: Tokens of the kept rows that reach the model (of a pair: of both sequences).
         supervised_tokens: Those of them that are in the loss.
         lengths: Tokens of whole rows, before cutting: p50, p90, p99, max.
         histogram: `counts` of rows between `edges` of length, in tokens, before cutting.
@@ -95,7 +95,7 @@ class Tally:
     """Counts while rows go by, and makes the accounting at the end.
 
     Args:
-        limit: Where rows are cut; None for nowhere.
+        limit: `max_length`; None for none.
         source_names: Names of the sources, in their order.
     """
 
@@ -106,11 +106,18 @@ class Tally:
         self.roles: Counter[str] = Counter()
         self.lost_roles: Counter[str] = Counter()
         self.looked_at: Counter[str] = Counter()
-        self.columns: dict[str, list[np.ndarray]] = {"length": [], "supervised": [], "source": [], "hash": []}
+        self.columns: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("length", "tokens", "lost", "supervised", "source", "hash")
+        }
 
-    def add(self, lengths: np.ndarray, supervised: np.ndarray, sources: np.ndarray, hashes: np.ndarray) -> None:
-        """Adds kept rows: arrays `(rows,)` of whole lengths, supervised tokens within the limit, source, hash."""
-        for name, column in zip(self.columns, (lengths, supervised, sources, hashes), strict=True):
+    def add(self, **columns: np.ndarray) -> None:
+        """Adds kept rows.
+
+        Args:
+            columns: Arrays `(rows,)`: `length` of the whole row (of the longer answer's sequence, for a pair), `tokens`
+                that reach the model, tokens `lost` by cutting, `supervised` tokens, `source`, `hash`.
+        """
+        for name, column in columns.items():
             self.columns[name].append(column)
 
     def drop(self, reason: str, rows: int) -> None:
@@ -118,15 +125,9 @@ class Tally:
         if rows:
             self.dropped[reason] += rows
 
-    def finish(self, cuts: bool) -> Accounting:
-        """The accounting of all rows that went by, without `batches`.
-
-        Args:
-            cuts: Whether rows longer than the limit are cut, rather than split.
-        """
-        lengths, supervised, sources, hashes = (np.concatenate(column) for column in self.columns.values())
-        over = np.maximum(lengths - self.limit, 0) if self.limit and cuts else np.zeros_like(lengths)
-        kept = lengths - over
+    def finish(self) -> Accounting:
+        """The accounting of all rows that went by, without `batches`."""
+        lengths, kept, lost, supervised, sources, hashes = (np.concatenate(column) for column in self.columns.values())
         least, most = int(lengths.min()), int(lengths.max())
         least = 0 if least < most / 2 else least - 1
         counts, edges = np.histogram(lengths, bins=min(BINS, most - least), range=(least, most))
@@ -135,8 +136,8 @@ class Tally:
             rows_read=self.read,
             rows_kept=len(lengths),
             dropped=dict(self.dropped),
-            rows_truncated=int((over > 0).sum()),
-            tokens_truncated=int(over.sum()),
+            rows_truncated=int((lost > 0).sum()),
+            tokens_truncated=int(lost.sum()),
             duplicates=len(hashes) - len(np.unique(hashes)),
             tokens=int(kept.sum()),
             supervised_tokens=int(supervised.sum()),

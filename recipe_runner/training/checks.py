@@ -51,7 +51,7 @@ def check_ends(sample: pa.Table, recipe: Recipe, tokenizer: PreTrainedTokenizerB
 
 def turns_of(row: dict[str, Any]) -> list[dict[str, str]]:
     """The turns of a normalised row; none for plain text."""
-    parts = (row.get(key, []) for key in ("messages", "prompt", "completion"))
+    parts = (row.get(key, []) for key in ("messages", "prompt", "completion", "chosen"))
     return [turn for part in parts if isinstance(part, list) for turn in part]
 
 
@@ -60,7 +60,9 @@ def count_special_tokens(rows: list[dict[str, Any]], tokenizer: PreTrainedTokeni
     first, spelt = _special_pattern(tokenizer)
     count = 0
     for row in rows:
-        texts = [turn["content"] for turn in turns_of(row)] or [v for v in row.values() if isinstance(v, str)]
+        texts = [turn["content"] for turn in turns_of(row) + list(row.get("rejected", []))] or [
+            v for v in row.values() if isinstance(v, str)
+        ]
         count += any(first.intersection(text) and spelt.search(text) is not None for text in texts)
     return count
 

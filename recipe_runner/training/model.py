@@ -94,7 +94,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if not tokenizer.chat_template:
         fix = "use an instruct model, set training.chat_template_path, or dataset.template for plain text"
         raise recipe.error("no-chat-template", "the tokenizer has no chat template", fix, "dataset", "format")
-    if dataset["train_on"] == "assistant" and not has_generation_markers(tokenizer.chat_template):
+    if dataset.get("train_on") == "assistant" and not has_generation_markers(tokenizer.chat_template):
         try:
             tokenizer.chat_template = get_training_chat_template(tokenizer)
         except ValueError as error:

@@ -15,7 +15,7 @@ def describe_plan(recipe: Recipe, trainer: SFTTrainer, prepared: Prepared, folde
     config, values = trainer.args, recipe.values
     packed = (
         f" packed into {len(prepared.train.dataset):,} rows of up to {config.max_length} tokens"
-        if config.packing
+        if getattr(config, "packing", False)
         else ""
     )
     unpaged = "; no GPU: states are not paged" if "paged" in config.optim.value and config.device.type == "cpu" else ""

@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from recipe_runner.errors import UserError, first_line
 from recipe_runner.problem import Problem, sort_problems
@@ -16,12 +16,14 @@ from recipe_runner.training import checks, environment, model, sources, store
 from recipe_runner.training.environment import Precision
 from recipe_runner.training.store import PreparedData, PreparedSplit
 
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
+
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything that a run needs before weights are loaded."""
 
-    config: SFTConfig
+    config: SFTConfig | DPOConfig
     precision: Precision
     tokenizer: PreTrainedTokenizerBase
     peft_config: PeftConfig | None
@@ -75,7 +77,7 @@ def find_data_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data:
     return tuple(sort_problems(found))
 
 
-def build_config(recipe: Recipe, precision: Precision) -> SFTConfig:
+def build_config(recipe: Recipe, precision: Precision) -> SFTConfig | DPOConfig:
     """The trainer's configuration: the recipe's `training` section, and what other sections own.
 
     Raises:
@@ -92,10 +94,11 @@ def build_config(recipe: Recipe, precision: Precision) -> SFTConfig:
         "fp16": precision.fp16,
         "trust_remote_code": base["trust_remote_code"],
         "model_init_kwargs": init | {"dtype": precision.dtype},
-        "dataset_kwargs": {"skip_prepare_dataset": True},  # prepared before the weights are loaded
     }
+    if recipe.values["stage"] == "sft":
+        owned["dataset_kwargs"] = {"skip_prepare_dataset": True}  # prepared before the weights are loaded
     try:
-        config = SFTConfig(**{**section, **owned})
+        config = CONFIGS[recipe.values["stage"]](**{**section, **owned})
     except (ValueError, ImportError, TypeError) as error:
         raise recipe.error("training-refused", first_line(error), "", "training") from error
     trackers = get_available_reporting_integrations()

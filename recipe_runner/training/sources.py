@@ -18,6 +18,7 @@ from recipe_runner.recipe import Recipe
 from recipe_runner.validate import suggest
 
 COLUMNS = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
+COLUMNS["preference"] = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ def choose_columns(recipe: Recipe, source: dict[str, Any], available: list[str],
         columns["messages"] = "conversations"  # ShareGPT's name
     if form == "instruction" and (column := given.get("input", "input" if "input" in available else None)):
         columns["input"] = column
+    if form == "preference":
+        there = next((name for name in ("prompt", "conversations") if name in available), None)
+        columns |= {"prompt": prompt} if (prompt := given.get("prompt", there)) else {}
     for role, column in columns.items():
         if column not in available:
             there = f"its columns: {', '.join(available)}"

@@ -37,10 +37,6 @@ from recipe_runner.training.tokens import Job
 # Of `training`, what decides on tokens, labels and packing.
 KEYS = ("max_length", "packing", "packing_strategy", "eval_packing", "truncation_mode", "eos_token")
 MADE_BY = ("trl", "transformers", "tokenizers", "datasets", "recipe-runner")
-ENCODED = pa.schema([(name, pa.list_(pa.int32())) for name in ("input_ids", "labels")])
-SCHEMA = ENCODED.append(pa.field("documents", pa.list_(pa.int64()))).append(
-    pa.field("document_lengths", pa.list_(pa.int32()))
-)
 SLOW_SECONDS = 10  # from then on, progress is told
 
 
@@ -49,8 +45,9 @@ class PreparedSplit:
     """A split ready for the trainer.
 
     Attributes:
-        dataset: Rows of `input_ids`, `labels`, `documents` (places in `order`) and their lengths: `seq_lengths` when
-            they are packed without seeing each other, else `document_lengths`.
+        dataset: Rows of `input_ids` and `labels`, or of `prompt_ids`, `chosen_ids` and `rejected_ids`; of `documents`
+            (places in `order`), and of their lengths: `seq_lengths` when they are packed without seeing each other,
+            else `document_lengths`.
         order: Array `(documents, 2)` of source and row in it.
         accounting: What became of its rows.
     """
@@ -173,9 +170,13 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
 
 def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Accounting:
     tally, began, told = job.tally(), time.monotonic(), 0.0
-    with (folder / f"{split}.arrow").open("wb") as stream, pa.ipc.new_stream(stream, SCHEMA) as writer:
+    numbers, places = pa.list_(pa.int32()), pa.list_(pa.int64())
+    schema = pa.schema(
+        [(name, numbers) for name in (*tokens.COLUMNS[job.pairs], "document_lengths")] + [("documents", places)]
+    )
+    with (folder / f"{split}.arrow").open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
         for table in tokens.prepare_chunks(job, split, order, tally):
-            writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
+            writer.write_table(table.select(schema.names).cast(schema))
             seconds = time.monotonic() - began
             if seconds - told > SLOW_SECONDS and tally.read < len(order):
                 told = seconds
@@ -183,7 +184,7 @@ def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Accou
     np.save(folder / f"{split}.npy", order)
     if not tally.columns["length"] or not sum(len(lengths) for lengths in tally.columns["length"]):
         raise tokens.nothing_left(job.recipe, split, tally.dropped)
-    return tally.finish(job.cuts(split))
+    return tally.finish()
 
 
 def _load(folder: Path, config: SFTConfig) -> dict[str, PreparedSplit]:
@@ -194,7 +195,9 @@ def _load(folder: Path, config: SFTConfig) -> dict[str, PreparedSplit]:
         dataset = Dataset.from_file(str(folder / f"{split}.arrow"))
         lengths = pc.list_flatten(dataset.data.column("document_lengths")).to_numpy()
         accounting = replace(Accounting(**values), batches=simulate_batches(lengths, config))
-        if accounting.packed_rows and config.packing_strategy != "wrapped":  # wrapped rows are one text to the model
+        if (
+            accounting.packed_rows and getattr(config, "packing_strategy", "") != "wrapped"
+        ):  # wrapped rows are one text to the model
             dataset = dataset.rename_column("document_lengths", "seq_lengths")
         splits[split] = PreparedSplit(dataset, np.load(folder / f"{split}.npy", mmap_mode="r"), accounting)
     return splits

@@ -15,7 +15,8 @@ import xxhash
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from recipe_runner.errors import UserError, first_line
@@ -26,6 +27,8 @@ from recipe_runner.training.sources import Source, read_rows
 
 IGNORED = -100  # label of a token that is not in the loss (torch.nn.CrossEntropyLoss's ignore_index)
 CHUNK = 5_000  # rows prepared at once: what bounds the memory
+# What a prepared row is made of: for pairs, and for everything else.
+COLUMNS = {True: ("prompt_ids", "chosen_ids", "rejected_ids"), False: ("input_ids", "labels")}
 PACKED_TOGETHER = 1_000  # rows: the batch of `Dataset.map`, and so of TRL's packing
 CHECKED_ROWS = 100  # rows of a split whose masks are checked token by token
 
@@ -44,10 +47,17 @@ class Job:
     recipe: Recipe
     sources: list[Source]
     tokenizer: PreTrainedTokenizerBase
-    config: SFTConfig
+    config: Any  # SFTConfig or DPOConfig
+
+    @property
+    def pairs(self) -> bool:
+        """Whether rows are preference pairs."""
+        return bool(self.recipe.values["dataset"]["format"] == "preference")
 
     def packing(self, split: str) -> bool:
         """Whether a split is packed."""
+        if self.pairs:
+            return False
         packing, of_eval = self.config.packing, self.config.eval_packing
         return bool(packing if split == "train" or of_eval is None else of_eval)
 
@@ -70,7 +80,8 @@ def prepare_chunks(job: Job, split: str, order: np.ndarray, tally: Tally) -> Ite
         tally: Is told what became of every row.
 
     Yields:
-        Tables of `input_ids` and `labels` (lists of equal length); `documents`, the places in `order` of the rows that
+        Tables of `input_ids` and `labels` (lists of equal length), or of `prompt_ids`, `chosen_ids` and `rejected_ids`
+        (which the collator cuts); `documents`, the places in `order` of the rows that
         a row is made of; and `document_lengths`, how many tokens each of them has there.
 
     Raises:
@@ -80,7 +91,7 @@ def prepare_chunks(job: Job, split: str, order: np.ndarray, tally: Tally) -> Ite
     for start in range(0, len(order), CHUNK):
         table = _prepare_chunk(job, split, order, start, tally)
         if not job.packing(split):
-            yield _with_documents(table)
+            yield table
             continue
         waiting = table if waiting is None else pa.concat_tables([waiting, table])
         whole = len(waiting) // PACKED_TOGETHER * PACKED_TOGETHER
@@ -102,11 +113,18 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int, tally: T
         tally.drop(reason, 1)
     places = np.array([place for place, reason in enumerate(reasons) if not reason], dtype=np.int64)
     if not len(places):
-        return _table([], [], places)
+        empty = _table({name: [] for name in COLUMNS[job.pairs]}, places)
+        return _with_documents(empty, places, job.packing(split))
     usable = [rows[place] for place in places]
     tally.special += count_special_tokens(usable, job.tokenizer)
     count_rendered_roles(usable, job.tokenizer, tally)
     tokenized = _tokenize(job, usable, part[places])
+    if job.pairs:
+        if start == 0:
+            answers = tokenized.slice(0, CHECKED_ROWS)
+            for name in ("chosen_ids", "rejected_ids"):
+                check_ends(pa.table({"labels": answers[name]}), job.recipe, job.tokenizer)
+        return _keep_pairs(job, tokenized, part, places, tally, start)
     if start == 0:
         check_ends(tokenized.slice(0, CHECKED_ROWS), job.recipe, job.tokenizer)
     return _keep_learnable(job, split, tokenized, part, places, tally, start)
@@ -121,10 +139,7 @@ def _keep_learnable(
     lengths, supervised, hashes = measure_rows(table, limit if cuts else None)
     long = lengths > limit if limit else np.zeros(len(lengths), dtype=bool)
     if policy == "error" and long.any():
-        source, row = part[places[np.argmax(long)]]
-        message = f"{job.sources[source].name}: row {row + 1} has {lengths[np.argmax(long)]:,} tokens"
-        fix = f"max_length is {limit:,}: raise it, or set on_overlong to truncate or drop"
-        raise job.recipe.error("row-too-long", message, fix, "dataset", "on_overlong")
+        raise _too_long(job, part[places[np.argmax(long)]], int(lengths[np.argmax(long)]))
     dropped = long if policy == "drop" else np.zeros(len(lengths), dtype=bool)
     mute = (supervised == 0) & ~dropped
     keep = ~(dropped | mute)
@@ -135,20 +150,63 @@ def _keep_learnable(
     kept = table.filter(pa.array(keep))
     if (bos := job.tokenizer.bos_token_id) is not None:
         tally.two_bos += _count_two_bos(kept, bos)
-    tally.add(lengths[keep], supervised[keep], part[places[keep], 0], hashes[keep])
-    ids, labels = kept["input_ids"], kept["labels"]
-    if cuts and (long & keep).any():
-        ids, labels = (pc.list_slice(column, 0, limit) for column in (ids, labels))
-    return _table(ids, labels, places[keep] + start)
+    lost = np.maximum(lengths - limit, 0)[keep] if limit and cuts else np.zeros(keep.sum(), dtype=np.int64)
+    tally.add(
+        length=lengths[keep],
+        tokens=lengths[keep] - lost,
+        lost=lost,
+        supervised=supervised[keep],
+        source=part[places[keep], 0],
+        hash=hashes[keep],
+    )
+    columns = {name: kept[name] for name in COLUMNS[False]}
+    if lost.any():
+        columns = {name: pc.list_slice(column, 0, limit) for name, column in columns.items()}
+    return _with_documents(_table(columns, places[keep] + start), lengths[keep] - lost, job.packing(split))
 
 
-def _table(ids: Any, labels: Any, documents: np.ndarray) -> pa.Table:
+def _keep_pairs(job: Job, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int) -> pa.Table:
+    """Drops or refuses pairs that are too long, and counts all; TRL's collator cuts the others."""
+    limit, policy = job.config.max_length, job.recipe.values["dataset"]["on_overlong"]
+    prompt, chosen, rejected = (pc.list_value_length(table[name]).to_numpy() for name in COLUMNS[True])
+    both = np.stack([prompt + chosen, prompt + rejected])
+    lengths = both.max(axis=0)
+    long = lengths > limit if limit else np.zeros(len(lengths), dtype=bool)
+    if policy == "error" and long.any():
+        raise _too_long(job, part[places[np.argmax(long)]], int(lengths[np.argmax(long)]))
+    dropped = long if policy == "drop" else np.zeros(len(lengths), dtype=bool)
+    mute = (prompt >= limit) & ~dropped if limit else dropped & False
+    keep = ~(dropped | mute)
+    tally.drop(f"longer than max_length ({limit})", int(dropped.sum()))
+    tally.drop(f"whose prompt fills max_length ({limit})", int(mute.sum()))
+    fitted = np.minimum(both, limit) if limit else both
+    hashes = [hash(tuple(map(tuple, row.values()))) & (2**64 - 1) for row in table.to_pylist()]
+    tally.add(
+        length=lengths[keep],
+        tokens=fitted.sum(axis=0)[keep],
+        lost=(both - fitted).sum(axis=0)[keep],
+        supervised=(fitted - prompt).sum(axis=0)[keep],
+        source=part[places[keep], 0],
+        hash=np.array(hashes, dtype=np.uint64)[keep],
+    )
+    kept = table.filter(pa.array(keep))
+    columns = {name: kept[name] for name in COLUMNS[True]}
+    return _with_documents(_table(columns, places[keep] + start), fitted.max(axis=0)[keep], False)
+
+
+def _too_long(job: Job, place: np.ndarray, length: int) -> UserError:
+    message = f"{job.sources[place[0]].name}: row {place[1] + 1} has {length:,} tokens"
+    fix = f"max_length is {job.config.max_length:,}: raise it, or set on_overlong to truncate or drop"
+    return job.recipe.error("row-too-long", message, fix, "dataset", "on_overlong")
+
+
+def _table(columns: dict[str, Any], documents: np.ndarray) -> pa.Table:
     numbers = pa.list_(pa.int32())
-    columns = [
-        pa.chunked_array([column], numbers) if isinstance(column, list) else column.cast(numbers)
-        for column in (ids, labels)
-    ]
-    return pa.table({"input_ids": columns[0], "labels": columns[1], "document": pa.array(documents, pa.int64())})
+    lists = {
+        name: pa.chunked_array([column], numbers) if isinstance(column, list) else column.cast(numbers)
+        for name, column in columns.items()
+    }
+    return pa.table(lists | {"document": pa.array(documents, pa.int64())})
 
 
 def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Table:
@@ -159,12 +217,13 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
     """
     whole = copy.copy(job.config)
     whole.max_length = None
-    whole.assistant_only_loss = job.recipe.values["dataset"]["train_on"] == "assistant"
+    if not job.pairs:
+        whole.assistant_only_loss = job.recipe.values["dataset"]["train_on"] == "assistant"
 
     def tokenize(some: list[dict[str, Any]]) -> pa.Table:
         dataset = Dataset.from_dict({key: [row[key] for row in some] for key in some[0]})
         prepared = _upstream_preparation(dataset, job, whole)
-        return prepared.select_columns(["input_ids", "labels"]).data.table.combine_chunks()
+        return prepared.select_columns(list(COLUMNS[job.pairs])).data.table.combine_chunks()
 
     try:
         return tokenize(rows)
@@ -189,8 +248,11 @@ def _upstream_preparation(rows: Dataset, job: Job, config: SFTConfig) -> Dataset
     stand_in = SimpleNamespace(
         _tokenizer=job.tokenizer,
         chat_template=None,  # the tokenizer already has the training template: see `model.load_tokenizer`
-        completion_only_loss=job.recipe.values["dataset"]["train_on"] == "completion",
+        completion_only_loss=job.recipe.values["dataset"].get("train_on") == "completion",
     )
+    if job.pairs:
+        with mock.patch("trl.trainer.dpo_trainer.global_then_local_main_first", contextlib.nullcontext):
+            return DPOTrainer._prepare_dataset(stand_in, rows, job.tokenizer, config, "")
     prepare: Any = SFTTrainer._prepare_dataset
     with mock.patch("trl.trainer.sft_trainer.global_then_local_main_first", contextlib.nullcontext):
         return prepare(stand_in, rows, job.tokenizer, config, False, None, "")
@@ -226,15 +288,16 @@ def _count_two_bos(table: pa.Table, bos: int) -> int:
     return int(((ids[begins] == bos) & (ids[begins + 1] == bos)).sum())
 
 
-def _with_documents(table: pa.Table) -> pa.Table:
-    """An unpacked row is one document."""
-    lengths = pc.list_value_length(table["input_ids"]).combine_chunks()
+def _with_documents(table: pa.Table, lengths: np.ndarray, packing: bool) -> pa.Table:
+    """An unpacked row is one document; packing makes its own."""
+    if packing:
+        return table
     one = np.arange(len(table) + 1, dtype=np.int32)
     documents = pa.ListArray.from_arrays(one, table["document"].combine_chunks())
     return (
         table.drop_columns("document")
         .append_column("documents", documents)
-        .append_column("document_lengths", pa.ListArray.from_arrays(one, lengths))
+        .append_column("document_lengths", pa.ListArray.from_arrays(one, pa.array(lengths, pa.int32())))
     )
 
 
@@ -271,6 +334,25 @@ def labels_as_trained(row: dict[str, Any], config: SFTConfig) -> list[int]:
     entry = {**row, "seq_lengths": row["document_lengths"]} if config.packing else row
     labels: list[int] = collator([entry])["labels"][0].tolist()
     return labels
+
+
+def pair_as_trained(row: dict[str, Any], config: DPOConfig) -> list[tuple[list[int], list[int]]]:
+    """Tokens and labels of both sequences of a prepared pair, chosen first, after TRL's collator, which cuts them.
+
+    Args:
+        row: `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        config: The trainer's configuration.
+    """
+    collator = DataCollatorForPreference(
+        pad_token_id=0, max_length=config.max_length, truncation_mode=config.truncation_mode
+    )
+    batch = collator([row])
+    sequences = []
+    for ids, real, learned in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True):
+        kept = ids[real.bool()].tolist()
+        answers = zip(kept, learned[real.bool()].tolist(), strict=True)
+        sequences.append((kept, [token if of_answer else IGNORED for token, of_answer in answers]))
+    return sequences
 
 
 def nothing_left(recipe: Recipe, split: str, reasons: dict[str, int]) -> UserError:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from recipe_runner import run_folder
 from recipe_runner.errors import first_line, user_error
@@ -16,6 +16,16 @@ from recipe_runner.training.packing import PackingCheck
 from recipe_runner.training.preparation import Prepared
 
 
+class _PreparedDPOTrainer(DPOTrainer):
+    """DPOTrainer on pairs that are tokenized already: TRL 1.16 has an option for that in SFTTrainer only."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        return dataset
+
+
+TRAINERS: dict[str, Any] = {"sft": SFTTrainer, "dpo": _PreparedDPOTrainer}
+
+
 def build_trainer(recipe: Recipe, prepared: Prepared) -> SFTTrainer:
     """Hands everything to TRL, which loads the weights, quantizes them and puts the adapter on.
 
@@ -23,7 +33,7 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> SFTTrainer:
         UserError: The weights can't be loaded.
     """
     try:
-        trainer = SFTTrainer(
+        trainer = TRAINERS[recipe.values["stage"]](
             model=recipe.values["model"]["name_or_path"],
             args=prepared.config,
             train_dataset=prepared.train.dataset,

@@ -34,7 +34,8 @@ def verify_saved(trainer: SFTTrainer, folder: Path) -> None:
 def _compare_logits(trained: PeftModel, trainer: SFTTrainer, folder: Path) -> float:
     """Largest difference of logits `(batch, sequence, vocabulary)` between the adapter in memory and the saved one."""
     rows = [
-        trainer.train_dataset[index]["input_ids"][:TOKENS] for index in range(min(ROWS, len(trainer.train_dataset)))
+        (row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"])[:TOKENS]
+        for row in trainer.train_dataset.select(range(min(ROWS, len(trainer.train_dataset))))
     ]
     device = "cpu" if trainer.args.device.type == "cpu" else str(trainer.args.device)  # safetensors knows no cpu:0
     trained.eval()
