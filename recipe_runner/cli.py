@@ -214,18 +214,23 @@ def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--model", metavar="ID|FOLDER", help="Base model.")
-@click.option("--format", "form", type=click.Choice(["instruction", "chat", "text"]), help="Layout of the data.")
-@click.option("--stage", type=click.Choice(["sft"]), default="sft", show_default=True, help="Training stage.")
+@click.option(
+    "--format", "form", type=click.Choice(["instruction", "chat", "text", "preference"]), help="Layout of the data."
+)
+@click.option("--stage", type=click.Choice(["sft", "dpo"]), help="Training stage; by default, what the layout is for.")
 @click.option("--method", type=click.Choice(["qlora", "lora", "full"]), help="What is trained.")
 @click.option("--data", metavar="ID|FILE", help="Hub id or file of the data.")
 @click.option("--from", "source", metavar="NAME", help="Start from a shipped recipe instead.")
-def new(file: Path, model: str, form: str, stage: str, method: str, data: str, source: str | None) -> None:
+def new(file: Path, model: str, form: str, stage: str | None, method: str, data: str, source: str | None) -> None:
     """Write a new recipe to FILE (NAME.yaml). What no option says is asked."""
     from recipe_runner.new import FORMATS, METHODS, compose, copy_shipped, write_new
     from recipe_runner.resolve import examine_recipe
 
     if file.suffix != ".yaml":
         raise click.BadParameter("give a name that ends with .yaml", param_hint="FILE")
+    form = form or ("preference" if stage == "dpo" else "")
+    if stage and form and (form == "preference") != (stage == "dpo"):
+        raise click.BadParameter(f"stage {stage} does not learn from format {form}", param_hint="--stage")
     if source:
         text = copy_shipped(file.stem, source)
     else:

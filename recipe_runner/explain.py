@@ -19,14 +19,18 @@ def explain(name: str) -> str:
     Raises:
         UserError: There is no such key and no such code.
     """
-    codes, keys = _codes(), _keys()
+    codes = _codes()
     if name in codes:
         return f"{name}: {codes[name]}"
+    stages = [_keys(stage) for stage in schema.STAGES]
+    keys = {key: entry for stage in reversed(stages) for key, entry in stage.items()}
     path = re.sub(r"\.\d+(?=\.|$)", "", name)  # dataset.train.0.source is dataset.train.source
     if path not in keys:
         hint = suggest(path, [*keys, *codes]) or f"sections: {', '.join(key for key in keys if '.' not in key)}"
         raise user_error("unknown-key", f"there is no key and no error code '{name}'", hint)
-    return _describe(path, *keys[path])
+    found = [stage[path] for stage in stages if path in stage]
+    different = [entry for place, entry in enumerate(found) if entry[0] not in [other[0] for other in found[:place]]]
+    return "\n".join(_describe(path, *entry) for entry in different)
 
 
 def _describe(path: str, entry: dict[str, Any], origin: str) -> str:
@@ -50,13 +54,12 @@ def _describe(path: str, entry: dict[str, Any], origin: str) -> str:
     return "\n".join(lines)
 
 
-def _keys() -> dict[str, tuple[dict[str, Any], str]]:
-    """Every documented key path, with its schema and the class that it comes from."""
+def _keys(stage: str) -> dict[str, tuple[dict[str, Any], str]]:
+    """Every documented key path of a stage, with its schema and the class that it comes from."""
     keys: dict[str, tuple[dict[str, Any], str]] = {}
     for name, entry in schema.load()["properties"].items():
         keys[name] = entry, ""
-        # The first stage that has a key explains it: where stages share a name, it means the same.
-        for stage in reversed(schema.STAGES) if name == "training" else ["sft"] if name in schema.SECTIONS else []:
+        if name in schema.SECTIONS:
             section, bounds = schema.fields_of(name, stage), schema.bounds_of(name, stage)
             keys[name] = {**section, **entry, "properties": section["properties"]}, _origin(section)
             for key in [*section["properties"], *(key for key in bounds if key not in section["properties"])]:

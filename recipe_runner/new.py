@@ -29,6 +29,12 @@ FORMATS = {
     source: {data}
     columns: {{text: text}}          # role: its name in the data
 """,
+    "preference": """\
+  format: preference               # pairs of a chosen and a rejected answer to a prompt
+  train:
+    source: {data}
+    columns: {{prompt: prompt, chosen: chosen, rejected: rejected}}   # role: its name in the data
+""",
 }
 QUANTIZATION = """\
 quantization:                      # 4-bit NormalFloat weights under the adapter: QLoRA
@@ -47,16 +53,19 @@ peft:
 
 
 def compose(name: str, model: str, form: str, method: str, data: str) -> str:
-    """The text of a recipe for supervised fine-tuning.
+    """The text of a recipe: for DPO when the format is preference, else for supervised fine-tuning.
 
     Args:
         name: Name of the recipe.
         model: Hub id or folder of the base model.
-        form: Dataset format: instruction, chat or text.
+        form: Dataset format: instruction, chat, text or preference.
         method: qlora, lora or full.
         data: Hub id or file of the data.
     """
-    rate = "2e-5" if method == "full" else "2e-4"
+    pairs = form == "preference"
+    rate = {True: "5e-7", False: "5e-6"} if pairs else {True: "2e-5", False: "2e-4"}
+    sampling = "  train_sampling_strategy: group_by_length   # pairs can't be packed: less padding\n" * pairs
+    beta = "  beta: 0.1                        # smaller: further from the reference model\n" * pairs
     why = "all weights take small steps" if method == "full" else "adapters start from zero and take larger steps"
     packing = "  packing: true                    # documents share rows, without seeing each other\n" * (
         form == "text"
@@ -68,17 +77,17 @@ def compose(name: str, model: str, form: str, method: str, data: str) -> str:
         "# What a key means: recipe-run explain training.learning_rate\n"
         f"schema_version: 1\nname: {name}\n"
         f"description: {method} of {Path(model).name} on {form} data.\n"
-        f"stage: sft\nmodel:\n  name_or_path: {_quote(model)}\n"
+        f"stage: {'dpo' if pairs else 'sft'}\nmodel:\n  name_or_path: {_quote(model)}\n"
         f"{QUANTIZATION if method == 'qlora' else ''}{PEFT if method != 'full' else ''}"
         f"dataset:\n{FORMATS[form].format(data=_quote(data))}"
         "  eval: {fraction: 0.02}           # held out, by the seed\n"
         "training:\n"
-        f"  learning_rate: {rate}              # {why}\n"
+        f"{beta}  learning_rate: {rate[method == 'full']}              # {why}\n"
         "  num_train_epochs: 1\n"
         "  per_device_train_batch_size: 4   # halve it when memory runs out ...\n"
         "  gradient_accumulation_steps: 4   # ... and double this: rows in a step stay the same\n"
         "  max_length: 1024                 # tokens; longer rows are cut, and counted\n"
-        f"{packing}{split}"
+        f"{packing}{split}{sampling}"
         "  lr_scheduler_type: cosine\n"
         "  warmup_steps: 0.03               # below 1: a share of all steps\n"
         "  eval_strategy: steps\n  eval_steps: 100\n  save_steps: 100\n  save_total_limit: 2\n"

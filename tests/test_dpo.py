@@ -101,6 +101,12 @@ def test_training_starts_at_the_reference_and_learns(dpo, quantization, peft, tr
     assert list(folder.glob("adapter/*.safetensors" if peft else "model/*.safetensors"))
 
 
+def test_pairs_are_grouped_by_length(dpo):
+    rows = [{"prompt": "q", "chosen": "long " * n, "rejected": "no"} for n in range(1, 25)]
+    result, _ = dpo(rows=rows, training={"train_sampling_strategy": "group_by_length"})
+    assert result.status == 0, result.err
+
+
 def test_what_is_shown_is_what_the_trainer_receives(dpo, tmp_path):
     from recipe_runner.resolve import load_recipe
     from recipe_runner.training import preparation, trainers

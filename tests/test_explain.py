@@ -16,6 +16,15 @@ def test_upstream_key_shows_type_default_choices_help_and_class(run_cli):
     assert re.search(r"from: +SFTConfig, trl \d+\.\d+\.\d+", out)
 
 
+def test_a_key_that_stages_understand_differently_is_explained_for_each(run_cli):
+    out = run_cli("explain", "training.loss_type").out
+    assert "choices: nll, dft" in out
+    assert "from:    SFTConfig" in out
+    assert "'sppo_hard'" in out
+    assert "from:    DPOConfig" in out
+    assert run_cli("explain", "training.weight_decay").out.count("from:") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

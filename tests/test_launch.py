@@ -27,6 +27,7 @@ def overrides(tiny_phi3, tmp_path):
         "chat": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
         "instruct": {"instruction": "hi", "input": "", "output": "hello"},
         "text": {"text": "a document about nothing"},
+        "dpo": {"prompt": "hi", "chosen": "hello", "rejected": "go away"},
     }
 
     def overrides(kind):
@@ -49,7 +50,7 @@ def completed(result, tmp_path, name):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["chat", "instruct", "text"])
+@pytest.mark.parametrize("kind", ["chat", "instruct", "text", "dpo"])
 def test_shipped_phi3_recipe_runs_as_it_is_on_a_tiny_phi3(kind, overrides, tmp_path):
     name = f"phi3_{kind}_qlora"
     result = sh(f"accelerate launch recipe-run recipes/{name}.yaml {overrides(kind)}", ROOT)

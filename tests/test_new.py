@@ -17,7 +17,7 @@ def data(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("form", ["instruction", "chat", "text"])
+@pytest.mark.parametrize("form", ["instruction", "chat", "text", "preference"])
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_every_choice_gives_a_recipe_without_a_problem(run_cli, tmp_path, data, form, method):
     file = tmp_path / "mine.yaml"
@@ -26,6 +26,7 @@ def test_every_choice_gives_a_recipe_without_a_problem(run_cli, tmp_path, data, 
     assert (result.status, result.err) == (0, "")
     values = load_recipe(str(file)).values
     assert values["dataset"]["train"]["source"] == str(data)
+    assert values["stage"] == ("dpo" if form == "preference" else "sft")
     assert bool(values.get("quantization")) == (method == "qlora")
     assert bool(values.get("peft")) == (method != "full")
     assert run_cli("validate", "--strict", file).status == 0
@@ -69,3 +70,11 @@ def test_nothing_is_overwritten(run_cli, tmp_path):
     assert "error[file-exists]" in result.err
     assert file.read_text() == "precious"
     assert run_cli("new", tmp_path / "mine", "--from", "phi3_chat_qlora").status == 2
+
+
+def test_stage_and_layout_belong_together(run_cli, tmp_path):
+    options = ["--model", "a/b", "--method", "lora", "--data", "c/d"]
+    assert run_cli("new", tmp_path / "pairs.yaml", "--stage", "dpo", *options).status == 0
+    assert load_recipe(str(tmp_path / "pairs.yaml")).values["dataset"]["format"] == "preference"
+    refused = run_cli("new", tmp_path / "odd.yaml", "--stage", "dpo", "--format", "chat", *options)
+    assert (refused.status, "stage dpo does not learn from format chat" in refused.err) == (2, True)

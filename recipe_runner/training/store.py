@@ -195,9 +195,9 @@ def _load(folder: Path, config: SFTConfig) -> dict[str, PreparedSplit]:
         dataset = Dataset.from_file(str(folder / f"{split}.arrow"))
         lengths = pc.list_flatten(dataset.data.column("document_lengths")).to_numpy()
         accounting = replace(Accounting(**values), batches=simulate_batches(lengths, config))
-        if (
-            accounting.packed_rows and getattr(config, "packing_strategy", "") != "wrapped"
-        ):  # wrapped rows are one text to the model
+        if "prompt_ids" in dataset.column_names:
+            dataset = dataset.add_column("length", lengths)  # of the longer sequence
+        elif accounting.packed_rows and config.packing_strategy != "wrapped":  # those are one text to the model
             dataset = dataset.rename_column("document_lengths", "seq_lengths")
         splits[split] = PreparedSplit(dataset, np.load(folder / f"{split}.npy", mmap_mode="r"), accounting)
     return splits

@@ -22,6 +22,12 @@ class _PreparedDPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         return dataset
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keeps `length`, by which transformers groups rows: pairs have no `input_ids` that it could measure."""
+        super()._set_signature_columns_if_needed()
+        if "length" not in self._signature_columns:
+            self._signature_columns.append("length")
+
 
 TRAINERS: dict[str, Any] = {"sft": SFTTrainer, "dpo": _PreparedDPOTrainer}
 
