@@ -85,6 +85,20 @@ def test_two_processes_train_one_run(overrides, tmp_path):
     assert result.stdout.count("run folder") == 1
 
 
+def test_prepared_data_is_found_by_every_process_of_a_launch(overrides, tmp_path):
+    """Prepared outside the launcher; neither process makes it again, nor writes another entry."""
+    home = {"HF_HOME": str(tmp_path / "home")}
+    prepared = sh(f"recipe-run prepare phi3_text_qlora {overrides('text')}".split(" --output-dir")[0], ROOT, **home)
+    assert prepared.returncode == 0, prepared.stderr
+    entries = tmp_path / "home" / "recipe-runner" / "prepared"
+    (entry,) = [folder for folder in entries.iterdir() if folder.is_dir()]
+    written = (entry / "manifest.json").stat().st_mtime_ns
+    command = f"torchrun --nproc-per-node 2 -m recipe_runner phi3_text_qlora {overrides('text')}"
+    completed(sh(command, ROOT, ACCELERATE_USE_CPU="true", **home), tmp_path, "phi3_text_qlora")
+    assert [folder for folder in entries.iterdir() if folder.is_dir()] == [entry]
+    assert (entry / "manifest.json").stat().st_mtime_ns == written
+
+
 @pytest.mark.parametrize("name", ["cpu", "single_gpu"])
 def test_launch_configurations_are_what_accelerate_reads(name):
     from accelerate.commands.config.config_args import load_config_from_file

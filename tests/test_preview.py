@@ -193,7 +193,7 @@ def test_a_role_that_the_template_does_not_render_is_told(preview, tmp_path):
     own, _ = preview(command="prepare", rows=CHAT, format="chat", training=training, system="Be kind.")
     assert (own.status, "error[system-prompt-lost]" in own.err) == (1, True)
     template.write_text(WITHOUT_SYSTEM.replace("'system'", "'user'"))
-    lost, _ = preview(command="prepare", rows=CHAT, format="chat", training=training)
+    lost, _ = preview(rows=CHAT, format="chat", training=training)
     assert (lost.status, "error[role-not-rendered]" in lost.err) == (1, True)
 
 

@@ -56,6 +56,7 @@ def preview_recipe(
         if html:
             write_page(html, page.write_page(recipe, facts, shown))
             yield f"{html} is written"
+        _raise_errors(facts)
 
 
 def write_page(file: Path, content: str) -> None:
@@ -73,5 +74,9 @@ def prepare_recipe(recipe: Recipe) -> Iterator[str]:
     """
     facts = rows.account(rows.open_preview(recipe))
     yield text.write_facts(facts)
-    if any(problem.severity == "error" for problem in facts.problems):
-        raise UserError([problem for problem in facts.problems if problem.severity == "error"])
+    _raise_errors(facts)
+
+
+def _raise_errors(facts: rows.Facts) -> None:
+    if errors := [problem for problem in facts.problems if problem.severity == "error"]:
+        raise UserError(errors)

@@ -100,10 +100,11 @@ def make_visible(text: str) -> str:
 
 
 def write_facts(facts: Facts) -> str:
-    """The accounting of all splits, and what was found."""
+    """The accounting of all splits, and what it warns about; errors end the command, and are said there."""
     lines = [line for split, account in facts.accounts.items() for line in describe(split, account)]
     lines += [f"  {'steps':<11}{facts.steps}", f"  {'prepared':<11}{facts.stored}"]
-    return "\n".join(lines) + (f"\n{write_text(facts.problems)}" if facts.problems else "")
+    warnings = [problem for problem in facts.problems if problem.severity == "warning"]
+    return "\n".join(lines) + (f"\n{write_text(warnings)}" if warnings else "")
 
 
 def describe(split: str, account: Accounting) -> Iterator[str]:
