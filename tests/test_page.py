@@ -50,7 +50,7 @@ def test_scripts_of_the_data_are_text(page, tmp_path):
     assert "&lt;script&gt;document.title = 'taken over'&lt;/script&gt;" in dom
     assert dom.count("<details") == 9
     assert dom.count("<rect") > 5
-    assert "max_length 150</text>" in dom
+    assert '<span class="limit">max_length 150</span>' in dom
 
 
 def test_page_fits_a_phone_and_a_desk(page, tmp_path):

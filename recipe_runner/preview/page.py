@@ -21,7 +21,9 @@ h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5re
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .3rem .5rem .3rem 0;
   border-top: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
 th { font-weight: normal; color: var(--quiet); width: 8.5rem; }
-svg { width: 100%; height: auto; } svg text { fill: var(--quiet); font-size: 13px; }
+svg { width: 100%; height: auto; display: block; margin-top: .8rem; }
+.axis { display: flex; justify-content: space-between; color: var(--quiet); font-size: .85rem; }
+.limit { color: #cf222e; border-left: 2px dashed; padding-left: .3rem; }
 details { border-top: 1px solid var(--line); padding: .4rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.6 ui-monospace, monospace; margin: .5rem 0; }
 mark { background: var(--learned); color: inherit; } .special { font-weight: bold; } .quiet { color: var(--quiet); }
@@ -83,25 +85,23 @@ def _table(account: Accounting, facts: Facts | None) -> Iterator[str]:
 def _histogram(account: Accounting) -> Iterator[str]:
     """Rows by length as an SVG, with a line at `max_length`. Lengths are in tokens, before cutting."""
     counts, edges = account.histogram["counts"], account.histogram["edges"]
-    width, height, foot = 700, 160, 24
+    width, height = 700, 160
     least, reach = edges[0], max(edges[-1] - edges[0], 1)
-    yield f'<svg viewBox="0 0 {width} {height + foot}" role="img" aria-label="rows by length in tokens">'
+    yield f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="rows by length in tokens">'
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        x, bar = (low - least) / reach * width, count / max(counts) * (height - 18)
+        x, bar = (low - least) / reach * width, count / max(counts) * height
         yield (
             f'<rect x="{x:.1f}" y="{height - bar:.1f}" width="{max((high - low) / reach * width - 1, 1):.1f}"'
             f' height="{bar:.1f}" fill="var(--bar)"><title>{low} to {high} tokens: {count:,} rows</title></rect>'
         )
-    yield f'<line x1="0" y1="{height}" x2="{width}" y2="{height}" stroke="var(--quiet)"/>'
-    yield f'<text x="0" y="{height + 17}">{least:,}</text>'
-    yield f'<text x="{width}" y="{height + 17}" text-anchor="end">{edges[-1]:,} tokens</text>'
+    yield f'<line x1="0" y1="{height}" x2="{width}" y2="{height}" stroke="var(--quiet)" stroke-width="2"/>'
+    cut = ""
     if account.max_length and least <= account.max_length <= edges[-1]:
         x = (account.max_length - least) / reach * width
-        side = "end" if x > width / 2 else "start"
-        yield f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}" stroke="#cf222e" stroke-dasharray="4"/>'
-        yield f'<text x="{x - 5 if side == "end" else x + 5:.1f}" y="12" text-anchor="{side}">'
-        yield f"max_length {account.max_length:,}</text>"
-    yield "</svg>"
+        cut = f'<span class="limit">max_length {account.max_length:,}</span>'
+        dashes = 'stroke="#cf222e" stroke-width="2" stroke-dasharray="6"'
+        yield f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}" {dashes}/>'
+    yield f'</svg><div class="axis"><span>{least:,}</span>{cut}<span>{edges[-1]:,} tokens</span></div>'
 
 
 def _row(number: int, row: Row) -> str:

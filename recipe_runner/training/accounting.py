@@ -180,7 +180,7 @@ def simulate_batches(lengths: np.ndarray, config: SFTConfig) -> dict[str, float]
     generator = torch.Generator().manual_seed(config.seed)
     grouped = lengths[get_length_grouped_indices(lengths.tolist(), grouping, generator=generator)]
     shares = {"random": _padding(lengths, size), "grouped": _padding(grouped, size)}
-    if config.max_length:
+    if config.max_length and hasattr(config, "packing"):  # pairs are not packed
         fitted = np.minimum(lengths, config.max_length)
         ones = Dataset.from_dict({"input_ids": [np.zeros(length, dtype=np.int8) for length in fitted]})
         packed = pack_dataset(ones, config.max_length, "bfd")
