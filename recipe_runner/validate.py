@@ -79,22 +79,7 @@ def _problems(error: Any, path: KeyPath, place: Place, stage: str) -> Iterator[P
             hint, meant = _retype(value, kinds, path)
             yield problem("wrong-type", f"expected {expected}, found {found}", hint, meant=meant)
         case "enum" | "const":
-            choices = error.validator_value if error.validator == "enum" else [error.validator_value]
-            listed = ", ".join(_show(choice) for choice in choices)
-            if len(choices) > 12:
-                listed = f"its {len(choices)} choices (`recipe-run explain {join_path(path)}` lists them)"
-            message = f"{found} is not one of {listed}"
-            bounds = schema.bounds_of("training", stage).get(str(path[-1]) if path else "", {})
-            if "x-code" in error.schema:  # another key rules this choice out
-                if value in schema.section_keys(str(path[0]))[str(path[1])]["enum"]:
-                    meant = error.schema.get("default")
-                    yield problem(error.schema["x-code"], message, error.schema["description"], meant=meant)
-            elif isinstance(value, str) and value in (renamed := bounds.get("x-renamed-choices", {})):
-                new, since = renamed[value]
-                yield problem("renamed-choice", f"'{value}': {since}", f"use '{new}'", meant=new)
-            else:
-                near = nearest(str(value), [choice for choice in choices if isinstance(choice, str)])
-                yield problem("unknown-choice", message, _ask(near), meant=near[0] if len(near) == 1 else None)
+            yield from _choice_problems(error, path, stage, problem)
         case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
             yield problem(
                 "out-of-bounds",
@@ -112,6 +97,27 @@ def _problems(error: Any, path: KeyPath, place: Place, stage: str) -> Iterator[P
             )
         case _:
             yield problem("invalid-value", error.message)
+
+
+def _choice_problems(error: Any, path: KeyPath, stage: str, problem: Callable[..., Problem]) -> Iterator[Problem]:
+    """A value that is not one of the choices: renamed, ruled out by another key, or unknown."""
+    value, found = error.instance, _show(error.instance)
+    choices = error.validator_value if error.validator == "enum" else [error.validator_value]
+    listed = ", ".join(_show(choice) for choice in choices)
+    if len(choices) > 12:
+        listed = f"its {len(choices)} choices (`recipe-run explain {join_path(path)}` lists them)"
+    message = f"{found} is not one of {listed}"
+    bounds = schema.bounds_of("training", stage).get(str(path[-1]) if path else "", {})
+    if "x-code" in error.schema:  # another key rules this choice out
+        if value in schema.section_keys(str(path[0]))[str(path[1])]["enum"]:
+            meant = error.schema.get("default")
+            yield problem(error.schema["x-code"], message, error.schema["description"], meant=meant)
+    elif isinstance(value, str) and value in (renamed := bounds.get("x-renamed-choices", {})):
+        new, since = renamed[value]
+        yield problem("renamed-choice", f"'{value}': {since}", f"use '{new}'", meant=new)
+    else:
+        near = nearest(str(value), [choice for choice in choices if isinstance(choice, str)])
+        yield problem("unknown-choice", message, _ask(near), meant=near[0] if len(near) == 1 else None)
 
 
 def nearest(word: str, choices: Iterable[str]) -> list[str]:

@@ -11,7 +11,8 @@ from recipe_runner.problem import Problem
 from recipe_runner.recipe import Recipe
 from recipe_runner.training import checks, environment, model, plan, preparation, sources, store, tokens
 from recipe_runner.training.accounting import Accounting
-from recipe_runner.training.tokens import IGNORED, Job
+from recipe_runner.training.tables import IGNORED
+from recipe_runner.training.tokens import Job
 
 SPARE = 50  # rows read beyond those asked for, in case some are dropped
 

@@ -11,7 +11,7 @@ import click
 from recipe_runner.preview.rows import Facts, Piece, Row
 from recipe_runner.report import write_text
 from recipe_runner.training.accounting import Accounting
-from recipe_runner.training.tokens import IGNORED
+from recipe_runner.training.tables import IGNORED
 
 
 def write_row(row: Row, colour: bool) -> str:

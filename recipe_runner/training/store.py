@@ -36,6 +36,7 @@ from recipe_runner.training.tokens import Job
 
 # Of `training`, what decides on tokens, labels and packing.
 KEYS = ("max_length", "packing", "packing_strategy", "eval_packing", "truncation_mode", "eos_token")
+CODE = ("accounting", "checks", "sources", "store", "tables", "tokens")  # the modules that make an entry
 MADE_BY = ("trl", "transformers", "tokenizers", "datasets", "recipe-runner")
 SLOW_SECONDS = 10  # from then on, progress is told
 
@@ -112,7 +113,7 @@ def describe_origin(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, opened: 
         local = data_rules.is_file_source(source.name)
         files[source.name] = _hash_file(Path(source.name)) if local else source.rows._fingerprint
     package = Path(recipe_runner.__file__).parent
-    code = (package / "formats.py", *(package / "training" / f"{name}.py" for name in ("sources", "tokens", "store")))
+    code = [package / "formats.py", *(package / "training" / f"{name}.py" for name in CODE)]
     return {
         "dataset": {key: value for key, value in dataset.items() if key != "max_dropped"},
         "seed": recipe.values["run"]["seed"],

@@ -11,11 +11,10 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -24,12 +23,19 @@ from recipe_runner.recipe import Recipe
 from recipe_runner.training.accounting import Tally
 from recipe_runner.training.checks import check_ends, count_rendered_roles, count_special_tokens
 from recipe_runner.training.sources import Source, read_rows
+from recipe_runner.training.tables import (
+    IGNORED,
+    PACKED_TOGETHER,
+    count_two_bos,
+    make_table,
+    measure_rows,
+    pack,
+    with_documents,
+)
 
-IGNORED = -100  # label of a token that is not in the loss (torch.nn.CrossEntropyLoss's ignore_index)
 CHUNK = 5_000  # rows prepared at once: what bounds the memory
 # What a prepared row is made of: for pairs, and for everything else.
 COLUMNS = {True: ("prompt_ids", "chosen_ids", "rejected_ids"), False: ("input_ids", "labels")}
-PACKED_TOGETHER = 1_000  # rows: the batch of `Dataset.map`, and so of TRL's packing
 CHECKED_ROWS = 100  # rows of a split whose masks are checked token by token
 
 
@@ -97,7 +103,7 @@ def prepare_chunks(job: Job, split: str, order: np.ndarray, tally: Tally) -> Ite
         whole = len(waiting) // PACKED_TOGETHER * PACKED_TOGETHER
         whole = whole if start + CHUNK < len(order) else len(waiting)
         if whole:
-            packed = _pack(waiting.slice(0, whole), job.config)
+            packed = pack(waiting.slice(0, whole), job.config)
             tally.packed_rows += len(packed)
             yield packed
             waiting = waiting.slice(whole)
@@ -113,8 +119,8 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int, tally: T
         tally.drop(reason, 1)
     places = np.array([place for place, reason in enumerate(reasons) if not reason], dtype=np.int64)
     if not len(places):
-        empty = _table({name: [] for name in COLUMNS[job.pairs]}, places)
-        return _with_documents(empty, places, job.packing(split))
+        empty = make_table({name: [] for name in COLUMNS[job.pairs]}, places)
+        return with_documents(empty, places, job.packing(split))
     usable = [rows[place] for place in places]
     tally.special += count_special_tokens(usable, job.tokenizer)
     count_rendered_roles(usable, job.tokenizer, tally)
@@ -149,7 +155,7 @@ def _keep_learnable(
     )
     kept = table.filter(pa.array(keep))
     if (bos := job.tokenizer.bos_token_id) is not None:
-        tally.two_bos += _count_two_bos(kept, bos)
+        tally.two_bos += count_two_bos(kept, bos)
     lost = np.maximum(lengths - limit, 0)[keep] if limit and cuts else np.zeros(keep.sum(), dtype=np.int64)
     tally.add(
         length=lengths[keep],
@@ -162,7 +168,7 @@ def _keep_learnable(
     columns = {name: kept[name] for name in COLUMNS[False]}
     if lost.any():
         columns = {name: pc.list_slice(column, 0, limit) for name, column in columns.items()}
-    return _with_documents(_table(columns, places[keep] + start), lengths[keep] - lost, job.packing(split))
+    return with_documents(make_table(columns, places[keep] + start), lengths[keep] - lost, job.packing(split))
 
 
 def _keep_pairs(job: Job, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int) -> pa.Table:
@@ -191,22 +197,13 @@ def _keep_pairs(job: Job, table: pa.Table, part: np.ndarray, places: np.ndarray,
     )
     kept = table.filter(pa.array(keep))
     columns = {name: kept[name] for name in COLUMNS[True]}
-    return _with_documents(_table(columns, places[keep] + start), fitted.max(axis=0)[keep], False)
+    return with_documents(make_table(columns, places[keep] + start), fitted.max(axis=0)[keep], False)
 
 
 def _too_long(job: Job, place: np.ndarray, length: int) -> UserError:
     message = f"{job.sources[place[0]].name}: row {place[1] + 1} has {length:,} tokens"
     fix = f"max_length is {job.config.max_length:,}: raise it, or set on_overlong to truncate or drop"
     return job.recipe.error("row-too-long", message, fix, "dataset", "on_overlong")
-
-
-def _table(columns: dict[str, Any], documents: np.ndarray) -> pa.Table:
-    numbers = pa.list_(pa.int32())
-    lists = {
-        name: pa.chunked_array([column], numbers) if isinstance(column, list) else column.cast(numbers)
-        for name, column in columns.items()
-    }
-    return pa.table(lists | {"document": pa.array(documents, pa.int64())})
 
 
 def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Table:
@@ -256,70 +253,6 @@ def _upstream_preparation(rows: Dataset, job: Job, config: SFTConfig) -> Dataset
     prepare: Any = SFTTrainer._prepare_dataset
     with mock.patch("trl.trainer.sft_trainer.global_then_local_main_first", contextlib.nullcontext):
         return prepare(stand_in, rows, job.tokenizer, config, False, None, "")
-
-
-def measure_rows(table: pa.Table, limit: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths of rows, supervised tokens within the first `limit` of each, and hashes: arrays `(rows,)`."""
-    ids, ends = _flat(table, "input_ids")
-    labels, _ = _flat(table, "labels")
-    lengths = np.diff(ends)
-    learned = np.concatenate([[0], np.cumsum(labels != IGNORED)])
-    stops = ends[1:] if limit is None else np.minimum(ends[1:], ends[:-1] + limit)
-    both = np.stack([ids, labels], axis=1) if len(ids) else np.zeros((0, 2), np.int64)
-    data, width = memoryview(np.ascontiguousarray(both)).cast("B"), both.itemsize * 2
-    hashes = [
-        xxhash.xxh3_64_intdigest(data[begin * width : end * width])
-        for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-    ]
-    return lengths, learned[stops] - learned[ends[:-1]], np.array(hashes, dtype=np.uint64)
-
-
-def _flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a list column, one after the other, and where each row begins and the last one ends."""
-    column = table[name].combine_chunks()
-    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    offsets = column.offsets.to_numpy()
-    return column.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]
-
-
-def _count_two_bos(table: pa.Table, bos: int) -> int:
-    ids, ends = _flat(table, "input_ids")
-    begins = ends[:-1][np.diff(ends) > 1]
-    return int(((ids[begins] == bos) & (ids[begins + 1] == bos)).sum())
-
-
-def _with_documents(table: pa.Table, lengths: np.ndarray, packing: bool) -> pa.Table:
-    """An unpacked row is one document; packing makes its own."""
-    if packing:
-        return table
-    one = np.arange(len(table) + 1, dtype=np.int32)
-    documents = pa.ListArray.from_arrays(one, table["document"].combine_chunks())
-    return (
-        table.drop_columns("document")
-        .append_column("documents", documents)
-        .append_column("document_lengths", pa.ListArray.from_arrays(one, pa.array(lengths, pa.int32())))
-    )
-
-
-def _pack(table: pa.Table, config: SFTConfig) -> pa.Table:
-    """TRL's packing, which also carries, token by token, the document that a token is of."""
-    ends = _flat(table, "input_ids")[1]
-    owners = np.repeat(table["document"].to_numpy(), np.diff(ends))
-    offsets = pa.array(ends.astype(np.int32))
-    owned = table.drop_columns("document").append_column("document", pa.ListArray.from_arrays(offsets, owners))
-    packed = pack_dataset(Dataset(owned), config.max_length, config.packing_strategy, {"batch_size": PACKED_TOGETHER})
-    result = packed.with_format("arrow")[:].combine_chunks()
-    owners, ends = _flat(result, "document")
-    fresh = np.ones(len(owners), dtype=bool)
-    fresh[1:] = owners[1:] != owners[:-1]
-    fresh[ends[:-1]] = True
-    begins = np.flatnonzero(fresh)
-    rows = np.searchsorted(begins, ends).astype(np.int32)
-    lengths = np.diff(np.append(begins, len(owners))).astype(np.int32)
-    columns = {name: result[name].combine_chunks() for name in ("input_ids", "labels")}
-    columns["documents"] = pa.ListArray.from_arrays(rows, owners[begins])
-    columns["document_lengths"] = pa.ListArray.from_arrays(rows, lengths)
-    return pa.table(columns)
 
 
 def labels_as_trained(row: dict[str, Any], config: SFTConfig) -> list[int]:

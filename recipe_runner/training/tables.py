@@ -1,0 +1,87 @@
+"""Tables of tokens: building, measuring and packing them, without a loop over tokens."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from datasets import Dataset
+from trl import SFTConfig, pack_dataset
+
+IGNORED = -100  # label of a token that is not in the loss (torch.nn.CrossEntropyLoss's ignore_index)
+PACKED_TOGETHER = 1_000  # rows: the batch of `Dataset.map`, and so of TRL's packing
+
+
+def make_table(columns: dict[str, Any], documents: np.ndarray) -> pa.Table:
+    """Lists of numbers, and the document that each row is."""
+    numbers = pa.list_(pa.int32())
+    lists = {
+        name: pa.chunked_array([column], numbers) if isinstance(column, list) else column.cast(numbers)
+        for name, column in columns.items()
+    }
+    return pa.table(lists | {"document": pa.array(documents, pa.int64())})
+
+
+def with_documents(table: pa.Table, lengths: np.ndarray, packing: bool) -> pa.Table:
+    """An unpacked row is one document; packing makes its own."""
+    if packing:
+        return table
+    one = np.arange(len(table) + 1, dtype=np.int32)
+    documents = pa.ListArray.from_arrays(one, table["document"].combine_chunks())
+    return (
+        table.drop_columns("document")
+        .append_column("documents", documents)
+        .append_column("document_lengths", pa.ListArray.from_arrays(one, pa.array(lengths, pa.int32())))
+    )
+
+
+def measure_rows(table: pa.Table, limit: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lengths of rows, supervised tokens within the first `limit` of each, and hashes: arrays `(rows,)`."""
+    ids, ends = flatten(table, "input_ids")
+    labels, _ = flatten(table, "labels")
+    lengths = np.diff(ends)
+    learned = np.concatenate([[0], np.cumsum(labels != IGNORED)])
+    stops = ends[1:] if limit is None else np.minimum(ends[1:], ends[:-1] + limit)
+    both = np.stack([ids, labels], axis=1) if len(ids) else np.zeros((0, 2), np.int64)
+    data, width = memoryview(np.ascontiguousarray(both)).cast("B"), both.itemsize * 2
+    hashes = [
+        xxhash.xxh3_64_intdigest(data[begin * width : end * width])
+        for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    ]
+    return lengths, learned[stops] - learned[ends[:-1]], np.array(hashes, dtype=np.uint64)
+
+
+def flatten(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a list column, one after the other, and where each row begins and the last one ends."""
+    column = table[name].combine_chunks()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    offsets = column.offsets.to_numpy()
+    return column.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def count_two_bos(table: pa.Table, bos: int) -> int:
+    """Rows that begin with two beginning-of-sequence tokens."""
+    ids, ends = flatten(table, "input_ids")
+    begins = ends[:-1][np.diff(ends) > 1]
+    return int(((ids[begins] == bos) & (ids[begins + 1] == bos)).sum())
+
+
+def pack(table: pa.Table, config: SFTConfig) -> pa.Table:
+    """TRL's packing, which also carries, token by token, the document that a token is of."""
+    ends = flatten(table, "input_ids")[1]
+    owners = np.repeat(table["document"].to_numpy(), np.diff(ends))
+    offsets = pa.array(ends.astype(np.int32))
+    owned = table.drop_columns("document").append_column("document", pa.ListArray.from_arrays(offsets, owners))
+    packed = pack_dataset(Dataset(owned), config.max_length, config.packing_strategy, {"batch_size": PACKED_TOGETHER})
+    result = packed.with_format("arrow")[:].combine_chunks()
+    owners, ends = flatten(result, "document")
+    fresh = np.ones(len(owners), dtype=bool)
+    fresh[1:] = owners[1:] != owners[:-1]
+    fresh[ends[:-1]] = True
+    begins = np.flatnonzero(fresh)
+    rows = np.searchsorted(begins, ends).astype(np.int32)
+    lengths = np.diff(np.append(begins, len(owners))).astype(np.int32)
+    columns = {name: result[name].combine_chunks() for name in ("input_ids", "labels")}
+    columns["documents"] = pa.ListArray.from_arrays(rows, owners[begins])
+    columns["document_lengths"] = pa.ListArray.from_arrays(rows, lengths)
+    return pa.table(columns)
