@@ -8,11 +8,10 @@ import difflib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from recipe_runner.document import Document, parse_document, read_document
 from recipe_runner.errors import UserError
-from recipe_runner.problem import KeyPath, Problem
+from recipe_runner.problem import KeyPath, Problem, value_at
 
 CERTAIN = 0.8  # likeness (difflib's ratio) from which a typo is taken for one
 _OF_KEYS, _OF_VALUES = ("unknown-key", "renamed-key"), ("unknown-choice", "renamed-choice")
@@ -52,7 +51,7 @@ def mend(document: Document, problems: Sequence[Problem], stem: str) -> str:
             continue
         if problem.code == "name-differs":
             edits.append((document.value_marks[("name",)], str(document.values["name"]), stem))
-        elif problem.code in _OF_VALUES and _is_certain(problem, old := _value(document, problem.path)):
+        elif problem.code in _OF_VALUES and _is_certain(problem, old := value_at(document.values, problem.path)):
             edits.append((problem.mark, str(old), problem.meant))
         elif problem.code in _OF_KEYS and _certain_key(problem, document):
             edits.append((problem.mark, str(problem.path[-1]), problem.meant))
@@ -80,10 +79,3 @@ def _is_certain(problem: Problem, old: object) -> bool:
     if problem.meant is None or problem.code.startswith("renamed"):
         return problem.meant is not None
     return difflib.SequenceMatcher(None, str(old), str(problem.meant)).ratio() >= CERTAIN
-
-
-def _value(document: Document, path: KeyPath) -> object:
-    value: Any = document.values
-    for part in path:
-        value = value[part]
-    return value

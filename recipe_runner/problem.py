@@ -71,6 +71,13 @@ def as_warning(problem: Problem) -> Problem:
     return replace(problem, severity="warning")
 
 
+def value_at(values: Any, path: KeyPath) -> Any:
+    """The value that a key path leads to."""
+    for part in path:
+        values = values[part]
+    return values
+
+
 def join_path(path: KeyPath) -> str:
     """Writes a key path as people type it: `('dataset', 'train', 0, 'source')` -> `dataset.train.0.source`."""
     return ".".join(str(part) for part in path)

@@ -14,7 +14,7 @@ from recipe_runner import data_rules, rules, schema, validate
 from recipe_runner.document import Document, parse_document, parse_scalar, read_document
 from recipe_runner.errors import UserError, user_error
 from recipe_runner.library import SUFFIXES, find_recipe, find_shipped
-from recipe_runner.problem import KeyPath, Mark, Problem, join_path, sort_problems
+from recipe_runner.problem import KeyPath, Mark, Problem, join_path, sort_problems, value_at
 from recipe_runner.recipe import Recipe
 
 
@@ -114,7 +114,7 @@ def _extend(document: Document, file: Path, chain: list[Path]) -> _Draft:
 
 def _merge(base: _Draft, over: _Draft, path: KeyPath) -> None:
     """Merges mappings key by key; everything else is replaced, marks included."""
-    target, source = _at(base.values, path), _at(over.values, path)
+    target, source = value_at(base.values, path), value_at(over.values, path)
     for key, value in source.items():
         here = (*path, key)
         # A source is replaced as a whole: half of one and half of another would be neither.
@@ -185,12 +185,12 @@ def _repaired(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]
     values = copy.deepcopy(values)
     for problem in problems:
         if problem.code in ("unknown-key", "renamed-key", "misplaced-key", "removed-key", "out-of-bounds"):
-            section = _at(values, problem.path[:-1])
+            section = value_at(values, problem.path[:-1])
             value = section.pop(problem.path[-1], None)
             if problem.meant is not None and problem.meant not in section:
                 section[problem.meant] = value
         elif problem.meant is not None and problem.path:
-            _at(values, problem.path[:-1])[problem.path[-1]] = problem.meant
+            value_at(values, problem.path[:-1])[problem.path[-1]] = problem.meant
     return values
 
 
@@ -234,9 +234,3 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
-
-
-def _at(values: Any, path: KeyPath) -> Any:
-    for part in path:
-        values = values[part]
-    return values

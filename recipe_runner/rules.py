@@ -187,10 +187,12 @@ def fused_projections(values: Values) -> Found:
     Source: transformers/models/{phi3,gpt_neox,falcon,bloom}. Phi-4 models are of the phi3 architecture.
     """
     targets = (values.get("peft") or {}).get("target_modules")
+    if not isinstance(targets, list):
+        return
     model = Path(values["model"]["name_or_path"]).name.lower()
     kind = str(_local_config(values).get("model_type", model))
     for pattern, (name, fusions) in _FUSED.items():
-        if re.search(pattern, kind) and isinstance(targets, list):
+        if re.search(pattern, kind):
             for index, target in enumerate(targets):
                 if fused := fusions.get(target):
                     place = ("peft", "target_modules", index)
@@ -202,10 +204,12 @@ def context_length(values: Values) -> Found:
 
     A local model's config.json says how long the context is, and some hub ids do (4k, 128k).
     """
+    length = values["training"].get("max_length")
+    if not length:
+        return
     said = re.search(r"-(\d+)k(-|$)", Path(values["model"]["name_or_path"]).name.lower())
     context = _local_config(values).get("max_position_embeddings", int(said[1]) * 1024 if said else None)
-    length = values["training"].get("max_length")
-    if isinstance(context, int) and length and length > context:
+    if isinstance(context, int) and length > context:
         found = f"{length} tokens, the model's context is {context}"
         yield ("training", "max_length"), found, f"lower it to {context} at most"
 

@@ -4,16 +4,10 @@ import json
 import math
 
 import pytest
+from methods import LORA, NF4
 
 from recipe_runner.formats import RowError, normalise_row
 
-LORA = {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-NF4 = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "bnb_4bit_compute_dtype": "float32",
-}
 PAIRS = [{"prompt": f"say {n}", "chosen": f"it is {n}", "rejected": "no idea, ask again"} for n in range(12)]
 ASK, GOOD, BAD = (
     {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "g"), ("assistant", "b"))

@@ -10,16 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from methods import LORA, NF4
 
 from recipe_runner.document import read_document
 
-LORA = {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-NF4 = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "bnb_4bit_compute_dtype": "float32",
-}
 INT8 = {"load_in_8bit": True}
 CHAT = [
     {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"it is {n}"}]}

@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipe_runner.errors import UserError, user_error
+from recipe_runner.errors import user_error
 from recipe_runner.preview import page, rows, text
 from recipe_runner.problem import Mark
 from recipe_runner.recipe import Recipe
+from recipe_runner.training.preparation import raise_errors
 
 
 def preview_recipe(
@@ -56,7 +57,7 @@ def preview_recipe(
         if html:
             write_page(html, page.write_page(recipe, facts, shown))
             yield f"{html} is written"
-        _raise_errors(facts)
+        raise_errors(facts.problems)
 
 
 def write_page(file: Path, content: str) -> None:
@@ -74,9 +75,4 @@ def prepare_recipe(recipe: Recipe) -> Iterator[str]:
     """
     facts = rows.account(rows.open_preview(recipe))
     yield text.write_facts(facts)
-    _raise_errors(facts)
-
-
-def _raise_errors(facts: rows.Facts) -> None:
-    if errors := [problem for problem in facts.problems if problem.severity == "error"]:
-        raise UserError(errors)
+    raise_errors(facts.problems)

@@ -105,9 +105,9 @@ def open_preview(recipe: Recipe) -> Opened:
     Raises:
         UserError: One of them is at fault.
     """
+    model.find_model(recipe)
     config = preparation.build_config(recipe, environment.choose_precision(recipe))
     opened = sources.open_sources(recipe)
-    model.find_model(recipe)
     job = Job(recipe, opened, model.load_tokenizer(recipe), config)
     return Opened(job, sources.order_rows(recipe, opened))
 
@@ -234,11 +234,7 @@ def account(opened: Opened) -> Facts:
     job = opened.job
     data = store.prepare_data(job.recipe, job.sources, job.tokenizer, job.config)
     accounts = {split: prepared.accounting for split, prepared in data.splits.items()}
-    problems = [
-        problem
-        for split, accounting in accounts.items()
-        for problem in checks.find_problems(job.recipe, job.tokenizer, accounting, split)
-    ]
+    problems = preparation.find_data_problems(job.recipe, job.tokenizer, data)
     size = sum(file.stat().st_size for file in data.folder.iterdir())
     made = f"made in {data.seconds:.1f} s" if data.made_now else f"found in {data.seconds:.1f} s"
     steps = plan.describe_steps(job.config, len(data.splits["train"].dataset))

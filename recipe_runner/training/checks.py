@@ -13,6 +13,7 @@ from trl.data_utils import common_prefix_length
 from recipe_runner.problem import Problem, as_warning
 from recipe_runner.recipe import Recipe
 from recipe_runner.training.accounting import Accounting, Tally
+from recipe_runner.training.tables import IGNORED
 
 LOOKED_AT = 20  # turns of each role that are looked for in the rendered text
 
@@ -33,12 +34,12 @@ def check_ends(sample: pa.Table, recipe: Recipe, tokenizer: PreTrainedTokenizerB
     stops = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     for number, labels in enumerate(sample["labels"].to_pylist(), 1):
         last = None
-        for token in [*labels, -100]:
-            if token != -100 and (last is None or tokenizer.decode([token]).strip()):
+        for token in [*labels, IGNORED]:
+            if token != IGNORED and (last is None or tokenizer.decode([token]).strip()):
                 last = token  # white space after the end of a turn belongs to the template
-            elif token == -100 and last is not None:
+            elif token == IGNORED and last is not None:
                 if last not in stops:
-                    text = tokenizer.decode([token for token in labels if token != -100])
+                    text = tokenizer.decode([token for token in labels if token != IGNORED])
                     message = (
                         f"the supervised text of row {number} ends with {text[-30:]!r}, not with an end-of-turn token"
                     )

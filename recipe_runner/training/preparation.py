@@ -58,23 +58,29 @@ def prepare(recipe: Recipe) -> Prepared:
     if peft_config := model.build_peft(recipe):
         model.check_targets(recipe, peft_config, model_config)
     data = store.prepare_data(recipe, opened, tokenizer, config)
-    return Prepared(config, precision, tokenizer, peft_config, data, find_data_problems(recipe, tokenizer, data))
+    problems = find_data_problems(recipe, tokenizer, data)
+    raise_errors(problems)
+    return Prepared(config, precision, tokenizer, peft_config, data, tuple(problems))
 
 
-def find_data_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> tuple[Problem, ...]:
-    """What was found in the data, as warnings.
-
-    Raises:
-        UserError: What was found is more than a warning.
-    """
+def find_data_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> list[Problem]:
+    """What was found in the data of all splits: errors and warnings."""
     found = [
         problem
         for split, prepared in data.splits.items()
         for problem in checks.find_problems(recipe, tokenizer, prepared.accounting, split)
     ]
-    if any(problem.severity == "error" for problem in found):
-        raise UserError(sort_problems(found))
-    return tuple(sort_problems(found))
+    return sort_problems(found)
+
+
+def raise_errors(problems: list[Problem]) -> None:
+    """Ends a command for the errors among what was found.
+
+    Raises:
+        UserError: There are some.
+    """
+    if errors := [problem for problem in problems if problem.severity == "error"]:
+        raise UserError(errors)
 
 
 def build_config(recipe: Recipe, precision: Precision) -> SFTConfig | DPOConfig:

@@ -35,20 +35,26 @@ def with_documents(table: pa.Table, lengths: np.ndarray, packing: bool) -> pa.Ta
     )
 
 
-def measure_rows(table: pa.Table, limit: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths of rows, supervised tokens within the first `limit` of each, and hashes: arrays `(rows,)`."""
-    ids, ends = flatten(table, "input_ids")
-    labels, _ = flatten(table, "labels")
-    lengths = np.diff(ends)
+def measure_rows(table: pa.Table, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of rows, and supervised tokens within the first `limit` of each: arrays `(rows,)`."""
+    labels, ends = flatten(table, "labels")
     learned = np.concatenate([[0], np.cumsum(labels != IGNORED)])
     stops = ends[1:] if limit is None else np.minimum(ends[1:], ends[:-1] + limit)
-    both = np.stack([ids, labels], axis=1) if len(ids) else np.zeros((0, 2), np.int64)
-    data, width = memoryview(np.ascontiguousarray(both)).cast("B"), both.itemsize * 2
-    hashes = [
-        xxhash.xxh3_64_intdigest(data[begin * width : end * width])
-        for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-    ]
-    return lengths, learned[stops] - learned[ends[:-1]], np.array(hashes, dtype=np.uint64)
+    return np.diff(ends), learned[stops] - learned[ends[:-1]]
+
+
+def hash_rows(table: pa.Table, names: tuple[str, ...]) -> np.ndarray:
+    """A hash of some list columns of each row: array `(rows,)` of 64-bit numbers."""
+    columns = [flatten(table, name) for name in names]
+    hashes = np.empty(len(table), dtype=np.uint64)
+    for row in range(len(table)):
+        digest = xxhash.xxh3_64()
+        for values, ends in columns:
+            part = values[ends[row] : ends[row + 1]]
+            digest.update(len(part).to_bytes(8, "little"))  # where one list ends and the next begins
+            digest.update(part.tobytes())
+        hashes[row] = digest.intdigest()
+    return hashes
 
 
 def flatten(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:

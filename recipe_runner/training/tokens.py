@@ -27,6 +27,7 @@ from recipe_runner.training.tables import (
     IGNORED,
     PACKED_TOGETHER,
     count_two_bos,
+    hash_rows,
     make_table,
     measure_rows,
     pack,
@@ -87,8 +88,8 @@ def prepare_chunks(job: Job, split: str, order: np.ndarray, tally: Tally) -> Ite
 
     Yields:
         Tables of `input_ids` and `labels` (lists of equal length), or of `prompt_ids`, `chosen_ids` and `rejected_ids`
-        (which the collator cuts); `documents`, the places in `order` of the rows that
-        a row is made of; and `document_lengths`, how many tokens each of them has there.
+        (which the collator cuts); `documents`, the places in `order` of the rows that a row is made of; and
+        `document_lengths`, how many tokens each of them has there.
 
     Raises:
         UserError: A row has the wrong shape, is refused by the template, or is too long; or masks are wrong.
@@ -140,16 +141,12 @@ def _keep_learnable(
     job: Job, split: str, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int
 ) -> pa.Table:
     """Drops, cuts or refuses rows that are too long, drops those that teach nothing, and counts all."""
-    limit, policy = job.config.max_length, job.recipe.values["dataset"]["on_overlong"]
+    limit = job.config.max_length
     cuts = job.cuts(split)
-    lengths, supervised, hashes = measure_rows(table, limit if cuts else None)
-    long = lengths > limit if limit else np.zeros(len(lengths), dtype=bool)
-    if policy == "error" and long.any():
-        raise _too_long(job, part[places[np.argmax(long)]], int(lengths[np.argmax(long)]))
-    dropped = long if policy == "drop" else np.zeros(len(lengths), dtype=bool)
+    lengths, supervised = measure_rows(table, limit if cuts else None)
+    dropped = _drop_long(job, lengths, part[places], tally)
     mute = (supervised == 0) & ~dropped
     keep = ~(dropped | mute)
-    tally.drop(f"longer than max_length ({limit})", int(dropped.sum()))
     tally.drop(
         f"without a supervised token{f' within max_length ({limit})' if limit and cuts else ''}", int(mute.sum())
     )
@@ -163,7 +160,7 @@ def _keep_learnable(
         lost=lost,
         supervised=supervised[keep],
         source=part[places[keep], 0],
-        hash=hashes[keep],
+        hash=hash_rows(table, COLUMNS[False])[keep],
     )
     columns = {name: kept[name] for name in COLUMNS[False]}
     if lost.any():
@@ -173,37 +170,45 @@ def _keep_learnable(
 
 def _keep_pairs(job: Job, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int) -> pa.Table:
     """Drops or refuses pairs that are too long, and counts all; TRL's collator cuts the others."""
-    limit, policy = job.config.max_length, job.recipe.values["dataset"]["on_overlong"]
+    limit = job.config.max_length
     prompt, chosen, rejected = (pc.list_value_length(table[name]).to_numpy() for name in COLUMNS[True])
     both = np.stack([prompt + chosen, prompt + rejected])
     lengths = both.max(axis=0)
-    long = lengths > limit if limit else np.zeros(len(lengths), dtype=bool)
-    if policy == "error" and long.any():
-        raise _too_long(job, part[places[np.argmax(long)]], int(lengths[np.argmax(long)]))
-    dropped = long if policy == "drop" else np.zeros(len(lengths), dtype=bool)
+    dropped = _drop_long(job, lengths, part[places], tally)
     mute = (prompt >= limit) & ~dropped if limit else dropped & False
     keep = ~(dropped | mute)
-    tally.drop(f"longer than max_length ({limit})", int(dropped.sum()))
     tally.drop(f"whose prompt fills max_length ({limit})", int(mute.sum()))
     fitted = np.minimum(both, limit) if limit else both
-    hashes = [hash(tuple(map(tuple, row.values()))) & (2**64 - 1) for row in table.to_pylist()]
     tally.add(
         length=lengths[keep],
         tokens=fitted.sum(axis=0)[keep],
         lost=(both - fitted).sum(axis=0)[keep],
         supervised=(fitted - prompt).sum(axis=0)[keep],
         source=part[places[keep], 0],
-        hash=np.array(hashes, dtype=np.uint64)[keep],
+        hash=hash_rows(table, COLUMNS[True])[keep],
     )
     kept = table.filter(pa.array(keep))
     columns = {name: kept[name] for name in COLUMNS[True]}
     return with_documents(make_table(columns, places[keep] + start), fitted.max(axis=0)[keep], False)
 
 
-def _too_long(job: Job, place: np.ndarray, length: int) -> UserError:
-    message = f"{job.sources[place[0]].name}: row {place[1] + 1} has {length:,} tokens"
-    fix = f"max_length is {job.config.max_length:,}: raise it, or set on_overlong to truncate or drop"
-    return job.recipe.error("row-too-long", message, fix, "dataset", "on_overlong")
+def _drop_long(job: Job, lengths: np.ndarray, order: np.ndarray, tally: Tally) -> np.ndarray:
+    """Which rows `on_overlong: drop` drops, counted: an array `(rows,)` of truth values.
+
+    Raises:
+        UserError: A row is too long, and `on_overlong` is error.
+    """
+    limit, policy = job.config.max_length, job.recipe.values["dataset"]["on_overlong"]
+    long = lengths > limit if limit else np.zeros(len(lengths), dtype=bool)
+    if policy == "error" and long.any():
+        first = int(np.argmax(long))
+        source, row = order[first]
+        message = f"{job.sources[source].name}: row {row + 1} has {lengths[first]:,} tokens"
+        fix = f"max_length is {limit:,}: raise it, or set on_overlong to truncate or drop"
+        raise job.recipe.error("row-too-long", message, fix, "dataset", "on_overlong")
+    dropped = long & (policy == "drop")
+    tally.drop(f"longer than max_length ({limit})", int(dropped.sum()))
+    return dropped
 
 
 def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Table:
