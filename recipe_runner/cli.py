@@ -63,6 +63,11 @@ def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resum
     if output_dir is not None:
         overrides = (*overrides, f"run.output_dir={json.dumps(output_dir, ensure_ascii=False)}")
     resolved = _load_to_run(recipe, overrides)
+    if resolved.stages:
+        from recipe_runner.training.pipeline import run_pipeline
+
+        run_pipeline(resolved, resume)
+        return
     from recipe_runner.training.run import run_recipe
 
     run_recipe(resolved, resume)
@@ -118,6 +123,7 @@ def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str, stri
                     click.echo(difference, nl=False, err=form != "text")
                     found = examine_recipe(file, overrides)[1]
             problems += found
+    problems = list(dict.fromkeys(problems))  # a recipe may be looked at twice: by itself, and as a pipeline's stage
     if problems or form in ("json", "sarif"):
         from recipe_runner.report import FORMATS
 
@@ -140,17 +146,18 @@ def list_(form: str) -> None:
 
     rows: list[dict[str, Any]] = []
     for file in shipped_recipes():
-        values = load_recipe(str(file)).values
+        recipe = load_recipe(str(file))
+        values, first = recipe.values, (recipe.stages or (recipe,))[0].values
         rows.append(
             {key: values.get(key) for key in ("name", "stage", "description")}
-            | {"model": values["model"]["name_or_path"], "file": str(file)}
+            | {"model": first["model"]["name_or_path"], "file": str(file)}
         )
     if form == "json":
         click.echo(json.dumps(rows, indent=2))
         return
-    width = max(len(row["name"]) for row in rows)
+    names, stages = (max(len(row[key]) for row in rows) for key in ("name", "stage"))
     for row in rows:
-        click.echo(f"{row['name']:<{width}}  {row['stage']}  {row['description']}")
+        click.echo(f"{row['name']:<{names}}  {row['stage']:<{stages}}  {row['description']}")
 
 
 @cli.command()
@@ -158,7 +165,8 @@ def list_(form: str) -> None:
 @_set
 def show(recipe: str, overrides: tuple[str, ...]) -> None:
     """Print a recipe as it is run: extended, overridden, with defaults and absolute paths."""
-    from recipe_runner.resolve import dump_values, load_recipe
+    from recipe_runner.dump import dump_values
+    from recipe_runner.resolve import load_recipe
 
     click.echo(dump_values(dict(load_recipe(recipe, overrides).values)), nl=False)
 
@@ -187,6 +195,9 @@ def preview(recipe: str, overrides: tuple[str, ...], template: Path | None, **op
     Supervised tokens are green; without colour (NO_COLOR, a pipe) they stand in [[double brackets]].
     """
     resolved = _load_to_run(recipe, overrides)
+    if resolved.stages:
+        fix = "preview one of them: " + ", ".join(str(stage.file) for stage in resolved.stages)
+        raise resolved.error("pipeline-has-no-rows", "the rows of a pipeline are those of its stages", fix, "stages")
     if template:
         from recipe_runner.training.model import write_training_template
 
@@ -207,8 +218,10 @@ def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
     """Format and tokenize the data now, outside the launcher; training finds it prepared until something changes."""
     from recipe_runner.preview import prepare_recipe
 
-    for part in prepare_recipe(_load_to_run(recipe, overrides)):
-        click.echo(part, color=_colour())
+    resolved = _load_to_run(recipe, overrides)
+    for stage in resolved.stages or (resolved,):
+        for part in prepare_recipe(stage):
+            click.echo(part, color=_colour())
 
 
 @cli.command()
@@ -217,20 +230,20 @@ def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--format", "form", type=click.Choice(["instruction", "chat", "text", "preference"]), help="Layout of the data."
 )
-@click.option("--stage", type=click.Choice(["sft", "dpo"]), help="Training stage; by default, what the layout is for.")
+@click.option("--stage", type=click.Choice(["pretrain", "sft", "dpo"]), help="Training stage; the layout must suit it.")
 @click.option("--method", type=click.Choice(["qlora", "lora", "full"]), help="What is trained.")
 @click.option("--data", metavar="ID|FILE", help="Hub id or file of the data.")
 @click.option("--from", "source", metavar="NAME", help="Start from a shipped recipe instead.")
 def new(file: Path, model: str, form: str, stage: str | None, method: str, data: str, source: str | None) -> None:
     """Write a new recipe to FILE (NAME.yaml). What no option says is asked."""
-    from recipe_runner.new import FORMATS, METHODS, compose, copy_shipped, write_new
+    from recipe_runner.new import FORMATS, METHODS, STAGES, compose, copy_shipped, write_new
     from recipe_runner.resolve import examine_recipe
 
     if file.suffix != ".yaml":
         raise click.BadParameter("give a name that ends with .yaml", param_hint="FILE")
-    form = form or ("preference" if stage == "dpo" else "")
-    if stage and form and (form == "preference") != (stage == "dpo"):
-        raise click.BadParameter(f"stage {stage} does not learn from format {form}", param_hint="--stage")
+    form = form or {"dpo": "preference", "pretrain": "text"}.get(stage or "", "")
+    if stage and form and STAGES[form] != stage:
+        raise click.BadParameter(f"format {form} is for stage {STAGES[form]}", param_hint="--stage")
     if source:
         text = copy_shipped(file.stem, source)
     else:

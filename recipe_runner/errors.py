@@ -32,6 +32,7 @@ class Interrupted(Exception):
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
+        self.number = number
         self.status = 128 + number  # as a shell reports it
 
 

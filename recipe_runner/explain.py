@@ -28,9 +28,13 @@ def explain(name: str) -> str:
     if path not in keys:
         hint = suggest(path, [*keys, *codes]) or f"sections: {', '.join(key for key in keys if '.' not in key)}"
         raise user_error("unknown-key", f"there is no key and no error code '{name}'", hint)
-    found = [stage[path] for stage in stages if path in stage]
-    different = [entry for place, entry in enumerate(found) if entry[0] not in [other[0] for other in found[:place]]]
-    return "\n".join(_describe(path, *entry) for entry in different)
+    found = {name: stage[path] for name, stage in zip(schema.STAGES, stages, strict=True) if path in stage}
+    texts: dict[str, list[str]] = {}
+    for name, entry in found.items():
+        texts.setdefault(_describe(path, *entry), []).append(name)
+    if len(texts) == 1 and len(found) == len(schema.STAGES):
+        return next(iter(texts))
+    return "\n".join(text.replace(path, f"{path} (stage {', '.join(names)})", 1) for text, names in texts.items())
 
 
 def _describe(path: str, entry: dict[str, Any], origin: str) -> str:
@@ -50,7 +54,8 @@ def _describe(path: str, entry: dict[str, Any], origin: str) -> str:
     lines = [path, *textwrap.wrap(entry.get("description", ""), 100, initial_indent="  ", subsequent_indent="  ")]
     lines += [f"  {key + ':':<9}{text}" for key, text in facts.items() if text]
     if below := entry.get("properties"):
-        lines += textwrap.wrap(f"keys: {', '.join(below)}", 100, initial_indent="  ", subsequent_indent="    ")
+        valid = [key for key, value in below.items() if value.get("not") != {}]
+        lines += textwrap.wrap(f"keys: {', '.join(valid)}", 100, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from recipe_runner.problem import Mark
 from recipe_runner.resolve import load_recipe
 
 METHODS = ("qlora", "lora", "full")
+STAGES = {"instruction": "sft", "chat": "sft", "text": "pretrain", "preference": "dpo"}  # what a layout is for
 FORMATS = {
     "instruction": """\
   format: instruction              # rows of an instruction, an optional input and an answer
@@ -53,7 +54,7 @@ peft:
 
 
 def compose(name: str, model: str, form: str, method: str, data: str) -> str:
-    """The text of a recipe: for DPO when the format is preference, else for supervised fine-tuning.
+    """The text of a recipe, for the stage that the format is for.
 
     Args:
         name: Name of the recipe.
@@ -62,22 +63,22 @@ def compose(name: str, model: str, form: str, method: str, data: str) -> str:
         method: qlora, lora or full.
         data: Hub id or file of the data.
     """
-    pairs = form == "preference"
+    pairs, text = form == "preference", form == "text"
     rate = {True: "5e-7", False: "5e-6"} if pairs else {True: "2e-5", False: "2e-4"}
     sampling = "  train_sampling_strategy: group_by_length   # pairs can't be packed: less padding\n" * pairs
     beta = "  beta: 0.1                        # smaller: further from the reference model\n" * pairs
     why = "all weights take small steps" if method == "full" else "adapters start from zero and take larger steps"
-    packing = "  packing: true                    # documents share rows, without seeing each other\n" * (
-        form == "text"
-    )
-    split = "  packing_strategy: bfd_split      # long documents are split, not cut\n" * (form == "text")
-    split += "  eval_packing: true               # as in training\n" * (form == "text")
+    packing = "  packing: true                    # documents share rows, without seeing each other\n" * text
+    packing += "  packing_strategy: bfd_split      # long documents are split, not cut\n" * text
+    schedule = "  lr_scheduler_type: cosine\n  warmup_steps: 0.03               # below 1: a share of all steps\n"
+    if text:
+        schedule = "  # Left to the stage's defaults: warm-up over 1% of the steps, a cosine down to a tenth.\n"
     return (
         f"# accelerate launch --no_python recipe-run {name}.yaml\n"
         "# What a key means: recipe-run explain training.learning_rate\n"
         f"schema_version: 1\nname: {name}\n"
         f"description: {method} of {Path(model).name} on {form} data.\n"
-        f"stage: {'dpo' if pairs else 'sft'}\nmodel:\n  name_or_path: {_quote(model)}\n"
+        f"stage: {STAGES[form]}\nmodel:\n  name_or_path: {_quote(model)}\n"
         f"{QUANTIZATION if method == 'qlora' else ''}{PEFT if method != 'full' else ''}"
         f"dataset:\n{FORMATS[form].format(data=_quote(data))}"
         "  eval: {fraction: 0.02}           # held out, by the seed\n"
@@ -87,9 +88,7 @@ def compose(name: str, model: str, form: str, method: str, data: str) -> str:
         "  per_device_train_batch_size: 4   # halve it when memory runs out ...\n"
         "  gradient_accumulation_steps: 4   # ... and double this: rows in a step stay the same\n"
         "  max_length: 1024                 # tokens; longer rows are cut, and counted\n"
-        f"{packing}{split}{sampling}"
-        "  lr_scheduler_type: cosine\n"
-        "  warmup_steps: 0.03               # below 1: a share of all steps\n"
+        f"{packing}{sampling}{schedule}"
         "  eval_strategy: steps\n  eval_steps: 100\n  save_steps: 100\n  save_total_limit: 2\n"
         "run:\n  output_dir: runs\n  seed: 42\n"
     )

@@ -19,6 +19,7 @@ class Recipe:
         values: The resolved values, section by section.
         marks: Where each key was written; keys that come from a default are absent.
         warnings: What validation warned about, as lines.
+        stages: The recipes of a pipeline, in order; empty for any other stage.
     """
 
     file: Path
@@ -26,6 +27,7 @@ class Recipe:
     values: Mapping[str, Any]
     marks: Mapping[KeyPath, Mark]
     warnings: tuple[str, ...] = ()
+    stages: "tuple[Recipe, ...]" = ()
 
     def section(self, name: str) -> dict[str, Any]:
         """A copy of a section; empty when the recipe leaves it out."""

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from recipe_runner import data_rules, rules, schema, validate
-from recipe_runner.document import Document, parse_document, parse_scalar, read_document
+from recipe_runner import data_rules, pipeline, rules, schema, validate
+from recipe_runner.adapter_rules import locate_adapter
+from recipe_runner.document import Document, parse_document, read_document
 from recipe_runner.errors import UserError, user_error
 from recipe_runner.library import SUFFIXES, find_recipe, find_shipped
 from recipe_runner.problem import KeyPath, Mark, Problem, join_path, sort_problems, value_at
@@ -62,17 +61,23 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
     try:
         document = read_document(file)
         draft = _extend(document, file, [])
+        passed = [text for text in overrides if draft.values.get("stage") == "pipeline" and not _is_own(text)]
         for override in overrides:
-            _override(draft, override)
+            if override not in passed:
+                _override(draft, override)
         _drop_nulls(draft.values)
         if isinstance(draft.values.get("extends"), str):
             del draft.values["extends"]  # merged: from here on the recipe must be whole
         problems = draft.problems + validate.check_values(draft.values, draft.place)
         values = _repaired(draft.values, problems)
+        stages: list[Recipe] = []
         if not problems or not [p for p in validate.check_values(values, draft.place) if p.code != "removed-key"]:
             schema.fill_defaults(values)
-            _make_paths_absolute(values, draft)
-            problems += rules.check_rules(values, draft.place, file)
+            if values["stage"] == "pipeline":
+                problems += _resolve_pipeline(values, draft, file, passed, stages)
+            else:
+                _make_paths_absolute(values, draft)
+                problems += rules.check_rules(values, draft.place, file)
     except UserError as error:
         return None, error.problems
     except OSError as error:  # a folder that may not be read, a name that is too long
@@ -81,7 +86,48 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
     if any(problem.severity == "error" for problem in problems):
         return None, problems
     warnings = tuple(str(problem) for problem in problems)
-    return Recipe(file, document.text, values, draft.key_marks, warnings), problems
+    return Recipe(file, document.text, values, draft.key_marks, warnings, tuple(pipeline.chain(stages))), problems
+
+
+def _is_own(override: str) -> bool:
+    """Whether an override is of the pipeline itself; any other goes to its stages."""
+    return re.split(r"[.=]", override, maxsplit=1)[0] in pipeline.OWN_KEYS
+
+
+def _resolve_pipeline(
+    values: dict[str, Any], draft: _Draft, file: Path, overrides: Sequence[str], stages: list[Recipe]
+) -> list[Problem]:
+    """Resolves the recipes of a pipeline into `stages`, and returns everything that is wrong with them."""
+    values.pop("training")  # defaults of other stages
+    values["run"].pop("seed")
+    values["run"]["output_dir"] = os.path.abspath(os.path.expanduser(values["run"]["output_dir"]))
+    problems = rules.check_name(values, draft.place, file)
+    names = list(values["stages"])
+    for number, name in enumerate(names):
+        path: KeyPath = ("stages", number)
+        mark = draft.place(path, False)
+        folder = draft.folders.get(mark.file, Path.cwd())
+        try:
+            is_path = Path(name).suffix in SUFFIXES or "/" in name
+            found = Path(os.path.abspath(folder / os.path.expanduser(name))) if is_path else find_shipped(name)
+            if read_document(found).values.get("stage") == "pipeline":
+                own = "itself" if found.resolve() == file.resolve() else "a pipeline"
+                message = f"{name} is {own}: a pipeline's stages are recipes that train"
+                problems.append(Problem("nested-pipeline", message, mark, path, "name the recipes one by one"))
+                continue
+        except UserError as error:
+            if error.problems[0].code in ("unreadable-file", "recipe-not-found"):
+                hint = error.problems[0].suggestion or "name a recipe file (.yaml) or a shipped recipe"
+                problems.append(Problem("stage-not-found", f"cannot read {name}", mark, path, hint))
+                continue
+        recipe, wrong = examine_recipe(found, overrides)
+        problems += wrong
+        values["stages"][number] = str(found)
+        if recipe:
+            stages.append(recipe)
+    if len(stages) == len(names):
+        problems += pipeline.check_handover(pipeline.chain(stages), draft.place)
+    return problems
 
 
 def _extend(document: Document, file: Path, chain: list[Path]) -> _Draft:
@@ -207,6 +253,10 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
     local = absolute(("model", "name_or_path"), model["name_or_path"])
     if data_rules.looks_local(model["name_or_path"]) or local.is_dir():
         model["name_or_path"] = str(local)
+    if "adapter" in model:
+        local = absolute(("model", "adapter"), model["adapter"])
+        if data_rules.looks_local(model["adapter"]) or local.is_dir() or model["adapter"].count("/") != 1:
+            model["adapter"] = str(locate_adapter(local))
     for path, source in data_rules.sources(values):
         if data_rules.is_file_source(source["source"]):
             source["source"] = str(absolute((*path, "source"), source["source"]))
@@ -214,23 +264,3 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
         where = ("training", "chat_template_path")
         training["chat_template_path"] = str(absolute(where, training["chat_template_path"]))
     values["run"]["output_dir"] = os.path.abspath(os.path.expanduser(values["run"]["output_dir"]))
-
-
-def dump_values(values: Any) -> str:
-    """Writes resolved values as YAML that reads back the same by the strict rules."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes aliases out, and quotes what YAML 1.2 would not read as a string (PyYAML thinks in YAML 1.1)."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        unusual = not text.replace("\n", "").isprintable()
-        style = '"' if unusual else "'" if parse_scalar(text) != text else "|" if "\n" in text else None
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)

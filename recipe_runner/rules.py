@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipe_runner import data_rules
+from recipe_runner import adapter_rules, data_rules
 from recipe_runner.data_rules import Found, Values
 from recipe_runner.packages import missing_packages
 from recipe_runner.problem import KeyPath, Mark, Problem, as_warning
@@ -19,11 +19,15 @@ def check_rules(values: Values, place: Callable[[KeyPath, bool], Mark], file: Pa
         for path, message, suggestion in rule(values):
             problem = Problem(code, message, place(path, True), path, suggestion)
             problems.append(as_warning(problem) if code in WARNINGS else problem)
-    if file.stem not in (values["name"], "recipe", "resolved"):  # a run folder keeps copies by those names
-        message = f"the recipe is named '{values['name']}', its file '{file.name}'"
-        problem = Problem("name-differs", message, place(("name",), False), ("name",), "give both the same name")
-        problems.append(as_warning(problem))
-    return problems
+    return problems + check_name(values, place, file)
+
+
+def check_name(values: Values, place: Callable[[KeyPath, bool], Mark], file: Path) -> list[Problem]:
+    """A recipe and its file have one name."""
+    if file.stem in (values.get("name"), "recipe", "resolved"):  # a run folder keeps copies by those names
+        return []
+    message = f"the recipe is named '{values.get('name')}', its file '{file.name}'"
+    return [as_warning(Problem("name-differs", message, place(("name",), False), ("name",), "give both the same name"))]
 
 
 def quantization_without_peft(values: Values) -> Found:
@@ -111,7 +115,11 @@ def packing_without_length(values: Values) -> Found:
 def synced_reference(values: Values) -> Found:
     """With an adapter the reference is the model without it: there is nothing to sync. Source: TRL 1.16, DPOTrainer."""
     if values["training"].get("sync_ref_model") and values.get("peft"):
-        yield ("training", "sync_ref_model"), "the reference of an adapter is the base model itself", "remove the key"
+        yield (
+            ("training", "sync_ref_model"),
+            "an adapter's reference is the base model, or a frozen copy",
+            "remove the key",
+        )
 
 
 def packed_evaluation(values: Values) -> Found:
@@ -120,7 +128,8 @@ def packed_evaluation(values: Values) -> Found:
     Source: TRL 1.16, SFTConfig.eval_packing (left out: as `packing`); transformers averages the loss over batches.
     """
     training = values["training"]
-    if training.get("packing") and "eval" in values["dataset"] and training.get("eval_packing") is None:
+    documents = values["stage"] != "pretrain"  # there, packed rows are what is meant
+    if documents and training.get("packing") and "eval" in values["dataset"] and training.get("eval_packing") is None:
         found = "evaluation rows are packed, too: eval_loss is then a mean over packed rows, not over documents"
         yield ("training", "packing"), found, "set training.eval_packing to true or false"
 
@@ -272,6 +281,10 @@ RULES: dict[str, Callable[[Values], Found]] = {
     "fused-projections": fused_projections,
     "context-length": context_length,
     "unusual-learning-rate": learning_rate,
+    "adapter-not-found": adapter_rules.adapter_folder,
+    "adapter-without-peft": adapter_rules.adapter_needs_peft,
+    "adapter-base-differs": adapter_rules.adapter_base,
+    "adapter-config-differs": adapter_rules.adapter_config,
     "wrong-column-role": data_rules.column_roles,
     "mixture-weight": data_rules.mixture_weights,
     "wrong-source": data_rules.source_files,

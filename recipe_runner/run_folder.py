@@ -1,5 +1,6 @@
 """The folder of a run: what is in it, and how its status changes. Written by one process."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.document import parse_document
+from recipe_runner.dump import dump_values
 from recipe_runner.errors import UserError, user_error
 from recipe_runner.recipe import Recipe
-from recipe_runner.resolve import dump_values
 
 COMPLETE = "complete"  # an empty file, the last thing written into a checkpoint
 
@@ -71,6 +72,23 @@ def write_json(file: Path, value: Any) -> None:
     partial.replace(file)
 
 
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each file, evenly spaced: training changes nearly all bytes of all tensors
+
+
+def hash_weights(folder: Path) -> str | None:
+    """A hash of the weights in a folder, by samples of every file; None when there are none."""
+    files = sorted(file for suffix in ("safetensors", "bin") for file in folder.glob(f"*.{suffix}"))
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for sample in range(SAMPLES):
+                stream.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest() if files else None
+
+
 def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     """Adds a line to `metrics.jsonl`."""
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
@@ -125,12 +143,42 @@ def find_resumable(recipe: Recipe, resume: str) -> Path | None:
             raise user_error("run-completed", f"the run in {folder} is complete", "start a new one: --resume never")
         if last_checkpoint(folder) is None:
             raise user_error("no-checkpoint", f"the run in {folder} has no complete checkpoint", "--resume never")
-    if changes := _differences(
-        parse_document((folder / "resolved.yaml").read_text(encoding="utf-8"), "resolved.yaml").values,
-        dict(recipe.values),
-    ):
+    if changes := recipe_changes(folder, recipe):
         message = f"the run in {folder} was made with another recipe ({'; '.join(changes[:5])})"
         raise user_error("recipe-changed", message, "start a new run (--resume never), or take the change back")
+    return folder
+
+
+def recipe_changes(folder: Path, recipe: Recipe) -> list[str]:
+    """What a recipe says otherwise than the one that a run was made with, as `key: old -> new`."""
+    text = (folder / "resolved.yaml").read_text(encoding="utf-8")
+    return _differences(parse_document(text, "resolved.yaml").values, dict(recipe.values))
+
+
+def find_pipeline(recipe: Recipe, resume: str) -> Path | None:
+    """The run folder of a pipeline to continue: None to start anew.
+
+    Args:
+        recipe: The pipeline that is about to run.
+        resume: `auto`, `never`, or the path of a pipeline's run folder.
+
+    Raises:
+        UserError: The folder holds no run of a pipeline.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        runs = Path(recipe.values["run"]["output_dir"]) / recipe.values["name"]
+        folders = [file.parent for file in runs.glob("*/status.json") if read_status(file.parent) != "damaged"]
+        return max(folders, default=None)
+    folder = Path(os.path.abspath(resume))
+    if read_status(folder) == "damaged":
+        raise user_error("not-a-run", f"{resume} is no whole run folder", "name one with status.json, resolved.yaml")
+    said = parse_document((folder / "resolved.yaml").read_text(encoding="utf-8"), "resolved.yaml").values
+    if said.get("stage") != "pipeline":
+        raise user_error(
+            "not-a-run", f"{resume} is a run of {said.get('name')}, not of a pipeline", "name a pipeline's"
+        )
     return folder
 
 

@@ -23,7 +23,12 @@ SECTIONS = {
 }
 # Our bounds on upstream's keys, and the keys that are refused there.
 BOUNDS = {"training": "#/$defs/sft_training", "peft": "#/$defs/lora", "quantization": "#/$defs/quantization"}
-STAGES = {"sft": "upstream/sft_config.schema.json", "dpo": "upstream/dpo_config.schema.json"}  # what `training` holds
+# What `training` holds.
+STAGES = {
+    "pretrain": "upstream/sft_config.schema.json",
+    "sft": "upstream/sft_config.schema.json",
+    "dpo": "upstream/dpo_config.schema.json",
+}
 
 
 @cache
@@ -68,8 +73,17 @@ def bounds_of(section: str, stage: str = "sft") -> dict[str, Any]:
     if section not in BOUNDS:
         return {}
     own = resolve(f"#/$defs/{stage}_training" if section == "training" and stage in STAGES else BOUNDS[section])
-    shared = [resolve(part["$ref"])["properties"] for part in own.get("allOf", [])]
-    return {key: entry for part in (*shared, own["properties"]) for key, entry in part.items()}
+    shared = [part for entry in own.get("allOf", []) for part in _properties(resolve(entry["$ref"]))]
+    merged: dict[str, Any] = {}
+    for part in (*shared, own["properties"]):
+        for key, entry in part.items():
+            merged[key] = {**merged.get(key, {}), **entry}
+    return merged
+
+
+def _properties(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a schema, and those that hold on its condition."""
+    return [part["properties"] for part in (schema, schema.get("then", {})) if "properties" in part]
 
 
 def section_keys(section: str, stage: str = "sft") -> dict[str, Any]:

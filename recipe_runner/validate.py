@@ -67,6 +67,7 @@ def _problems(error: Any, path: KeyPath, place: Place, stage: str) -> Iterator[P
             new = error.schema.get("x-replaced-by", "")
             moved = "." in new or new in schema.SECTIONS
             code = "removed-key" if not new else "misplaced-key" if moved else "renamed-key"
+            code = error.schema.get("x-code", code)
             meant = new if code == "renamed-key" and "x-other-values" not in error.schema else None
             yield problem(code, error.schema["description"], f"use '{new}'" if new else "", key=True, meant=meant)
         case "required":
@@ -200,7 +201,7 @@ def _example(key: str) -> str:
     return {
         "schema_version": "add 'schema_version: 1'",
         "name": "add 'name:' with the file's name, without suffix",
-        "stage": "add 'stage: sft' or 'stage: dpo'",
+        "stage": "add 'stage: pretrain', 'sft', 'dpo' or 'pipeline'",
         "method": "add 'method: lora'",
         "format": "add 'format: instruction', 'chat', 'text' or 'preference'",
     }.get(key, f"add '{key}:'")

@@ -26,7 +26,7 @@ def test_every_choice_gives_a_recipe_without_a_problem(run_cli, tmp_path, data, 
     assert (result.status, result.err) == (0, "")
     values = load_recipe(str(file)).values
     assert values["dataset"]["train"]["source"] == str(data)
-    assert values["stage"] == ("dpo" if form == "preference" else "sft")
+    assert values["stage"] == {"preference": "dpo", "text": "pretrain"}.get(form, "sft")
     assert bool(values.get("quantization")) == (method == "qlora")
     assert bool(values.get("peft")) == (method != "full")
     assert run_cli("validate", "--strict", file).status == 0
@@ -77,4 +77,4 @@ def test_stage_and_layout_belong_together(run_cli, tmp_path):
     assert run_cli("new", tmp_path / "pairs.yaml", "--stage", "dpo", *options).status == 0
     assert load_recipe(str(tmp_path / "pairs.yaml")).values["dataset"]["format"] == "preference"
     refused = run_cli("new", tmp_path / "odd.yaml", "--stage", "dpo", "--format", "chat", *options)
-    assert (refused.status, "stage dpo does not learn from format chat" in refused.err) == (2, True)
+    assert (refused.status, "format chat is for stage sft" in refused.err) == (2, True)

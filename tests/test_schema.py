@@ -35,7 +35,8 @@ def properties(node, path=()):
 @pytest.mark.parametrize("file", [file for file in FILES if file != BUNDLE], ids=lambda file: file.stem)
 def test_every_property_is_described(file):
     """Bounds on upstream's keys, choices by format, and `if` conditions refine a property described elsewhere."""
-    refining = {"if", "sft_training", "dpo_training", "shared_training", "lora", "quantization", "allOf"}
+    refining = {"if", "sft_training", "dpo_training", "shared_training", "pretrain_training", "packed_text", "rewarmed"}
+    refining |= {"lora", "quantization", "allOf"}
     for path, entry in properties(json.loads(file.read_text())):
         if "$ref" not in entry and (entry.get("not") == {} or not refining & set(path)):
             assert len(entry.get("description", "")) > 5 or file.parent.name == "upstream", path
@@ -69,7 +70,7 @@ def test_a_key_that_is_refused_says_why_and_its_replacement_exists():
             ), path
 
 
-@pytest.mark.parametrize(("stage", "form"), [("sft", "text"), ("dpo", "preference")])
+@pytest.mark.parametrize(("stage", "form"), [("pretrain", "text"), ("sft", "text"), ("dpo", "preference")])
 def test_upstream_defaults_are_valid_by_our_bounds(stage, form):
     """A bound that refuses upstream's own default would be a mistake."""
     refused = {key for key, entry in schema.bounds_of("training", stage).items() if "not" in entry}

@@ -9,7 +9,7 @@ import numpy as np
 from recipe_runner.errors import user_error
 from recipe_runner.problem import Problem
 from recipe_runner.recipe import Recipe
-from recipe_runner.training import checks, environment, model, plan, preparation, sources, store, tokens
+from recipe_runner.training import checks, continuation, environment, model, plan, preparation, sources, store, tokens
 from recipe_runner.training.accounting import Accounting
 from recipe_runner.training.tables import IGNORED
 from recipe_runner.training.tokens import Job
@@ -107,8 +107,9 @@ def open_preview(recipe: Recipe) -> Opened:
     """
     model.find_model(recipe)
     config = preparation.build_config(recipe, environment.choose_precision(recipe))
+    adapter = continuation.find_adapter(recipe)
     opened = sources.open_sources(recipe)
-    job = Job(recipe, opened, model.load_tokenizer(recipe), config)
+    job = Job(recipe, opened, preparation.load_tokenizer(recipe, adapter), config)
     return Opened(job, sources.order_rows(recipe, opened))
 
 

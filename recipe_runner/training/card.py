@@ -4,8 +4,8 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+from recipe_runner.dump import dump_values
 from recipe_runner.recipe import Recipe
-from recipe_runner.resolve import dump_values
 from recipe_runner.training.accounting import Accounting
 
 
@@ -19,6 +19,8 @@ def write_card(
     if not Path(base).is_absolute():
         header = {"base_model": base, **header}
     facts = [f"Base model: `{base}`", f"Training data: {accounting}"]
+    if adapter := values["model"].get("adapter"):
+        facts.insert(1, f"Continued from the adapter `{adapter}`")
     for name, key in (("Training loss", "loss"), ("Evaluation loss", "eval_loss")):
         if series := [(entry["step"], entry[key]) for entry in history if key in entry]:
             (first, before), (last, after) = series[0], series[-1]

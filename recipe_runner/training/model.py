@@ -73,14 +73,20 @@ def find_model(recipe: Recipe) -> None:
         raise recipe.error(code, f"{name}: {what}", fix, *place) from error
 
 
-def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def load_tokenizer(recipe: Recipe, template: str | None = None) -> PreTrainedTokenizerBase:
     """Loads the tokenizer with the chat template that is trained with, which is also the one saved with the result.
+
+    Args:
+        recipe: A resolved recipe.
+        template: The chat template of what is trained further; the recipe's own goes before it.
 
     Raises:
         UserError: The tokenizer can't be loaded, or its template can't mark the assistant's tokens.
     """
     dataset, training = recipe.values["dataset"], recipe.values["training"]
     tokenizer = _read_tokenizer(recipe)
+    if template and training.get("chat_template_path") is None:
+        tokenizer.chat_template = template
     if training.get("eos_token") is not None:
         if training["eos_token"] not in tokenizer.get_vocab():
             message = f"'{training['eos_token']}' is not in the tokenizer's vocabulary"
@@ -186,6 +192,23 @@ def build_peft(recipe: Recipe) -> PeftConfig | None:
         raise recipe.error("peft-refused", first_line(error), "", "peft") from error
 
 
+def build_empty(recipe: Recipe, model_config: PretrainedConfig) -> Any:
+    """The base model without weights.
+
+    Raises:
+        UserError: transformers can't build it.
+    """
+    architecture = getattr(transformers, (model_config.architectures or [""])[0], None)
+    trust = recipe.values["model"]["trust_remote_code"]
+    try:
+        with torch.device("meta"):
+            if architecture:
+                return architecture._from_config(model_config)
+            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
+    except ValueError as error:
+        raise recipe.error("model-config", first_line(error), "", "model", "name_or_path") from error
+
+
 def check_targets(recipe: Recipe, peft_config: PeftConfig, model_config: PretrainedConfig) -> None:
     """Checks on a model without weights that every target matches a module.
 
@@ -194,17 +217,7 @@ def check_targets(recipe: Recipe, peft_config: PeftConfig, model_config: Pretrai
     Raises:
         UserError: A target, or a module to save, matches nothing.
     """
-    architecture = getattr(transformers, (model_config.architectures or [""])[0], None)
-    trust = recipe.values["model"]["trust_remote_code"]
-    try:
-        with torch.device("meta"):
-            if architecture:
-                model = architecture._from_config(model_config)
-            else:
-                model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
-    except ValueError as error:
-        raise recipe.error("model-config", first_line(error), "", "model", "name_or_path") from error
-    modules = dict(model.named_modules())
+    modules = dict(build_empty(recipe, model_config).named_modules())
     linear = sorted({name.split(".")[-1] for name, module in modules.items() if isinstance(module, torch.nn.Linear)})
     targets = peft_config.target_modules
     if targets is None and model_config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:

@@ -21,6 +21,8 @@ def describe_plan(recipe: Recipe, trainer: SFTTrainer, prepared: Prepared, folde
     unpaged = "; no GPU: states are not paged" if "paged" in config.optim.value and config.device.type == "cpu" else ""
     lines = {
         "model": f"{values['model']['name_or_path']} ({describe_method(recipe)})",
+        "adapter": f"continued from {values['model']['adapter']}" if prepared.adapter else "",
+        "reference": describe_reference(recipe),
         "trainable": describe_trainable(trainer),
         "data": f"{prepared.train.accounting}{packed}",
         "lengths": prepared.train.accounting.describe_lengths(),
@@ -69,6 +71,19 @@ def describe_method(recipe: Recipe) -> str:
         return f"{peft['method']} adapter"
     bits = "8-bit" if quantization.get("load_in_8bit") else f"4-bit {quantization.get('bnb_4bit_quant_type', 'fp4')}"
     return f"{peft['method']} adapter on a {bits} base"
+
+
+def describe_reference(recipe: Recipe) -> str:
+    """What DPO compares the trained model with. Source: trl/trainer/dpo_trainer.py 1.16.0, DPOTrainer.__init__."""
+    if recipe.values["stage"] != "dpo":
+        return ""
+    if "adapter" in recipe.values["model"]:
+        which = "a frozen copy of the adapter"
+    else:
+        which = "the base model, the adapter disabled" if recipe.section("peft") else "a second copy of the model"
+    return which + (
+        ", computed once before training" * bool(recipe.section("training").get("precompute_ref_log_probs"))
+    )
 
 
 def describe_trainable(trainer: SFTTrainer) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -12,11 +13,12 @@ from trl import DPOConfig, SFTConfig
 from recipe_runner.errors import UserError, first_line
 from recipe_runner.problem import Problem, sort_problems
 from recipe_runner.recipe import Recipe
-from recipe_runner.training import checks, environment, model, sources, store
+from recipe_runner.run_folder import hash_weights
+from recipe_runner.training import checks, continuation, environment, model, sources, store
 from recipe_runner.training.environment import Precision
 from recipe_runner.training.store import PreparedData, PreparedSplit
 
-CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
+CONFIGS = {"pretrain": SFTConfig, "sft": SFTConfig, "dpo": DPOConfig}
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Prepared:
     config: SFTConfig | DPOConfig
     precision: Precision
     tokenizer: PreTrainedTokenizerBase
+    adapter: Path | None
     peft_config: PeftConfig | None
     data: PreparedData
     warnings: tuple[Problem, ...]
@@ -41,8 +44,12 @@ class Prepared:
         return self.data.splits.get("eval")
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, template: str | None = None) -> Prepared:
     """Checks and prepares everything but the weights, the cheapest first.
+
+    Args:
+        recipe: A resolved recipe.
+        template: The chat template that an earlier stage leaves, where the recipe names none.
 
     Raises:
         UserError: The recipe, the data or the environment is at fault.
@@ -52,15 +59,31 @@ def prepare(recipe: Recipe) -> Prepared:
     config = build_config(recipe, precision)
     if config.process_index == 0:
         print(f"Preparing {recipe.values['name']} ...", flush=True)
+    adapter = continuation.find_adapter(recipe)
     opened = sources.open_sources(recipe)
-    tokenizer = model.load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe, adapter, template)
     model_config = model.load_model_config(recipe)
-    if peft_config := model.build_peft(recipe):
+    if adapter:
+        peft_config: PeftConfig | None = continuation.load_peft(recipe, adapter)
+        continuation.check_fit(recipe, adapter, continuation.load_peft(recipe, adapter), model_config)
+    elif peft_config := model.build_peft(recipe):
         model.check_targets(recipe, peft_config, model_config)
     data = store.prepare_data(recipe, opened, tokenizer, config)
     problems = find_data_problems(recipe, tokenizer, data)
     raise_errors(problems)
-    return Prepared(config, precision, tokenizer, peft_config, data, tuple(problems))
+    return Prepared(config, precision, tokenizer, adapter, peft_config, data, tuple(problems))
+
+
+def load_tokenizer(recipe: Recipe, adapter: Path | None, template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the chat template of the recipe, else of the adapter that is trained further.
+
+    Raises:
+        UserError: It can't be loaded, or is not the one that the adapter was trained with.
+    """
+    tokenizer = model.load_tokenizer(recipe, template or (continuation.read_template(adapter) if adapter else None))
+    if adapter:
+        continuation.check_tokenizer(recipe, adapter, tokenizer)
+    return tokenizer
 
 
 def find_data_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> list[Problem]:
@@ -101,7 +124,7 @@ def build_config(recipe: Recipe, precision: Precision) -> SFTConfig | DPOConfig:
         "trust_remote_code": base["trust_remote_code"],
         "model_init_kwargs": init | {"dtype": precision.dtype},
     }
-    if recipe.values["stage"] == "sft":
+    if recipe.values["stage"] != "dpo":
         owned["dataset_kwargs"] = {"skip_prepare_dataset": True}  # prepared before the weights are loaded
     try:
         config = CONFIGS[recipe.values["stage"]](**{**section, **owned})
@@ -116,9 +139,13 @@ def build_config(recipe: Recipe, precision: Precision) -> SFTConfig | DPOConfig:
 
 def describe_run(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """What `environment.json` holds: versions and hardware, precision, what became of the data."""
+    base, adapter = recipe.values["model"]["name_or_path"], prepared.adapter
     return environment.describe_environment(recipe) | {
+        "base_model": {"name_or_path": base, "weights": hash_weights(Path(base)) if Path(base).is_absolute() else None},
+        "adapter": {"folder": str(adapter), "weights": hash_weights(adapter)} if adapter else None,
         "precision": str(prepared.precision),
         "data": {name: asdict(split.accounting) for name, split in prepared.data.splits.items()},
         "dataset_fingerprint": prepared.data.key,
+        "data_files": prepared.data.files,
         "warnings": [str(problem) for problem in prepared.warnings],
     }

@@ -1,6 +1,7 @@
 """A run, from top to bottom: the cheapest failure first, then the weights, then training."""
 
 import contextlib
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
     config = prepared.config
     for warning in prepared.warnings if config.process_index == 0 else ():
         print(warning, file=sys.stderr)
-    folder = _agree(run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found)
+    folder = agree(run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found)
     config.output_dir = str(folder / "checkpoints")
     with _recorded(folder, config):
         if found:
@@ -117,6 +118,7 @@ def _save(trainer: SFTTrainer, recipe: Recipe, folder: Path) -> Path:
     trainer.save_model(str(result))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
+        shutil.rmtree(result / "ref", ignore_errors=True)  # DPO's frozen copy of the adapter it began with
         verify.verify_saved(trainer, result)
     return result
 
@@ -145,7 +147,7 @@ def _write_status(config: SFTConfig, folder: Path, status: str, **details: Any) 
         run_folder.write_status(folder, status, checkpoint=str(checkpoint) if checkpoint else None, **details)
 
 
-def _agree(folder: Path | None) -> Path:
+def agree(folder: Path | None) -> Path:
     """The first process decides on the run folder, all use it."""
     decided = [folder]
     broadcast_object_list(decided)

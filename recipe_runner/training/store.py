@@ -66,6 +66,7 @@ class PreparedData:
         splits: `train`, and `eval` when the recipe evaluates.
         folder: The entry of the store.
         key: Its name: a fingerprint of everything that the data is made from.
+        files: Data file -> a hash of it (hub id -> fingerprint).
         made_now: Whether this process made it just now.
         seconds: How long that took, or finding it did.
     """
@@ -73,6 +74,7 @@ class PreparedData:
     splits: dict[str, PreparedSplit]
     folder: Path
     key: str
+    files: dict[str, str]
     made_now: bool
     seconds: float
 
@@ -102,7 +104,7 @@ def prepare_data(
         if made_now:
             _make(folder, made_from, Job(recipe, opened, tokenizer, config))
     splits = _load(folder, config)
-    return PreparedData(splits, folder, key, made_now, time.monotonic() - began)
+    return PreparedData(splits, folder, key, made_from["files"], made_now, time.monotonic() - began)
 
 
 def describe_origin(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, opened: list[sources.Source]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from trl import DPOTrainer, SFTTrainer
 from recipe_runner import run_folder
 from recipe_runner.errors import first_line, user_error
 from recipe_runner.recipe import Recipe
-from recipe_runner.training import model
+from recipe_runner.training import continuation, model
 from recipe_runner.training.packing import PackingCheck
 from recipe_runner.training.preparation import Prepared
 
@@ -29,7 +29,7 @@ class _PreparedDPOTrainer(DPOTrainer):
             self._signature_columns.append("length")
 
 
-TRAINERS: dict[str, Any] = {"sft": SFTTrainer, "dpo": _PreparedDPOTrainer}
+TRAINERS: dict[str, Any] = {"pretrain": SFTTrainer, "sft": SFTTrainer, "dpo": _PreparedDPOTrainer}
 
 
 def build_trainer(recipe: Recipe, prepared: Prepared) -> SFTTrainer:
@@ -38,15 +38,18 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> SFTTrainer:
     Raises:
         UserError: The weights can't be loaded.
     """
+    adapter, base = prepared.adapter, recipe.values["model"]["name_or_path"]
     try:
+        if adapter:
+            trained = continuation.load_for_training(recipe, adapter, prepared.config, prepared.peft_config)
         trainer = TRAINERS[recipe.values["stage"]](
-            model=recipe.values["model"]["name_or_path"],
+            model=trained if adapter else base,
             args=prepared.config,
             train_dataset=prepared.train.dataset,
             eval_dataset=prepared.evaluation.dataset if prepared.evaluation else None,
             processing_class=prepared.tokenizer,
-            quantization_config=model.build_quantization(recipe),
-            peft_config=prepared.peft_config,
+            quantization_config=None if adapter else model.build_quantization(recipe),
+            peft_config=None if adapter else prepared.peft_config,
         )
     except torch.OutOfMemoryError:
         raise

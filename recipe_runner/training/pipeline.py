@@ -1,0 +1,149 @@
+"""A pipeline's run: its recipes one after another, each from the result of the one before."""
+
+import contextlib
+import gc
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from recipe_runner import pipeline, run_folder
+from recipe_runner.errors import Interrupted, UserError, user_error
+from recipe_runner.pipeline import StageRun
+from recipe_runner.recipe import Recipe
+from recipe_runner.training import preparation
+from recipe_runner.training.run import agree, run_recipe
+
+
+def run_pipeline(recipe: Recipe, resume: str) -> Path:
+    """Runs the stages of a pipeline that are not done yet, and returns the pipeline's run folder.
+
+    Everything but the weights is prepared and checked for all stages before the first of them trains.
+
+    Args:
+        recipe: A resolved recipe with stages.
+        resume: `auto`, `never`, or the run folder of a pipeline.
+
+    Raises:
+        UserError: A recipe, the data or the environment is at fault.
+        Interrupted: The user pressed Ctrl-C.
+    """
+    run_folder.check_writable(recipe)
+    found = run_folder.find_pipeline(recipe, resume)
+    prepared = prepare_stages(recipe)
+    runs = _inspect(recipe, found, prepared) if found else []
+    if found and all(run.is_done for run in runs):
+        if resume != "auto":
+            message = f"the pipeline's run in {found} is complete, and nothing has changed"
+            raise user_error("run-completed", message, "start a new one: --resume never")
+        found = None
+    main = PartialState().is_main_process
+    folder = agree(run_folder.create_run_folder(recipe) if main and not found else found)
+    runs = runs if found else _inspect(recipe, folder, prepared)
+    count = len(recipe.stages)
+    with _recorded(folder, runs, main):
+        for place, stage in enumerate(recipe.stages):
+            _tell(main, place, count, runs[place])
+            if not runs[place].is_done:
+                before = runs[place - 1].result if place else None
+                ready = pipeline.start_from(stage, before, folder / str(place + 1))
+                resumed = runs[place].folder if _can_resume(runs[place]) else None
+                runs[place] = StageRun(ready, resumed, "running")
+                if main:
+                    pipeline.write_pipeline_status(folder, "running", runs)
+                done = run_recipe(ready, str(resumed) if resumed else "never")
+                runs[place] = StageRun(ready, done, "completed")
+                gc.collect()  # the model of this stage, before that of the next is loaded
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        if main:
+            report = pipeline.write_report(recipe, folder, runs)
+            pipeline.write_pipeline_status(folder, "completed", runs)
+            print(f"\n{report}\n\nCompleted: {folder} (report: README.md)", flush=True)
+    return folder
+
+
+def prepare_stages(recipe: Recipe) -> list[dict[str, str]]:
+    """Prepares the data of all stages and checks everything but the weights.
+
+    Returns:
+        Of each stage, its data files (or hub ids) and a hash of each.
+    """
+    files: list[dict[str, str]] = []
+    template = None
+    for place, stage in enumerate(recipe.stages):
+        ready = preparation.prepare(stage, template if place else None)
+        template = ready.tokenizer.chat_template
+        files.append(ready.data.files)
+    return files
+
+
+def _inspect(recipe: Recipe, folder: Path, files: list[dict[str, str]]) -> list[StageRun]:
+    """Where each stage stands; one whose data has changed is stale, and so are those after it."""
+    runs = pipeline.inspect_stages(recipe.stages, folder)
+    for place, run in enumerate(runs):
+        if run.folder and not run.stale and (changed := _changed_data(run.folder, files[place])):
+            runs[place] = replace(run, stale=changed)
+            for later in range(place + 1, len(runs)):
+                if runs[later].folder and not runs[later].stale:
+                    why = f"the stage before it, {run.recipe.values['name']}, runs again"
+                    runs[later] = replace(runs[later], stale=why)
+    return runs
+
+
+def _changed_data(folder: Path, files: dict[str, str]) -> str:
+    """Which data file differs from the one that a run was trained on; empty when none does, or it never began."""
+    try:
+        recorded = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["data_files"]
+    except (OSError, ValueError, KeyError):
+        return ""
+    return next((f"{name} has changed" for name, digest in files.items() if recorded.get(name) != digest), "")
+
+
+def _can_resume(run: StageRun) -> bool:
+    """Whether the latest run of a stage goes on where it stopped."""
+    return bool(run.folder and not run.stale and run_folder.last_checkpoint(run.folder))
+
+
+def _tell(main: bool, place: int, count: int, run: StageRun) -> None:
+    if not main:
+        return
+    said = f"Stage {place + 1} of {count}: {run.recipe.values['name']} ({run.recipe.values['stage']})"
+    if run.is_done:
+        print(f"{said}: complete, kept: {run.folder}", flush=True)
+    elif run.stale:
+        print(f"{said}: stale ({run.stale}): it runs again; the old run is kept: {run.folder}", flush=True)
+    elif _can_resume(run):
+        print(f"{said}: goes on where it stopped", flush=True)
+    else:
+        print(said, flush=True)
+
+
+@contextlib.contextmanager
+def _recorded(folder: Path, runs: list[StageRun], main: bool) -> Iterator[None]:
+    """Leaves the right status in the pipeline's folder, whatever happens."""
+
+    def write(status: str, **details: str) -> None:
+        for place, run in enumerate(runs):
+            if run.status == "running":
+                latest = pipeline.inspect_stage(run.recipe, runs[place - 1] if place else None)
+                runs[place] = replace(latest, status=status) if latest.status == "running" else latest
+        if main:
+            pipeline.write_pipeline_status(folder, status, runs, **details)
+
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as error:
+        write("interrupted")
+        if isinstance(error, Interrupted):
+            raise Interrupted(f"{str(error).split(';')[0]}; continue with: --resume {folder}", error.number) from error
+        raise
+    except BaseException as error:
+        write("failed", error=str(error) or type(error).__name__)
+        if isinstance(error, UserError) and main:
+            print(f"The stages before are kept; once this is mended, go on with: --resume {folder}", file=sys.stderr)
+        raise
