@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +35,14 @@ _set = click.option(
 )
 
 
+_launch = click.option(
+    "--accelerate-config",
+    "launch_file",
+    metavar="FILE|NAME",
+    help="Launch configuration of accelerate: a file, or the name of a shipped one (deepspeed_zero3).",
+)
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="recipe-run")
 def cli() -> None:
@@ -58,11 +67,30 @@ def cli() -> None:
     metavar="auto|never|PATH",
     help="Continue the latest unfinished run of this recipe, start anew, or continue the run in a folder.",
 )
-def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resume: str) -> None:
+@_launch
+@click.option("--num-processes", type=int, help="With --accelerate-config: processes of all machines together.")
+@click.option("--num-machines", type=int, help="With --accelerate-config: number of machines.")
+@click.option("--machine-rank", type=int, help="With --accelerate-config: number of this machine, from 0.")
+@click.option("--main-process-ip", help="With --accelerate-config: address of machine 0.")
+@click.option("--main-process-port", type=int, help="With --accelerate-config: port of machine 0.")
+@click.option("--gpu-ids", help="With --accelerate-config: GPUs of this machine to use, 0,1 for example.")
+def train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    output_dir: str | None,
+    resume: str,
+    launch_file: str | None,
+    **launcher: str | int | None,
+) -> None:
     """Train from a recipe. The word `train` can be left out."""
     if output_dir is not None:
         overrides = (*overrides, f"run.output_dir={json.dumps(output_dir, ensure_ascii=False)}")
     resolved = _load_to_run(recipe, overrides)
+    given = [f"--{key}={value}" for key, value in launcher.items() if value is not None]  # as accelerate spells them
+    if given and launch_file is None:
+        raise click.UsageError(f"{given[0].partition('=')[0].replace('_', '-')} goes with --accelerate-config")
+    if launch_file is not None:
+        _launch_processes(resolved, launch_file, given, recipe, overrides, resume)
     if resolved.stages:
         from recipe_runner.training.pipeline import run_pipeline
 
@@ -73,6 +101,26 @@ def train(recipe: str, overrides: tuple[str, ...], output_dir: str | None, resum
     run_recipe(resolved, resume)
 
 
+def _launch_processes(
+    resolved: Recipe, launch_file: str, options: list[str], recipe: str, overrides: tuple[str, ...], resume: str
+) -> NoReturn:
+    """Checks the launch configuration against the recipe, and starts this command in each of its processes."""
+    from recipe_runner.launch import check_launch, find_launch, read_launch
+
+    launch = read_launch(find_launch(launch_file))
+    problems = [found for stage in resolved.stages or (resolved,) for found in check_launch(launch, stage.values)]
+    problems = list(dict.fromkeys(problems))
+    for problem in problems:
+        if problem.severity == "warning":
+            click.echo(problem, err=True)
+    if errors := [problem for problem in problems if problem.severity == "error"]:
+        raise UserError(errors)
+    from recipe_runner.training.launcher import launch_run
+
+    sets = [part for override in overrides for part in ("--set", override)]
+    sys.exit(launch_run(launch, options, ["train", recipe, *sets, "--resume", resume]))
+
+
 def _load_to_run(recipe: str, overrides: tuple[str, ...]) -> Recipe:
     """Loads a recipe for a command that needs the ML stack, and says what validation warns about."""
     from recipe_runner.errors import user_error
@@ -80,7 +128,7 @@ def _load_to_run(recipe: str, overrides: tuple[str, ...]) -> Recipe:
     from recipe_runner.resolve import load_recipe
 
     resolved = load_recipe(recipe, overrides)
-    for warning in resolved.warnings:
+    for warning in resolved.warnings if os.environ.get("RANK", "0") == "0" else ():
         click.echo(warning, err=True)
     if not is_installed("trl"):  # installed without dependencies, to validate only
         fix = "pip install recipe-runner, with its dependencies"
@@ -101,12 +149,22 @@ def _load_to_run(recipe: str, overrides: tuple[str, ...]) -> Recipe:
 )
 @click.option("--strict", is_flag=True, help="Warnings fail, too.")
 @click.option("--fix", is_flag=True, help="Mend renamed keys, unambiguous typos and the name; print the difference.")
-def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str, strict: bool, fix: bool) -> None:
+@_launch
+def validate(
+    paths: tuple[str, ...], overrides: tuple[str, ...], form: str, strict: bool, fix: bool, launch_file: str | None
+) -> None:
     """Check recipes: files, folders or names of shipped recipes. More about a problem: `recipe-run explain CODE`."""
     from recipe_runner.library import collect_recipes
     from recipe_runner.resolve import examine_recipe
 
-    count, problems = 0, []
+    count, problems, launch = 0, [], None
+    if launch_file is not None:
+        from recipe_runner.launch import check_launch, find_launch, read_launch
+
+        try:
+            launch = read_launch(find_launch(launch_file))
+        except UserError as error:
+            problems += error.problems
     for path in paths:
         try:
             files = collect_recipes(path)
@@ -115,7 +173,10 @@ def validate(paths: tuple[str, ...], overrides: tuple[str, ...], form: str, stri
             continue
         count += len(files)
         for file in files:
-            found = examine_recipe(file, overrides)[1]
+            checked, found = examine_recipe(file, overrides)
+            if launch and checked:
+                stages = checked.stages or (checked,)
+                found = [*found, *(one for stage in stages for one in check_launch(launch, stage.values))]
             if fix and found:
                 from recipe_runner.fix import fix_file
 
@@ -289,7 +350,7 @@ def main() -> NoReturn:
     except UserError as error:
         from recipe_runner.report import write_text
 
-        click.echo(write_text(error.problems), err=True, color=_colour())
+        _say_error(write_text(error.problems))
         sys.exit(EXIT_USER_ERROR)
     except BrokenPipeError:
         sys.stderr.close()  # the reader (head, less) has gone: nothing is wrong
@@ -301,12 +362,20 @@ def main() -> NoReturn:
         sys.exit(_report_bug(error))
 
 
+def _say_error(text: str) -> None:
+    """Writes an error; of several processes, the others leave the word to the first when it fails as well."""
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        time.sleep(3)  # the launcher ends this process when another has failed
+        text = "\n".join(f"[rank {rank}] {line}" for line in text.splitlines())
+    click.echo(text, err=True, color=_colour())
+
+
 def _report_bug(error: Exception) -> int:
     import tempfile  # here, because a command that works needs neither: a tenth of its time
     import traceback
 
     with tempfile.NamedTemporaryFile("w", prefix="recipe-run-", suffix=".log", delete=False) as log:
         traceback.print_exception(error, file=log)
-    click.echo(f"error[bug] {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", err=True)
-    click.echo(f"This is a bug in recipe-run; the traceback is in {Path(log.name)}. Please report it.", err=True)
+    what = f"error[bug] {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _say_error(f"{what}\nThis is a bug in recipe-run; the traceback is in {Path(log.name)}. Please report it.")
     return EXIT_BUG

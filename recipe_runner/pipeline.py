@@ -148,7 +148,8 @@ def describe_effects(runs: Sequence[StageRun]) -> list[tuple[str, str, str, str]
         logged = [json.loads(line) for line in lines]
         for key, title in MEASURES.items():
             series = [(entry["step"], entry[key]) for entry in logged if key in entry]
-            if series and not (key == "loss" and any("eval_loss" in entry for entry in logged)):
+            beside = key == "loss" and any("eval_loss" in entry for entry in logged)
+            if series and not beside and not (run.recipe.values["stage"] == "dpo" and "token_accuracy" in key):
                 (first, before), (last, after) = series[0], series[-1]
                 rows.append((name, title, f"{before:.3f} (step {first})", f"{after:.3f} (step {last})"))
                 name = ""

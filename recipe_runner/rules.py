@@ -142,6 +142,18 @@ def paged_optimizer_on_cpu(values: Values) -> Found:
         yield ("training", "optim"), found, "write optim: adamw_torch, or adafactor for less memory"
 
 
+def global_batch_size(values: Values) -> Found:
+    """Accumulation has one owner, and a step holds whole batches of a device."""
+    size, training = values["run"].get("global_batch_size"), values["training"]
+    device = training.get("per_device_train_batch_size", 8)
+    if size and "gradient_accumulation_steps" in training:
+        found = "run.global_batch_size derives it"
+        yield ("training", "gradient_accumulation_steps"), found, "remove one of them"
+    elif size and size % device:
+        found = f"{size} rows are no multiple of per_device_train_batch_size ({device})"
+        yield ("run", "global_batch_size"), found, "make it one"
+
+
 def remote_code_unpinned(values: Values) -> Found:
     """Code from the hub runs on this machine: the recipe must say which code."""
     model = values["model"]
@@ -274,6 +286,7 @@ RULES: dict[str, Callable[[Values], Found]] = {
     "packed-evaluation": packed_evaluation,
     "paged-optimizer-on-cpu": paged_optimizer_on_cpu,
     "missing-package": missing_packages,
+    "global-batch-size": global_batch_size,
     "remote-code-unpinned": remote_code_unpinned,
     "local-model": local_model,
     "ignored-key": ignored_keys,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from datetime import datetime, timezone
@@ -99,9 +100,9 @@ def drop_metrics_after(folder: Path, step: int) -> None:
     """Removes the metrics of steps that a resumed run trains again."""
     file = folder / "metrics.jsonl"
     if file.exists():
-        kept = [
-            line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line).get("step", 0) <= step
-        ]
+        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = [line for line in lines if line.endswith("}")]  # the last one is cut off if the run was killed in it
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
         partial = file.with_suffix(".tmp")
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.replace(file)
@@ -111,6 +112,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint that was written whole."""
     checkpoints = [path.parent for path in (folder / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")]
     return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def drop_half_checkpoints(folder: Path) -> None:
+    """Removes checkpoints that were not written whole: nothing can be done with them, and they count as the newest."""
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        if not (checkpoint / COMPLETE).is_file():
+            shutil.rmtree(checkpoint)
 
 
 def find_resumable(recipe: Recipe, resume: str) -> Path | None:

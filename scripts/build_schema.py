@@ -21,11 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import recipe_runner.training  # noqa: F401  # isort: skip (before the libraries that it keeps quiet)
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.dataclasses import DistributedType, PrecisionType
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import DPOConfig, SFTConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "schema"
+ORDER = ["boolean", "integer", "number", "string", "array", "object", "null"]
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null", dict: "object"}
 
 
@@ -35,6 +39,7 @@ def main() -> None:
         "upstream/dpo_config": dataclass_schema(DPOConfig, "trl"),
         "upstream/lora_config": with_method(dataclass_schema(LoraConfig, "peft"), "lora"),
         "upstream/bitsandbytes_config": signature_schema(BitsAndBytesConfig, "transformers"),
+        "upstream/accelerate_config": launch_schema(),
     }
     if "--output" in sys.argv:
         folder = Path(sys.argv[sys.argv.index("--output") + 1])
@@ -42,7 +47,9 @@ def main() -> None:
         for name, schema in schemas.items():
             (folder / f"{Path(name).name}.schema.json").write_text(json.dumps(schema, indent=2), encoding="utf-8")
         return
-    schemas["recipe.bundle"] = bundle(json.loads((FOLDER / "recipe.schema.json").read_text(encoding="utf-8")), schemas)
+    recipe = json.loads((FOLDER / "recipe.schema.json").read_text(encoding="utf-8"))
+    used = {name: schema for name, schema in schemas.items() if "accelerate" not in name}
+    schemas["recipe.bundle"] = bundle(recipe, used)
     stale = []
     for name, schema in schemas.items():
         file = FOLDER / f"{name}.schema.json"
@@ -144,6 +151,30 @@ def signature_schema(cls: type, package: str) -> dict[str, Any]:
     return {**header(cls, package), "properties": properties}
 
 
+def launch_schema() -> dict[str, Any]:
+    """The schema of a launch configuration: ClusterConfig, and in its sections what `accelerate launch` takes.
+
+    accelerate 1.15 refuses an unknown key at the top, and silently sets one in a section.
+    """
+    schema = header(ClusterConfig, "accelerate")
+    groups = {group.title: group._group_actions for group in launch_command_parser()._action_groups}
+    sections = {"fsdp_config": "FSDP Arguments", "deepspeed_config": "DeepSpeed Arguments"}
+    properties: dict[str, Any] = {}
+    for field in dataclasses.fields(ClusterConfig):
+        properties[field.name] = {"description": field.name.replace("_", " ")}
+        if field.name in sections:
+            keys = {action.dest: {"description": action.help or action.dest} for action in groups[sections[field.name]]}
+            properties[field.name] |= {"type": "object", "additionalProperties": False, "properties": keys}
+    kinds = [kind.value for kind in DistributedType]
+    precisions = [kind.value for kind in PrecisionType]
+    properties["distributed_type"]["enum"], properties["mixed_precision"]["enum"] = kinds, precisions
+    for name in ("num_processes", "num_machines", "machine_rank"):
+        properties[name]["type"] = "integer"
+    for name in ("use_cpu", "same_network", "debug"):
+        properties[name]["type"] = "boolean"
+    return {**schema, "properties": properties}
+
+
 def type_schema(hint: Any) -> dict[str, Any]:
     """The JSON schema of a type annotation."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -186,7 +217,8 @@ def union_schema(members: list[Any]) -> dict[str, Any]:
         booleans = [True, False] if bool in members else []
         return {"enum": choices + booleans + ([None] if type(None) in members else [])}
     merged: dict[str, Any] = {}
-    kinds = list(dict.fromkeys(part.get("type", "boolean") for part in parts))  # no type: the literal False
+    # In an order of our own: Python keeps that of whichever equal union was made first. No type: the literal False.
+    kinds = sorted({part.get("type", "boolean") for part in parts}, key=ORDER.index)
     for part in parts:
         for key, value in part.items():
             if key == "items" and "items" in merged and merged["items"] != value:

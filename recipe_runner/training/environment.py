@@ -25,6 +25,10 @@ PACKAGES = (
 )
 
 
+# As it was when the process began: accelerate writes into it, too.
+LAUNCHER_PRECISION = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
 @dataclass(frozen=True)
 class Precision:
     """Precision of a run.
@@ -68,6 +72,10 @@ def choose_precision(recipe: Recipe) -> Precision:
             raise recipe.error("precision-unavailable", f"{machine} does not have {key}", fix, "training", key)
 
     asked = training.get("bf16") is not None or bool(training.get("fp16"))
+    if not asked and LAUNCHER_PRECISION in ("bf16", "fp16"):
+        mixed = {"bf16": LAUNCHER_PRECISION == "bf16", "fp16": LAUNCHER_PRECISION == "fp16"}
+        dtype = recipe.section("model").get("dtype") or ("bfloat16" if mixed["bf16"] and gpu else "float32")
+        return Precision(dtype, **mixed, reason="as the launch configuration says")
     bf16 = bool(training.get("bf16")) if asked else has_bf16
     dtype = recipe.section("model").get("dtype") or ("bfloat16" if has_bf16 and recipe.section("peft") else "float32")
     reason = (

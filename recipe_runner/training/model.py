@@ -203,7 +203,7 @@ def build_empty(recipe: Recipe, model_config: PretrainedConfig) -> Any:
     try:
         with torch.device("meta"):
             if architecture:
-                return architecture._from_config(model_config)
+                return architecture(model_config)  # not _from_config, which with ZeRO-3 wants to fill the weights
             return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
     except ValueError as error:
         raise recipe.error("model-config", first_line(error), "", "model", "name_or_path") from error

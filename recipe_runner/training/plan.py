@@ -8,6 +8,7 @@ from trl import SFTConfig, SFTTrainer
 from recipe_runner.recipe import Recipe
 from recipe_runner.training.environment import describe_device, describe_processes
 from recipe_runner.training.preparation import Prepared
+from recipe_runner.training.processes import describe_launcher
 
 
 def describe_plan(recipe: Recipe, trainer: SFTTrainer, prepared: Prepared, folder: Path) -> str:
@@ -34,6 +35,9 @@ def describe_plan(recipe: Recipe, trainer: SFTTrainer, prepared: Prepared, folde
         f" {config.lr_scheduler_type.value}{unpaged}",
         "precision": str(prepared.precision),
         "device": describe_device(config),
+        "launcher": describe_launcher(),
+        "timeout": f"a process that hangs ends the run after {config.ddp_timeout:,} s (training.ddp_timeout)"
+        * (config.world_size > 1),
         "run folder": str(folder),
     }
     return "\n".join(f"  {key:<11}{text}" for key, text in lines.items() if text)

@@ -1,5 +1,6 @@
 """Everything that a run needs before weights are loaded, the cheapest first."""
 
+import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from recipe_runner.errors import UserError, first_line
 from recipe_runner.problem import Problem, sort_problems
 from recipe_runner.recipe import Recipe
 from recipe_runner.run_folder import hash_weights
-from recipe_runner.training import checks, continuation, environment, model, sources, store
+from recipe_runner.training import checks, continuation, environment, model, processes, sources, store
 from recipe_runner.training.environment import Precision
 from recipe_runner.training.store import PreparedData, PreparedSplit
 
@@ -54,6 +55,7 @@ def prepare(recipe: Recipe, template: str | None = None) -> Prepared:
     Raises:
         UserError: The recipe, the data or the environment is at fault.
     """
+    processes.check_launcher(recipe)
     precision = environment.choose_precision(recipe)
     model.find_model(recipe)
     config = build_config(recipe, precision)
@@ -114,6 +116,9 @@ def build_config(recipe: Recipe, precision: Precision) -> SFTConfig | DPOConfig:
     """
     section, base = recipe.section("training"), recipe.values["model"]
     section.pop("chat_template_path", None)  # set on the tokenizer already
+    if size := recipe.values["run"].get("global_batch_size"):
+        section["gradient_accumulation_steps"] = processes.derive_accumulation(recipe, size)
+    processes.join_processes(section)
     init = {key: base[key] for key in ("revision", "attn_implementation", "use_safetensors") if key in base}
     owned = {
         "output_dir": os.devnull,  # replaced once the run folder exists
@@ -130,11 +135,65 @@ def build_config(recipe: Recipe, precision: Precision) -> SFTConfig | DPOConfig:
         config = CONFIGS[recipe.values["stage"]](**{**section, **owned})
     except (ValueError, ImportError, TypeError) as error:
         raise recipe.error("training-refused", first_line(error), "", "training") from error
+    processes.check_processes(config)
     trackers = get_available_reporting_integrations()
     for tracker in set(config.report_to) - set(trackers):
         known = f"installed trackers: {', '.join(sorted(trackers)) or 'none'}"
         raise recipe.error("tracker-missing", f"'{tracker}' is not installed", known, "training", "report_to")
     return config
+
+
+def check_rows(recipe: Recipe, prepared: Prepared) -> None:
+    """Checks that every process has a row of its own.
+
+    Raises:
+        UserError: There are more processes than rows.
+    """
+    rows, processes = len(prepared.train.dataset), prepared.config.world_size
+    if rows < processes:
+        message = (
+            f"{processes} processes, but {rows} rows to train on (after packing): some would train on repeated rows"
+        )
+        raise recipe.error("too-few-rows", message, "take fewer processes, or more data", "dataset", "train")
+
+
+def check_resumed(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
+    """Checks that a run goes on as it began: on the same rows, in global batches of the same size.
+
+    Returns:
+        What is different and does no harm; empty when nothing is.
+
+    Raises:
+        UserError: The data has changed, or a step would hold another number of rows.
+    """
+    try:
+        before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""  # the run ended before it was written: there is nothing to compare with
+    files, recorded = prepared.data.files, before.get("data_files", {})
+    if changed := [name for name, digest in files.items() if recorded.get(name, digest) != digest]:
+        fix = "take the change back, or start a new run: --resume never"
+        raise recipe.error("data-changed", f"{changed[0]} is not what the run in {folder} began with", fix, "dataset")
+    old, new = before.get("processes"), describe_batches(prepared.config)
+    if not old or old == new:
+        return ""
+    told = f"{old['world_size']} processes and steps of {old['global_batch_size']} rows"
+    now = f"{new['world_size']} and {new['global_batch_size']}"
+    if old["global_batch_size"] != new["global_batch_size"]:
+        fix = f"set run.global_batch_size: {old['global_batch_size']} (and no accumulation), or start a new run"
+        raise recipe.error("world-size-changed", f"the run began with {told}; now {now}", fix, "run")
+    if new["engine"] != old["engine"] or (new["engine"] != "ddp" and new["world_size"] != old["world_size"]):
+        message = f"the run began with {old['engine']} and {told}; now {new['engine']}, {now}: its shards don't fit"
+        raise recipe.error("world-size-changed", message, "launch it as before, or start a new run", "run")
+    return f"Resuming with {now}, begun with {told}: the same steps on the same rows; random numbers (dropout) differ."
+
+
+def describe_batches(config: Any) -> dict[str, Any]:
+    """How a run is spread over processes: what must be the same when it is resumed."""
+    kind = config.distributed_state.distributed_type.value
+    engine = {"DEEPSPEED": "deepspeed", "FSDP": "fsdp"}.get(kind, "ddp")
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return {"world_size": config.world_size, "global_batch_size": per_step * config.world_size, "engine": engine}
 
 
 def describe_run(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
@@ -143,6 +202,7 @@ def describe_run(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     return environment.describe_environment(recipe) | {
         "base_model": {"name_or_path": base, "weights": hash_weights(Path(base)) if Path(base).is_absolute() else None},
         "adapter": {"folder": str(adapter), "weights": hash_weights(adapter)} if adapter else None,
+        "processes": describe_batches(prepared.config),
         "precision": str(prepared.precision),
         "data": {name: asdict(split.accounting) for name, split in prepared.data.splits.items()},
         "dataset_fingerprint": prepared.data.key,

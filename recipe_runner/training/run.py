@@ -1,6 +1,7 @@
 """A run, from top to bottom: the cheapest failure first, then the weights, then training."""
 
 import contextlib
+import re
 import shutil
 import signal
 import sys
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from recipe_runner import run_folder
-from recipe_runner.errors import Interrupted, user_error
+from recipe_runner.errors import Interrupted, first_line, user_error
 from recipe_runner.recipe import Recipe
 from recipe_runner.training import card, plan, preparation, trainers, verify
 
@@ -34,6 +36,9 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
     found = run_folder.find_resumable(recipe, resume)
     prepared = preparation.prepare(recipe)
     config = prepared.config
+    preparation.check_rows(recipe, prepared)
+    if found and (note := preparation.check_resumed(recipe, prepared, found)):
+        _say(config, note)
     for warning in prepared.warnings if config.process_index == 0 else ():
         print(warning, file=sys.stderr)
     folder = agree(run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found)
@@ -46,8 +51,8 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
         trainers.keep_dtypes_on_resume(trainer)
         interruption = _Interruption()
         trainer.add_callback(interruption)
+        trainer.add_callback(_Recorder(folder, config))
         if config.process_index == 0:
-            trainer.add_callback(_Recorder(folder))
             run_folder.write_json(folder / "environment.json", preparation.describe_run(recipe, prepared))
         _say(config, plan.describe_plan(recipe, trainer, prepared, folder))
         _train(trainer, folder, interruption, found is not None)
@@ -60,16 +65,25 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
 
 
 class _Recorder(TrainerCallback):
-    """Appends what the trainer logs to metrics.jsonl, and marks checkpoints that were written whole."""
+    """Appends what the trainer logs to metrics.jsonl, marks checkpoints that are whole, and then deletes old ones.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    A checkpoint is whole once every process has written its part. transformers 5.23 deletes old ones before that can be
+    known, so `save_total_limit` is taken from it: a kill at any moment leaves a whole checkpoint.
+    """
+
+    def __init__(self, folder: Path, config: SFTConfig) -> None:
+        self.folder, self.limit = folder, config.save_total_limit
+        config.save_total_limit = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        run_folder.append_metrics(self.folder, {"step": state.global_step, **(logs or {})})
+        if args.process_index == 0:
+            run_folder.append_metrics(self.folder, {"step": state.global_step, **(logs or {})})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / run_folder.COMPLETE).touch()
+        args.distributed_state.wait_for_everyone()
+        if args.process_index == 0:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / run_folder.COMPLETE).touch()
+            rotate_checkpoints(args.output_dir, self.limit, state.best_model_checkpoint)
 
 
 class _Interruption(TrainerCallback):
@@ -101,6 +115,7 @@ def _train(trainer: SFTTrainer, folder: Path, interruption: _Interruption, resum
     checkpoint = run_folder.last_checkpoint(folder) if resumed else None
     if checkpoint and trainer.is_world_process_zero():
         run_folder.drop_metrics_after(folder, int(checkpoint.name.rpartition("-")[2]))
+        run_folder.drop_half_checkpoints(folder)
     before = {number: signal.signal(number, interruption) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -117,10 +132,15 @@ def _save(trainer: SFTTrainer, recipe: Recipe, folder: Path) -> Path:
     result = folder / ("adapter" if recipe.values.get("peft") else "model")
     trainer.save_model(str(result))
     trainer.accelerator.wait_for_everyone()
+    gathered = verify.gather_sharded(trainer)
     if trainer.is_world_process_zero():
         shutil.rmtree(result / "ref", ignore_errors=True)  # DPO's frozen copy of the adapter it began with
-        verify.verify_saved(trainer, result)
+        verify.verify_saved(trainer, result, gathered)
     return result
+
+
+# What torch 2.13 says when a process of the group does not answer (gloo, NCCL, DeepSpeed over them).
+LOST = re.compile(r"timed? ?out|closed by peer|reset by peer|gloo|NCCL|ProcessGroup", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -138,6 +158,10 @@ def _recorded(folder: Path, config: SFTConfig) -> Iterator[None]:
             raise user_error("out-of-memory", str(error).splitlines()[0], fix) from error
         if isinstance(error, OSError):
             raise user_error("input-output", str(error), "check the disk; --resume continues the run") from error
+        if config.world_size > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
+            what = f"another process died, or hung for {config.ddp_timeout:,} s (training.ddp_timeout)"
+            fix = "its own message says why; --resume continues the run"
+            raise user_error("process-lost", f"{what}: {first_line(error)}", fix) from error
         raise
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from trl import SFTTrainer
 
@@ -12,7 +12,22 @@ from recipe_runner.errors import user_error
 ROWS, TOKENS = 2, 64  # of the training data: enough to go through every adapted layer
 
 
-def verify_saved(trainer: SFTTrainer, folder: Path) -> None:
+def gather_sharded(trainer: SFTTrainer) -> dict[str, torch.Tensor] | None:
+    """What is trained, put together from all processes when it is sharded (ZeRO-3, FSDP); every process has to call it.
+
+    Source: transformers 5.23, Trainer.save_model.
+    """
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+        state = trainer.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapter)
+    elif trainer.is_fsdp_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model)
+    else:
+        return None
+    return state or {}  # the other processes get nothing
+
+
+def verify_saved(trainer: SFTTrainer, folder: Path, gathered: dict[str, torch.Tensor] | None = None) -> None:
     """Compares a saved adapter or model with the one in memory.
 
     An adapter is loaded back as a second adapter of the model in memory, so that it costs no second copy of the base,
@@ -22,10 +37,15 @@ def verify_saved(trainer: SFTTrainer, folder: Path) -> None:
         UserError: They differ.
     """
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(trained, PeftModel):
+    if gathered is not None:
+        adapter = isinstance(trained, PeftModel)
+        difference = _compare_tensors(
+            get_peft_model_state_dict(trained, state_dict=gathered) if adapter else gathered, folder
+        )
+    elif isinstance(trained, PeftModel):
         difference = _compare_logits(trained, trainer, folder)
     else:
-        difference = _compare_tensors(trained, folder)
+        difference = _compare_tensors(trained.state_dict(), folder)
     if difference != 0:  # true for nan, too
         message = f"what was saved in {folder} differs from the trained model (by {difference:g})"
         raise user_error("saved-model-differs", message, "train again; the checkpoints are kept")
@@ -63,9 +83,8 @@ def _compare_logits(trained: PeftModel, trainer: SFTTrainer, folder: Path) -> fl
     return worst
 
 
-def _compare_tensors(trained: torch.nn.Module, folder: Path) -> float:
+def _compare_tensors(state: dict[str, torch.Tensor], folder: Path) -> float:
     """Largest difference between the tensors of the saved files and those in memory; nan when a tensor is missing."""
-    state = trained.state_dict()
     seen: set[str] = set()
     worst = 0.0
     for file in sorted(folder.glob("*.safetensors")):

@@ -1,0 +1,68 @@
+"""`recipe-run RECIPE --accelerate-config F`: starts the processes by accelerate's own launcher, in this process."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from subprocess import CalledProcessError
+
+import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from recipe_runner.errors import user_error
+from recipe_runner.launch import Launch
+
+
+def launch_run(launch: Launch, options: Sequence[str], command: Sequence[str]) -> int:
+    """Starts `command` in every process of a launch, waits, and returns the exit status of the first that failed.
+
+    Args:
+        launch: The launch configuration.
+        options: Further options of `accelerate launch`, which go before the file's.
+        command: Arguments of `recipe-run`.
+
+    Raises:
+        UserError: There are more processes than devices, or their port is taken.
+    """
+    arguments = ["--config_file", launch.name, *options, "--quiet", "--module", "recipe_runner", *command]
+    parsed = launch_command_parser().parse_args(arguments)
+    _check_devices(launch, parsed.num_processes, parsed.num_machines)
+    # Who failed has said why; the launcher's own traceback and table say nothing more.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    sys.argv[0] = sys.executable
+    on_cpu = launch.values.get("use_cpu")
+    processes = parsed.num_processes or launch.values.get("num_processes", 1)
+    threads = max(1, (os.cpu_count() or 1) // processes) if on_cpu else 1  # as torchrun does, but it warns
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    try:
+        launch_command(parsed)
+    except ChildFailedError as error:
+        status = next(iter(error.failures.values())).exitcode
+        return 128 - status if status < 0 else status  # killed by a signal
+    except CalledProcessError as error:
+        return 128 - error.returncode if error.returncode < 0 else error.returncode
+    except SignalException as error:
+        return 128 + signal.Signals(error.sigval)
+    except SystemExit as error:
+        return int(error.code or 0)
+    except ConnectionError as error:
+        raise user_error("port-in-use", str(error).split(". ")[0], "give another one: --main-process-port") from error
+    except ValueError as error:
+        raise user_error("launch-file", str(error).splitlines()[0], "", path=()) from error
+    return 0
+
+
+def _check_devices(launch: Launch, processes: int | None, machines: int | None) -> None:
+    """Each process needs a device of its own: two on one GPU are slower than one, or do not start at all."""
+    values = launch.values
+    if values.get("use_cpu") or values.get("distributed_type", "NO") == "NO":
+        return
+    wanted = int(processes or values.get("num_processes", 1)) // int(machines or values.get("num_machines", 1))
+    devices = torch.cuda.device_count()
+    if wanted > devices:
+        message = f"{launch.name} starts {wanted} processes on this machine, which has {devices} GPUs"
+        fix = f"--num-processes {devices}" if devices > 1 else "take single_gpu" if devices else "take cpu or cpu_2proc"
+        raise user_error("too-many-processes", message, fix)

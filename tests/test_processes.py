@@ -1,0 +1,354 @@
+"""Several processes on one machine: the same training as with one, one voice, and an end when one of them fails."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import HF_HOME, ROOT
+from methods import LORA, NF4
+
+ENVIRONMENT = os.environ | {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": HF_HOME.name,
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
+PAIRS = [{"prompt": f"say {n}", "chosen": f"it is {n}", "rejected": f"no idea, ask again {n}"} for n in range(40)]
+ZERO = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "DEEPSPEED",
+    "num_machines": 1,
+    "num_processes": 2,
+    "machine_rank": 0,
+    "use_cpu": True,
+    "mixed_precision": "no",
+    "main_process_port": 0,
+}
+
+
+def zero(stage):
+    """The shipped configuration of a ZeRO stage, for two processes on a CPU."""
+    shipped = yaml.safe_load((ROOT / "accelerate_configs" / f"deepspeed_zero{stage}.yaml").read_text())
+    return ZERO | {"deepspeed_config": shipped["deepspeed_config"]}
+
+
+LAUNCHES = {
+    "ddp": yaml.safe_load((ROOT / "accelerate_configs" / "cpu_2proc.yaml").read_text()) | {"main_process_port": 0},
+    "zero2": zero(2),
+    "zero3": zero(3),
+}
+
+
+@pytest.fixture
+def launch(write_recipe, tiny_phi3, tmp_path):
+    """Runs a small recipe in processes of its own; returns the finished process and its run folder, if any."""
+
+    def launch(*arguments, launcher=None, stage="sft", training=None, rows=None, name="tiny", start=False, **sections):
+        if stage == "dpo" or rows is not None:
+            (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or PAIRS))
+            form = {"format": "preference"} if stage == "dpo" else {}
+            sections["dataset"] = form | {"train": {"source": "rows.jsonl"}} | sections.get("dataset", {})
+        training = {"max_steps": 4, "logging_steps": 1, "learning_rate": 2e-3, "max_length": 64} | (training or {})
+        sections = {"peft": LORA, "run": {"output_dir": str(tmp_path / "runs"), "global_batch_size": 4}} | sections
+        recipe = write_recipe(name, stage=stage, model={"name_or_path": str(tiny_phi3)}, training=training, **sections)
+        command = [sys.executable, "-m", "recipe_runner", str(recipe), *arguments]
+        if launcher:
+            file = tmp_path / f"{launcher}.yaml"
+            file.write_text(yaml.safe_dump(LAUNCHES[launcher]))
+            command += ["--accelerate-config", str(file)]
+        options = {"cwd": tmp_path, "env": ENVIRONMENT, "text": True}
+        if start:
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        done = subprocess.run(command, capture_output=True, timeout=300, **options)
+        return done, max((tmp_path / "runs" / name).glob("*"), default=None)
+
+    return launch
+
+
+def losses(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("stage", "quantization"),
+    [("sft", None), ("sft", NF4), ("dpo", None), ("dpo", NF4)],
+    ids=["sft-lora", "sft-qlora", "dpo-lora", "dpo-qlora"],
+)
+def test_the_same_training_on_any_number_of_processes(launch, stage, quantization):
+    """Same global batch and seed: per-step losses and adapters of one process, DDP, ZeRO-2 and ZeRO-3 agree."""
+    from safetensors.torch import load_file
+
+    found, adapters = {}, {}
+    for launcher in (None, *LAUNCHES):
+        done, folder = launch(launcher=launcher, stage=stage, quantization=quantization, name=f"on_{launcher}")
+        assert done.returncode == 0, done.stderr
+        assert f"of 4 rows: 2 per device x {1 if launcher else 2} accumulated x" in done.stdout
+        found[launcher] = losses(folder)
+        adapters[launcher] = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert json.loads((folder / "status.json").read_text())["status"] == "completed"
+        assert done.stdout.count("run folder") == 1
+    for launcher in LAUNCHES:
+        assert found[launcher] == pytest.approx(found[None], rel=1e-3), launcher
+        assert adapters[launcher].keys() == adapters[None].keys()
+        for name, tensor in adapters[None].items():
+            assert float((tensor.float() - adapters[launcher][name].float()).abs().max()) < 2e-3, (launcher, name)
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+def workers(process):
+    """Processes of a launch that run the recipe, by rank."""
+    import psutil
+
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "recipe_runner" in child.cmdline():
+                found[int(child.environ().get("RANK", -1))] = child
+        except psutil.Error:
+            continue  # it has just ended
+    return found
+
+
+def begun(tmp_path, steps=2):
+    return lambda: [
+        file for file in tmp_path.glob("runs/*/*/metrics.jsonl") if file.read_text().count('"loss"') >= steps
+    ]
+
+
+@pytest.fixture
+def long_run(launch, tmp_path):
+    """A run on two processes that goes on until it is stopped; nothing of it is left behind."""
+    started = []
+
+    def long_run(**training):
+        process = launch(launcher="ddp", start=True, training={"max_steps": 100_000, **training})
+        started.append(process)
+        (metrics,) = wait_for(begun(tmp_path))
+        return process, workers(process), metrics.parent
+
+    yield long_run
+    for process in started:
+        process.kill()
+
+
+def ended(process, ranks, seconds):
+    _, err = process.communicate(timeout=seconds)
+    wait_for(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks.values()), 30)
+    assert "Traceback" not in err
+    return err
+
+
+def test_sigterm_to_a_launch_leaves_a_checkpoint_and_143(long_run, launch):
+    process, ranks, folder = long_run()
+    process.send_signal(signal.SIGTERM)
+    err = ended(process, ranks, 60)
+    assert process.returncode == 143, err
+    assert err.count("continue with: --resume") == 1
+    status = json.loads((folder / "status.json").read_text())
+    assert status["status"] == "interrupted"
+    assert (Path(status["checkpoint"]) / "complete").is_file()
+
+
+def test_a_rank_that_dies_ends_the_run(long_run):
+    process, ranks, folder = long_run()
+    ranks[1].kill()
+    err = ended(process, ranks, 60)
+    assert process.returncode == 128 + signal.SIGKILL or process.returncode == 1, err
+    assert json.loads((folder / "status.json").read_text())["status"] != "completed"
+
+
+def test_a_rank_that_hangs_ends_the_run_in_the_stated_time(long_run):
+    process, ranks, folder = long_run(ddp_timeout=8)
+    ranks[1].suspend()
+    began = time.monotonic()
+    err = ended(process, ranks, 100)
+    assert time.monotonic() - began < 60  # the launcher gives a process 30 seconds to end by itself
+    assert process.returncode == 1
+    assert "error[process-lost] another process died, or hung for 8 s (training.ddp_timeout)" in err
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+
+
+def test_what_is_wrong_is_said_once_by_a_launch(launch):
+    done, folder = launch(launcher="ddp", rows=[{"instruction": "a", "output": "b"}])
+    assert done.returncode == 1
+    assert done.stderr.count("error[too-few-rows]") == 1
+    assert "2 processes, but 1 rows" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert folder is None
+    done, _ = launch(launcher="ddp", run={"global_batch_size": 6, "output_dir": "runs"})
+    assert done.returncode == 1
+    assert done.stderr.count("error[global-batch-size]") == 1
+    assert "6 rows can't be shared evenly by 2 processes of 2 rows each" in done.stderr
+
+
+def test_a_port_that_is_taken(launch, tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        options = ["--num-machines", "2", "--main-process-ip", "127.0.0.1", "--main-process-port"]
+        done, _ = launch(*options, str(taken.getsockname()[1]), launcher="ddp")
+    assert done.returncode == 1
+    assert "error[port-in-use]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def interrupted(folder, step):
+    """Makes a completed run look like one that was killed after a checkpoint."""
+    for path in [folder / "adapter", *(folder / "checkpoints").glob("checkpoint-*")]:
+        if path.name != f"checkpoint-{step}":
+            shutil.rmtree(path)
+    (folder / "status.json").write_text('{"status": "running"}')
+
+
+def test_resuming_on_more_processes_takes_the_same_steps_or_is_refused(launch, tmp_path):
+    training = {"max_steps": 6, "save_steps": 3}
+    _, folder = launch(training=training)
+    whole = losses(folder)
+    interrupted(folder, 3)
+    done, again = launch("--resume", "auto", launcher="ddp", training=training)
+    assert done.returncode == 0, done.stderr
+    assert again == folder
+    assert "Resuming with 2 and 4, begun with 1 processes and steps of 4 rows" in done.stdout
+    assert losses(folder) == pytest.approx(whole, rel=1e-3)
+
+    plain = {"run": {"output_dir": str(tmp_path / "runs")}, "name": "plain"}
+    _, folder = launch(training=training, **plain)
+    interrupted(folder, 3)
+    done, _ = launch("--resume", "auto", launcher="ddp", training=training, **plain)
+    assert done.returncode == 1
+    assert "error[world-size-changed]" in done.stderr
+    assert "set run.global_batch_size: 2" in done.stderr
+
+
+def test_resuming_on_changed_data_is_refused(launch, tmp_path):
+    rows = [{"instruction": f"say {n}", "output": f"it is {n}"} for n in range(40)]
+    training = {"max_steps": 4, "save_steps": 2}
+    _, folder = launch(rows=rows, training=training)
+    interrupted(folder, 2)
+    done, _ = launch("--resume", "auto", rows=[*rows, rows[0]], training=training)
+    assert done.returncode == 1
+    assert f"error[data-changed] dataset: {tmp_path / 'rows.jsonl'} is not what the run in" in done.stderr
+
+
+def progressed(tmp_path, step):
+    """The metrics of the run that is killed, once it has gone beyond a step."""
+    files = list(tmp_path.glob("runs/killed/*/metrics.jsonl"))
+    return [file for file in files if f'"step": {step + 1},' in file.read_text()]
+
+
+def test_killed_at_random_moments_the_run_loses_nothing(launch, tmp_path, report_figure):
+    """Ten times SIGKILL, at seeded moments of training and saving: the losses are those of an uninterrupted run."""
+    import torch
+    from safetensors.torch import load_file
+
+    training = {"max_steps": 150, "save_steps": 2, "save_total_limit": 1, "learning_rate": 1e-3}
+    sections = {
+        "training": training,
+        "peft": LORA | {"lora_dropout": 0.1},
+        "run": {"output_dir": str(tmp_path / "runs")},
+    }
+    done, whole = launch(name="whole", **sections)
+    assert done.returncode == 0, done.stderr
+    chance, kills, reached = random.Random(0), 0, []
+    while kills < 10:
+        process = launch("--resume", "auto", name="killed", start=True, **sections)
+        resumed = max(reached, default=0)
+        (metrics,) = wait_for(lambda n=resumed: progressed(tmp_path, n))
+        time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        kills += 1
+        folder = metrics.parent
+        complete = list(folder.glob("checkpoints/*/complete"))
+        assert complete or not reached, "the only good checkpoint is gone"
+        reached += [int(marker.parent.name.rpartition("-")[2]) for marker in complete]
+        for marker in complete:
+            assert load_file(marker.parent / "adapter_model.safetensors")
+            assert torch.load(marker.parent / "optimizer.pt", weights_only=True)
+            assert json.loads((marker.parent / "trainer_state.json").read_text())["global_step"]
+    done, folder = launch("--resume", "auto", name="killed", **sections)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == losses(whole)
+    assert len(losses(whole)) == 150
+    report_figure(f"{kills} SIGKILLs in 150 steps: the same losses, bit for bit")
+
+
+def test_a_pipeline_on_two_processes(launch, tmp_path, write_recipe, tiny_phi3):
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"a page {n} about it"}) + "\n" for n in range(60))
+    )
+    same = {"model": {"name_or_path": str(tiny_phi3)}, "peft": LORA}
+    training = {"max_steps": 2, "max_length": 32, "logging_steps": 1, "per_device_train_batch_size": 1}
+    write_recipe(
+        "one",
+        stage="pretrain",
+        dataset={"format": "text", "train": {"source": "text.jsonl"}},
+        training=training,
+        **same,
+    )
+    write_recipe("two", training=training, **same)
+    recipe = {"schema_version": 1, "name": "chain", "stage": "pipeline", "stages": ["one.yaml", "two.yaml"]}
+    (tmp_path / "chain.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "ddp.yaml").write_text(yaml.safe_dump(LAUNCHES["ddp"]))
+    command = [sys.executable, "-m", "recipe_runner", "chain.yaml", "--accelerate-config", "ddp.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / "chain").iterdir()
+    assert [stage["status"] for stage in json.loads((folder / "status.json").read_text())["stages"]] == [
+        "completed"
+    ] * 2
+    assert done.stdout.count("2 processes") == 2
+    assert len(list(folder.glob("[12]/*/*"))) == 2
+
+
+def test_fsdp2_configuration_is_what_accelerate_builds_from_our_file(monkeypatch):
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    for name in ("fsdp2", "fsdp2_qlora", "multi_node_fsdp2"):
+        options = ["--config_file", str(ROOT / "accelerate_configs" / f"{name}.yaml"), "--main_process_port", "0"]
+        options += ["--main_process_ip", "10.0.0.1", "--machine_rank", "1", "x.py"]
+        arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(options))
+        for key, value in prepare_multi_gpu_env(arguments).items():
+            if key.startswith(("FSDP_", "ACCELERATE_")):
+                monkeypatch.setenv(key, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2
+        assert plugin.reshard_after_forward is True
+        assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
+        assert plugin.activation_checkpointing is False
+        assert plugin.cpu_ram_efficient_loading is True
+
+
+def test_an_adapter_trains_the_same_when_torch_shards_the_model(tiny_phi3, tmp_path):
+    """FSDP2 itself, on gloo: the losses of one process, with half of the weights on each of two."""
+    found = {}
+    for count in (1, 2):
+        result = tmp_path / f"{count}.json"
+        command = f"torchrun --standalone --nproc-per-node {count} {ROOT}/tests/fsdp2_worker.py {tiny_phi3} {result}"
+        done = subprocess.run(command.split(), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        found[count] = json.loads(result.read_text())
+    assert found[2]["losses"] == pytest.approx(found[1]["losses"], rel=1e-4)
+    assert found[1]["losses"][-1] < found[1]["losses"][0]
+    assert found[2]["share"] == pytest.approx(0.5, abs=0.02)
