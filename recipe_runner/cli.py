@@ -342,7 +342,8 @@ def main() -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except Interrupted as error:
-        click.echo(error, err=True)
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(error, err=True)
         sys.exit(error.status)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)

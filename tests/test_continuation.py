@@ -100,6 +100,12 @@ def test_a_resumed_dpo_from_an_adapter_equals_an_uninterrupted_one(stage, tmp_pa
     assert [entry["loss"] for entry in steps(broken)] == [entry["loss"] for entry in steps(whole)]
 
 
+def test_an_adapter_on_the_hub_that_is_not_there(stage):
+    result, _ = stage("dpo", adapter="nobody/no-such-adapter")
+    assert result.status == 1
+    assert "error[hub-unreachable] model.adapter: adapter nobody/no-such-adapter: not in the local cache" in result.err
+
+
 def test_what_peft_leaves_out_comes_from_the_adapter(stage):
     _, sft = stage("sft")
     result, folder = stage("dpo", adapter=sft, peft={"method": "lora"})

@@ -32,7 +32,7 @@ def overrides(tiny_phi3, tmp_path):
 
     def overrides(kind):
         file = tmp_path / f"{kind}.jsonl"
-        file.write_text("".join(json.dumps(rows[kind]) + "\n" for _ in range(40)))
+        file.write_text("".join(json.dumps(rows[kind]) + "\n" for _ in range(400 if kind == "text" else 40)))
         source = f"{{source: {file}}}"
         return (
             f"--set model.name_or_path={tiny_phi3} --set 'dataset.train={source}' --set 'dataset.eval={source}' "
@@ -74,6 +74,32 @@ def test_other_commands_from_the_repository_root(command, overrides, tmp_path):
 def test_no_python_launch_from_anywhere(overrides, tmp_path):
     command = f"accelerate launch --no_python recipe-run phi3_text_qlora {overrides('text')}"
     completed(sh(command, tmp_path), tmp_path, "phi3_text_qlora")
+
+
+def test_a_configuration_of_the_machine_that_nobody_named_is_told(overrides, tmp_path):
+    home = tmp_path / "home"
+    (home / "accelerate").mkdir(parents=True)
+    text = (ROOT / "accelerate_configs" / "cpu.yaml").read_text()
+    (home / "accelerate" / "default_config.yaml").write_text(text)
+    command = f"recipe-run recipes/phi3_text_qlora.yaml {overrides('text')}"
+    result = sh(f"accelerate launch {command}", ROOT, HF_HOME=str(home))
+    assert f"{home}/accelerate/default_config.yaml: warning[default-launch-config]" in result.stderr
+    assert f"launcher   accelerate, with this machine's own configuration: {home}" in result.stdout
+    named = sh(f"accelerate launch --config_file accelerate_configs/cpu.yaml {command}", ROOT, HF_HOME=str(home))
+    assert "default-launch-config" not in named.stderr
+    assert "launcher   accelerate, accelerate_configs/cpu.yaml" in named.stdout
+
+
+def test_the_shipped_pipeline_runs_as_it_is_on_a_tiny_model(tiny_phi3, tmp_path):
+    command = f"recipe-run smollm2_desk_pipeline --set model.name_or_path={tiny_phi3} --output-dir {tmp_path / 'runs'}"
+    result = sh(command, ROOT)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs" / "smollm2_desk_pipeline").iterdir()
+    report = (folder / "README.md").read_text()
+    assert "held-out pairs ranked right" in report
+    assert [stage["status"] for stage in json.loads((folder / "status.json").read_text())["stages"]] == [
+        "completed"
+    ] * 3
 
 
 def test_two_processes_train_one_run(overrides, tmp_path):

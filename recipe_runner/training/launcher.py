@@ -33,6 +33,8 @@ def launch_run(launch: Launch, options: Sequence[str], command: Sequence[str]) -
     # Who failed has said why; the launcher's own traceback and table say nothing more.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     sys.argv[0] = sys.executable
+    # A signal reaches the processes through here; torch kills them 30 seconds later, in the middle of a long step.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")
     on_cpu = launch.values.get("use_cpu")
     processes = parsed.num_processes or launch.values.get("num_processes", 1)
     threads = max(1, (os.cpu_count() or 1) // processes) if on_cpu else 1  # as torchrun does, but it warns

@@ -73,6 +73,8 @@ def prepare(recipe: Recipe, template: str | None = None) -> Prepared:
     data = store.prepare_data(recipe, opened, tokenizer, config)
     problems = find_data_problems(recipe, tokenizer, data)
     raise_errors(problems)
+    if warning := processes.find_default_config():
+        problems.append(warning)
     return Prepared(config, precision, tokenizer, adapter, peft_config, data, tuple(problems))
 
 

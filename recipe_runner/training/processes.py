@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import TrainingArguments
 
 from recipe_runner.errors import UserError, first_line, user_error
 from recipe_runner.launch import check_launch, launch_from_environment
+from recipe_runner.problem import Mark, Problem, as_warning
 from recipe_runner.recipe import Recipe
 
 
@@ -81,34 +83,56 @@ def derive_accumulation(recipe: Recipe, size: int) -> int:
     device = recipe.values["training"].get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if size % (device * processes):
-        message = (
-            f"{size} rows can't be shared by {processes} processes of {device} rows each: {size} / {device * processes}"
-        )
+        message = f"{size} rows can't be shared evenly by {processes} processes of {device} rows each"
         fix = "lower training.per_device_train_batch_size, or change the number of processes"
         raise recipe.error("global-batch-size", message, fix, "run", "global_batch_size")
     return size // (device * processes)
 
 
-def describe_launcher() -> str:
-    """What started this process, and with which configuration file: read from the command line of its parents."""
+def find_launcher() -> tuple[str, str]:
+    """What started this process, and its configuration file: read from the command lines of the parents.
+
+    Returns:
+        `accelerate`, `torchrun` or an empty string; and the file, empty when none was given.
+    """
     for parent in psutil.Process().parents():
         try:
             words = parent.cmdline()
         except psutil.Error:
             break  # not ours to look at
-        names = [Path(word).name for word in words]
-        if (
-            "accelerate" in names
-            or "accelerate.commands.launch" in words
-            or any("--accelerate-config" in w for w in words)
-        ):
-            for flag in ("--config_file", "--config-file", "--accelerate-config"):
-                for place, word in enumerate(words):
-                    if word == flag or word.startswith(f"{flag}="):
-                        return f"accelerate, {word.partition('=')[2] or words[place + 1]}"
-            if Path(default_config_file).is_file():
-                return f"accelerate, with this machine's own configuration: {default_config_file}"
-            return "accelerate, without a configuration file"
-        if "torchrun" in names or "torch.distributed.run" in words:
-            return "torchrun"
-    return "none: one process"
+        file = next((_value_of(word, following) for word, following in pairwise([*words, ""]) if _names_file(word)), "")
+        names = {Path(word).name for word in words}
+        if file or names & {"accelerate", "accelerate.commands.launch"}:
+            return "accelerate", file
+        if names & {"torchrun", "torch.distributed.run"}:
+            return "torchrun", ""
+    return "", ""
+
+
+def _names_file(word: str) -> bool:
+    return word.partition("=")[0] in ("--config_file", "--config-file", "--accelerate-config")
+
+
+def _value_of(word: str, following: str) -> str:
+    return word.partition("=")[2] or following
+
+
+def describe_launcher() -> str:
+    """The launcher and its configuration, in a few words; empty without one."""
+    launcher, file = find_launcher()
+    if launcher == "accelerate" and not file and Path(default_config_file).is_file():
+        return f"accelerate, with this machine's own configuration: {default_config_file}"
+    return f"{launcher}, {file}" if file else launcher
+
+
+def find_default_config() -> Problem | None:
+    """A warning when accelerate's configuration of this machine decides on the run, unasked.
+
+    Source: accelerate 1.15, commands/launch.py, _validate_launch_command.
+    """
+    launcher, file = find_launcher()
+    if launcher != "accelerate" or file or not Path(default_config_file).is_file():
+        return None
+    message = "accelerate was given no configuration: this machine's own decides on processes, devices and precision"
+    fix = "name one: accelerate launch --config_file FILE"
+    return as_warning(Problem("default-launch-config", message, Mark(default_config_file), suggestion=fix))

@@ -49,7 +49,7 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
         trainer = trainers.build_trainer(recipe, prepared)
         trainers.stop_on_non_finite(trainer, folder)
         trainers.keep_dtypes_on_resume(trainer)
-        interruption = _Interruption()
+        interruption = _Interruption(speaks=config.process_index == 0)
         trainer.add_callback(interruption)
         trainer.add_callback(_Recorder(folder, config))
         if config.process_index == 0:
@@ -89,17 +89,16 @@ class _Recorder(TrainerCallback):
 class _Interruption(TrainerCallback):
     """The first SIGINT (Ctrl-C) or SIGTERM ends the step, saves a checkpoint and stops; the second stops at once."""
 
-    def __init__(self) -> None:
-        self.requested, self.number = False, signal.SIGINT
+    def __init__(self, speaks: bool) -> None:
+        self.requested, self.number, self.speaks = False, signal.SIGINT, speaks
 
     def __call__(self, number: int, frame: Any) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested, self.number = True, signal.Signals(number)
-        print(
-            "\nInterrupted: finishing this step and saving a checkpoint (Ctrl-C again to stop at once).",
-            file=sys.stderr,
-        )
+        if self.speaks:
+            told = "Interrupted: finishing this step and saving a checkpoint (Ctrl-C again to stop at once)."
+            print(f"\n{told}", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         requested = torch.tensor(self.requested, device=args.device)
