@@ -291,7 +291,7 @@ def saves_nothing(launch: Launch, recipe: Values) -> Found:
 
 
 def one_process_only(launch: Launch, recipe: Values) -> Found:
-    """Accelerate 1.15 starts one process for MULTI_CPU unless MPI does it: each would train alone."""
+    """Processes that would train alone, or unsharded. Source: accelerate 1.15, commands/launch.py and state.py."""
     values = launch.values
     count = values.get("num_processes", 1)
     if values.get("distributed_type") in ("MULTI_CPU", "NO") and not values.get("mpirun_config") and count > 1:
