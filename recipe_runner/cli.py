@@ -90,7 +90,10 @@ def train(
     if given and launch_file is None:
         raise click.UsageError(f"{given[0].partition('=')[0].replace('_', '-')} goes with --accelerate-config")
     if launch_file is not None:
-        _launch_processes(resolved, launch_file, given, recipe, overrides, resume)
+        from recipe_runner.commands import start_processes
+
+        sets = [part for override in overrides for part in ("--set", override)]
+        sys.exit(start_processes(resolved, launch_file, given, ["train", recipe, *sets, "--resume", resume]))
     if resolved.stages:
         from recipe_runner.training.pipeline import run_pipeline
 
@@ -99,26 +102,6 @@ def train(
     from recipe_runner.training.run import run_recipe
 
     run_recipe(resolved, resume)
-
-
-def _launch_processes(
-    resolved: Recipe, launch_file: str, options: list[str], recipe: str, overrides: tuple[str, ...], resume: str
-) -> NoReturn:
-    """Checks the launch configuration against the recipe, and starts this command in each of its processes."""
-    from recipe_runner.launch import check_launch, find_launch, read_launch
-
-    launch = read_launch(find_launch(launch_file))
-    problems = [found for stage in resolved.stages or (resolved,) for found in check_launch(launch, stage.values)]
-    problems = list(dict.fromkeys(problems))
-    for problem in problems:
-        if problem.severity == "warning":
-            click.echo(problem, err=True)
-    if errors := [problem for problem in problems if problem.severity == "error"]:
-        raise UserError(errors)
-    from recipe_runner.training.launcher import launch_run
-
-    sets = [part for override in overrides for part in ("--set", override)]
-    sys.exit(launch_run(launch, options, ["train", recipe, *sets, "--resume", resume]))
 
 
 def _load_to_run(recipe: str, overrides: tuple[str, ...]) -> Recipe:
@@ -154,47 +137,10 @@ def validate(
     paths: tuple[str, ...], overrides: tuple[str, ...], form: str, strict: bool, fix: bool, launch_file: str | None
 ) -> None:
     """Check recipes: files, folders or names of shipped recipes. More about a problem: `recipe-run explain CODE`."""
-    from recipe_runner.library import collect_recipes
-    from recipe_runner.resolve import examine_recipe
+    from recipe_runner.commands import check_recipes
 
-    count, problems, launch = 0, [], None
-    if launch_file is not None:
-        from recipe_runner.launch import check_launch, find_launch, read_launch
-
-        try:
-            launch = read_launch(find_launch(launch_file))
-        except UserError as error:
-            problems += error.problems
-    for path in paths:
-        try:
-            files = collect_recipes(path)
-        except UserError as error:
-            problems += error.problems
-            continue
-        count += len(files)
-        for file in files:
-            checked, found = examine_recipe(file, overrides)
-            if launch and checked:
-                stages = checked.stages or (checked,)
-                found = [*found, *(one for stage in stages for one in check_launch(launch, stage.values))]
-            if fix and found:
-                from recipe_runner.fix import fix_file
-
-                if difference := fix_file(file, found):
-                    click.echo(difference, nl=False, err=form != "text")
-                    found = examine_recipe(file, overrides)[1]
-            problems += found
-    problems = list(dict.fromkeys(problems))  # a recipe may be looked at twice: by itself, and as a pipeline's stage
-    if problems or form in ("json", "sarif"):
-        from recipe_runner.report import FORMATS
-
-        click.echo(FORMATS[form](problems), color=_colour())
-    errors = sum(problem.severity == "error" for problem in problems)
-    if form in ("text", "github"):
-        counts = f"{count} recipe{'s' * (count != 1)}, {errors} error{'s' * (errors != 1)}"
-        warnings = len(problems) - errors
-        click.echo(f"{counts}, {warnings} warning{'s' * (warnings != 1)}", err=bool(errors))
-    if errors or (strict and problems):
+    errors, warnings = check_recipes(paths, overrides, launch_file, form, fix, _colour())
+    if errors or (strict and warnings):
         sys.exit(EXIT_USER_ERROR)
 
 
@@ -202,23 +148,9 @@ def validate(
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def list_(form: str) -> None:
     """List the shipped recipes."""
-    from recipe_runner.library import shipped_recipes
-    from recipe_runner.resolve import load_recipe
+    from recipe_runner.commands import list_recipes
 
-    rows: list[dict[str, Any]] = []
-    for file in shipped_recipes():
-        recipe = load_recipe(str(file))
-        values, first = recipe.values, (recipe.stages or (recipe,))[0].values
-        rows.append(
-            {key: values.get(key) for key in ("name", "stage", "description")}
-            | {"model": first["model"]["name_or_path"], "file": str(file)}
-        )
-    if form == "json":
-        click.echo(json.dumps(rows, indent=2))
-        return
-    names, stages = (max(len(row[key]) for row in rows) for key in ("name", "stage"))
-    for row in rows:
-        click.echo(f"{row['name']:<{names}}  {row['stage']:<{stages}}  {row['description']}")
+    click.echo(list_recipes(form))
 
 
 @cli.command()

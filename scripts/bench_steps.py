@@ -73,14 +73,7 @@ def measure(side: str, options: argparse.Namespace) -> tuple[list[float], list[f
             command = ["-m", "recipe_runner", str(write_recipe(options.stage, options.steps, folder))]
         launcher = [sys.executable]
         if options.processes > 1:
-            launcher += [
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node",
-                str(options.processes),
-                "--master-port",
-                "0",
-            ]
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
         threads = str(max(1, (os.cpu_count() or 1) // options.processes))
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": threads}
         answer = subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, cwd=ROOT)

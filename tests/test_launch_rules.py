@@ -8,7 +8,8 @@ import yaml
 from conftest import ROOT
 
 from recipe_runner.errors import UserError
-from recipe_runner.launch import RULES, check_launch, launch_from_environment, read_launch
+from recipe_runner.launch import launch_from_environment, read_launch
+from recipe_runner.launch_rules import RULES, check_launch
 from recipe_runner.resolve import load_recipe
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

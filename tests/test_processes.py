@@ -181,6 +181,26 @@ def test_sigterm_to_a_launch_leaves_a_checkpoint_and_143(long_run, launch):
     assert (Path(status["checkpoint"]) / "complete").is_file()
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_launcher_and_processes_alike_is_one_signal(long_run, number, status):
+    """Ctrl-C reaches all of them, and so does the scheduler's SIGTERM; the launcher then passes it on once more."""
+    process, ranks, folder = long_run()
+    for one in (process, *ranks.values()):
+        one.send_signal(number)
+    err = ended(process, ranks, 60)
+    assert process.returncode == status, err
+    assert (Path(json.loads((folder / "status.json").read_text())["checkpoint"]) / "complete").is_file()
+
+
+def test_one_process_is_launched_without_a_go_between(launch, tmp_path):
+    (tmp_path / "cpu.yaml").write_text((ROOT / "accelerate_configs" / "cpu.yaml").read_text())
+    process = launch("--accelerate-config", "cpu.yaml", start=True, training={"max_steps": 100_000})
+    wait_for(begun(tmp_path))
+    assert workers(process) == {}
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+
+
 def test_a_rank_that_dies_ends_the_run(long_run):
     process, ranks, folder = long_run()
     ranks[1].kill()

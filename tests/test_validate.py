@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe_runner import launch, rules
+from recipe_runner import launch_rules, rules
 from recipe_runner.library import shipped_recipes
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -113,14 +113,14 @@ def test_every_code_is_documented_and_every_documented_code_exists():
     rows = re.findall(r"^\| `(\S+)` \| (.+) \| (.+) \|$", (root / "docs" / "errors.md").read_text(), flags=re.MULTILINE)
     documented = {code for code, meaning, fix in rows if len(meaning) > 10 and len(fix) > 5} - {"bug"}
     raised = set(re.findall(r'(?:error|problem|Problem|fail)\(\s*"([a-z]+(?:-[a-z0-9]+)+)"', source))
-    raised |= set(rules.RULES) | set(launch.RULES) | set(re.findall(r'"x-code": "([a-z-]+)"', source))
+    raised |= set(rules.RULES) | set(launch_rules.RULES) | set(re.findall(r'"x-code": "([a-z-]+)"', source))
     assert len(raised) > 50
     assert raised <= documented
     assert all(f'"{code}"' in source for code in documented)
     assert len(rows) == len({code for code, *_ in rows})
     warnings = {code for code, meaning, _ in rows if meaning.startswith("warning: ")}
     others = {"name-differs", "special-tokens-in-data", "many-truncated", "default-launch-config"}
-    assert warnings == rules.WARNINGS | launch.WARNINGS | others
+    assert warnings == rules.WARNINGS | launch_rules.WARNINGS | others
 
 
 ODD = [

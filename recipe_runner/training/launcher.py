@@ -4,11 +4,13 @@ import logging
 import os
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from subprocess import CalledProcessError
+from typing import NoReturn
 
 import torch
-from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -27,7 +29,7 @@ def launch_run(launch: Launch, options: Sequence[str], command: Sequence[str]) -
     Raises:
         UserError: There are more processes than devices, or their port is taken.
     """
-    arguments = ["--config_file", launch.name, *options, "--quiet", "--module", "recipe_runner", *command]
+    arguments = ["--config_file", launch.name, *options, "--module", "recipe_runner", *command]
     parsed = launch_command_parser().parse_args(arguments)
     _check_devices(launch, parsed.num_processes, parsed.num_machines)
     # Who failed has said why; the launcher's own traceback and table say nothing more.
@@ -39,13 +41,13 @@ def launch_run(launch: Launch, options: Sequence[str], command: Sequence[str]) -
     processes = parsed.num_processes or launch.values.get("num_processes", 1)
     threads = max(1, (os.cpu_count() or 1) // processes) if on_cpu else 1  # as torchrun does, but it warns
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if launch.values.get("distributed_type", "NO") == "NO":
+        _become(parsed)
     try:
         launch_command(parsed)
     except ChildFailedError as error:
         status = next(iter(error.failures.values())).exitcode
         return 128 - status if status < 0 else status  # killed by a signal
-    except CalledProcessError as error:
-        return 128 - error.returncode if error.returncode < 0 else error.returncode
     except SignalException as error:
         return 128 + signal.Signals(error.sigval)
     except SystemExit as error:
@@ -55,6 +57,13 @@ def launch_run(launch: Launch, options: Sequence[str], command: Sequence[str]) -
     except ValueError as error:
         raise user_error("launch-file", str(error).splitlines()[0], "", path=()) from error
     return 0
+
+
+def _become(parsed: Namespace) -> NoReturn:
+    """Turns this process into the one that accelerate would start: signals and exit status need no go-between."""
+    command, environment = prepare_simple_launcher_cmd_env(_validate_launch_command(parsed)[0])
+    sys.stdout.flush()
+    os.execvpe(command[0], command, environment)
 
 
 def _check_devices(launch: Launch, processes: int | None, machines: int | None) -> None:

@@ -12,7 +12,8 @@ from accelerate.commands.config.config_args import default_config_file
 from transformers import TrainingArguments
 
 from recipe_runner.errors import UserError, first_line, user_error
-from recipe_runner.launch import check_launch, launch_from_environment
+from recipe_runner.launch import launch_from_environment
+from recipe_runner.launch_rules import check_launch
 from recipe_runner.problem import Mark, Problem, as_warning
 from recipe_runner.recipe import Recipe
 

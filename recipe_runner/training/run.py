@@ -1,10 +1,12 @@
 """A run, from top to bottom: the cheapest failure first, then the weights, then training."""
 
 import contextlib
+import os
 import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,16 +88,24 @@ class _Recorder(TrainerCallback):
             rotate_checkpoints(args.output_dir, self.limit, state.best_model_checkpoint)
 
 
+ECHO_SECONDS = 5  # a launcher passes a signal on within about a second
+
+
 class _Interruption(TrainerCallback):
-    """The first SIGINT (Ctrl-C) or SIGTERM ends the step, saves a checkpoint and stops; the second stops at once."""
+    """The first SIGINT (Ctrl-C) or SIGTERM ends the step, saves a checkpoint and stops; the second stops at once.
+
+    Under a launcher the first one comes twice: from whoever sent it to all processes, and from the launcher.
+    """
 
     def __init__(self, speaks: bool) -> None:
-        self.requested, self.number, self.speaks = False, signal.SIGINT, speaks
+        self.requested, self.number, self.speaks, self.since = False, signal.SIGINT, speaks, 0.0
 
     def __call__(self, number: int, frame: Any) -> None:
         if self.requested:
+            if "LOCAL_RANK" in os.environ and time.monotonic() - self.since < ECHO_SECONDS:
+                return
             raise KeyboardInterrupt
-        self.requested, self.number = True, signal.Signals(number)
+        self.requested, self.number, self.since = True, signal.Signals(number), time.monotonic()
         if self.speaks:
             told = "Interrupted: finishing this step and saving a checkpoint (Ctrl-C again to stop at once)."
             print(f"\n{told}", file=sys.stderr)
