@@ -1,12 +1,14 @@
 """Launch configurations: read strictly, and checked against a recipe, from a file and from the environment."""
 
 import json
-from pathlib import Path
+import os
+import subprocess
 
 import pytest
 import yaml
 from conftest import ROOT
 
+from recipe_runner.cli import cli
 from recipe_runner.errors import UserError
 from recipe_runner.launch import launch_from_environment, read_launch
 from recipe_runner.launch_rules import RULES, check_launch
@@ -192,8 +194,50 @@ def test_more_processes_than_devices(run_cli, monkeypatch):
     assert "starts 4 processes on this machine, which has 2 GPUs; --num-processes 2" in err
 
 
-@pytest.mark.parametrize("stage", ["slurm.sbatch", "skypilot.yaml"])
-def test_examples_name_what_there_is(stage):
-    text = (Path(ROOT) / "examples" / stage).read_text()
-    assert "multi_node_" in text
-    assert "phi3_chat_qlora" in text
+STUBS = {
+    "srun": 'shift; exec env SLURM_NODEID=1 "$@"',
+    "scontrol": '[ "$1" = show ] && printf "node-a\\nnode-b\\n" || echo "$@" > "$OUT/scontrol"',
+    "recipe-run": 'printf "%s\\n" "$@" > "$OUT/arguments"; exit "$STATUS"',
+}
+
+
+def run_script(command, tmp_path, status, **environment):
+    """Runs an example with stubs for the scheduler and for us; returns its exit status and what we would be told."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    for name, text in STUBS.items():
+        stub = tmp_path / "bin" / name
+        stub.write_text(f"#!/bin/bash\n{text}\n")
+        stub.chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment |= {"PATH": path, "OUT": str(tmp_path), "STATUS": str(status)}
+    done = subprocess.run(["bash", *command], env=os.environ | environment, capture_output=True, text=True)
+    assert not done.stderr
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    cli.commands["train"].make_context("train", [*arguments])  # exits if it is not what we understand
+    return done.returncode, arguments
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (143, True)])
+def test_the_slurm_job_starts_each_machine_and_is_requeued_when_it_was_interrupted(tmp_path, status, requeued):
+    job = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": "77", "SLURM_NNODES": "2"}
+    found, arguments = run_script([ROOT / "examples" / "slurm.sbatch"], tmp_path, status, **job)
+    assert found == status
+    assert (tmp_path / "scontrol").exists() == requeued
+    assert arguments[:5] == ["phi3_chat_qlora", "--resume", "auto", "--accelerate-config", "multi_node_zero3"]
+    options = dict(zip(arguments[5::2], arguments[6::2], strict=True))
+    assert options == {
+        "--num-machines": "2",
+        "--num-processes": "8",
+        "--machine-rank": "1",
+        "--main-process-ip": "node-a",
+        "--main-process-port": "20077",
+    }
+
+
+def test_the_skypilot_task_starts_each_machine(tmp_path):
+    task = yaml.safe_load((ROOT / "examples" / "skypilot.yaml").read_text())
+    machines = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "4", "SKYPILOT_NODE_RANK": "1"}
+    _, arguments = run_script(["-c", task["run"]], tmp_path, 0, SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2", **machines)
+    assert arguments[0] == "phi3_chat_qlora"
+    assert arguments[arguments.index("--num-processes") + 1] == "8"
+    assert arguments[arguments.index("--main-process-ip") + 1] == "10.0.0.1"

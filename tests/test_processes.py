@@ -111,6 +111,7 @@ def test_the_same_training_on_any_number_of_processes(launch, stage, quantizatio
         adapters[launcher] = load_file(folder / "adapter" / "adapter_model.safetensors")
         assert json.loads((folder / "status.json").read_text())["status"] == "completed"
         assert done.stdout.count("run folder") == 1
+        assert done.stderr.count("warning[many-truncated]") == (stage == "sft")  # once, not once a process
     for launcher in LAUNCHES:
         assert found[launcher] == pytest.approx(found[None], rel=1e-3), launcher
         assert adapters[launcher].keys() == adapters[None].keys()
@@ -198,14 +199,16 @@ def test_one_process_is_launched_without_a_go_between(launch, tmp_path):
     wait_for(begun(tmp_path))
     assert workers(process) == {}
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    process.communicate(timeout=60)
+    assert process.returncode == 143
 
 
 def test_a_rank_that_dies_ends_the_run(long_run):
     process, ranks, folder = long_run()
     ranks[1].kill()
     err = ended(process, ranks, 60)
-    assert process.returncode == 128 + signal.SIGKILL or process.returncode == 1, err
+    assert process.returncode == 128 + signal.SIGKILL, err
+    assert "error[process-lost] rank 1 was ended by SIGKILL, and so were the others" in err
     assert json.loads((folder / "status.json").read_text())["status"] != "completed"
 
 

@@ -6,7 +6,9 @@ What upstream reads when it is imported is set here, before the modules of this 
 import importlib.util
 import logging
 import os
+import sys
 import warnings
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a run reports to nobody unless training.report_to says so
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
@@ -15,6 +17,7 @@ if os.environ.get("RANK", "0") != "0":  # the first process of a launch speaks f
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (as long as the process)
 
 if importlib.util.find_spec("deepspeed"):  # it guesses, and says so in every process, when it finds no GPU
     import torch

@@ -46,8 +46,13 @@ def launch_run(launch: Launch, options: Sequence[str], command: Sequence[str]) -
     try:
         launch_command(parsed)
     except ChildFailedError as error:
-        status = next(iter(error.failures.values())).exitcode
-        return 128 - status if status < 0 else status  # killed by a signal
+        rank, first = next(iter(error.failures.items()))
+        if first.exitcode >= 0:
+            return first.exitcode  # it has said why
+        name = signal.Signals(-first.exitcode).name
+        fix = "look for the reason in the machine's log (memory?); --resume auto continues the run"
+        print(f"error[process-lost] rank {rank} was ended by {name}, and so were the others; {fix}", file=sys.stderr)
+        return 128 - first.exitcode
     except SignalException as error:
         return 128 + signal.Signals(error.sigval)
     except SystemExit as error:
