@@ -36,6 +36,8 @@ def adapter_folder(values: Values) -> Found:
         told = f"{folder} has no adapter ({CONFIG} and {WEIGHTS})"
         run = (folder / "status.json").is_file() and f"the run is {read_status(folder)}: --resume continues it"
         yield PLACE, told, run or "name a run folder or an adapter"
+    elif not read_adapter_config(values):
+        yield PLACE, f"{folder / CONFIG} is damaged", "train it again, or copy it again"
     elif (folder.parent / "status.json").is_file() and read_status(folder.parent) != "completed":
         yield PLACE, f"the run in {folder.parent} is {read_status(folder.parent)}", f"--resume {folder.parent}"
 
@@ -74,7 +76,7 @@ def adapter_config(values: Values) -> Found:
         yield ("peft", "method"), f"the adapter is of the method {str(config.get('peft_type')).lower()}", ""
         return
     for key, value in section.items():
-        if key not in _FREE and key in config and value != config[key]:
+        if key not in _FREE and key in config and _as_set(value) != _as_set(config[key]):
             yield ("peft", key), f"{value}, but the adapter has {config[key]}", "remove the key: the adapter says it"
     targets, own = section.get("target_modules"), config.get("target_modules")
     if targets is not None and targets != "all-linear" and _as_set(targets) != _as_set(own):
@@ -83,12 +85,16 @@ def adapter_config(values: Values) -> Found:
 
 
 def read_adapter_config(values: Values) -> dict[str, Any]:
-    """The configuration of a local adapter; empty when there is none that can be read: another rule says why."""
+    """The configuration of a local adapter; empty when there is none that can be used: `adapter_folder` says why."""
     try:
         config = json.loads((Path(values["model"].get("adapter", "")) / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path", ""), str | None):
+        return {}
+    targets = config.get("target_modules")
+    named = targets if isinstance(targets, list) else [targets or ""]
+    return config if all(isinstance(name, str) for name in named) else {}
 
 
 def base_name(values: Values) -> str:
@@ -105,5 +111,7 @@ def recorded_base(adapter: Path) -> str | None:
         return None  # not an adapter of ours, or copied out of its run folder
 
 
-def _as_set(targets: Any) -> Any:
-    return set(targets) if isinstance(targets, list) else targets
+def _as_set(value: Any) -> Any:
+    """PEFT saves sets of names as lists, in any order."""
+    names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return set(value) if names else value

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -92,6 +93,9 @@ def start_processes(recipe: Recipe, launch_file: str, options: Sequence[str], co
         UserError: They contradict each other, or the processes can't be started.
     """
     launch = read_launch(find_launch(launch_file))
+    given = dict(option.removeprefix("--").split("=", 1) for option in options)
+    numbers = {key: int(value) if value.isdigit() else value for key, value in given.items()}
+    launch = replace(launch, values=launch.values | numbers)
     problems = _check_under(launch, recipe)
     if any(problem.severity == "error" for problem in problems):
         raise UserError(problems)

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 
 from recipe_runner import schema
 from recipe_runner.document import read_document
-from recipe_runner.errors import UserError, user_error
+from recipe_runner.errors import UserError, first_line, user_error
 from recipe_runner.library import SUFFIXES, shelf
 from recipe_runner.problem import KeyPath, Mark, Problem, sort_problems
 from recipe_runner.validate import suggest
@@ -88,12 +88,11 @@ def read_launch(file: Path) -> Launch:
     Raises:
         UserError: It can't be read, is no accelerate configuration, or has unknown keys.
     """
-    document = read_document(file)
-    values, problems = document.values, list(document.problems)
+    values, marks, problems = _read_values(file)
     mark = Mark(str(file))
 
     def place(path: KeyPath) -> Mark:
-        return document.key_marks.get(path, mark)
+        return marks.get(path, mark)
 
     if not {"distributed_type", "num_processes", "compute_environment"} & set(values):
         message = "this is no launch configuration of accelerate: it has no distributed_type and no num_processes"
@@ -108,17 +107,52 @@ def read_launch(file: Path) -> Launch:
             if key not in known and f"fsdp_{key}" not in known:
                 at = (*path, key)
                 problems.append(Problem("launch-unknown-key", "unknown key", place(at), at, suggest(key, known)))
-    read_by_accelerate = yaml.safe_load(document.text)
-    for key, value in values.items():
-        if read_by_accelerate.get(key) != value:  # YAML 1.1: NO is false
-            message = f"accelerate reads {value} as {json.dumps(read_by_accelerate.get(key))} here (YAML 1.1)"
-            problems.append(Problem("launch-file", message, place((key,)), (key,), f"write '{value}', in quotes"))
+    if problems:
+        raise UserError(sort_problems(problems))
+    section = values.get("deepspeed_config") or {}
+    if "deepspeed_config_file" in section and (beside := [*_said_twice(section), *_said_twice(values)]):
+        message = f"accelerate takes {beside[0]} from the DeepSpeed file, and refuses it here"
+        problems.append(
+            Problem("launch-file", message, place(("deepspeed_config",)), ("deepspeed_config",), "remove it")
+        )
     deepspeed, found = _read_deepspeed(values, file)
     path = ("deepspeed_config", "deepspeed_config_file")
     problems += [Problem("launch-file", message, place(path), path, fix) for message, fix in found]
     if problems:
         raise UserError(sort_problems(problems))
-    return Launch(str(file), values, deepspeed, document.key_marks)
+    return Launch(str(file), values, deepspeed, marks)
+
+
+def _read_values(file: Path) -> tuple[dict[str, Any], Mapping[KeyPath, Mark], list[Problem]]:
+    """Values and marks of a file, and where accelerate, whose YAML is 1.1, would read others."""
+    mark = Mark(str(file))
+    if file.suffix == ".json":
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise user_error("unreadable-file", str(error.strerror), "check the path", mark) from error
+        except ValueError as error:
+            raise user_error("launch-file", f"not JSON: {error}", "mend the file", mark) from error
+        return (values, {}, []) if isinstance(values, dict) else ({}, {}, [])
+    document = read_document(file)
+    problems = list(document.problems)
+    try:
+        theirs = yaml.safe_load(document.text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise user_error("launch-file", f"accelerate can't read it: {first_line(error)}", "mend it", mark) from error
+    for key, value in document.values.items():
+        if theirs.get(key) != value:  # NO is false, 1e3 is a text
+            message = f"accelerate reads {value} as {json.dumps(theirs.get(key), default=str)} here (YAML 1.1)"
+            at = document.key_marks.get((key,), mark)
+            problems.append(Problem("launch-file", message, at, (key,), f"write '{value}', in quotes"))
+    return document.values, document.key_marks, problems
+
+
+def _said_twice(section: Values) -> list[str]:
+    """What may not stand beside a DeepSpeed file. Source: accelerate 1.15, utils/dataclasses.py, DeepSpeedPlugin."""
+    names = ["gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device"]
+    names += ["offload_param_device", "zero3_save_16bit_model", "mixed_precision"]
+    return [name for name in names if name in section]
 
 
 def _read_deepspeed(values: Values, file: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:

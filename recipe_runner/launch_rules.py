@@ -4,6 +4,7 @@ The same rules are applied to a file, and to what `accelerate launch` put into t
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from recipe_runner.launch import Launch, Values
 from recipe_runner.problem import KeyPath, Mark, Problem, as_warning, sort_problems
@@ -28,11 +29,11 @@ def fsdp_quantized_storage(launch: Launch, recipe: Values) -> Found:
     Source: bitsandbytes' documentation, "FSDP-QLoRA"; accelerate 1.15 warns only, and leaves uint8 whole.
     """
     quantization = recipe.get("quantization") or {}
-    storage, compute = (quantization.get(f"bnb_4bit_{key}") for key in ("quant_storage", "compute_dtype"))
+    storage = quantization.get("bnb_4bit_quant_storage") or "uint8"  # BitsAndBytesConfig's defaults
+    compute = quantization.get("bnb_4bit_compute_dtype") or "float32"
     if launch.values.get("distributed_type") == "FSDP" and quantization.get("load_in_4bit") and storage != compute:
-        found = f"FSDP shards 4-bit weights only if bnb_4bit_quant_storage ({storage or 'uint8'}) is the compute dtype"
-        wanted = compute or "bfloat16"
-        yield ("distributed_type",), found, f"set quantization.bnb_4bit_quant_storage: {wanted} in the recipe"
+        found = f"FSDP shards 4-bit weights only if bnb_4bit_quant_storage ({storage}) is the compute dtype ({compute})"
+        yield ("distributed_type",), found, f"set quantization.bnb_4bit_quant_storage: {compute} in the recipe"
 
 
 def sharded_8bit(launch: Launch, recipe: Values) -> Found:
@@ -73,6 +74,11 @@ def launcher_precision(launch: Launch, recipe: Values) -> Found:
     off = any(recipe["training"].get(name) is False for name in ("bf16", "fp16"))
     if asked not in (None, "no") and asked != said and (said or off):
         yield ("mixed_precision",), f"the launcher asks for {asked}, the recipe for {said or 'none'}", "write 'no' here"
+    for name in ("bf16", "fp16"):
+        section = launch.deepspeed.get(name)
+        if isinstance(section, dict) and section.get("enabled") is True and said != name:
+            found = f"the DeepSpeed file turns on {name}, the recipe asks for {said or 'none'}"
+            yield ("deepspeed_config",), found, "write 'enabled': 'auto' there"
 
 
 def pinned_by_deepspeed(launch: Launch, recipe: Values) -> Found:
@@ -88,12 +94,21 @@ def pinned_by_deepspeed(launch: Launch, recipe: Values) -> Found:
     }
     for key, (ours, default) in names.items():
         value = launch.pinned(key)
-        if value is not None and float(value) != float(training.get(ours, default)):
+        if value is not None and _as_number(value) != float(training.get(ours, default)):
             found = f"pinned to {value}, but training.{ours} is {training.get(ours, default)}"
             yield ("deepspeed_config", key), found, "write auto"
+    if (whole := launch.pinned("train_batch_size")) is not None:
+        yield ("deepspeed_config",), f"the DeepSpeed file pins train_batch_size to {whole}", "write auto there"
     if launch.pinned("gradient_accumulation_steps") is not None and recipe["run"].get("global_batch_size"):
         found = "pinned, but run.global_batch_size derives it"
         yield ("deepspeed_config", "gradient_accumulation_steps"), found, "write auto"
+
+
+def _as_number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def checkpointing_twice(launch: Launch, recipe: Values) -> Found:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipe_runner import run_folder
+from recipe_runner import run_folder, schema
 from recipe_runner.problem import KeyPath, Mark, Problem
 from recipe_runner.recipe import Recipe
 
 Place = Callable[[KeyPath, bool], Mark]
 # What a pipeline says itself; `--set` of anything else goes to each of its stages.
+SHARED_KEYS = ("run.seed", "run.global_batch_size")
 OWN_KEYS = ("schema_version", "extends", "name", "description", "stage", "stages", "run", "metadata")
 
 
@@ -68,9 +69,11 @@ def _handover(before: Recipe, after: Recipe) -> Iterator[tuple[str, str]]:
         fix = "give it the same peft, or let the stages before it train all weights, too"
         yield f"{names}: an adapter comes in, but all weights are to be trained", fix
     elif first:
+        keys = schema.section_keys("peft")
         for key, value in second.items():
-            if key != "lora_dropout" and value != first.get(key, value):
-                yield f"{names} have different adapters (peft.{key}: {first[key]}, {value})", "give both the same"
+            had = first.get(key, keys[key].get("default"))
+            if key != "lora_dropout" and value != had:
+                yield f"{names} have different adapters (peft.{key}: {had}, {value})", "give both the same"
 
 
 def chain(stages: Sequence[Recipe]) -> list[Recipe]:
@@ -82,12 +85,17 @@ def chain(stages: Sequence[Recipe]) -> list[Recipe]:
     return chained
 
 
-def start_from(stage: Recipe, before: Path | None, output_dir: Path) -> Recipe:
-    """A stage's recipe as it is run: from the adapter or model of the stage before, into the pipeline's folder."""
+def start_from(stage: Recipe, before: StageRun | None, output_dir: Path) -> Recipe:
+    """A stage's recipe as it is run: from the adapter or model of the stage before, into the pipeline's folder.
+
+    An adapter comes with the base that it was trained on, which may be the model of a stage still before.
+    """
     model = stage.section("model")
-    if before is not None:
-        model |= {"adapter": str(before)} if before.name == "adapter" else {"name_or_path": str(before)}
-        model["revision"] = model["revision"] if before.name == "adapter" else "main"
+    if before and before.result and before.result.name == "adapter":
+        base = before.recipe.section("model")
+        model |= {"adapter": str(before.result), "name_or_path": base["name_or_path"], "revision": base["revision"]}
+    elif before and before.result:
+        model |= {"name_or_path": str(before.result), "revision": "main"}
     run = stage.section("run") | {"output_dir": str(output_dir)}
     return replace(stage, values={**stage.values, "model": model, "run": run})
 
@@ -97,7 +105,7 @@ def inspect_stages(stages: Sequence[Recipe], folder: Path) -> list[StageRun]:
     found: list[StageRun] = []
     for number, stage in enumerate(stages, 1):
         before = found[-1] if found else None
-        found.append(inspect_stage(start_from(stage, before.result if before else None, folder / str(number)), before))
+        found.append(inspect_stage(start_from(stage, before, folder / str(number)), before))
     return found
 
 

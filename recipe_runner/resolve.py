@@ -91,7 +91,8 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
 
 def _is_own(override: str) -> bool:
     """Whether an override is of the pipeline itself; any other goes to its stages."""
-    return re.split(r"[.=]", override, maxsplit=1)[0] in pipeline.OWN_KEYS
+    key = override.partition("=")[0]
+    return key not in pipeline.SHARED_KEYS and key.partition(".")[0] in pipeline.OWN_KEYS
 
 
 def _resolve_pipeline(

@@ -8,7 +8,7 @@ import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recipe_runner.document import parse_document
 from recipe_runner.dump import dump_values
@@ -114,6 +114,39 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
+    """Deletes the oldest checkpoints beyond a limit, but for the last and the best.
+
+    transformers' own function of this name would leave `complete` in a checkpoint that it is deleting.
+    """
+    checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    kept = {checkpoints[-1], Path(best)} if best else {checkpoints[-1]}
+    excess = len(checkpoints) - max(limit, len(kept)) if limit else 0
+    for checkpoint in [path for path in checkpoints if path not in kept][: max(excess, 0)]:
+        (checkpoint / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+
+
+def lock_run(folder: Path) -> IO[str]:
+    """Takes a run for this process, until the file that is returned is closed, or the process ends.
+
+    Raises:
+        UserError: Another process has it.
+    """
+    stream = (folder / "resolved.yaml").open("r+", encoding="utf-8")
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError as error:
+        stream.close()
+        fix = "wait for it, or start a new one: --resume never"
+        raise user_error("run-active", f"another process is in the run in {folder}", fix) from error
+    return stream
+
+
 def drop_half_checkpoints(folder: Path) -> None:
     """Removes checkpoints that were not written whole: nothing can be done with them, and they count as the newest."""
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
@@ -159,8 +192,11 @@ def find_resumable(recipe: Recipe, resume: str) -> Path | None:
 
 def recipe_changes(folder: Path, recipe: Recipe) -> list[str]:
     """What a recipe says otherwise than the one that a run was made with, as `key: old -> new`."""
-    text = (folder / "resolved.yaml").read_text(encoding="utf-8")
-    return _differences(parse_document(text, "resolved.yaml").values, dict(recipe.values))
+    return _differences(_read_resolved(folder), dict(recipe.values))
+
+
+def _read_resolved(folder: Path) -> dict[str, Any]:
+    return parse_document((folder / "resolved.yaml").read_text(encoding="utf-8"), "resolved.yaml").values
 
 
 def find_pipeline(recipe: Recipe, resume: str) -> Path | None:
@@ -178,11 +214,11 @@ def find_pipeline(recipe: Recipe, resume: str) -> Path | None:
     if resume == "auto":
         runs = Path(recipe.values["run"]["output_dir"]) / recipe.values["name"]
         folders = [file.parent for file in runs.glob("*/status.json") if read_status(file.parent) != "damaged"]
-        return max(folders, default=None)
+        return max((folder for folder in folders if _read_resolved(folder).get("stage") == "pipeline"), default=None)
     folder = Path(os.path.abspath(resume))
     if read_status(folder) == "damaged":
         raise user_error("not-a-run", f"{resume} is no whole run folder", "name one with status.json, resolved.yaml")
-    said = parse_document((folder / "resolved.yaml").read_text(encoding="utf-8"), "resolved.yaml").values
+    said = _read_resolved(folder)
     if said.get("stage") != "pipeline":
         raise user_error(
             "not-a-run", f"{resume} is a run of {said.get('name')}, not of a pipeline", "name a pipeline's"

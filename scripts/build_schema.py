@@ -168,11 +168,19 @@ def launch_schema() -> dict[str, Any]:
     kinds = [kind.value for kind in DistributedType]
     precisions = [kind.value for kind in PrecisionType]
     properties["distributed_type"]["enum"], properties["mixed_precision"]["enum"] = kinds, precisions
-    for name in ("num_processes", "num_machines", "machine_rank"):
-        properties[name]["type"] = "integer"
+    for name, least in (("num_processes", 1), ("num_machines", 1), ("machine_rank", 0), ("main_process_port", 0)):
+        properties[name] |= {"type": ["integer", "null"], "minimum": least}
+    for name in ("gpu_ids", "main_process_ip"):
+        properties[name]["type"] = ["string", "null"]
+    properties["compute_environment"]["enum"] = ["LOCAL_MACHINE"]
+    for name in ("zero_stage", "gradient_accumulation_steps", "gradient_clipping"):
+        properties["deepspeed_config"]["properties"][name] |= {
+            "type": ["number", "string"],
+            "pattern": r"^(auto|none|[0-9.]+)$",
+        }
     for name in ("use_cpu", "same_network", "debug"):
         properties[name]["type"] = "boolean"
-    return {**schema, "properties": properties}
+    return {**schema, "required": ["distributed_type"], "properties": properties}
 
 
 def type_schema(hint: Any) -> dict[str, Any]:

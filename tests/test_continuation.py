@@ -189,6 +189,14 @@ def test_adapters_that_do_not_suit_are_refused_before_the_weights(stage, tiny_ph
     line = refusal(adapter=copied, model={"name_or_path": str(other)})
     assert "error[adapter-does-not-fit] model.adapter: the adapter is not of this model (llama" in line
 
+    shutil.copytree(sft / "adapter", tmp_path / "damaged")
+    for text in ("{", "[1]", '{"base_model_name_or_path": 5}', '{"target_modules": [1]}'):
+        (tmp_path / "damaged" / "adapter_config.json").write_text(text)
+        assert "adapter_config.json is damaged" in refusal(adapter=tmp_path / "damaged")
+    shutil.copytree(sft / "adapter", tmp_path / "untold")
+    (tmp_path / "untold" / "tokenizer.json").write_text("{")
+    assert "error[adapter-tokenizer-differs] model.adapter: the tokenizer in" in refusal(adapter=tmp_path / "untold")
+
     shutil.copytree(sft / "adapter", tmp_path / "cut")
     (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(b"1234")
     assert "adapter_model.safetensors can't be read" in refusal(adapter=tmp_path / "cut")

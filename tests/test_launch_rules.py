@@ -70,6 +70,7 @@ def with_section(base, section, **keys):
 
 CONTRADICTIONS = [
     ("fsdp-quantized-storage", FSDP, ()),
+    ("fsdp-quantized-storage", FSDP, ("quantization={load_in_4bit: true}",)),
     ("sharded-8bit", FSDP, INT8),
     ("sharded-8bit", ZERO3, INT8),
     ("deepspeed-optimizer", with_section(DEEPSPEED, "deepspeed_config", offload_optimizer_device="cpu"), ()),
@@ -150,6 +151,15 @@ BAD = [
         "the DeepSpeed file nowhere.json can't be read: No such file",
     ),
     ("[1", "yaml-syntax", ""),
+    ("distributed_type: DEEPSPEED\ndeepspeed_config: [1]\n", "launch-file", "is not of type 'object'"),
+    ("distributed_type: FSDP\nfsdp_config: 3\n", "launch-file", "is not of type 'object'"),
+    ("distributed_type: DEEPSPEED\ndeepspeed_config: {gradient_accumulation_steps: four}\n", "launch-file", "four"),
+    ("distributed_type: 'NO'\nmain_training_function: 2024-01-01\n", "launch-file", "accelerate reads 2024-01-01"),
+    ("distributed_type: 'NO'\nmain_process_ip: 2024-13-45\n", "launch-file", "accelerate can't read it"),
+    ("num_processes: 0\ndistributed_type: MULTI_GPU\n", "launch-file", "less than the minimum of 1"),
+    ("num_processes: 2\n", "launch-file", "'distributed_type' is a required property"),
+    ("distributed_type: MULTI_GPU\ngpu_ids: 0\n", "launch-file", "is not of type 'string'"),
+    ("distributed_type: 'NO'\ncompute_environment: FOO\n", "launch-file", "is not one of"),
 ]
 
 
@@ -172,6 +182,14 @@ def test_a_deepspeed_file_is_looked_into(tmp_path):
     file.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": section}))
     found = check_launch(read_launch(file), load_recipe("phi3_chat_qlora").values)
     assert {problem.code for problem in found} == {"deepspeed-optimizer", "saves-nothing"}
+    told = {"fp16": {"enabled": True}, "train_batch_size": 999, "gradient_accumulation_steps": "four"}
+    (tmp_path / "ds.json").write_text(json.dumps(told | {"zero_optimization": {"stage": 2}}))
+    found = check_launch(read_launch(file), load_recipe("phi3_chat_qlora").values)
+    assert [problem.code for problem in found] == ["launcher-precision", "pinned-by-launcher", "pinned-by-launcher"]
+    file.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": section | {"zero_stage": 3}}))
+    with pytest.raises(UserError, match="takes zero_stage from the DeepSpeed file"):
+        read_launch(file)
+    file.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": section}))
     (tmp_path / "ds.json").write_text("[1]")
     with pytest.raises(UserError, match="no JSON object"):
         read_launch(file)
@@ -183,6 +201,19 @@ def test_names_and_missing_files(run_cli):
     assert "did you mean 'deepspeed_zero" in err
     assert run_cli("train", "phi3_chat_qlora", "--num-processes", "2").status == 2
     assert "error[unreadable-file]" in run_cli("validate", "phi3_chat_qlora", "--accelerate-config", "no.yaml").out
+
+
+def test_options_are_checked_like_the_file(run_cli):
+    err = run_cli("train", "phi3_chat_qlora", "--accelerate-config", "single_gpu", "--num-processes", "4").err
+    assert "error[one-process-only]" in err
+    err = run_cli("train", "phi3_chat_qlora", "--accelerate-config", "multi_node_zero3", "--num-machines", "3").err
+    assert "error[uneven-machines]" in err
+
+
+def test_a_json_file_is_a_launch_configuration_too(tmp_path):
+    file = tmp_path / "launch.json"
+    file.write_text('{\n\t"distributed_type": "MULTI_GPU", "num_processes": 2}')
+    assert read_launch(file).values["num_processes"] == 2
 
 
 def test_more_processes_than_devices(run_cli, monkeypatch):

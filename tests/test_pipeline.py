@@ -90,6 +90,33 @@ def test_stages_that_train_all_weights_hand_on_a_model(pipeline, tmp_path):
     assert (pairs / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_an_adapter_keeps_the_base_that_it_was_trained_on(pipeline):
+    """The first stage trains all weights; the adapter of the second is of that model, and so is the third."""
+    adapter = {"chat": {"peft": LORA}, "preference": {"peft": {"method": "lora"}}}
+    result, folder = pipeline(peft=None, changes=adapter)
+    assert result.status == 0, result.err
+    (text,), (chat,), (pairs,) = stage_runs(folder).values()
+    third = read_document(pairs / "resolved.yaml").values["model"]
+    assert third["name_or_path"] == str(text / "model")
+    assert third["adapter"] == str(chat / "adapter")
+
+
+def test_the_end_of_turn_token_goes_on_to_the_next_stage(pipeline):
+    changes = {"chat": {"training": {"eos_token": "<|end|>"}, "peft": LORA}}
+    result, folder = pipeline(changes=changes, stages=("chat", "preference"))
+    assert result.status == 0, result.err
+    tokenizer = json.loads(next(folder.glob("2/*/*/adapter/tokenizer_config.json")).read_text())
+    assert tokenizer["eos_token"] == "<|end|>"
+
+
+def test_auto_does_not_take_a_plain_run_of_the_same_name(pipeline, tmp_path):
+    _, folder = pipeline(stages=("text",))
+    plain = folder.with_name("99999999-000000-aaaa")
+    shutil.copytree(next((folder / "1").glob("*/*")), plain)
+    pipeline("--resume", "auto", stages=("text",))
+    assert status(plain).get("stages") is None
+
+
 def fail_in(monkeypatch, stage, step):
     """Makes the training of a stage fail at a step; returns a function that mends it."""
     from recipe_runner.training import trainers
@@ -207,6 +234,14 @@ def test_a_stage_that_cannot_run_stops_the_pipeline_before_any_weights(pipeline,
             "error[pipeline-handover] stages.1: text and chat have different adapters (peft.r: 8, 4)",
         ),
         (
+            {"changes": {"text": {"peft": None}, "chat": {"peft": LORA}, "preference": {"peft": {"r": 64}}}},
+            "have different adapters (peft.r: 8, 64)",
+        ),
+        (
+            {"peft": {"method": "lora", "target_modules": "all-linear"}, "changes": {"chat": {"peft": {"r": 64}}}},
+            "have different adapters (peft.r: 8, 64)",  # PEFT's default
+        ),
+        (
             {"changes": {"chat": {"model": {"name_or_path": "some/other"}}}},
             "error[pipeline-handover] stages.1: text and chat have different base models",
         ),
@@ -232,8 +267,13 @@ def test_a_pipeline_says_nothing_of_what_its_stages_say(run_cli, tmp_path):
 
 
 def test_overrides_go_to_every_stage(pipeline, tmp_path):
-    result, folder = pipeline("--set", "training.max_steps=1", stages=("text", "chat"))
+    result, folder = pipeline("--set", "training.max_steps=1", "--set", "run.seed=7", stages=("text", "chat"))
     assert result.status == 0, result.err
+    assert all(
+        read_document(run / "resolved.yaml").values["run"]["seed"] == 7
+        for runs in stage_runs(folder).values()
+        for run in runs
+    )
     for runs in list(stage_runs(folder).values())[:2]:
         assert read_document(runs[0] / "resolved.yaml").values["training"]["max_steps"] == 1
     result, _ = pipeline("--set", "training.max_stepz=1", command="validate")

@@ -193,6 +193,15 @@ def test_a_signal_to_launcher_and_processes_alike_is_one_signal(long_run, number
     assert (Path(json.loads((folder / "status.json").read_text())["checkpoint"]) / "complete").is_file()
 
 
+def test_a_signal_to_one_rank_stops_all_as_that_signal(long_run):
+    """A scheduler may tell one machine only."""
+    process, ranks, folder = long_run()
+    ranks[1].send_signal(signal.SIGTERM)
+    err = ended(process, ranks, 60)
+    assert process.returncode == 143, err
+    assert (Path(json.loads((folder / "status.json").read_text())["checkpoint"]) / "complete").is_file()
+
+
 def test_one_process_is_launched_without_a_go_between(launch, tmp_path):
     (tmp_path / "cpu.yaml").write_text((ROOT / "accelerate_configs" / "cpu.yaml").read_text())
     process = launch("--accelerate-config", "cpu.yaml", start=True, training={"max_steps": 100_000})
@@ -267,6 +276,12 @@ def test_resuming_on_more_processes_takes_the_same_steps_or_is_refused(launch, t
     assert again == folder
     assert "Resuming with 2 and 4, begun with 1 processes and steps of 4 rows" in done.stdout
     assert losses(folder) == pytest.approx(whole, rel=1e-3)
+
+    grouped = {"training": training | {"train_sampling_strategy": "group_by_length"}, "name": "grouped"}
+    _, folder = launch(**grouped)
+    interrupted(folder, 3)
+    done, _ = launch("--resume", "auto", launcher="ddp", **grouped)
+    assert "rows grouped by length would come in another order" in done.stderr
 
     plain = {"run": {"output_dir": str(tmp_path / "runs")}, "name": "plain"}
     _, folder = launch(training=training, **plain)

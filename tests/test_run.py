@@ -161,6 +161,47 @@ def test_resumed_run_equals_an_uninterrupted_one(train, tmp_path, quantization):
     assert status(broken)["status"] == "completed"
 
 
+def test_a_run_that_was_killed_after_its_last_step_trains_no_step_more(train):
+    from safetensors.torch import load_file
+
+    training = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant"}
+    _, folder = train(peft=LORA, training=training)
+    before = load_file(folder / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(folder / "adapter")
+    (folder / "status.json").write_text('{"status": "running"}')
+    result, again = train("--resume", "auto", peft=LORA, training=training)
+    assert (result.status, again) == (0, folder), result.err
+    assert max(entry["step"] for entry in metrics(folder)) == 4
+    after = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_a_run_that_another_process_is_in_is_left_alone(train):
+    from recipe_runner.run_folder import lock_run
+
+    training = {"max_steps": 4, "save_steps": 2}
+    _, folder = train(peft=LORA, training=training)
+    (folder / "status.json").write_text('{"status": "running"}')
+    with lock_run(folder):
+        result, _ = train("--resume", "auto", peft=LORA, training=training)
+    assert result.status == 1
+    assert f"error[run-active] another process is in the run in {folder}" in result.err
+    assert status(folder)["status"] == "running"
+    assert train("--resume", "auto", peft=LORA, training=training)[0].status == 0
+
+
+def test_old_checkpoints_go_but_for_the_last_and_the_best(tmp_path):
+    from recipe_runner.run_folder import rotate_checkpoints
+
+    for step in (2, 4, 6, 10):
+        (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"checkpoint-{step}" / "complete").touch()
+    rotate_checkpoints(tmp_path, None, None)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+    rotate_checkpoints(tmp_path, 1, str(tmp_path / "checkpoints" / "checkpoint-4"))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-10", "checkpoint-4"]
+
+
 def test_half_written_checkpoint_is_not_resumed_from(train, tmp_path):
     training = {"max_steps": 4, "save_steps": 2}
     _, whole = train(peft=LORA, training=training)

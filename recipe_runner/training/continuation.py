@@ -94,31 +94,33 @@ def check_fit(recipe: Recipe, folder: Path, config: PeftConfig, model_config: Pr
             raise recipe.error("adapter-config-differs", message, fix, "peft", "target_modules")
 
 
-def read_template(folder: Path) -> str | None:
-    """The chat template that an adapter was trained with; None when none was saved with it."""
-    file = folder / "chat_template.jinja"
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+def read_tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved with an adapter; None for one of another tool, without a tokenizer.
+
+    Raises:
+        UserError: It can't be read.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"the tokenizer in {folder} can't be read: {first_line(error)}"
+        raise recipe.error("adapter-tokenizer-differs", message, "mend or remove it", "model", "adapter") from error
 
 
-def check_tokenizer(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(recipe: Recipe, saved: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> None:
     """Compares the base's tokenizer with the one that was saved with the adapter: a token must keep its number.
 
     Raises:
         UserError: They differ.
     """
-    if not (folder / "tokenizer_config.json").is_file():
-        return  # an adapter of another tool, without a tokenizer
-    saved = AutoTokenizer.from_pretrained(str(folder))
     theirs, ours = saved.get_vocab(), tokenizer.get_vocab()
     if wrong := [token for token in {**theirs, **ours} if theirs.get(token) != ours.get(token)]:
         told = f"{len(wrong):,} tokens differ, for example {wrong[0]!r}"
         message = f"the adapter was trained with another tokenizer than {recipe.values['model']['name_or_path']} has"
         fix = "take the base and the tokenizer that it was trained with"
         raise recipe.error("adapter-tokenizer-differs", f"{message}: {told}", fix, "model", "adapter")
-    if saved.eos_token != tokenizer.eos_token:
-        message = f"the adapter was trained with the end-of-sequence token {saved.eos_token}, not {tokenizer.eos_token}"
-        fix = f"set training.eos_token to '{saved.eos_token}'"
-        raise recipe.error("adapter-tokenizer-differs", message, fix, "model", "adapter")
 
 
 def load_for_training(recipe: Recipe, folder: Path, config: Any, peft_config: PeftConfig) -> PeftModel:

@@ -14,7 +14,7 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from recipe_runner.errors import user_error
+from recipe_runner.errors import first_line, user_error
 from recipe_runner.launch import Launch
 
 
@@ -31,19 +31,22 @@ def launch_run(launch: Launch, options: Sequence[str], command: Sequence[str]) -
     """
     arguments = ["--config_file", launch.name, *options, "--module", "recipe_runner", *command]
     parsed = launch_command_parser().parse_args(arguments)
-    _check_devices(launch, parsed.num_processes, parsed.num_machines)
+    _check_devices(launch)
+    if launch.values.get("num_machines", 1) > 1 and not launch.values.get("main_process_ip"):
+        raise user_error("launch-file", "several machines need the address of the first", "--main-process-ip ADDRESS")
+    os.environ["RECIPE_RUN_LAUNCH"] = launch.name  # the plan names it
     # Who failed has said why; the launcher's own traceback and table say nothing more.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     sys.argv[0] = sys.executable
     # A signal reaches the processes through here; torch kills them 30 seconds later, in the middle of a long step.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")
     on_cpu = launch.values.get("use_cpu")
-    processes = parsed.num_processes or launch.values.get("num_processes", 1)
+    processes = launch.values.get("num_processes", 1)
     threads = max(1, (os.cpu_count() or 1) // processes) if on_cpu else 1  # as torchrun does, but it warns
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    if launch.values.get("distributed_type", "NO") == "NO":
-        _become(parsed)
     try:
+        if launch.values["distributed_type"] == "NO":
+            _become(parsed)
         launch_command(parsed)
     except ChildFailedError as error:
         rank, first = next(iter(error.failures.items()))
@@ -57,6 +60,9 @@ def launch_run(launch: Launch, options: Sequence[str], command: Sequence[str]) -
         return 128 + signal.Signals(error.sigval)
     except SystemExit as error:
         return int(error.code or 0)
+    except torch.distributed.DistError as error:
+        fix = "start the command on every machine, with the address and port of the first"
+        raise user_error("process-lost", f"the machines did not find each other: {first_line(error)}", fix) from error
     except ConnectionError as error:
         raise user_error("port-in-use", str(error).split(". ")[0], "give another one: --main-process-port") from error
     except ValueError as error:
@@ -71,12 +77,12 @@ def _become(parsed: Namespace) -> NoReturn:
     os.execvpe(command[0], command, environment)
 
 
-def _check_devices(launch: Launch, processes: int | None, machines: int | None) -> None:
+def _check_devices(launch: Launch) -> None:
     """Each process needs a device of its own: two on one GPU are slower than one, or do not start at all."""
     values = launch.values
     if values.get("use_cpu") or values.get("distributed_type", "NO") == "NO":
         return
-    wanted = int(processes or values.get("num_processes", 1)) // int(machines or values.get("num_machines", 1))
+    wanted = values.get("num_processes", 1) // values.get("num_machines", 1)
     devices = torch.cuda.device_count()
     if wanted > devices:
         message = f"{launch.name} starts {wanted} processes on this machine, which has {devices} GPUs"

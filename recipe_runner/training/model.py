@@ -73,20 +73,23 @@ def find_model(recipe: Recipe) -> None:
         raise recipe.error(code, f"{name}: {what}", fix, *place) from error
 
 
-def load_tokenizer(recipe: Recipe, template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(recipe: Recipe, before: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
     """Loads the tokenizer with the chat template that is trained with, which is also the one saved with the result.
 
     Args:
         recipe: A resolved recipe.
-        template: The chat template of what is trained further; the recipe's own goes before it.
+        before: The tokenizer of what is trained further: its chat template and end-of-sequence token go on, unless the
+            recipe says otherwise.
 
     Raises:
         UserError: The tokenizer can't be loaded, or its template can't mark the assistant's tokens.
     """
     dataset, training = recipe.values["dataset"], recipe.values["training"]
     tokenizer = _read_tokenizer(recipe)
-    if template and training.get("chat_template_path") is None:
-        tokenizer.chat_template = template
+    if before is not None and training.get("chat_template_path") is None and before.chat_template:
+        tokenizer.chat_template = before.chat_template
+    if before is not None and before.eos_token in tokenizer.get_vocab():
+        tokenizer.eos_token = before.eos_token
     if training.get("eos_token") is not None:
         if training["eos_token"] not in tokenizer.get_vocab():
             message = f"'{training['eos_token']}' is not in the tokenizer's vocabulary"

@@ -42,14 +42,16 @@ def run_pipeline(recipe: Recipe, resume: str) -> Path:
             raise user_error("run-completed", message, "start a new one: --resume never")
         found = None
     main = PartialState().is_main_process
-    folder = agree(run_folder.create_run_folder(recipe) if main and not found else found)
+    found = agree(found)
+    folder = found or agree(run_folder.create_run_folder(recipe) if main else None)
+    assert folder is not None
     runs = runs if found else _inspect(recipe, folder, prepared)
     count = len(recipe.stages)
     with _recorded(folder, runs, main):
         for place, stage in enumerate(recipe.stages):
             _tell(main, place, count, runs[place])
             if not runs[place].is_done:
-                before = runs[place - 1].result if place else None
+                before = runs[place - 1] if place else None
                 ready = pipeline.start_from(stage, before, folder / str(place + 1))
                 resumed = runs[place].folder if _can_resume(runs[place]) else None
                 runs[place] = StageRun(ready, resumed, "running")
@@ -74,10 +76,11 @@ def prepare_stages(recipe: Recipe) -> list[dict[str, str]]:
         Of each stage, its data files (or hub ids) and a hash of each.
     """
     files: list[dict[str, str]] = []
-    template = None
-    for place, stage in enumerate(recipe.stages):
-        ready = preparation.prepare(stage, template if place else None)
-        template = ready.tokenizer.chat_template
+    tokenizer = None
+    for stage in recipe.stages:
+        ready = preparation.prepare(stage, tokenizer)
+        preparation.check_rows(stage, ready)
+        tokenizer = ready.tokenizer
         files.append(ready.data.files)
     return files
 

@@ -45,12 +45,12 @@ class Prepared:
         return self.data.splits.get("eval")
 
 
-def prepare(recipe: Recipe, template: str | None = None) -> Prepared:
+def prepare(recipe: Recipe, before: PreTrainedTokenizerBase | None = None) -> Prepared:
     """Checks and prepares everything but the weights, the cheapest first.
 
     Args:
         recipe: A resolved recipe.
-        template: The chat template that an earlier stage leaves, where the recipe names none.
+        before: The tokenizer of the stage before, whose adapter is not there yet.
 
     Raises:
         UserError: The recipe, the data or the environment is at fault.
@@ -63,7 +63,7 @@ def prepare(recipe: Recipe, template: str | None = None) -> Prepared:
         print(f"Preparing {recipe.values['name']} ...", flush=True)
     adapter = continuation.find_adapter(recipe)
     opened = sources.open_sources(recipe)
-    tokenizer = load_tokenizer(recipe, adapter, template)
+    tokenizer = load_tokenizer(recipe, adapter, before)
     model_config = model.load_model_config(recipe)
     if adapter:
         peft_config: PeftConfig | None = continuation.load_peft(recipe, adapter)
@@ -78,15 +78,18 @@ def prepare(recipe: Recipe, template: str | None = None) -> Prepared:
     return Prepared(config, precision, tokenizer, adapter, peft_config, data, tuple(problems))
 
 
-def load_tokenizer(recipe: Recipe, adapter: Path | None, template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    recipe: Recipe, adapter: Path | None, before: PreTrainedTokenizerBase | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer, with the chat template of the recipe, else of the adapter that is trained further.
 
     Raises:
         UserError: It can't be loaded, or is not the one that the adapter was trained with.
     """
-    tokenizer = model.load_tokenizer(recipe, template or (continuation.read_template(adapter) if adapter else None))
-    if adapter:
-        continuation.check_tokenizer(recipe, adapter, tokenizer)
+    saved = continuation.read_tokenizer(recipe, adapter) if adapter else before
+    tokenizer = model.load_tokenizer(recipe, saved)
+    if adapter and saved is not None:
+        continuation.check_tokenizer(recipe, saved, tokenizer)
     return tokenizer
 
 
@@ -184,6 +187,10 @@ def check_resumed(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
     if old["global_batch_size"] != new["global_batch_size"]:
         fix = f"set run.global_batch_size: {old['global_batch_size']} (and no accumulation), or start a new run"
         raise recipe.error("world-size-changed", f"the run began with {told}; now {now}", fix, "run")
+    grouped = prepared.config.train_sampling_strategy not in ("random", "sequential")
+    if grouped and new["world_size"] != old["world_size"]:  # rows are ordered by the batches of a process
+        message = f"the run began with {told}; now {now}: rows grouped by length would come in another order"
+        raise recipe.error("world-size-changed", message, "launch it as before, or start a new run", "run")
     if new["engine"] != old["engine"] or (new["engine"] != "ddp" and new["world_size"] != old["world_size"]):
         message = f"the run began with {old['engine']} and {told}; now {new['engine']}, {now}: its shards don't fit"
         raise recipe.error("world-size-changed", message, "launch it as before, or start a new run", "run")

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from recipe_runner import run_folder
@@ -38,14 +37,17 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
     found = run_folder.find_resumable(recipe, resume)
     prepared = preparation.prepare(recipe)
     config = prepared.config
+    found = agree(found)
     preparation.check_rows(recipe, prepared)
     if found and (note := preparation.check_resumed(recipe, prepared, found)):
         _say(config, note)
     for warning in prepared.warnings if config.process_index == 0 else ():
         print(warning, file=sys.stderr)
-    folder = agree(run_folder.create_run_folder(recipe) if config.process_index == 0 and not found else found)
+    folder = found or agree(run_folder.create_run_folder(recipe) if config.process_index == 0 else None)
+    assert folder is not None
     config.output_dir = str(folder / "checkpoints")
-    with _recorded(folder, config):
+    lock = run_folder.lock_run(folder) if config.process_index == 0 else contextlib.nullcontext()
+    with lock, _recorded(folder, config):
         if found:
             _write_status(config, folder, "running")
         trainer = trainers.build_trainer(recipe, prepared)
@@ -66,6 +68,10 @@ def run_recipe(recipe: Recipe, resume: str) -> Path:
     return folder
 
 
+class _Finished(Exception):
+    """The checkpoint that a run is resumed from was its last."""
+
+
 class _Recorder(TrainerCallback):
     """Appends what the trainer logs to metrics.jsonl, marks checkpoints that are whole, and then deletes old ones.
 
@@ -81,11 +87,15 @@ class _Recorder(TrainerCallback):
         if args.process_index == 0:
             run_folder.append_metrics(self.folder, {"step": state.global_step, **(logs or {})})
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if 0 < state.max_steps <= state.global_step:
+            raise _Finished  # transformers 5.23 would train one step more before it looks
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         args.distributed_state.wait_for_everyone()
         if args.process_index == 0:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / run_folder.COMPLETE).touch()
-            rotate_checkpoints(args.output_dir, self.limit, state.best_model_checkpoint)
+            run_folder.rotate_checkpoints(self.folder, self.limit, state.best_model_checkpoint)
 
 
 ECHO_SECONDS = 5  # a launcher passes a signal on within about a second
@@ -111,23 +121,28 @@ class _Interruption(TrainerCallback):
             print(f"\n{told}", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        requested = torch.tensor(self.requested, device=args.device)
-        if args.world_size > 1:  # the signal reaches the processes in different steps: they stop together
-            requested = requested.int()
-            torch.distributed.all_reduce(requested, torch.distributed.ReduceOp.MAX)
-        if requested:
+        number = torch.tensor(int(self.number) if self.requested else 0, device=args.device)
+        if args.world_size > 1:  # it reaches the processes in different steps, or one of them only: they stop together
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        if number:
+            self.since = self.since if self.requested else time.monotonic()
+            self.number = signal.Signals(int(number))
             self.requested = control.should_training_stop = control.should_save = True
+            control.should_evaluate = False  # it would come before the checkpoint
 
 
 def _train(trainer: SFTTrainer, folder: Path, interruption: _Interruption, resumed: bool) -> None:
     """Trains, from the last checkpoint of a resumed run."""
-    checkpoint = run_folder.last_checkpoint(folder) if resumed else None
+    checkpoint = agree(run_folder.last_checkpoint(folder) if resumed else None)
     if checkpoint and trainer.is_world_process_zero():
         run_folder.drop_metrics_after(folder, int(checkpoint.name.rpartition("-")[2]))
         run_folder.drop_half_checkpoints(folder)
     before = {number: signal.signal(number, interruption) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except _Finished:
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -180,11 +195,10 @@ def _write_status(config: SFTConfig, folder: Path, status: str, **details: Any) 
         run_folder.write_status(folder, status, checkpoint=str(checkpoint) if checkpoint else None, **details)
 
 
-def agree(folder: Path | None) -> Path:
-    """The first process decides on the run folder, all use it."""
-    decided = [folder]
+def agree(path: Path | None) -> Path | None:
+    """The first process decides on a folder or a checkpoint: disks don't show the same to all at the same time."""
+    decided = [path]
     broadcast_object_list(decided)
-    assert decided[0] is not None
     return decided[0]
 
 
