@@ -111,7 +111,8 @@ def _load_to_run(recipe: str, overrides: tuple[str, ...]) -> Recipe:
     from recipe_runner.resolve import load_recipe
 
     resolved = load_recipe(recipe, overrides)
-    for warning in resolved.warnings if os.environ.get("RANK", "0") == "0" else ():
+    said = "RECIPE_RUN_LAUNCH" in os.environ or os.environ.get("RANK", "0") != "0"  # by who started this process
+    for warning in () if said else resolved.warnings:
         click.echo(warning, err=True)
     if not is_installed("trl"):  # installed without dependencies, to validate only
         fix = "pip install recipe-runner, with its dependencies"

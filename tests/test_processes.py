@@ -112,6 +112,7 @@ def test_the_same_training_on_any_number_of_processes(launch, stage, quantizatio
         assert json.loads((folder / "status.json").read_text())["status"] == "completed"
         assert done.stdout.count("run folder") == 1
         assert done.stderr.count("warning[many-truncated]") == (stage == "sft")  # once, not once a process
+        assert done.stderr.count("warning[unusual-learning-rate]") == (stage == "dpo")
     for launcher in LAUNCHES:
         assert found[launcher] == pytest.approx(found[None], rel=1e-3), launcher
         assert adapters[launcher].keys() == adapters[None].keys()
