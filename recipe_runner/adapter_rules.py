@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.data_rules import Found, Values
-from recipe_runner.run_folder import hash_weights, read_status
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLACE = ("model", "adapter")
@@ -24,6 +23,8 @@ def adapter_folder(values: Values) -> Found:
     folder = Path(values["model"].get("adapter", ""))
     if not folder.is_absolute():
         return
+    from recipe_runner.run_folder import read_status  # here: few recipes continue from an adapter
+
     runs = sorted(file.parent for file in folder.glob("*/status.json") if read_status(file.parent) == "completed")
     if not folder.is_dir():
         yield PLACE, f"there is no folder {folder}", ""
@@ -55,6 +56,8 @@ def adapter_base(values: Values) -> Found:
     trained_on = config.get("base_model_name_or_path")
     if not trained_on or trained_on == name:
         return
+    from recipe_runner.run_folder import hash_weights
+
     recorded = recorded_base(folder)
     if recorded and Path(name).is_absolute() and recorded == hash_weights(Path(name)):
         return

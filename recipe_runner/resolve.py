@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recipe_runner import data_rules, pipeline, rules, schema, validate
+from recipe_runner import data_rules, rules, schema, validate
 from recipe_runner.adapter_rules import locate_adapter
 from recipe_runner.document import Document, parse_document, read_document
 from recipe_runner.errors import UserError, user_error
@@ -86,11 +86,13 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
     if any(problem.severity == "error" for problem in problems):
         return None, problems
     warnings = tuple(str(problem) for problem in problems)
-    return Recipe(file, document.text, values, draft.key_marks, warnings, tuple(pipeline.chain(stages))), problems
+    return Recipe(file, document.text, values, draft.key_marks, warnings, tuple(stages)), problems
 
 
 def _is_own(override: str) -> bool:
     """Whether an override is of the pipeline itself; any other goes to its stages."""
+    from recipe_runner import pipeline  # here: few recipes are pipelines
+
     key = override.partition("=")[0]
     return key not in pipeline.SHARED_KEYS and key.partition(".")[0] in pipeline.OWN_KEYS
 
@@ -127,7 +129,10 @@ def _resolve_pipeline(
         if recipe:
             stages.append(recipe)
     if len(stages) == len(names):
-        problems += pipeline.check_handover(pipeline.chain(stages), draft.place)
+        from recipe_runner import pipeline
+
+        stages[:] = pipeline.chain(stages)
+        problems += pipeline.check_handover(stages, draft.place)
     return problems
 
 
