@@ -52,7 +52,8 @@ def adapter_needs_peft(values: Values) -> Found:
 
 def adapter_base(values: Values) -> Found:
     """An adapter fits the base that it was trained on: the same name, or the same weights at another place."""
-    config, folder, name = read_adapter_config(values), Path(values["model"].get("adapter", "")), base_name(values)
+    config, folder = read_adapter_config(values), Path(values["model"].get("adapter", ""))
+    name = values["model"]["name_or_path"]
     trained_on = config.get("base_model_name_or_path")
     if not trained_on or trained_on == name:
         return
@@ -98,11 +99,6 @@ def read_adapter_config(values: Values) -> dict[str, Any]:
     targets = config.get("target_modules")
     named = targets if isinstance(targets, list) else [targets or ""]
     return config if all(isinstance(name, str) for name in named) else {}
-
-
-def base_name(values: Values) -> str:
-    """The base model of a recipe."""
-    return str(values["model"]["name_or_path"])
 
 
 def recorded_base(adapter: Path) -> str | None:

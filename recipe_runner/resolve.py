@@ -111,8 +111,7 @@ def _resolve_pipeline(
         mark = draft.place(path, False)
         folder = draft.folders.get(mark.file, Path.cwd())
         try:
-            is_path = Path(name).suffix in SUFFIXES or "/" in name
-            found = Path(os.path.abspath(folder / os.path.expanduser(name))) if is_path else find_shipped(name)
+            found = Path(os.path.abspath(_locate(name, folder)))
             if read_document(found).values.get("stage") == "pipeline":
                 own = "itself" if found.resolve() == file.resolve() else "a pipeline"
                 message = f"{name} is {own}: a pipeline's stages are recipes that train"
@@ -147,8 +146,7 @@ def _extend(document: Document, file: Path, chain: list[Path]) -> _Draft:
     mark = document.value_marks[("extends",)]
     chain = [*chain, file.resolve()]
     try:
-        is_path = Path(base_name).suffix in SUFFIXES or "/" in base_name
-        base_file = file.parent / os.path.expanduser(base_name) if is_path else find_shipped(base_name)
+        base_file = _locate(base_name, file.parent)
         if base_file.resolve() in chain:
             message = f"{base_name} extends this recipe in turn"
             raise user_error("extends-cycle", message, "remove one 'extends'", mark, ("extends",))
@@ -162,6 +160,12 @@ def _extend(document: Document, file: Path, chain: list[Path]) -> _Draft:
     base.problems += draft.problems
     base.folders |= draft.folders
     return base
+
+
+def _locate(name: str, folder: Path) -> Path:
+    """The recipe that another one names: a path, relative to its folder, or a shipped one."""
+    is_path = Path(name).suffix in SUFFIXES or "/" in name
+    return folder / os.path.expanduser(name) if is_path else find_shipped(name)
 
 
 def _merge(base: _Draft, over: _Draft, path: KeyPath) -> None:

@@ -5,11 +5,7 @@
 The tickets in both are those of `make_tickets.py`. Training and held-out rows share neither tickets nor replies.
 """
 
-import json
-import random
-from typing import Any
-
-from make_tickets import FOLDER, HELD_OUT, HELD_OUT_URGENCY, TRAIN, TRAIN_URGENCY
+from make_tickets import HELD_OUT, HELD_OUT_URGENCY, TRAIN, TRAIN_URGENCY, write_rows
 
 ABOUT = {
     "billing": "it is about money: payments, invoices, prices, refunds and plans",
@@ -76,9 +72,9 @@ def handbook(matters: Sentences, urgency: Sentences) -> list[dict[str, str]]:
     return [{"text": page} for page in pages]
 
 
-def replies(matters: Sentences, urgency: Sentences, good: list[str], bad: list[str], each: int) -> list[dict[str, Any]]:
+def replies(matters: Sentences, urgency: Sentences, good: list[str], bad: list[str], each: int) -> list[dict[str, str]]:
     """Pairs of a reply that helps and one that does not, `each` for every sentence; wordings take turns."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, str]] = []
     for category, sentences in matters.items():
         for sentence in sentences:
             for _ in range(each):
@@ -92,16 +88,10 @@ def replies(matters: Sentences, urgency: Sentences, good: list[str], bad: list[s
 
 
 def main() -> None:
-    for name, rows in (
-        ("handbook_train", handbook(TRAIN, TRAIN_URGENCY)),
-        ("handbook_heldout", handbook(HELD_OUT, HELD_OUT_URGENCY)),
-        ("replies_train", replies(TRAIN, TRAIN_URGENCY, GOOD, BAD, each=2)),
-        ("replies_heldout", replies(HELD_OUT, HELD_OUT_URGENCY, HELD_OUT_GOOD, HELD_OUT_BAD, each=1)),
-    ):
-        random.Random(0).shuffle(rows)
-        file = FOLDER / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        print(f"{file}: {len(rows)} rows")
+    write_rows("handbook_train", handbook(TRAIN, TRAIN_URGENCY))
+    write_rows("handbook_heldout", handbook(HELD_OUT, HELD_OUT_URGENCY))
+    write_rows("replies_train", replies(TRAIN, TRAIN_URGENCY, GOOD, BAD, each=2))
+    write_rows("replies_heldout", replies(HELD_OUT, HELD_OUT_URGENCY, HELD_OUT_GOOD, HELD_OUT_BAD, each=1))
 
 
 if __name__ == "__main__":

@@ -152,15 +152,17 @@ def tickets(matters: dict[str, list[str]], urgency: dict[str, list[str]], per_se
     return rows
 
 
+def write_rows(name: str, rows: list[dict[str, str]]) -> None:
+    """Shuffles rows, always in the same way, and writes them."""
+    random.Random(0).shuffle(rows)
+    file = FOLDER / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"{file}: {len(rows)} rows")
+
+
 def main() -> None:
-    for name, rows in (
-        ("tickets_train", tickets(TRAIN, TRAIN_URGENCY, per_sentence=6)),
-        ("tickets_heldout", tickets(HELD_OUT, HELD_OUT_URGENCY, per_sentence=1)),
-    ):
-        random.Random(0).shuffle(rows)
-        file = FOLDER / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        print(f"{file}: {len(rows)} rows")
+    write_rows("tickets_train", tickets(TRAIN, TRAIN_URGENCY, per_sentence=6))
+    write_rows("tickets_heldout", tickets(HELD_OUT, HELD_OUT_URGENCY, per_sentence=1))
 
 
 if __name__ == "__main__":
