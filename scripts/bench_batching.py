@@ -85,8 +85,9 @@ def build_trl(rows: list[dict[str, str]], folder: Path) -> Any:
 
 
 def build_recipe(rows: list[dict[str, str]], folder: Path) -> Any:
-    from recipe_runner.resolve import load_recipe
-    from recipe_runner.training import preparation, trainers
+    from recipe_runner.recipe.resolve import load_recipe
+    from recipe_runner.training import prepare as preparation
+    from recipe_runner.training import trainers
 
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     recipe = {

@@ -92,8 +92,11 @@ def run(worker: str, recipe: Path) -> dict[str, float]:
 
 
 def work(worker: str, file: Path) -> dict[str, float]:
-    from recipe_runner.resolve import load_recipe
-    from recipe_runner.training import environment, model, preparation, sources, store
+    from recipe_runner.data import sources, store
+    from recipe_runner.model import base as model
+    from recipe_runner.recipe.resolve import load_recipe
+    from recipe_runner.training import environment
+    from recipe_runner.training import prepare as preparation
 
     recipe = load_recipe(str(file))
     config = preparation.build_config(recipe, environment.choose_precision(recipe))

@@ -115,7 +115,7 @@ def train_plainly(stage: str, steps: int, folder: Path) -> None:
     from transformers import BitsAndBytesConfig, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from recipe_runner.training.model import keep_4bit_weights_trainable
+    from recipe_runner.model.base import keep_4bit_weights_trainable
 
     class Log(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from recipe_runner.library import shipped_recipes
+from recipe_runner.recipe.library import shipped_recipes
 
 VALIDATE = [sys.executable, "-m", "recipe_runner", "validate"]
 

@@ -13,12 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from recipe_runner import schema
-from recipe_runner.document import read_document
-from recipe_runner.errors import UserError
-from recipe_runner.library import shelf, shipped_recipes
-from recipe_runner.resolve import examine_recipe
-from recipe_runner.rules import RULES
+from recipe_runner.problems.errors import UserError
+from recipe_runner.recipe import schema
+from recipe_runner.recipe.document import read_document
+from recipe_runner.recipe.library import shelf, shipped_recipes
+from recipe_runner.recipe.resolve import examine_recipe
+from recipe_runner.recipe.rules.training import RULES
 
 BUNDLE = shelf() / "schema" / "recipe.bundle.schema.json"
 AJV = """

@@ -1,7 +1,7 @@
 import pytest
 
-from recipe_runner.document import parse_document, parse_scalar, read_document
-from recipe_runner.errors import UserError
+from recipe_runner.problems.errors import UserError
+from recipe_runner.recipe.document import parse_document, parse_scalar, read_document
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 import pytest
 from methods import LORA, NF4
 
-from recipe_runner.formats import RowError, normalise_row
+from recipe_runner.data.formats import RowError, normalise_row
 
 PAIRS = [{"prompt": f"say {n}", "chosen": f"it is {n}", "rejected": "no idea, ask again"} for n in range(12)]
 ASK, GOOD, BAD = (
@@ -102,8 +102,9 @@ def test_pairs_are_grouped_by_length(dpo):
 
 
 def test_what_is_shown_is_what_the_trainer_receives(dpo, tmp_path):
-    from recipe_runner.resolve import load_recipe
-    from recipe_runner.training import preparation, trainers
+    from recipe_runner.recipe.resolve import load_recipe
+    from recipe_runner.training import prepare as preparation
+    from recipe_runner.training import trainers
 
     rows = [*PAIRS, {"prompt": "q", "chosen": "long " * 40, "rejected": "short"}]
     training = {"train_sampling_strategy": "sequential", "max_length": 24, "per_device_train_batch_size": 1}

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from recipe_runner import schema
-from recipe_runner.library import shelf
+from recipe_runner.recipe import schema
+from recipe_runner.recipe.library import shelf
 
 
 def test_upstream_key_shows_type_default_choices_help_and_class(run_cli):

@@ -1,6 +1,6 @@
 import pytest
 
-from recipe_runner.formats import RowError, normalise_row
+from recipe_runner.data.formats import RowError, normalise_row
 
 INSTRUCTION = {"format": "instruction", "train_on": "completion"}
 CHAT = {"format": "chat", "train_on": "assistant"}

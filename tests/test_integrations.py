@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipe_runner.library import shipped_recipes
+from recipe_runner.recipe.library import shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOKS = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())

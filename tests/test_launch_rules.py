@@ -9,10 +9,10 @@ import yaml
 from conftest import ROOT
 
 from recipe_runner.cli import cli
-from recipe_runner.errors import UserError
-from recipe_runner.launch import launch_from_environment, read_launch
-from recipe_runner.launch_rules import RULES, check_launch
-from recipe_runner.resolve import load_recipe
+from recipe_runner.launch.configuration import launch_from_environment, read_launch
+from recipe_runner.launch.rules import RULES, check_launch
+from recipe_runner.problems.errors import UserError
+from recipe_runner.recipe.resolve import load_recipe
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 NAMES = ["cpu", "cpu_2proc", "single_gpu", "ddp", "fsdp2", "fsdp2_qlora", "multi_node_fsdp2", "multi_node_zero3"]

@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from recipe_runner.errors import UserError
-from recipe_runner.resolve import load_recipe
+from recipe_runner.problems.errors import UserError
+from recipe_runner.recipe.resolve import load_recipe
 
 
 @pytest.fixture
 def check(write_recipe, tiny_phi3):
-    from recipe_runner.training import model
+    from recipe_runner.model import base as model
 
     def check(**peft):
         recipe = load_recipe(str(write_recipe(model={"name_or_path": str(tiny_phi3)}, peft={"method": "lora"} | peft)))
@@ -55,7 +55,7 @@ def test_modules_to_save_are_checked_too(check):
 def test_nested_configurations_of_peft_are_built(write_recipe):
     from peft import EvaConfig
 
-    from recipe_runner.training.model import build_peft
+    from recipe_runner.model.base import build_peft
 
     peft = {"method": "lora", "init_lora_weights": "eva", "eva_config": {"rho": 1.5}}
     config = build_peft(load_recipe(str(write_recipe(peft=peft))))
@@ -68,7 +68,7 @@ def test_nested_configurations_of_peft_are_built(write_recipe):
     [("/nowhere/model", "model-not-found"), ("nobody/no-such-model", "hub-unreachable"), ("a b", "model-not-found")],
 )
 def test_a_model_that_is_not_there_is_an_error(write_recipe, name, code):
-    from recipe_runner.training.model import find_model
+    from recipe_runner.model.base import find_model
 
     with pytest.raises(UserError) as caught:
         find_model(load_recipe(str(write_recipe(model={"name_or_path": name}))))
@@ -77,7 +77,7 @@ def test_a_model_that_is_not_there_is_an_error(write_recipe, name, code):
 
 
 def test_every_reason_of_the_hub_has_a_code_of_its_own():
-    from recipe_runner.training.model import HUB_ERRORS
+    from recipe_runner.model.base import HUB_ERRORS
 
     assert {code for _, code, _, _ in HUB_ERRORS} == {"model-not-found", "hub-unreachable"}
     names = [error.__name__ for error, *_ in HUB_ERRORS]
@@ -91,7 +91,7 @@ def gradient_before_and_after_evaluation(tiny_phi3, mended):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from recipe_runner.training.model import keep_4bit_weights_trainable
+    from recipe_runner.model.base import keep_4bit_weights_trainable
 
     torch.manual_seed(0)
     quantization = BitsAndBytesConfig(
@@ -132,7 +132,7 @@ def test_bitsandbytes_still_needs_the_workaround(tiny_phi3):
 
 
 def test_card_of_a_hub_model_names_its_base(write_recipe, tmp_path):
-    from recipe_runner.training.accounting import Accounting
+    from recipe_runner.data.accounting import Accounting
     from recipe_runner.training.card import write_card
 
     recipe = load_recipe(str(write_recipe(peft={"method": "lora"})))

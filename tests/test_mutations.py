@@ -10,10 +10,10 @@ from collections import Counter
 
 import pytest
 
-from recipe_runner.document import read_document
-from recipe_runner.errors import UserError
-from recipe_runner.library import shipped_recipes
-from recipe_runner.resolve import examine_recipe
+from recipe_runner.problems.errors import UserError
+from recipe_runner.recipe.document import read_document
+from recipe_runner.recipe.library import shipped_recipes
+from recipe_runner.recipe.resolve import examine_recipe
 
 MUTANTS_OF_A_KIND = 300
 KEY = re.compile(r"^( *)([a-z_0-9]+):( *)([^#\n]*?)( *#.*)?$")

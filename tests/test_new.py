@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from recipe_runner.library import shipped_recipes
-from recipe_runner.resolve import load_recipe
+from recipe_runner.recipe.library import shipped_recipes
+from recipe_runner.recipe.resolve import load_recipe
 
 
 @pytest.fixture

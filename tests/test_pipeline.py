@@ -6,7 +6,7 @@ import shutil
 import pytest
 from methods import LORA
 
-from recipe_runner.document import read_document
+from recipe_runner.recipe.document import read_document
 
 ROWS = {
     "text": [{"text": f"document number {n} about nothing much"} for n in range(40)],

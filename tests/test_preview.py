@@ -54,8 +54,9 @@ def preview(run_cli, write_recipe, tiny_phi3, tmp_path):
 )
 def test_what_is_shown_is_what_the_trainer_receives(preview, tmp_path, rows, dataset, training):
     """Element by element, against the batches of the trainer's own data loader."""
-    from recipe_runner.resolve import load_recipe
-    from recipe_runner.training import preparation, trainers
+    from recipe_runner.recipe.resolve import load_recipe
+    from recipe_runner.training import prepare as preparation
+    from recipe_runner.training import trainers
 
     result, file = preview(
         "-n",
@@ -235,7 +236,7 @@ def test_a_template_without_marks_is_patched_when_asked(preview, tmp_path):
 
 
 def store():
-    from recipe_runner.training.store import store_folder
+    from recipe_runner.data.store import store_folder
 
     return store_folder()
 

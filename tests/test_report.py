@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft4Validator
 
-from recipe_runner.problem import Mark, Problem
-from recipe_runner.report import write_github
+from recipe_runner.problems.problem import Mark, Problem
+from recipe_runner.problems.writers import write_github
 
 INVALID = Path(__file__).parent / "examples" / "invalid"
 

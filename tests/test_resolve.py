@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from recipe_runner.document import parse_document
-from recipe_runner.dump import dump_values
-from recipe_runner.errors import UserError
-from recipe_runner.resolve import load_recipe
+from recipe_runner.problems.errors import UserError
+from recipe_runner.recipe.document import parse_document
+from recipe_runner.recipe.dump import dump_values
+from recipe_runner.recipe.resolve import load_recipe
 
 
 def test_defaults_of_our_sections_are_filled_in(write_recipe):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from methods import LORA, NF4
 
-from recipe_runner.document import read_document
+from recipe_runner.recipe.document import read_document
 
 INT8 = {"load_in_8bit": True}
 CHAT = [
@@ -177,7 +177,7 @@ def test_a_run_that_was_killed_after_its_last_step_trains_no_step_more(train):
 
 
 def test_a_run_that_another_process_is_in_is_left_alone(train):
-    from recipe_runner.run_folder import lock_run
+    from recipe_runner.runs.folder import lock_run
 
     training = {"max_steps": 4, "save_steps": 2}
     _, folder = train(peft=LORA, training=training)
@@ -191,7 +191,7 @@ def test_a_run_that_another_process_is_in_is_left_alone(train):
 
 
 def test_old_checkpoints_go_but_for_the_last_and_the_best(tmp_path):
-    from recipe_runner.run_folder import rotate_checkpoints
+    from recipe_runner.runs.folder import rotate_checkpoints
 
     for step in (2, 4, 6, 10):
         (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
@@ -354,7 +354,7 @@ def test_what_the_user_got_wrong_is_one_line_before_the_weights_and_leaves_nothi
 
 
 def test_a_failure_after_the_weights_is_recorded(train, monkeypatch):
-    from recipe_runner.errors import user_error
+    from recipe_runner.problems.errors import user_error
     from recipe_runner.training import verify
 
     def differs(*arguments):

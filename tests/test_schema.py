@@ -7,10 +7,10 @@ import re
 import pytest
 from jsonschema import Draft202012Validator
 
-from recipe_runner import schema
-from recipe_runner.document import read_document
-from recipe_runner.errors import UserError
-from recipe_runner.library import shelf, shipped_recipes
+from recipe_runner.problems.errors import UserError
+from recipe_runner.recipe import schema
+from recipe_runner.recipe.document import read_document
+from recipe_runner.recipe.library import shelf, shipped_recipes
 
 FILES = sorted((shelf() / "schema").rglob("*.schema.json"))
 BUNDLE = shelf() / "schema" / "recipe.bundle.schema.json"

@@ -5,15 +5,15 @@ from collections import Counter
 
 import pytest
 
-from recipe_runner.errors import UserError
-from recipe_runner.resolve import load_recipe
+from recipe_runner.problems.errors import UserError
+from recipe_runner.recipe.resolve import load_recipe
 
 ROWS = [{"instruction": f"question {n}", "output": f"answer {n}", "note": n} for n in range(10)]
 
 
 @pytest.fixture
 def load(write_recipe, tmp_path):
-    from recipe_runner.training.sources import open_sources, order_rows, read_rows
+    from recipe_runner.data.sources import open_sources, order_rows, read_rows
 
     def load(rows=None, file="rows.jsonl", text=None, **dataset):
         path = tmp_path / file
@@ -105,7 +105,7 @@ def test_hub_datasets_are_asked_for_by_subset_split_and_revision(load, monkeypat
     """The hub itself can't be here: what it would be asked for, and what becomes of the answer."""
     from datasets import Dataset
 
-    from recipe_runner.training import sources
+    from recipe_runner.data import sources
 
     asked = []
 

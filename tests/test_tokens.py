@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe_runner.errors import UserError
-from recipe_runner.resolve import load_recipe
+from recipe_runner.problems.errors import UserError
+from recipe_runner.recipe.resolve import load_recipe
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -20,8 +20,10 @@ CONVERSATION = [
 @pytest.fixture
 def prepare(write_recipe, tmp_path, tiny_phi3):
     """Prepares rows as a run does; returns the split, its tokenizer, and (rendered text, learned text) of each row."""
-    from recipe_runner.training import environment, model, sources, store
-    from recipe_runner.training.preparation import build_config
+    from recipe_runner.data import sources, store
+    from recipe_runner.model import base as model
+    from recipe_runner.training import environment
+    from recipe_runner.training.prepare import build_config
 
     def prepare(rows, name_or_path=tiny_phi3, training=None, **dataset):
         file = tmp_path / "rows.jsonl"

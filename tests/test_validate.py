@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from recipe_runner import launch_rules, rules
-from recipe_runner.library import shipped_recipes
+from recipe_runner.launch import rules as launch_rules
+from recipe_runner.recipe.library import shipped_recipes
+from recipe_runner.recipe.rules import training as rules
 
 EXAMPLES = Path(__file__).parent / "examples"
 
@@ -169,7 +170,7 @@ def test_mutated_recipes_are_no_bugs(tmp_path):
 
     import yaml
 
-    from recipe_runner.resolve import examine_recipe
+    from recipe_runner.recipe.resolve import examine_recipe
 
     chance = random.Random(0)
     shipped = [yaml.safe_load(file.read_text()) for file in shipped_recipes()]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipe_runner.errors import UserError
+from recipe_runner.problems.errors import UserError
 
 
 @pytest.fixture(params=["lora", "full"])

@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipe_runner.errors import user_error
 from recipe_runner.preview import page, rows, text
-from recipe_runner.problem import Mark
-from recipe_runner.recipe import Recipe
-from recipe_runner.training.preparation import raise_errors
+from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.problem import Mark
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.training.prepare import raise_errors
 
 
 def preview_recipe(

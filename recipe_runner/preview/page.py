@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from html import escape
 
 from recipe_runner import __version__
+from recipe_runner.data.accounting import Accounting
 from recipe_runner.preview.rows import Facts, Row
 from recipe_runner.preview.text import make_visible
-from recipe_runner.recipe import Recipe
-from recipe_runner.training.accounting import Accounting
+from recipe_runner.recipe.recipe import Recipe
 
 STYLE = """
 :root { color-scheme: light dark; --learned: #b7ebc6; --ink: #1b1f24; --quiet: #6a737d; --line: #d0d7de;

@@ -6,13 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from recipe_runner.errors import user_error
-from recipe_runner.problem import Problem
-from recipe_runner.recipe import Recipe
-from recipe_runner.training import checks, continuation, environment, model, plan, preparation, sources, store, tokens
-from recipe_runner.training.accounting import Accounting
-from recipe_runner.training.tables import IGNORED
-from recipe_runner.training.tokens import Job
+from recipe_runner.data import checks, sources, store
+from recipe_runner.data import prepare as tokens
+from recipe_runner.data.accounting import Accounting
+from recipe_runner.data.prepare import Job
+from recipe_runner.data.tables import IGNORED
+from recipe_runner.model import base as model
+from recipe_runner.model import continuation
+from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.problem import Problem
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.training import environment
+from recipe_runner.training import prepare as preparation
+from recipe_runner.training import summary as plan
 
 SPARE = 50  # rows read beyond those asked for, in case some are dropped
 

@@ -8,10 +8,10 @@ from itertools import zip_longest
 
 import click
 
+from recipe_runner.data.accounting import Accounting
+from recipe_runner.data.tables import IGNORED
 from recipe_runner.preview.rows import Facts, Piece, Row
-from recipe_runner.report import write_text
-from recipe_runner.training.accounting import Accounting
-from recipe_runner.training.tables import IGNORED
+from recipe_runner.problems.writers import write_text
 
 
 def write_row(row: Row, colour: bool) -> str:

@@ -4,9 +4,9 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.dump import dump_values
-from recipe_runner.recipe import Recipe
-from recipe_runner.training.accounting import Accounting
+from recipe_runner.data.accounting import Accounting
+from recipe_runner.recipe.dump import dump_values
+from recipe_runner.recipe.recipe import Recipe
 
 
 def write_card(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from recipe_runner.recipe import Recipe
+from recipe_runner.recipe.recipe import Recipe
 
 PACKAGES = (
     "recipe-runner",

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from recipe_runner.recipe import Recipe
+from recipe_runner.recipe.recipe import Recipe
 
 TOKENS = 64  # of each of the two documents that are compared
 LOOKED_AT = 100  # packed rows that are searched for one of two documents

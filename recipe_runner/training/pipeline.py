@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from recipe_runner import pipeline, run_folder
-from recipe_runner.errors import Interrupted, UserError, user_error
-from recipe_runner.pipeline import StageRun
-from recipe_runner.recipe import Recipe
-from recipe_runner.training import preparation
+from recipe_runner.problems.errors import Interrupted, UserError, user_error
+from recipe_runner.recipe import chain as pipeline
+from recipe_runner.recipe.chain import StageRun
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.runs import folder as run_folder
+from recipe_runner.training import prepare as preparation
 from recipe_runner.training.run import agree, run_recipe
 
 

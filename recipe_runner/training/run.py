@@ -16,10 +16,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from recipe_runner import run_folder
-from recipe_runner.errors import Interrupted, first_line, user_error
-from recipe_runner.recipe import Recipe
-from recipe_runner.training import card, plan, preparation, trainers, verify
+from recipe_runner.problems.errors import Interrupted, first_line, user_error
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.runs import folder as run_folder
+from recipe_runner.training import card, trainers, verify
+from recipe_runner.training import prepare as preparation
+from recipe_runner.training import summary as plan
 
 
 def run_recipe(recipe: Recipe, resume: str) -> Path:

@@ -8,12 +8,13 @@ import torch
 from safetensors import SafetensorError
 from trl import DPOTrainer, SFTTrainer
 
-from recipe_runner import run_folder
-from recipe_runner.errors import first_line, user_error
-from recipe_runner.recipe import Recipe
-from recipe_runner.training import continuation, model
+from recipe_runner.model import base as model
+from recipe_runner.model import continuation
+from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.runs import folder as run_folder
 from recipe_runner.training.packing import PackingCheck
-from recipe_runner.training.preparation import Prepared
+from recipe_runner.training.prepare import Prepared
 
 
 class _PreparedDPOTrainer(DPOTrainer):

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from trl import SFTTrainer
 
-from recipe_runner.errors import user_error
+from recipe_runner.problems.errors import user_error
 
 ROWS, TOKENS = 2, 64  # of the training data: enough to go through every adapted layer
 

@@ -1,0 +1,159 @@
+"""Checks that the right tokens are learned: on masks, on the chat template, on what the data itself spells."""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
+
+from recipe_runner.data.accounting import Accounting, Tally
+from recipe_runner.data.tables import IGNORED
+from recipe_runner.problems.problem import Problem, as_warning
+from recipe_runner.recipe.recipe import Recipe
+
+LOOKED_AT = 20  # turns of each role that are looked for in the rendered text
+
+
+def check_ends(sample: pa.Table, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks on real rows that every supervised span ends with a token that ends a turn or a text.
+
+    A template may leave that token out of the assistant's mask: the loss looks healthy, and the model never stops.
+
+    Args:
+        sample: Tokenized rows, not yet truncated: `labels`.
+        recipe: The recipe.
+        tokenizer: With the chat template that is trained with.
+
+    Raises:
+        UserError: A supervised span ends with content.
+    """
+    stops = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    for number, labels in enumerate(sample["labels"].to_pylist(), 1):
+        last = None
+        for token in [*labels, IGNORED]:
+            if token != IGNORED and (last is None or tokenizer.decode([token]).strip()):
+                last = token  # white space after the end of a turn belongs to the template
+            elif token == IGNORED and last is not None:
+                if last not in stops:
+                    text = tokenizer.decode([token for token in labels if token != IGNORED])
+                    message = (
+                        f"the supervised text of row {number} ends with {text[-30:]!r}, not with an end-of-turn token"
+                    )
+                    fix = (
+                        "the model would not learn to stop: put that token inside {% generation %} in the chat template"
+                    )
+                    raise recipe.error("end-of-turn-masked", message, fix, "dataset", "train_on")
+                last = None
+
+
+def turns_of(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The turns of a normalised row; none for plain text."""
+    parts = (row.get(key, []) for key in ("messages", "prompt", "completion", "chosen"))
+    return [turn for part in parts if isinstance(part, list) for turn in part]
+
+
+def count_special_tokens(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows whose text spells a special token: the model would read it as one (a turn that nobody spoke)."""
+    first, spelt = _special_pattern(tokenizer)
+    count = 0
+    for row in rows:
+        texts = [turn["content"] for turn in turns_of(row) + list(row.get("rejected", []))] or [
+            v for v in row.values() if isinstance(v, str)
+        ]
+        count += any(first.intersection(text) and spelt.search(text) is not None for text in texts)
+    return count
+
+
+@lru_cache(maxsize=4)
+def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[str], re.Pattern[str]]:
+    """First characters of the special tokens (a quick look), and a pattern of all."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = sorted({token for token in added | set(tokenizer.all_special_tokens) if token.strip()})
+    return frozenset(token[0] for token in tokens), re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def count_rendered_roles(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, tally: Tally) -> None:
+    """Counts rows by role, and looks for the text of some turns of each in what the template makes of them."""
+    for row in rows:
+        turns = turns_of(row)
+        roles = {turn["role"] for turn in turns}
+        tally.roles.update(roles)
+        if any(tally.looked_at[role] < LOOKED_AT for role in roles):
+            rendered = _render(turns, tokenizer)
+            for turn in turns if rendered is not None else []:
+                tally.looked_at[turn["role"]] += 1
+                tally.lost_roles[turn["role"]] += turn["content"].strip() not in rendered
+
+
+def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The text that the template makes of turns; None when it refuses them, which `tokens` reports with the row."""
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError:
+        return None
+
+
+def count_common_tokens(
+    turns: list[dict[str, str]], input_ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> int | None:
+    """How many tokens of a conversation are those of its first turns; None when the template refuses them alone."""
+    try:
+        alone = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    except TemplateError:
+        return None
+    return int(common_prefix_length(alone, input_ids))
+
+
+def find_problems(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, accounting: Accounting, split: str
+) -> list[Problem]:
+    """What a person should know of a prepared split, as errors and warnings at the recipe's keys."""
+
+    def at(code: str, message: str, suggestion: str, *path: str) -> Problem:
+        return recipe.error(code, message, suggestion, *path).problems[0]
+
+    return list(_find_problems(recipe, tokenizer, accounting, split, at))
+
+
+def _find_problems(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, counted: Accounting, split: str, at: Any
+) -> Iterator[Problem]:
+    dataset, lost = recipe.values["dataset"], sum(counted.dropped.values())
+    if counted.rows_read and lost / counted.rows_read > dataset["max_dropped"]:
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in counted.dropped.items())
+        found = f"{lost:,} of {counted.rows_read:,} {split} rows can't be used ({reasons})"
+        fix = f"mend the data, or allow it: dataset.max_dropped is {dataset['max_dropped']:g}"
+        yield at("too-many-dropped", found, fix, "dataset", "max_dropped")
+    for role, turns in counted.lost_roles.items():
+        if turns and turns == counted.looked_at[role]:
+            found = f"the chat template renders nothing of the role '{role}', which {counted.roles[role]:,} rows have"
+            if role != "system":
+                yield at(
+                    "role-not-rendered", found, "use a template that does (training.chat_template_path)", "dataset"
+                )
+            else:
+                own = "system" in dataset
+                problem = at(
+                    "system-prompt-lost",
+                    found,
+                    "put it into the first user turn, or use another template",
+                    "dataset",
+                    "system",
+                )
+                yield problem if own else as_warning(problem)
+    if counted.rows_with_special_tokens:
+        found = f"{counted.rows_with_special_tokens:,} {split} rows spell special tokens of the tokenizer in their text"
+        fix = "the model reads them as the real ones; look at them, and mend or remove the rows"
+        yield as_warning(at("special-tokens-in-data", found, fix, "dataset", split))
+    if counted.rows_with_two_bos:
+        found = f"{counted.rows_with_two_bos:,} {split} rows begin with two {tokenizer.bos_token} tokens"
+        problem = at("doubled-bos", found, "the tokenizer adds one: take it out of the text", "dataset", split)
+        yield problem if counted.rows_with_two_bos > counted.rows_kept / 2 else as_warning(problem)
+    if counted.rows_truncated > counted.rows_kept / 10:
+        found = f"{counted.rows_truncated / counted.rows_kept:.0%} of the {split} rows are cut at max_length"
+        fix = "raise training.max_length, or set dataset.on_overlong: they end without an end-of-turn token"
+        yield as_warning(at("many-truncated", found, fix, "training", "max_length"))

@@ -1,0 +1,195 @@
+"""Data sources: opening them, choosing columns, the order of rows. The rows' layout is made by `formats`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, interleave_datasets, load_dataset
+from datasets.exceptions import DatasetsError
+
+from recipe_runner.data.formats import RowError, normalise_row
+from recipe_runner.problems.errors import UserError, first_line
+from recipe_runner.problems.problem import KeyPath
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules.data import BUILDERS
+from recipe_runner.recipe.rules.data import sources as sources_of
+from recipe_runner.recipe.validate import suggest
+
+COLUMNS = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
+COLUMNS["preference"] = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a recipe, opened.
+
+    Attributes:
+        name: The file or hub id.
+        path: Where the recipe names it.
+        rows: Its rows, with the columns that are used, memory-mapped.
+        columns: Role of a column -> its name in the data.
+    """
+
+    name: str
+    path: KeyPath
+    rows: Dataset
+    columns: dict[str, str]
+
+
+def open_sources(recipe: Recipe) -> list[Source]:
+    """Opens every source of a recipe, without reading its rows.
+
+    Raises:
+        UserError: A source can't be read, has no rows, or lacks a column.
+    """
+    disable_progress_bars()
+    return [open_source(recipe, source, path) for path, source in sources_of(recipe.values)]
+
+
+def open_source(recipe: Recipe, source: dict[str, Any], path: KeyPath) -> Source:
+    """Opens one source and chooses its columns."""
+    name, suffix = source["source"], Path(source["source"]).suffix
+    try:
+        if suffix in BUILDERS:
+            options = {"sample_by": source["sample_by"]} if "sample_by" in source else {}
+            rows = load_dataset(BUILDERS[suffix], data_files=name, split=source["split"], **options)
+        else:
+            rows = load_dataset(name, source.get("subset"), split=source["split"], revision=source.get("revision"))
+    except (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration) as error:
+        raise _explain_load_error(error, name, suffix, recipe, path) from error
+    if not len(rows):
+        raise recipe.error("empty-dataset", f"{name} has no rows", "", *path, "source")
+    columns = choose_columns(recipe, source, rows.column_names, path)
+    return Source(name, path, rows.select_columns(list(dict.fromkeys(columns.values()))), columns)
+
+
+def order_rows(recipe: Recipe, sources: list[Source]) -> dict[str, np.ndarray]:
+    """Which rows are trained on and which are held out, in which order, by the recipe's seed.
+
+    Only numbers are shuffled, split and mixed here (by `datasets`' own functions), so that the first rows are known
+    without reading all.
+
+    Returns:
+        `train` and, when the recipe evaluates, `eval`: arrays `(rows, 2)` of source and row in it.
+
+    Raises:
+        UserError: A source is too small to be split.
+    """
+    seed, held_out = recipe.values["run"]["seed"], recipe.values["dataset"].get("eval") or {}
+    declared = [source for _, source in sources_of(recipe.values)]
+    indices = []
+    for number, (source, settings) in enumerate(zip(sources, declared, strict=True)):
+        rows = Dataset.from_dict({"source": np.full(len(source.rows), number), "row": np.arange(len(source.rows))})
+        if "limit" in settings:
+            rows = rows.shuffle(seed=seed).select(range(min(settings["limit"], len(rows))))
+        indices.append(rows)
+    train = [rows for rows, source in zip(indices, sources, strict=True) if source.path[1] == "train"]
+    evaluation = [rows for rows, source in zip(indices, sources, strict=True) if source.path[1] == "eval"]
+    if "fraction" in held_out:
+        # Split before mixing: mixing repeats rows, and a repeated row may not be on both sides.
+        if min(len(rows) for rows in train) < 2:
+            raise recipe.error("empty-dataset", "a source has one row: none can be held out", "", "dataset", "eval")
+        sizes = [max(1, round(len(rows) * held_out["fraction"])) for rows in train]
+        parts = [rows.train_test_split(size, seed=seed) for rows, size in zip(train, sizes, strict=True)]
+        train, evaluation = [part["train"] for part in parts], [part["test"] for part in parts]
+    weights = [settings["weight"] for settings in declared if "weight" in settings]
+    if len(train) > 1 and weights:
+        shares = [weight / sum(weights) for weight in weights]
+        mixed = interleave_datasets(train, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    else:
+        mixed = concatenate_datasets(train)
+    orders = {"train": mixed} | ({"eval": concatenate_datasets(evaluation)} if evaluation else {})
+    return {split: _as_array(rows) for split, rows in orders.items()}
+
+
+def _as_array(rows: Dataset) -> np.ndarray:
+    columns = rows.with_format("numpy")[:]
+    return np.stack([columns["source"], columns["row"]], axis=1)
+
+
+def read_rows(recipe: Recipe, sources: list[Source], order: np.ndarray) -> list[dict[str, Any]]:
+    """Reads some rows and brings them to a layout of TRL's: see `formats`.
+
+    Args:
+        recipe: The recipe.
+        sources: Its sources, opened.
+        order: Array `(rows, 2)` of source and row in it.
+
+    Returns:
+        `messages`, or `prompt` and `completion`, or `text`; and `dropped`, why a row can't be trained on, or ''.
+
+    Raises:
+        UserError: A row has the wrong shape.
+    """
+    dataset, rows = recipe.values["dataset"], [{}] * len(order)
+    for number in np.unique(order[:, 0]):
+        source, places = sources[number], np.flatnonzero(order[:, 0] == number)
+        batch = source.rows[order[places, 1].tolist()]
+        for position, place in enumerate(places):
+            row = {role: batch[column][position] for role, column in source.columns.items()}
+            try:
+                rows[place] = normalise_row(row, dataset, f"{source.name}: row {order[place, 1] + 1}")
+            except RowError as error:
+                raise recipe.error("wrong-row-shape", str(error), "", *source.path, "source") from error
+    return rows
+
+
+def choose_columns(recipe: Recipe, source: dict[str, Any], available: list[str], path: KeyPath) -> dict[str, str]:
+    """Maps each role of the format to a column that the data has.
+
+    Raises:
+        UserError: A column is missing; the message lists those there are.
+    """
+    form, given = recipe.values["dataset"]["format"], source.get("columns", {})
+    columns = {role: given.get(role, role) for role in COLUMNS[form]}
+    if form == "chat" and "messages" not in given and "messages" not in available and "conversations" in available:
+        columns["messages"] = "conversations"  # ShareGPT's name
+    if form == "instruction" and (column := given.get("input", "input" if "input" in available else None)):
+        columns["input"] = column
+    if form == "preference":
+        there = next((name for name in ("prompt", "conversations") if name in available), None)
+        columns |= {"prompt": prompt} if (prompt := given.get("prompt", there)) else {}
+    for role, column in columns.items():
+        if column not in available:
+            there = f"its columns: {', '.join(available)}"
+            message = f"{source['source']} has no column '{column}' for the role '{role}'; {there}"
+            hint = suggest(column, available) or f"set columns: {{{role}: NAME}}"
+            raise recipe.error("missing-column", message, hint, *path, "columns", role)
+    return columns
+
+
+def _explain_load_error(error: Exception, name: str, suffix: str, recipe: Recipe, path: KeyPath) -> UserError:
+    """Says which line of a local file is at fault, or why a hub dataset can't be had."""
+    place = (*path, "source")
+    if isinstance(error, StopIteration):  # datasets 5.2: a JSON file without rows
+        return recipe.error("empty-dataset", f"{name} is empty", "", *place)
+    if suffix in (".json", ".jsonl") and (found := _find_bad_json(Path(name))):
+        return recipe.error("unreadable-data", found, "mend the file", *place)
+    root: BaseException = error
+    while suffix in BUILDERS and (root.__cause__ or root.__context__):
+        root = root.__cause__ or root.__context__ or root
+    what = first_line(root)
+    if suffix in BUILDERS:
+        return recipe.error("unreadable-data", f"cannot read {name}: {what}", "", *place)
+    hint = "check the id, subset and split, and the network; or use a local file"
+    return recipe.error("dataset-unavailable", f"cannot load the dataset '{name}': {what}", hint, *place)
+
+
+def _find_bad_json(file: Path) -> str:
+    """Where a JSON or JSON-lines file stops being one; empty when every row is an object."""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        whole = stream.read(1) == "["
+        stream.seek(0)
+        number = 0
+        try:
+            if whole:
+                wrong = [index for index, row in enumerate(json.load(stream), 1) if not isinstance(row, dict)]
+                return f"{file}: item {wrong[0]} is no JSON object" if wrong else ""
+            for number, line in enumerate(stream, 1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"{file}: line {number} is no JSON object"
+        except json.JSONDecodeError as error:
+            return f"{file}: line {error.lineno if whole else number}, column {error.colno}: {error.msg}"
+    return ""

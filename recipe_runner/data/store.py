@@ -1,0 +1,206 @@
+"""Prepared data on disk, addressed by everything that it is made from: prepared once, by one process, used by all.
+
+An entry is a folder `<key>`: `train.arrow`, `eval.arrow` (what the trainer is given), `train.npy`, `eval.npy` (source
+and row of each document), `accounting.json`, and `manifest.json` with the checksums of the others, which is written
+last. An entry that was cut off or damaged is not used, and made again.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from datasets import Dataset
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
+
+import recipe_runner
+from recipe_runner.data import prepare as tokens
+from recipe_runner.data import sources
+from recipe_runner.data.accounting import Accounting, simulate_batches
+from recipe_runner.data.prepare import Job
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules import data as data_rules
+from recipe_runner.runs.folder import write_json
+
+# Of `training`, what decides on tokens, labels and packing.
+KEYS = ("max_length", "packing", "packing_strategy", "eval_packing", "truncation_mode", "eos_token")
+MADE_BY = ("trl", "transformers", "tokenizers", "datasets", "recipe-runner")
+SLOW_SECONDS = 10  # from then on, progress is told
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """A split ready for the trainer.
+
+    Attributes:
+        dataset: Rows of `input_ids` and `labels`, or of `prompt_ids`, `chosen_ids` and `rejected_ids`; of `documents`
+            (places in `order`), and of their lengths: `seq_lengths` when they are packed without seeing each other,
+            else `document_lengths`.
+        order: Array `(documents, 2)` of source and row in it.
+        accounting: What became of its rows.
+    """
+
+    dataset: Dataset
+    order: np.ndarray
+    accounting: Accounting
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """All splits of a recipe.
+
+    Attributes:
+        splits: `train`, and `eval` when the recipe evaluates.
+        folder: The entry of the store.
+        key: Its name: a fingerprint of everything that the data is made from.
+        files: Data file -> a hash of it (hub id -> fingerprint).
+        made_now: Whether this process made it just now.
+        seconds: How long that took, or finding it did.
+    """
+
+    splits: dict[str, PreparedSplit]
+    folder: Path
+    key: str
+    files: dict[str, str]
+    made_now: bool
+    seconds: float
+
+
+def store_folder() -> Path:
+    """Where prepared data is kept: beside Hugging Face's own caches, moved with HF_HOME."""
+    return Path(HF_HOME) / "recipe-runner" / "prepared"
+
+
+def prepare_data(
+    recipe: Recipe, opened: list[sources.Source], tokenizer: PreTrainedTokenizerBase, config: SFTConfig
+) -> PreparedData:
+    """The recipe's data from the store, prepared first when it is not there or not whole.
+
+    One process prepares, others on the machine wait for its lock: no collective waits, so none can time out.
+
+    Raises:
+        UserError: The data is at fault.
+    """
+    began = time.monotonic()
+    made_from = describe_origin(recipe, tokenizer, opened)
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+    folder = store_folder() / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        made_now = not is_whole(folder)
+        if made_now:
+            _make(folder, made_from, Job(recipe, opened, tokenizer, config))
+    splits = _load(folder, config)
+    return PreparedData(splits, folder, key, made_from["files"], made_now, time.monotonic() - began)
+
+
+def describe_origin(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, opened: list[sources.Source]) -> dict[str, Any]:
+    """Everything that prepared data is made from, as JSON values: any change of it gives another key."""
+    training, dataset = recipe.values["training"], recipe.values["dataset"]
+    files = {}
+    for source in opened:
+        local = data_rules.is_file_source(source.name)
+        files[source.name] = _hash_file(Path(source.name)) if local else source.rows._fingerprint
+    package = Path(recipe_runner.__file__).parent
+    code = sorted((package / "data").rglob("*.py"))
+    return {
+        "dataset": {key: value for key, value in dataset.items() if key != "max_dropped"},
+        "seed": recipe.values["run"]["seed"],
+        "training": {key: training.get(key) for key in KEYS},
+        "files": files,
+        "template": tokenizer.chat_template,
+        "tokenizer": _hash_tokenizer(tokenizer),
+        "versions": {name: importlib.metadata.version(name) for name in MADE_BY},
+        "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in code],
+    }
+
+
+def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of vocabulary, merges, normalizer and special tokens."""
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return hashlib.sha256(f"{type(tokenizer).__name__}{backend}{special}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _hash_file(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether an entry is there, complete, and as it was written."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        return all(_hash_file(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # absent, cut off or damaged: it is made again
+
+
+def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
+    """Prepares all splits into a new entry; what is half written never looks whole."""
+    for leftover in (folder, *folder.parent.glob(f"{folder.name}.*.partial")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        accounting = {}
+        for split, order in sources.order_rows(job.recipe, job.sources).items():
+            accounting[split] = asdict(_write_split(partial, split, order, job))
+        write_json(partial / "accounting.json", accounting)
+        files = {file.name: _hash_file(file) for file in sorted(partial.iterdir())}
+        write_json(partial / "manifest.json", {"files": files, "made_from": made_from})
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Accounting:
+    tally, began, told = job.tally(), time.monotonic(), 0.0
+    numbers, places = pa.list_(pa.int32()), pa.list_(pa.int64())
+    schema = pa.schema(
+        [(name, numbers) for name in (*tokens.COLUMNS[job.pairs], "document_lengths")] + [("documents", places)]
+    )
+    with (folder / f"{split}.arrow").open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
+        for table in tokens.prepare_chunks(job, split, order, tally):
+            writer.write_table(table.select(schema.names).cast(schema))
+            seconds = time.monotonic() - began
+            if seconds - told > SLOW_SECONDS and tally.read < len(order):
+                told = seconds
+                print(f"  prepared {tally.read:,} of {len(order):,} {split} rows", file=sys.stderr, flush=True)
+    np.save(folder / f"{split}.npy", order)
+    if not tally.columns["length"] or not sum(len(lengths) for lengths in tally.columns["length"]):
+        raise tokens.nothing_left(job.recipe, split, tally.dropped)
+    return tally.finish()
+
+
+def _load(folder: Path, config: SFTConfig) -> dict[str, PreparedSplit]:
+    """Opens an entry: data is memory-mapped."""
+    told = json.loads((folder / "accounting.json").read_text(encoding="utf-8"))
+    splits = {}
+    for split, values in told.items():
+        dataset = Dataset.from_file(str(folder / f"{split}.arrow"))
+        lengths = pc.list_flatten(dataset.data.column("document_lengths")).to_numpy()
+        accounting = replace(Accounting(**values), batches=simulate_batches(lengths, config))
+        if "prompt_ids" in dataset.column_names:
+            dataset = dataset.add_column("length", lengths)  # of the longer sequence
+        elif accounting.packed_rows and config.packing_strategy != "wrapped":  # those are one text to the model
+            dataset = dataset.rename_column("document_lengths", "seq_lengths")
+        splits[split] = PreparedSplit(dataset, np.load(folder / f"{split}.npy", mmap_mode="r"), accounting)
+    return splits

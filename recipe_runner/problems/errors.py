@@ -1,0 +1,48 @@
+"""Errors that end a command, and the exit status that each stands for.
+
+    Exception
+    ├── UserError      exit status 1: the recipe, the data or the environment is at fault
+    └── Interrupted    exit status 130 (Ctrl-C) or 143 (SIGTERM); a checkpoint was left if training had begun
+
+Anything else that reaches the command line is a bug in this project (exit status 3).
+"""
+
+from recipe_runner.problems.problem import KeyPath, Mark, Problem
+
+
+class UserError(Exception):
+    """The recipe, the data or the environment is at fault.
+
+    Args:
+        problems: Everything that was found, at least one.
+    """
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+
+
+class Interrupted(Exception):
+    """A signal interrupted the command.
+
+    Args:
+        message: What happened, and how to go on.
+        number: The signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+        self.status = 128 + number  # as a shell reports it
+
+
+def user_error(
+    code: str, message: str, suggestion: str = "", mark: Mark | None = None, path: KeyPath = ()
+) -> UserError:
+    """Builds the error for one problem."""
+    return UserError([Problem(code, message, mark, path, suggestion)])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what upstream says, or the error's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""From a YAML file to a resolved, validated recipe. Nothing here imports the ML stack."""

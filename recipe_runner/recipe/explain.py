@@ -1,0 +1,94 @@
+"""The documentation of a recipe key or of an error code, from the schema and from docs/errors.md."""
+
+import json
+import re
+import textwrap
+from typing import Any
+
+from recipe_runner.problems.errors import user_error
+from recipe_runner.recipe import schema
+from recipe_runner.recipe.library import shelf
+from recipe_runner.recipe.validate import suggest
+
+_NAMES = {"null": "null", "object": "mapping", "array": "list"}
+
+
+def explain(name: str) -> str:
+    """Explains a key path (`training.packing_strategy`) or an error code (`unknown-key`).
+
+    Raises:
+        UserError: There is no such key and no such code.
+    """
+    codes = _codes()
+    if name in codes:
+        return f"{name}: {codes[name]}"
+    stages = [_keys(stage) for stage in schema.STAGES]
+    keys = {key: entry for stage in reversed(stages) for key, entry in stage.items()}
+    path = re.sub(r"\.\d+(?=\.|$)", "", name)  # dataset.train.0.source is dataset.train.source
+    if path not in keys:
+        hint = suggest(path, [*keys, *codes]) or f"sections: {', '.join(key for key in keys if '.' not in key)}"
+        raise user_error("unknown-key", f"there is no key and no error code '{name}'", hint)
+    found = {name: stage[path] for name, stage in zip(schema.STAGES, stages, strict=True) if path in stage}
+    texts: dict[str, list[str]] = {}
+    for name, entry in found.items():
+        texts.setdefault(_describe(path, *entry), []).append(name)
+    if len(texts) == 1 and len(found) == len(schema.STAGES):
+        return next(iter(texts))
+    return "\n".join(text.replace(path, f"{path} (stage {', '.join(names)})", 1) for text, names in texts.items())
+
+
+def _describe(path: str, entry: dict[str, Any], origin: str) -> str:
+    kinds = entry.get("type", [])
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    facts = {
+        "type": " or ".join(str(_NAMES.get(kind, kind)) for kind in kinds),
+        "choices": ", ".join(json.dumps(choice).strip('"') for choice in entry.get("enum", [])),
+        "default": json.dumps(entry["default"]) if "default" in entry else "",
+        "bounds": ", ".join(
+            f"{key} {entry[key]}" for key in entry if re.match(r"(exclusive)?(Min|Max|min|max)imum", key)
+        ),
+        "from": origin,
+    }
+    if "not" in entry and entry["not"] == {}:
+        facts = {"instead": entry.get("x-replaced-by", "")}
+    lines = [path, *textwrap.wrap(entry.get("description", ""), 100, initial_indent="  ", subsequent_indent="  ")]
+    lines += [f"  {key + ':':<9}{text}" for key, text in facts.items() if text]
+    if below := entry.get("properties"):
+        valid = [key for key, value in below.items() if value.get("not") != {}]
+        lines += textwrap.wrap(f"keys: {', '.join(valid)}", 100, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _keys(stage: str) -> dict[str, tuple[dict[str, Any], str]]:
+    """Every documented key path of a stage, with its schema and the class that it comes from."""
+    keys: dict[str, tuple[dict[str, Any], str]] = {}
+    for name, entry in schema.load()["properties"].items():
+        keys[name] = entry, ""
+        if name in schema.SECTIONS:
+            section, bounds = schema.fields_of(name, stage), schema.bounds_of(name, stage)
+            keys[name] = {**section, **entry, "properties": section["properties"]}, _origin(section)
+            for key in [*section["properties"], *(key for key in bounds if key not in section["properties"])]:
+                documented = section["properties"].get(key, {})
+                keys[f"{name}.{key}"] = {**documented, **bounds.get(key, {})}, _origin(section) if documented else ""
+    for name in ("train", "eval"):
+        for key, entry in schema.resolve("#/$defs/source")["properties"].items():
+            keys[f"dataset.{name}.{key}"] = entry, ""
+    for key, entry in schema.load()["$defs"]["source"]["properties"]["columns"]["properties"].items():
+        keys[f"dataset.train.columns.{key}"] = entry, ""
+    keys["dataset.eval.fraction"] = (
+        schema.resolve("#/$defs/dataset")["properties"]["eval"]["then"]["properties"]["fraction"],
+        "",
+    )
+    return keys
+
+
+def _origin(section: dict[str, Any]) -> str:
+    made = re.search(r"from (\S+) ([\d.]+)\. ", section.get("$comment", ""))
+    return f"{section['title']}, {made[1]} {made[2]}" if made else ""
+
+
+def _codes() -> dict[str, str]:
+    """Error code -> what it means and what to do, from its row of docs/errors.md."""
+    text = (shelf() / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.+) \| (.+) \|$", text, flags=re.MULTILINE)
+    return {code: f"{meaning}\n  what to do: {fix}" for code, meaning, fix in rows}

@@ -1,0 +1,125 @@
+"""Writes a new recipe: valid, commented, ready to run."""
+
+from pathlib import Path
+
+from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.problem import Mark
+from recipe_runner.recipe.library import find_shipped
+from recipe_runner.recipe.resolve import load_recipe
+
+METHODS = ("qlora", "lora", "full")
+STAGES = {"instruction": "sft", "chat": "sft", "text": "pretrain", "preference": "dpo"}  # what a layout is for
+FORMATS = {
+    "instruction": """\
+  format: instruction              # rows of an instruction, an optional input and an answer
+  train:
+    source: {data}
+    columns: {{instruction: instruction, input: input, output: output}}   # role: its name in the data
+  train_on: completion             # the loss is on the answer only
+""",
+    "chat": """\
+  format: chat                     # rows of turns: {{role, content}}, or ShareGPT's {{from, value}}
+  train:
+    source: {data}
+    columns: {{messages: messages}}  # role: its name in the data
+  train_on: assistant              # the loss is on every assistant turn
+""",
+    "text": """\
+  format: text                     # raw text; an end-of-sequence token after each document
+  train:
+    source: {data}
+    columns: {{text: text}}          # role: its name in the data
+""",
+    "preference": """\
+  format: preference               # pairs of a chosen and a rejected answer to a prompt
+  train:
+    source: {data}
+    columns: {{prompt: prompt, chosen: chosen, rejected: rejected}}   # role: its name in the data
+""",
+}
+QUANTIZATION = """\
+quantization:                      # 4-bit NormalFloat weights under the adapter: QLoRA
+  load_in_4bit: true
+  bnb_4bit_quant_type: nf4
+  bnb_4bit_use_double_quant: true  # saves about 0.4 bit per weight
+  bnb_4bit_compute_dtype: bfloat16
+"""
+PEFT = """\
+peft:
+  method: lora
+  r: 16                            # rank: more room to learn, more memory
+  lora_alpha: 32
+  target_modules: all-linear
+"""
+
+
+def compose(name: str, model: str, form: str, method: str, data: str) -> str:
+    """The text of a recipe, for the stage that the format is for.
+
+    Args:
+        name: Name of the recipe.
+        model: Hub id or folder of the base model.
+        form: Dataset format: instruction, chat, text or preference.
+        method: qlora, lora or full.
+        data: Hub id or file of the data.
+    """
+    pairs, text = form == "preference", form == "text"
+    rate = {True: "5e-7", False: "5e-6"} if pairs else {True: "2e-5", False: "2e-4"}
+    sampling = "  train_sampling_strategy: group_by_length   # pairs can't be packed: less padding\n" * pairs
+    beta = "  beta: 0.1                        # smaller: further from the reference model\n" * pairs
+    why = "all weights take small steps" if method == "full" else "adapters start from zero and take larger steps"
+    packing = "  packing: true                    # documents share rows, without seeing each other\n" * text
+    packing += "  packing_strategy: bfd_split      # long documents are split, not cut\n" * text
+    schedule = "  lr_scheduler_type: cosine\n  warmup_steps: 0.03               # below 1: a share of all steps\n"
+    if text:
+        schedule = "  # Left to the stage's defaults: warm-up over 1% of the steps, a cosine down to a tenth.\n"
+    return (
+        f"# accelerate launch --no_python recipe-run {name}.yaml\n"
+        "# What a key means: recipe-run explain training.learning_rate\n"
+        f"schema_version: 1\nname: {name}\n"
+        f"description: {method} of {Path(model).name} on {form} data.\n"
+        f"stage: {STAGES[form]}\nmodel:\n  name_or_path: {_quote(model)}\n"
+        f"{QUANTIZATION if method == 'qlora' else ''}{PEFT if method != 'full' else ''}"
+        f"dataset:\n{FORMATS[form].format(data=_quote(data))}"
+        "  eval: {fraction: 0.02}           # held out, by the seed\n"
+        "training:\n"
+        f"{beta}  learning_rate: {rate[method == 'full']}              # {why}\n"
+        "  num_train_epochs: 1\n"
+        "  per_device_train_batch_size: 4   # halve it when memory runs out ...\n"
+        "  gradient_accumulation_steps: 4   # ... and double this: rows in a step stay the same\n"
+        "  max_length: 1024                 # tokens; longer rows are cut, and counted\n"
+        f"{packing}{sampling}{schedule}"
+        "  eval_strategy: steps\n  eval_steps: 100\n  save_steps: 100\n  save_total_limit: 2\n"
+        "run:\n  output_dir: runs\n  seed: 42\n"
+    )
+
+
+def copy_shipped(name: str, source: str) -> str:
+    """The text of a shipped recipe under another name, with the paths in it made absolute."""
+    recipe = load_recipe(str(find_shipped(source)))
+    text = recipe.text.replace(f"name: {source}", f"name: {name}", 1)
+    text = text.replace(f"recipes/{source}.yaml", f"{name}.yaml").replace(
+        "launch recipe-run", "launch --no_python recipe-run"
+    )
+    schema_line, _, rest = text.partition("\n")
+    text = rest if schema_line.startswith("# yaml-language-server") else text  # its path is relative to the shelf
+    for word in sorted({word for word in text.split() if word.startswith(("../", "data/"))}, key=len, reverse=True):
+        text = text.replace(word, str((recipe.file.parent / word).resolve()))
+    return text
+
+
+def write_new(file: Path, text: str) -> None:
+    """Writes a recipe to a new file.
+
+    Raises:
+        UserError: The file is there already.
+    """
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError as error:
+        raise user_error("file-exists", "the file is there already", "choose another name", Mark(str(file))) from error
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'" if set(text) & set(" :#'\"{}[],&*!|>%@`") or not text else text

@@ -1,0 +1,278 @@
+"""From a file to a resolved recipe: `extends`, `--set`, validation, defaults, absolute paths."""
+
+import copy
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from recipe_runner.problems.errors import UserError, user_error
+from recipe_runner.problems.problem import KeyPath, Mark, Problem, join_path, sort_problems, value_at
+from recipe_runner.recipe import schema, validate
+from recipe_runner.recipe.document import Document, parse_document, read_document
+from recipe_runner.recipe.library import SUFFIXES, find_recipe, find_shipped
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules import data as data_rules
+from recipe_runner.recipe.rules import training as rules
+from recipe_runner.recipe.rules.adapter import locate_adapter
+
+
+@dataclass
+class _Draft:
+    """A recipe under construction. `folders` says which folder the paths of a file are relative to."""
+
+    values: dict[str, Any]
+    key_marks: dict[KeyPath, Mark]
+    value_marks: dict[KeyPath, Mark]
+    problems: list[Problem]
+    folders: dict[str, Path] = field(default_factory=dict)
+
+    def place(self, path: KeyPath, of_key: bool) -> Mark:
+        """The mark of a key (or its value), or of the nearest key around it."""
+        marks = self.key_marks if of_key and path in self.key_marks else self.value_marks
+        while path not in marks and path:
+            path = path[:-1]
+            marks = self.key_marks if path in self.key_marks else self.value_marks
+        return marks[path]
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads, resolves and validates a recipe.
+
+    Args:
+        name: Path of a recipe, or name of a shipped one.
+        overrides: `a.b=c` assignments from the command line.
+
+    Raises:
+        UserError: With everything that is wrong with the recipe.
+    """
+    recipe, problems = examine_recipe(find_recipe(name), overrides)
+    if recipe is None:
+        raise UserError(problems)
+    return recipe
+
+
+def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[Problem]]:
+    """Reads, resolves and validates a recipe file.
+
+    Returns:
+        The recipe, or None if it has errors; and all problems, warnings included, in the order of the file.
+    """
+    try:
+        document = read_document(file)
+        draft = _extend(document, file, [])
+        passed = [text for text in overrides if draft.values.get("stage") == "pipeline" and not _is_own(text)]
+        for override in overrides:
+            if override not in passed:
+                _override(draft, override)
+        _drop_nulls(draft.values)
+        if isinstance(draft.values.get("extends"), str):
+            del draft.values["extends"]  # merged: from here on the recipe must be whole
+        problems = draft.problems + validate.check_values(draft.values, draft.place)
+        values = _repaired(draft.values, problems)
+        stages: list[Recipe] = []
+        if not problems or not [p for p in validate.check_values(values, draft.place) if p.code != "removed-key"]:
+            schema.fill_defaults(values)
+            if values["stage"] == "pipeline":
+                problems += _resolve_pipeline(values, draft, file, passed, stages)
+            else:
+                _make_paths_absolute(values, draft)
+                problems += rules.check_rules(values, draft.place, file)
+    except UserError as error:
+        return None, error.problems
+    except OSError as error:  # a folder that may not be read, a name that is too long
+        return None, [Problem("unreadable-file", f"{error.filename}: {error.strerror}", Mark(str(file)))]
+    problems = sort_problems(problems)
+    if any(problem.severity == "error" for problem in problems):
+        return None, problems
+    warnings = tuple(str(problem) for problem in problems)
+    return Recipe(file, document.text, values, draft.key_marks, warnings, tuple(stages)), problems
+
+
+def _is_own(override: str) -> bool:
+    """Whether an override is of the pipeline itself; any other goes to its stages."""
+    from recipe_runner.recipe import chain as pipeline  # here: few recipes are pipelines
+
+    key = override.partition("=")[0]
+    return key not in pipeline.SHARED_KEYS and key.partition(".")[0] in pipeline.OWN_KEYS
+
+
+def _resolve_pipeline(
+    values: dict[str, Any], draft: _Draft, file: Path, overrides: Sequence[str], stages: list[Recipe]
+) -> list[Problem]:
+    """Resolves the recipes of a pipeline into `stages`, and returns everything that is wrong with them."""
+    values.pop("training")  # defaults of other stages
+    values["run"].pop("seed")
+    values["run"]["output_dir"] = os.path.abspath(os.path.expanduser(values["run"]["output_dir"]))
+    problems = rules.check_name(values, draft.place, file)
+    names = list(values["stages"])
+    for number, name in enumerate(names):
+        path: KeyPath = ("stages", number)
+        mark = draft.place(path, False)
+        folder = draft.folders.get(mark.file, Path.cwd())
+        try:
+            found = Path(os.path.abspath(_locate(name, folder)))
+            if read_document(found).values.get("stage") == "pipeline":
+                own = "itself" if found.resolve() == file.resolve() else "a pipeline"
+                message = f"{name} is {own}: a pipeline's stages are recipes that train"
+                problems.append(Problem("nested-pipeline", message, mark, path, "name the recipes one by one"))
+                continue
+        except UserError as error:
+            if error.problems[0].code in ("unreadable-file", "recipe-not-found"):
+                hint = error.problems[0].suggestion or "name a recipe file (.yaml) or a shipped recipe"
+                problems.append(Problem("stage-not-found", f"cannot read {name}", mark, path, hint))
+                continue
+        recipe, wrong = examine_recipe(found, overrides)
+        problems += wrong
+        values["stages"][number] = str(found)
+        if recipe:
+            stages.append(recipe)
+    if len(stages) == len(names):
+        from recipe_runner.recipe import chain as pipeline
+
+        stages[:] = pipeline.chain(stages)
+        problems += pipeline.check_handover(stages, draft.place)
+    return problems
+
+
+def _extend(document: Document, file: Path, chain: list[Path]) -> _Draft:
+    """Merges a document over the recipe that it extends, and that one over its own base."""
+    draft = _Draft(
+        document.values, document.key_marks, document.value_marks, document.problems, {document.file: file.parent}
+    )
+    base_name = document.values.get("extends")
+    if not isinstance(base_name, str) or not base_name:
+        return draft
+    mark = document.value_marks[("extends",)]
+    chain = [*chain, file.resolve()]
+    try:
+        base_file = _locate(base_name, file.parent)
+        if base_file.resolve() in chain:
+            message = f"{base_name} extends this recipe in turn"
+            raise user_error("extends-cycle", message, "remove one 'extends'", mark, ("extends",))
+        base = _extend(read_document(base_file), base_file, chain)
+    except UserError as error:
+        if error.problems[0].code in ("unreadable-file", "recipe-not-found"):
+            hint = "name a recipe file (.yaml) or a shipped recipe"
+            raise user_error("extends-not-found", f"cannot read {base_name}", hint, mark, ("extends",)) from error
+        raise
+    _merge(base, draft, ())
+    base.problems += draft.problems
+    base.folders |= draft.folders
+    return base
+
+
+def _locate(name: str, folder: Path) -> Path:
+    """The recipe that another one names: a path, relative to its folder, or a shipped one."""
+    is_path = Path(name).suffix in SUFFIXES or "/" in name
+    return folder / os.path.expanduser(name) if is_path else find_shipped(name)
+
+
+def _merge(base: _Draft, over: _Draft, path: KeyPath) -> None:
+    """Merges mappings key by key; everything else is replaced, marks included."""
+    target, source = value_at(base.values, path), value_at(over.values, path)
+    for key, value in source.items():
+        here = (*path, key)
+        # A source is replaced as a whole: half of one and half of another would be neither.
+        is_source = path == ("dataset",) and isinstance(value, dict) and {"source", "fraction"} & set(value)
+        if isinstance(value, dict) and isinstance(target.get(key), dict) and not is_source:
+            base.key_marks[here], base.value_marks[here] = over.key_marks[here], over.value_marks[here]
+            _merge(base, over, here)
+            continue
+        target[key] = value
+        for marks, new in ((base.key_marks, over.key_marks), (base.value_marks, over.value_marks)):
+            for old in [old for old in marks if old[: len(here)] == here]:
+                del marks[old]
+            marks.update({mark: new[mark] for mark in new if mark[: len(here)] == here})
+    base.value_marks[path] = over.value_marks[path]
+
+
+def _override(draft: _Draft, override: str) -> None:
+    """Applies one `a.b=c`; c is read as YAML, by the rules of the file."""
+    key, equals, text = override.partition("=")
+    mark = Mark(f"--set {override}")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key) or key == "extends":
+        raise user_error("bad-override", "expected KEY=VALUE, for example training.learning_rate=1e-4", "", mark)
+    try:
+        document = parse_document(f"value: {text}", mark.file)
+    except UserError as error:  # the line and column of a text that nobody sees say nothing
+        raise UserError([replace(problem, mark=mark) for problem in error.problems]) from error
+    if set(document.values) != {"value"}:
+        raise user_error("bad-override", "more than one value", "use one --set for each key", mark)
+    path: KeyPath = ()
+    target: Any = draft.values
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(target, dict) and target.get(part) is None:
+            target[part] = {}
+        path = (*path, _step(target, part, mark, path))
+        target = target[path[-1]]
+    path = (*path, _step(target, last, mark, path, new=True))
+    target[path[-1]] = document.values["value"]
+    draft.problems += [replace(problem, mark=mark, path=path) for problem in document.problems]
+    for marks in (draft.key_marks, draft.value_marks):
+        for old in [old for old in marks if len(old) > len(path) and old[: len(path)] == path]:
+            del marks[old]
+        for depth in range(1, len(path) + 1):
+            if depth == len(path) or path[:depth] not in marks:
+                marks[path[:depth]] = mark
+    draft.folders[mark.file] = Path.cwd()  # a path typed on the command line is relative to where it was typed
+
+
+def _step(target: Any, part: str, mark: Mark, path: KeyPath, new: bool = False) -> str | int:
+    """The key or index that a part of an override's path stands for."""
+    if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+        return int(part)
+    if isinstance(target, dict) and (new or part in target):
+        return part
+    raise user_error("bad-override", f"there is no '{join_path((*path, part))}' to set a key of", "", mark)
+
+
+def _drop_nulls(values: dict[str, Any]) -> None:
+    """In the header and in our own sections null means left out; upstream's fields may be null."""
+    for section in (values, *(values.get(name) for name in ("model", "dataset", "run"))):
+        if isinstance(section, dict):
+            for key in [key for key, value in section.items() if value is None]:
+                del section[key]
+
+
+def _repaired(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """A copy with the keys and values that were meant: rules judge the recipe, not the typo."""
+    values = copy.deepcopy(values)
+    for problem in problems:
+        if problem.code in ("unknown-key", "renamed-key", "misplaced-key", "removed-key", "out-of-bounds"):
+            section = value_at(values, problem.path[:-1])
+            value = section.pop(problem.path[-1], None)
+            if problem.meant is not None and problem.meant not in section:
+                section[problem.meant] = value
+        elif problem.meant is not None and problem.path:
+            value_at(values, problem.path[:-1])[problem.path[-1]] = problem.meant
+    return values
+
+
+def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
+    """Paths are relative to the file they are written in; run.output_dir is relative to the current folder."""
+
+    def folder(path: KeyPath) -> Path:
+        return draft.folders.get(draft.place(path, False).file, Path.cwd())
+
+    def absolute(path: KeyPath, name: str) -> Path:
+        return Path(os.path.abspath(folder(path) / os.path.expanduser(name)))
+
+    model, training = values["model"], values["training"]
+    local = absolute(("model", "name_or_path"), model["name_or_path"])
+    if data_rules.looks_local(model["name_or_path"]) or local.is_dir():
+        model["name_or_path"] = str(local)
+    if "adapter" in model:
+        local = absolute(("model", "adapter"), model["adapter"])
+        if data_rules.looks_local(model["adapter"]) or local.is_dir() or model["adapter"].count("/") != 1:
+            model["adapter"] = str(locate_adapter(local))
+    for path, source in data_rules.sources(values):
+        if data_rules.is_file_source(source["source"]):
+            source["source"] = str(absolute((*path, "source"), source["source"]))
+    if isinstance(training.get("chat_template_path"), str):
+        where = ("training", "chat_template_path")
+        training["chat_template_path"] = str(absolute(where, training["chat_template_path"]))
+    values["run"]["output_dir"] = os.path.abspath(os.path.expanduser(values["run"]["output_dir"]))

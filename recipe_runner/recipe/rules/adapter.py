@@ -1,0 +1,116 @@
+"""Rules about `model.adapter`, the earlier run that training continues from. One small function a rule; see `rules`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from recipe_runner.recipe.rules.data import Found, Values
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PLACE = ("model", "adapter")
+# Fields of the adapter's configuration that may differ: what only matters while training, or is checked with the model.
+_FREE = ("method", "lora_dropout", "target_modules")
+
+
+def locate_adapter(folder: Path) -> Path:
+    """The adapter's folder in a run folder; any other folder is given back as it is."""
+    inside = folder / "adapter"
+    return inside if (inside / CONFIG).is_file() else folder
+
+
+def adapter_folder(values: Values) -> Found:
+    """What training continues from is an adapter, of a run that completed. Hub ids are looked up later."""
+    folder = Path(values["model"].get("adapter", ""))
+    if not folder.is_absolute():
+        return
+    from recipe_runner.runs.folder import read_status  # here: few recipes continue from an adapter
+
+    runs = sorted(file.parent for file in folder.glob("*/status.json") if read_status(file.parent) == "completed")
+    if not folder.is_dir():
+        yield PLACE, f"there is no folder {folder}", ""
+    elif runs:
+        yield PLACE, f"{folder} holds runs, and is none itself", f"name one of them; the newest is {runs[-1].name}"
+    elif (folder / "model" / "config.json").is_file() or (folder / "config.json").is_file():
+        whole = folder / "model" if (folder / "model").is_dir() else folder
+        yield PLACE, f"{folder} has no adapter: all weights were trained", f"set model.name_or_path to {whole}"
+    elif not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
+        told = f"{folder} has no adapter ({CONFIG} and {WEIGHTS})"
+        run = (folder / "status.json").is_file() and f"the run is {read_status(folder)}: --resume continues it"
+        yield PLACE, told, run or "name a run folder or an adapter"
+    elif not read_adapter_config(values):
+        yield PLACE, f"{folder / CONFIG} is damaged", "train it again, or copy it again"
+    elif (folder.parent / "status.json").is_file() and read_status(folder.parent) != "completed":
+        yield PLACE, f"the run in {folder.parent} is {read_status(folder.parent)}", f"--resume {folder.parent}"
+
+
+def adapter_needs_peft(values: Values) -> Found:
+    """A recipe that trains an adapter says so, also when it continues from one."""
+    if "adapter" in values["model"] and not values.get("peft"):
+        fix = "add 'peft: {method: lora}': what it leaves out comes from the adapter"
+        yield PLACE, "the adapter is trained on, but peft is missing", fix
+
+
+def adapter_base(values: Values) -> Found:
+    """An adapter fits the base that it was trained on: the same name, or the same weights at another place."""
+    config, folder = read_adapter_config(values), Path(values["model"].get("adapter", ""))
+    name = values["model"]["name_or_path"]
+    trained_on = config.get("base_model_name_or_path")
+    if not trained_on or trained_on == name:
+        return
+    from recipe_runner.runs.folder import hash_weights
+
+    recorded = recorded_base(folder)
+    if recorded and Path(name).is_absolute() and recorded == hash_weights(Path(name)):
+        return
+    moved = Path(trained_on).is_absolute() and not Path(trained_on).exists()
+    message = f"the adapter was trained on {trained_on}{', which is no longer there' * moved}; the base here is {name}"
+    if not recorded:
+        fix = f"take its base; if this is the same model, set base_model_name_or_path in {folder / CONFIG}"
+    else:
+        fix = "these weights are others: " + ("find its base" if moved else f"set model.name_or_path to {trained_on}")
+    yield ("model", "name_or_path"), message, fix
+
+
+def adapter_config(values: Values) -> Found:
+    """What `peft` says of an adapter that is there already must be true of it."""
+    config, section = read_adapter_config(values), values.get("peft") or {}
+    if not config or not section:
+        return
+    if str(config.get("peft_type", "")).lower() != section["method"]:
+        yield ("peft", "method"), f"the adapter is of the method {str(config.get('peft_type')).lower()}", ""
+        return
+    for key, value in section.items():
+        if key not in _FREE and key in config and _as_set(value) != _as_set(config[key]):
+            yield ("peft", key), f"{value}, but the adapter has {config[key]}", "remove the key: the adapter says it"
+    targets, own = section.get("target_modules"), config.get("target_modules")
+    if targets is not None and targets != "all-linear" and _as_set(targets) != _as_set(own):
+        told = ", ".join(own) if isinstance(own, list) else own
+        yield ("peft", "target_modules"), f"the adapter has {told}", "remove the key: the adapter says it"
+
+
+def read_adapter_config(values: Values) -> dict[str, Any]:
+    """The configuration of a local adapter; empty when there is none that can be used: `adapter_folder` says why."""
+    try:
+        config = json.loads((Path(values["model"].get("adapter", "")) / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path", ""), str | None):
+        return {}
+    targets = config.get("target_modules")
+    named = targets if isinstance(targets, list) else [targets or ""]
+    return config if all(isinstance(name, str) for name in named) else {}
+
+
+def recorded_base(adapter: Path) -> str | None:
+    """The hash of the base's weights that the run of an adapter recorded."""
+    try:
+        text = (adapter.parent / "environment.json").read_text(encoding="utf-8")
+        return json.loads(text)["base_model"]["weights"]  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not an adapter of ours, or copied out of its run folder
+
+
+def _as_set(value: Any) -> Any:
+    """PEFT saves sets of names as lists, in any order."""
+    names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return set(value) if names else value

@@ -1,0 +1,122 @@
+"""The recipe schema, and what can be asked of it: a validator, defaults, valid keys."""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.validators import extend
+from referencing import Registry
+from referencing.jsonschema import DRAFT202012
+
+from recipe_runner.recipe.library import shelf
+
+ROOT = "recipe.schema.json"
+SECTIONS = {
+    "model": "#/$defs/model",
+    "quantization": "upstream/bitsandbytes_config.schema.json",
+    "peft": "upstream/lora_config.schema.json",
+    "dataset": "#/$defs/dataset",
+    "training": "upstream/sft_config.schema.json",
+    "run": "#/$defs/run",
+}
+# Our bounds on upstream's keys, and the keys that are refused there.
+BOUNDS = {"training": "#/$defs/sft_training", "peft": "#/$defs/lora", "quantization": "#/$defs/quantization"}
+# What `training` holds.
+STAGES = {
+    "pretrain": "upstream/sft_config.schema.json",
+    "sft": "upstream/sft_config.schema.json",
+    "dpo": "upstream/dpo_config.schema.json",
+}
+
+
+@cache
+def load(name: str = ROOT) -> dict[str, Any]:
+    """Reads one schema file."""
+    schema: dict[str, Any] = json.loads((shelf() / "schema" / name).read_text(encoding="utf-8"))
+    schema.pop("$schema")  # jsonschema would go back to its own validator class here, and its idea of an integer
+    return schema
+
+
+def resolve(reference: str) -> dict[str, Any]:
+    """The schema that a `$ref` of the recipe schema stands for."""
+    if reference.startswith("#/$defs/"):
+        found: dict[str, Any] = load()["$defs"][reference.removeprefix("#/$defs/")]
+        return found
+    return load(reference)
+
+
+@cache
+def validator() -> Any:
+    """A validator for whole recipes. An integer is written as one: 4.0 is refused where upstream wants an int."""
+    files = [ROOT] + [f"upstream/{file.name}" for file in (shelf() / "schema" / "upstream").glob("*.schema.json")]
+    registry: Registry[Any] = Registry().with_resources(
+        [(name, DRAFT202012.create_resource(load(name))) for name in files]
+    )
+    strict_integers = Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
+    )
+    strict: Any = extend(  # type: ignore[no-untyped-call]
+        Draft202012Validator, type_checker=strict_integers
+    )
+    return strict({"$ref": ROOT}, registry=registry)
+
+
+def fields_of(section: str, stage: str = "sft") -> dict[str, Any]:
+    """The schema of the class behind a section: for `training`, the one of the stage."""
+    return resolve(STAGES.get(stage, STAGES["sft"]) if section == "training" else SECTIONS[section])
+
+
+def bounds_of(section: str, stage: str = "sft") -> dict[str, Any]:
+    """Our entries on top of a section's: bounds, old names, keys that are refused."""
+    if section not in BOUNDS:
+        return {}
+    own = resolve(f"#/$defs/{stage}_training" if section == "training" and stage in STAGES else BOUNDS[section])
+    shared = [part for entry in own.get("allOf", []) for part in _properties(resolve(entry["$ref"]))]
+    merged: dict[str, Any] = {}
+    for part in (*shared, own["properties"]):
+        for key, entry in part.items():
+            merged[key] = {**merged.get(key, {}), **entry}
+    return merged
+
+
+def _properties(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a schema, and those that hold on its condition."""
+    return [part["properties"] for part in (schema, schema.get("then", {})) if "properties" in part]
+
+
+def section_keys(section: str, stage: str = "sft") -> dict[str, Any]:
+    """The keys of a section that a recipe may set, with their schemas."""
+    narrowed = bounds_of(section, stage)
+    keys = fields_of(section, stage)["properties"].items()
+    return {key: entry for key, entry in keys if {**entry, **narrowed.get(key, {})}.get("not") != {}}
+
+
+def fill_defaults(values: dict[str, Any], schema: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Fills in the defaults of the recipe's own sections. Upstream's defaults are left to upstream's classes."""
+    schema = load() if schema is None else schema
+    for part in _applicable(schema, values):
+        for key, entry in part.get("properties", {}).items():
+            if not isinstance(entry, dict) or "not" in entry:
+                continue
+            if "default" in entry and key not in values:
+                values[key] = json.loads(json.dumps(entry["default"]))
+            if isinstance(values.get(key), dict):
+                fill_defaults(values[key], entry)
+            elif isinstance(values.get(key), list) and "$ref" in entry:
+                for item in values[key]:
+                    fill_defaults(item, entry)
+    return values
+
+
+def _applicable(schema: dict[str, Any], values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schema and the parts of it that hold for these values: `$ref`, `if`/`then`, `allOf`."""
+    yield schema
+    if "$ref" in schema and not schema["$ref"].startswith("upstream/"):
+        yield from _applicable(resolve(schema["$ref"]), values)
+    for part in schema.get("allOf", []):
+        yield from _applicable(part, values)
+    if "if" in schema:
+        holds = Draft202012Validator(schema["if"]).is_valid(values)
+        yield from _applicable(schema.get("then" if holds else "else", {}), values)
