@@ -17,8 +17,8 @@ from recipe_runner.problems.errors import UserError
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.document import read_document
 from recipe_runner.recipe.library import shelf, shipped_recipes
-from recipe_runner.recipe.resolve import examine_recipe
-from recipe_runner.recipe.rules.training import RULES
+from recipe_runner.recipe.resolve import examine_recipe, load_recipe
+from recipe_runner.recipe.rules import apply_rules
 
 BUNDLE = shelf() / "schema" / "recipe.bundle.schema.json"
 AJV = """
@@ -67,7 +67,8 @@ def compare(file: Path, accepts: bool) -> str:
     recipe, problems = examine_recipe(file)
     if accepts == (recipe is not None):
         return "agree"
-    only_rules = {problem.code for problem in problems} <= set(RULES)
+    rules = {code for code, _ in apply_rules(load_recipe("phi3_chat_qlora"))}
+    only_rules = {problem.code for problem in problems} <= rules
     ours_alone = only_rules or not list(errors_but_integers(read_document(file).values))
     return "beyond a schema" if accepts and ours_alone else "unexplained"
 

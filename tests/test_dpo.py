@@ -7,8 +7,10 @@ import pytest
 from methods import LORA, NF4
 
 from recipe_runner.data.formats import RowError, normalise_row
+from recipe_runner.recipe.sections import DatasetSection
 
 PAIRS = [{"prompt": f"say {n}", "chosen": f"it is {n}", "rejected": "no idea, ask again"} for n in range(12)]
+PREFERENCE = DatasetSection("preference", (), "truncate", 0.1)
 ASK, GOOD, BAD = (
     {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "g"), ("assistant", "b"))
 )
@@ -47,7 +49,7 @@ def dpo(run_cli, write_recipe, tiny_phi3, tmp_path):
     ids=["texts", "turns", "whole conversations", "implicit prompt", "sharegpt"],
 )
 def test_every_shape_of_a_pair_is_the_same_pair(row):
-    found = normalise_row(row, {"format": "preference"}, "row 1")
+    found = normalise_row(row, PREFERENCE, "row 1")
     assert found == {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD], "dropped": ""}
 
 
@@ -68,12 +70,12 @@ def test_every_shape_of_a_pair_is_the_same_pair(row):
     ],
 )
 def test_pairs_that_teach_nothing_are_dropped_by_reason(row, reason):
-    assert normalise_row(row, {"format": "preference"}, "row 1")["dropped"] == reason
+    assert normalise_row(row, PREFERENCE, "row 1")["dropped"] == reason
 
 
 def test_a_pair_of_the_wrong_shape_is_an_error():
     with pytest.raises(RowError, match="row 1: column 'chosen': expected a text, a turn or a list of turns, found int"):
-        normalise_row({"prompt": "q", "chosen": 3, "rejected": "b"}, {"format": "preference"}, "row 1")
+        normalise_row({"prompt": "q", "chosen": 3, "rejected": "b"}, PREFERENCE, "row 1")
 
 
 @pytest.mark.parametrize(
@@ -103,15 +105,14 @@ def test_pairs_are_grouped_by_length(dpo):
 
 def test_what_is_shown_is_what_the_trainer_receives(dpo, tmp_path):
     from recipe_runner.recipe.resolve import load_recipe
-    from recipe_runner.training import prepare as preparation
-    from recipe_runner.training import trainers
+    from recipe_runner.training import prepare, trainers
 
     rows = [*PAIRS, {"prompt": "q", "chosen": "long " * 40, "rejected": "short"}]
     training = {"train_sampling_strategy": "sequential", "max_length": 24, "per_device_train_batch_size": 1}
     result, _ = dpo("-n", "20", "--format", "json", command="preview", rows=rows, training=training)
     shown = json.loads(result.out)
     recipe = load_recipe(str(tmp_path / "tiny.yaml"))
-    prepared = preparation.prepare(recipe)
+    prepared = prepare.prepare(recipe, None)
     prepared.config.output_dir = str(tmp_path / "out")
     batches = list(trainers.build_trainer(recipe, prepared).get_train_dataloader())
     assert len(shown) == len(batches) == 13

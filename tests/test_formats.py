@@ -1,9 +1,16 @@
 import pytest
 
-from recipe_runner.data.formats import RowError, normalise_row
+from recipe_runner.data import formats
+from recipe_runner.data.formats import RowError
+from recipe_runner.recipe.sections import DatasetSection
 
 INSTRUCTION = {"format": "instruction", "train_on": "completion"}
 CHAT = {"format": "chat", "train_on": "assistant"}
+
+
+def normalise_row(row, dataset, where):
+    section = DatasetSection(**{"train": (), "on_overlong": "truncate", "max_dropped": 0.1}, **dataset)
+    return formats.normalise_row(row, section, where)
 
 
 def row(**values):

@@ -11,11 +11,14 @@ from recipe_runner.recipe.resolve import load_recipe
 
 @pytest.fixture
 def check(write_recipe, tiny_phi3):
-    from recipe_runner.model import base as model
+    from recipe_runner.model import adapter, base
 
     def check(**peft):
         recipe = load_recipe(str(write_recipe(model={"name_or_path": str(tiny_phi3)}, peft={"method": "lora"} | peft)))
-        model.check_targets(recipe, model.build_peft(recipe), model.load_model_config(recipe))
+        with recipe.placing_errors():
+            config = base.load_model_config(recipe.model)
+            peft_config = adapter.build_peft(recipe.peft.said, recipe.stage.task)
+            adapter.check_targets(peft_config, base.build_empty(config), config.model_type)
 
     return check
 
@@ -55,10 +58,10 @@ def test_modules_to_save_are_checked_too(check):
 def test_nested_configurations_of_peft_are_built(write_recipe):
     from peft import EvaConfig
 
-    from recipe_runner.model.base import build_peft
+    from recipe_runner.model.adapter import build_peft
 
     peft = {"method": "lora", "init_lora_weights": "eva", "eva_config": {"rho": 1.5}}
-    config = build_peft(load_recipe(str(write_recipe(peft=peft))))
+    config = build_peft(load_recipe(str(write_recipe(peft=peft))).peft.said, "CAUSAL_LM")
     assert isinstance(config.eva_config, EvaConfig)
     assert config.eva_config.rho == 1.5
 
@@ -68,16 +71,17 @@ def test_nested_configurations_of_peft_are_built(write_recipe):
     [("/nowhere/model", "model-not-found"), ("nobody/no-such-model", "hub-unreachable"), ("a b", "model-not-found")],
 )
 def test_a_model_that_is_not_there_is_an_error(write_recipe, name, code):
-    from recipe_runner.model.base import find_model
+    from recipe_runner.model.hub import find_model
 
-    with pytest.raises(UserError) as caught:
-        find_model(load_recipe(str(write_recipe(model={"name_or_path": name}))))
+    recipe = load_recipe(str(write_recipe(model={"name_or_path": name})))
+    with pytest.raises(UserError) as caught, recipe.placing_errors():
+        find_model(recipe.model)
     assert caught.value.problems[0].code == code
     assert caught.value.problems[0].mark.line > 0
 
 
 def test_every_reason_of_the_hub_has_a_code_of_its_own():
-    from recipe_runner.model.base import HUB_ERRORS
+    from recipe_runner.model.hub import HUB_ERRORS
 
     assert {code for _, code, _, _ in HUB_ERRORS} == {"model-not-found", "hub-unreachable"}
     names = [error.__name__ for error, *_ in HUB_ERRORS]
@@ -91,7 +95,7 @@ def gradient_before_and_after_evaluation(tiny_phi3, mended):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from recipe_runner.model.base import keep_4bit_weights_trainable
+    from recipe_runner.model.quantization import keep_4bit_weights_trainable
 
     torch.manual_seed(0)
     quantization = BitsAndBytesConfig(

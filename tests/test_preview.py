@@ -55,8 +55,7 @@ def preview(run_cli, write_recipe, tiny_phi3, tmp_path):
 def test_what_is_shown_is_what_the_trainer_receives(preview, tmp_path, rows, dataset, training):
     """Element by element, against the batches of the trainer's own data loader."""
     from recipe_runner.recipe.resolve import load_recipe
-    from recipe_runner.training import prepare as preparation
-    from recipe_runner.training import trainers
+    from recipe_runner.training import prepare, trainers
 
     result, file = preview(
         "-n",
@@ -69,7 +68,7 @@ def test_what_is_shown_is_what_the_trainer_receives(preview, tmp_path, rows, dat
     )
     shown = json.loads(result.out)
     recipe = load_recipe(str(file))
-    prepared = preparation.prepare(recipe)
+    prepared = prepare.prepare(recipe, None)
     prepared.config.per_device_train_batch_size, prepared.config.output_dir = 1, str(tmp_path / "out")
     trainer = trainers.build_trainer(recipe, prepared)
     batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), shown, strict=False)]

@@ -11,6 +11,7 @@ from recipe_runner.problems.errors import UserError
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.document import read_document
 from recipe_runner.recipe.library import shelf, shipped_recipes
+from recipe_runner.stages import STAGES
 
 FILES = sorted((shelf() / "schema").rglob("*.schema.json"))
 BUNDLE = shelf() / "schema" / "recipe.bundle.schema.json"
@@ -56,7 +57,7 @@ def test_every_field_of_upstream_is_there_and_nothing_else():
 
 
 def test_a_key_that_is_refused_says_why_and_its_replacement_exists():
-    stages = schema.STAGES
+    stages = STAGES
     known = {f"{s}.{key}" for s in schema.SECTIONS for stage in stages for key in schema.section_keys(s, stage)}
     known |= {*schema.SECTIONS, "dataset.train.columns"}
     for path, entry in properties(schema.load()):

@@ -21,8 +21,11 @@ def load(write_recipe, tmp_path):
         dataset = {"train": {"source": str(path)}} | dataset
         training = {"eval_strategy": "steps"} if "eval" in dataset else {}
         recipe = load_recipe(str(write_recipe(dataset=dataset, training=training)))
-        sources = open_sources(recipe)
-        splits = {split: read_rows(recipe, sources, order) for split, order in order_rows(recipe, sources).items()}
+        dataset = recipe.dataset
+        with recipe.placing_errors():
+            sources = open_sources(dataset)
+            orders = order_rows(dataset, sources, recipe.run.seed)
+            splits = {split: read_rows(dataset, sources, order) for split, order in orders.items()}
         return splits["train"], splits.get("eval")
 
     return load

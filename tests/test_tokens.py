@@ -20,10 +20,10 @@ CONVERSATION = [
 @pytest.fixture
 def prepare(write_recipe, tmp_path, tiny_phi3):
     """Prepares rows as a run does; returns the split, its tokenizer, and (rendered text, learned text) of each row."""
-    from recipe_runner.data import sources, store
-    from recipe_runner.model import base as model
-    from recipe_runner.training import environment
-    from recipe_runner.training.prepare import build_config
+    from recipe_runner.data import store
+    from recipe_runner.training.config import build_config
+    from recipe_runner.training.environment import choose_precision
+    from recipe_runner.training.prepare import open_job
 
     def prepare(rows, name_or_path=tiny_phi3, training=None, **dataset):
         file = tmp_path / "rows.jsonl"
@@ -32,9 +32,12 @@ def prepare(write_recipe, tmp_path, tiny_phi3):
         recipe = load_recipe(
             str(write_recipe(model={"name_or_path": str(name_or_path)}, dataset=dataset, training=training or {}))
         )
-        config = build_config(recipe, environment.choose_precision(recipe))
-        tokenizer = model.load_tokenizer(recipe)
-        split = store.prepare_data(recipe, sources.open_sources(recipe), tokenizer, config).splits["train"]
+        precision = choose_precision(recipe.training, None, adapter=False, launcher="no")
+        config = build_config(recipe.stage, recipe.training.said, recipe.model, recipe.run.seed, precision)
+        with recipe.placing_errors():
+            job, _ = open_job(recipe, config)
+            split = store.prepare_data(job).splits["train"]
+        tokenizer = job.tokenizer
         texts = [
             (tokenizer.decode(row["input_ids"]), tokenizer.decode([label for label in row["labels"] if label != -100]))
             for row in split.dataset

@@ -12,30 +12,30 @@ from trl.data_utils import common_prefix_length
 
 from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.tables import IGNORED
+from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.problem import Problem, as_warning
-from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.sections import DatasetSection
 
 LOOKED_AT = 20  # turns of each role that are looked for in the rendered text
 
 
-def check_ends(sample: pa.Table, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_ends(sample: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> None:
     """Checks on real rows that every supervised span ends with a token that ends a turn or a text.
 
     A template may leave that token out of the assistant's mask: the loss looks healthy, and the model never stops.
 
     Args:
-        sample: Tokenized rows, not yet truncated: `labels`.
-        recipe: The recipe.
+        sample: Labels of rows that are not yet truncated.
         tokenizer: With the chat template that is trained with.
 
     Raises:
         UserError: A supervised span ends with content.
     """
     stops = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-    for number, labels in enumerate(sample["labels"].to_pylist(), 1):
+    for number, labels in enumerate(sample.to_pylist(), 1):
         last = None
         for token in [*labels, IGNORED]:
-            if token != IGNORED and (last is None or tokenizer.decode([token]).strip()):
+            if token != IGNORED and (last is None or str(tokenizer.decode([token])).strip()):
                 last = token  # white space after the end of a turn belongs to the template
             elif token == IGNORED and last is not None:
                 if last not in stops:
@@ -46,7 +46,7 @@ def check_ends(sample: pa.Table, recipe: Recipe, tokenizer: PreTrainedTokenizerB
                     fix = (
                         "the model would not learn to stop: put that token inside {% generation %} in the chat template"
                     )
-                    raise recipe.error("end-of-turn-masked", message, fix, "dataset", "train_on")
+                    raise user_error("end-of-turn-masked", message, fix, path=("dataset", "train_on"))
                 last = None
 
 
@@ -86,7 +86,7 @@ def count_rendered_roles(rows: list[dict[str, Any]], tokenizer: PreTrainedTokeni
             rendered = _render(turns, tokenizer)
             for turn in turns if rendered is not None else []:
                 tally.looked_at[turn["role"]] += 1
-                tally.lost_roles[turn["role"]] += turn["content"].strip() not in rendered
+                tally.lost_roles[turn["role"]] += turn["content"].strip() not in (rendered or "")
 
 
 def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -102,31 +102,23 @@ def count_common_tokens(
 ) -> int | None:
     """How many tokens of a conversation are those of its first turns; None when the template refuses them alone."""
     try:
-        alone = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        alone: Any = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
     except TemplateError:
         return None
     return int(common_prefix_length(alone, input_ids))
 
 
-def find_problems(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, accounting: Accounting, split: str
-) -> list[Problem]:
+def find_problems(dataset: DatasetSection, bos_token: str | None, counted: Accounting, split: str) -> Iterator[Problem]:
     """What a person should know of a prepared split, as errors and warnings at the recipe's keys."""
 
     def at(code: str, message: str, suggestion: str, *path: str) -> Problem:
-        return recipe.error(code, message, suggestion, *path).problems[0]
+        return Problem(code, message, None, path, suggestion)
 
-    return list(_find_problems(recipe, tokenizer, accounting, split, at))
-
-
-def _find_problems(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, counted: Accounting, split: str, at: Any
-) -> Iterator[Problem]:
-    dataset, lost = recipe.values["dataset"], sum(counted.dropped.values())
-    if counted.rows_read and lost / counted.rows_read > dataset["max_dropped"]:
+    lost = sum(counted.dropped.values())
+    if counted.rows_read and lost / counted.rows_read > dataset.max_dropped:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in counted.dropped.items())
         found = f"{lost:,} of {counted.rows_read:,} {split} rows can't be used ({reasons})"
-        fix = f"mend the data, or allow it: dataset.max_dropped is {dataset['max_dropped']:g}"
+        fix = f"mend the data, or allow it: dataset.max_dropped is {dataset.max_dropped:g}"
         yield at("too-many-dropped", found, fix, "dataset", "max_dropped")
     for role, turns in counted.lost_roles.items():
         if turns and turns == counted.looked_at[role]:
@@ -136,7 +128,6 @@ def _find_problems(
                     "role-not-rendered", found, "use a template that does (training.chat_template_path)", "dataset"
                 )
             else:
-                own = "system" in dataset
                 problem = at(
                     "system-prompt-lost",
                     found,
@@ -144,13 +135,13 @@ def _find_problems(
                     "dataset",
                     "system",
                 )
-                yield problem if own else as_warning(problem)
+                yield problem if dataset.system else as_warning(problem)
     if counted.rows_with_special_tokens:
         found = f"{counted.rows_with_special_tokens:,} {split} rows spell special tokens of the tokenizer in their text"
         fix = "the model reads them as the real ones; look at them, and mend or remove the rows"
         yield as_warning(at("special-tokens-in-data", found, fix, "dataset", split))
     if counted.rows_with_two_bos:
-        found = f"{counted.rows_with_two_bos:,} {split} rows begin with two {tokenizer.bos_token} tokens"
+        found = f"{counted.rows_with_two_bos:,} {split} rows begin with two {bos_token} tokens"
         problem = at("doubled-bos", found, "the tokenizer adds one: take it out of the text", "dataset", split)
         yield problem if counted.rows_with_two_bos > counted.rows_kept / 2 else as_warning(problem)
     if counted.rows_truncated > counted.rows_kept / 10:

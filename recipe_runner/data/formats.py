@@ -6,17 +6,19 @@ on, in `dropped` ('' when it can).
 """
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from recipe_runner.recipe.validate import suggest
+from recipe_runner.problems.words import suggest
+from recipe_runner.recipe.sections import DatasetSection
 
 CLASSIC = {
     "with_input": "Instruction:\n{instruction}\n\nInput:\n{input}\n\nOutput:\n{output}",
     "without_input": "Instruction:\n{instruction}\n\nOutput:\n{output}",
 }
 # ShareGPT's names of roles, as its exports and their descendants write them -> the names chat templates know.
-ROLES = {
+SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -26,14 +28,14 @@ ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-KNOWN_ROLES = ("system", "user", "assistant", "tool", *ROLES)
+KNOWN_ROLES = ("system", "user", "assistant", "tool", *SHAREGPT_ROLES)
 
 
 class RowError(Exception):
     """A row has the wrong shape; the message says which row, and what was found."""
 
 
-def normalise_row(row: dict[str, Any], dataset: dict[str, Any], where: str) -> dict[str, Any]:
+def normalise_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     """Brings a row to the layout that TRL knows.
 
     Args:
@@ -45,17 +47,17 @@ def normalise_row(row: dict[str, Any], dataset: dict[str, Any], where: str) -> d
         RowError: The row has the wrong shape.
     """
     layouts = {"instruction": _instruction_row, "chat": _chat_row, "text": _text_row, "preference": _preference_row}
-    return layouts[dataset["format"]](row, dataset, where)
+    return layouts[dataset.format](row, dataset, where)
 
 
-def _instruction_row(row: dict[str, Any], dataset: dict[str, Any], where: str) -> dict[str, Any]:
+def _instruction_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     values = {role: _text(row.get(role), f"{where}: column '{role}'") for role in ("instruction", "input", "output")}
     dropped = next((f"with an empty {role}" for role in ("instruction", "output") if not values[role].strip()), "")
-    if "template" in dataset:
-        prompt, completion = _fill_template(dataset["template"], values, where)
+    if dataset.template is not None:
+        prompt, completion = _fill_template(dataset.template, values, where)
         return {"prompt": prompt, "completion": completion, "dropped": dropped}
     question = "\n\n".join(text for text in (values["instruction"], values["input"]) if text.strip())
-    system = [{"role": "system", "content": dataset["system"]}] if "system" in dataset else []
+    system = [{"role": "system", "content": dataset.system}] if dataset.system else []
     return {
         "prompt": [*system, {"role": "user", "content": question}],
         "completion": [{"role": "assistant", "content": values["output"]}],
@@ -63,11 +65,11 @@ def _instruction_row(row: dict[str, Any], dataset: dict[str, Any], where: str) -
     }
 
 
-def _fill_template(template: str | dict[str, str], values: dict[str, str], where: str) -> tuple[str, str]:
+def _fill_template(template: str | Mapping[str, str], values: dict[str, str], where: str) -> tuple[str, str]:
     """Fills a plain-text template; the prompt ends where `{output}` begins."""
     if template == "classic":
         template = CLASSIC
-    if isinstance(template, dict):
+    if not isinstance(template, str):
         template = template["with_input" if values["input"].strip() else "without_input"]
     elif "{input}" not in template and values["input"].strip():
         raise RowError(f"{where} has an input, but dataset.template has no {{input}}: it would be lost")
@@ -76,21 +78,21 @@ def _fill_template(template: str | dict[str, str], values: dict[str, str], where
     return fill(prompt), fill("{output}" + completion)
 
 
-def _chat_row(row: dict[str, Any], dataset: dict[str, Any], where: str) -> dict[str, Any]:
+def _chat_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     turns = row["messages"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RowError(f"{where}: expected a list of turns {{role, content}} or {{from, value}}, found {_kind(turns)}")
     messages = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
-    if "system" in dataset and not any(message["role"] == "system" for message in messages[:1]):
-        messages = [{"role": "system", "content": dataset["system"]}, *messages]
+    if dataset.system and not any(message["role"] == "system" for message in messages[:1]):
+        messages = [{"role": "system", "content": dataset.system}, *messages]
     dropped = ""
     if not turns:
         dropped = "without turns"
-    elif dataset["train_on"] == "completion" and messages[-1]["role"] != "assistant":
+    elif dataset.train_on == "completion" and messages[-1]["role"] != "assistant":
         dropped = "that do not end with an assistant turn"
-    elif dataset["train_on"] == "assistant" and not any(message["role"] == "assistant" for message in messages):
+    elif dataset.train_on == "assistant" and not any(message["role"] == "assistant" for message in messages):
         dropped = "without an assistant turn"
-    if dataset["train_on"] == "completion":
+    if dataset.train_on == "completion":
         return {"prompt": messages[:-1], "completion": messages[-1:], "dropped": dropped}
     return {"messages": messages, "dropped": dropped}
 
@@ -106,10 +108,10 @@ def _turn(turn: dict[str, Any], where: str) -> dict[str, str]:
         raise RowError(f"{where}: tool calls, which this format would lose; remove these rows")
     if not isinstance(content, str):
         raise RowError(f"{where}: expected a text as content, found {_kind(content)}")
-    return {"role": ROLES.get(role, role), "content": content}
+    return {"role": SHAREGPT_ROLES.get(role, role), "content": content}
 
 
-def _preference_row(row: dict[str, Any], dataset: dict[str, Any], where: str) -> dict[str, Any]:
+def _preference_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     """A pair. Texts become turns; without a prompt, the turns that both answers begin with are the prompt."""
     chosen, rejected = (
         _turns(row.get(role), "assistant", f"{where}: column '{role}'") for role in ("chosen", "rejected")
@@ -133,8 +135,8 @@ def _preference_row(row: dict[str, Any], dataset: dict[str, Any], where: str) ->
         dropped = "whose answers have no prompt in common"
     if not dropped and any(turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
         dropped = "whose answer does not continue its prompt"
-    if "system" in dataset and not any(turn["role"] == "system" for turn in prompt[:1]):
-        prompt = [{"role": "system", "content": dataset["system"]}, *prompt]
+    if dataset.system and not any(turn["role"] == "system" for turn in prompt[:1]):
+        prompt = [{"role": "system", "content": dataset.system}, *prompt]
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "dropped": dropped}
 
 
@@ -152,7 +154,7 @@ def _says(turns: list[dict[str, str]]) -> bool:
     return bool(turns) and bool(turns[-1]["content"].strip())
 
 
-def _text_row(row: dict[str, Any], dataset: dict[str, Any], where: str) -> dict[str, Any]:
+def _text_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     text = _text(row["text"], f"{where}: column 'text'")
     return {"text": text, "dropped": "" if text.strip() else "with an empty text"}
 

@@ -10,15 +10,14 @@ from datasets import Dataset, concatenate_datasets, disable_progress_bars, inter
 from datasets.exceptions import DatasetsError
 
 from recipe_runner.data.formats import RowError, normalise_row
-from recipe_runner.problems.errors import UserError, first_line
+from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
-from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.problems.words import suggest
 from recipe_runner.recipe.rules.data import BUILDERS
-from recipe_runner.recipe.rules.data import sources as sources_of
-from recipe_runner.recipe.validate import suggest
+from recipe_runner.recipe.sections import DatasetSection, SourceSection
+from recipe_runner.stages import FORMATS
 
-COLUMNS = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
-COLUMNS["preference"] = ("chosen", "rejected")
+OTHER_NAMES = {"prompt": ("conversations",)}  # role -> columns that hold it in well-known data sets
 
 
 @dataclass(frozen=True)
@@ -26,46 +25,54 @@ class Source:
     """One source of a recipe, opened.
 
     Attributes:
-        name: The file or hub id.
-        path: Where the recipe names it.
+        section: What the recipe says of it.
         rows: Its rows, with the columns that are used, memory-mapped.
         columns: Role of a column -> its name in the data.
     """
 
-    name: str
-    path: KeyPath
+    section: SourceSection
     rows: Dataset
     columns: dict[str, str]
 
+    @property
+    def name(self) -> str:
+        """The file or hub id."""
+        return self.section.source
 
-def open_sources(recipe: Recipe) -> list[Source]:
+    @property
+    def path(self) -> KeyPath:
+        """Where the recipe names it."""
+        return (*self.section.path, "source")
+
+
+def open_sources(dataset: DatasetSection) -> list[Source]:
     """Opens every source of a recipe, without reading its rows.
 
     Raises:
         UserError: A source can't be read, has no rows, or lacks a column.
     """
     disable_progress_bars()
-    return [open_source(recipe, source, path) for path, source in sources_of(recipe.values)]
+    return [open_source(source, dataset.format) for source in dataset.sources]
 
 
-def open_source(recipe: Recipe, source: dict[str, Any], path: KeyPath) -> Source:
-    """Opens one source and chooses its columns."""
-    name, suffix = source["source"], Path(source["source"]).suffix
+def open_source(section: SourceSection, form: str) -> Source:
+    """Opens one source and chooses its columns for a format."""
+    name, suffix, place = section.source, Path(section.source).suffix, (*section.path, "source")
     try:
         if suffix in BUILDERS:
-            options = {"sample_by": source["sample_by"]} if "sample_by" in source else {}
-            rows = load_dataset(BUILDERS[suffix], data_files=name, split=source["split"], **options)
+            options = {"sample_by": section.sample_by} if section.sample_by else {}
+            rows = load_dataset(BUILDERS[suffix], data_files=name, split=section.split, **options)
         else:
-            rows = load_dataset(name, source.get("subset"), split=source["split"], revision=source.get("revision"))
+            rows = load_dataset(name, section.subset, split=section.split, revision=section.revision)
     except (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration) as error:
-        raise _explain_load_error(error, name, suffix, recipe, path) from error
+        raise _explain_load_error(error, name, suffix, place) from error
     if not len(rows):
-        raise recipe.error("empty-dataset", f"{name} has no rows", "", *path, "source")
-    columns = choose_columns(recipe, source, rows.column_names, path)
-    return Source(name, path, rows.select_columns(list(dict.fromkeys(columns.values()))), columns)
+        raise user_error("empty-dataset", f"{name} has no rows", path=place)
+    columns = choose_columns(section, form, rows.column_names)
+    return Source(section, rows.select_columns(list(dict.fromkeys(columns.values()))), columns)
 
 
-def order_rows(recipe: Recipe, sources: list[Source]) -> dict[str, np.ndarray]:
+def order_rows(dataset: DatasetSection, sources: list[Source], seed: int) -> dict[str, np.ndarray]:
     """Which rows are trained on and which are held out, in which order, by the recipe's seed.
 
     Only numbers are shuffled, split and mixed here (by `datasets`' own functions), so that the first rows are known
@@ -77,24 +84,21 @@ def order_rows(recipe: Recipe, sources: list[Source]) -> dict[str, np.ndarray]:
     Raises:
         UserError: A source is too small to be split.
     """
-    seed, held_out = recipe.values["run"]["seed"], recipe.values["dataset"].get("eval") or {}
-    declared = [source for _, source in sources_of(recipe.values)]
     indices = []
-    for number, (source, settings) in enumerate(zip(sources, declared, strict=True)):
+    for number, source in enumerate(sources):
         rows = Dataset.from_dict({"source": np.full(len(source.rows), number), "row": np.arange(len(source.rows))})
-        if "limit" in settings:
-            rows = rows.shuffle(seed=seed).select(range(min(settings["limit"], len(rows))))
+        if limit := source.section.limit:
+            rows = rows.shuffle(seed=seed).select(range(min(limit, len(rows))))
         indices.append(rows)
-    train = [rows for rows, source in zip(indices, sources, strict=True) if source.path[1] == "train"]
-    evaluation = [rows for rows, source in zip(indices, sources, strict=True) if source.path[1] == "eval"]
-    if "fraction" in held_out:
+    train, evaluation = indices[: len(dataset.train)], indices[len(dataset.train) :]
+    if dataset.fraction is not None:
         # Split before mixing: mixing repeats rows, and a repeated row may not be on both sides.
         if min(len(rows) for rows in train) < 2:
-            raise recipe.error("empty-dataset", "a source has one row: none can be held out", "", "dataset", "eval")
-        sizes = [max(1, round(len(rows) * held_out["fraction"])) for rows in train]
+            raise user_error("empty-dataset", "a source has one row: none can be held out", path=("dataset", "eval"))
+        sizes = [max(1, round(len(rows) * dataset.fraction)) for rows in train]
         parts = [rows.train_test_split(size, seed=seed) for rows, size in zip(train, sizes, strict=True)]
         train, evaluation = [part["train"] for part in parts], [part["test"] for part in parts]
-    weights = [settings["weight"] for settings in declared if "weight" in settings]
+    weights = [source.weight for source in dataset.train if source.weight is not None]
     if len(train) > 1 and weights:
         shares = [weight / sum(weights) for weight in weights]
         mixed = interleave_datasets(train, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
@@ -109,11 +113,11 @@ def _as_array(rows: Dataset) -> np.ndarray:
     return np.stack([columns["source"], columns["row"]], axis=1)
 
 
-def read_rows(recipe: Recipe, sources: list[Source], order: np.ndarray) -> list[dict[str, Any]]:
+def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray) -> list[dict[str, Any]]:
     """Reads some rows and brings them to a layout of TRL's: see `formats`.
 
     Args:
-        recipe: The recipe.
+        dataset: The recipe's dataset section.
         sources: Its sources, opened.
         order: Array `(rows, 2)` of source and row in it.
 
@@ -123,7 +127,7 @@ def read_rows(recipe: Recipe, sources: list[Source], order: np.ndarray) -> list[
     Raises:
         UserError: A row has the wrong shape.
     """
-    dataset, rows = recipe.values["dataset"], [{}] * len(order)
+    rows: list[dict[str, Any]] = [{}] * len(order)
     for number in np.unique(order[:, 0]):
         source, places = sources[number], np.flatnonzero(order[:, 0] == number)
         batch = source.rows[order[places, 1].tolist()]
@@ -132,49 +136,47 @@ def read_rows(recipe: Recipe, sources: list[Source], order: np.ndarray) -> list[
             try:
                 rows[place] = normalise_row(row, dataset, f"{source.name}: row {order[place, 1] + 1}")
             except RowError as error:
-                raise recipe.error("wrong-row-shape", str(error), "", *source.path, "source") from error
+                raise user_error("wrong-row-shape", str(error), path=source.path) from error
     return rows
 
 
-def choose_columns(recipe: Recipe, source: dict[str, Any], available: list[str], path: KeyPath) -> dict[str, str]:
+def choose_columns(section: SourceSection, form: str, available: list[str]) -> dict[str, str]:
     """Maps each role of the format to a column that the data has.
 
     Raises:
         UserError: A column is missing; the message lists those there are.
     """
-    form, given = recipe.values["dataset"]["format"], source.get("columns", {})
-    columns = {role: given.get(role, role) for role in COLUMNS[form]}
+    given = section.columns
+    columns = {role: given.get(role) or role for role in FORMATS[form].required}
     if form == "chat" and "messages" not in given and "messages" not in available and "conversations" in available:
         columns["messages"] = "conversations"  # ShareGPT's name
-    if form == "instruction" and (column := given.get("input", "input" if "input" in available else None)):
-        columns["input"] = column
-    if form == "preference":
-        there = next((name for name in ("prompt", "conversations") if name in available), None)
-        columns |= {"prompt": prompt} if (prompt := given.get("prompt", there)) else {}
+    for role in FORMATS[form].optional:
+        names = (role, *OTHER_NAMES.get(role, ()))
+        if column := given.get(role, next((name for name in names if name in available), None)):
+            columns[role] = column
     for role, column in columns.items():
         if column not in available:
             there = f"its columns: {', '.join(available)}"
-            message = f"{source['source']} has no column '{column}' for the role '{role}'; {there}"
+            message = f"{section.source} has no column '{column}' for the role '{role}'; {there}"
             hint = suggest(column, available) or f"set columns: {{{role}: NAME}}"
-            raise recipe.error("missing-column", message, hint, *path, "columns", role)
+            raise user_error("missing-column", message, hint, path=(*section.path, "columns", role))
     return columns
 
 
-def _explain_load_error(error: Exception, name: str, suffix: str, recipe: Recipe, path: KeyPath) -> UserError:
-    """Says which line of a local file is at fault, or why a hub dataset can't be had."""
-    place = (*path, "source")
+def _explain_load_error(error: Exception, name: str, suffix: str, place: KeyPath) -> UserError:
+    """Says which line of a local file is at fault, or why a hub dataset can't be loaded."""
     if isinstance(error, StopIteration):  # datasets 5.2: a JSON file without rows
-        return recipe.error("empty-dataset", f"{name} is empty", "", *place)
+        return user_error("empty-dataset", f"{name} is empty", path=place)
     if suffix in (".json", ".jsonl") and (found := _find_bad_json(Path(name))):
-        return recipe.error("unreadable-data", found, "mend the file", *place)
+        return user_error("unreadable-data", found, "fix the file", path=place)
     root: BaseException = error
     while suffix in BUILDERS and (root.__cause__ or root.__context__):
         root = root.__cause__ or root.__context__ or root
     what = first_line(root)
     if suffix in BUILDERS:
-        return recipe.error("unreadable-data", f"cannot read {name}: {what}", "", *place)
+        return user_error("unreadable-data", f"cannot read {name}: {what}", path=place)
     hint = "check the id, subset and split, and the network; or use a local file"
-    return recipe.error("dataset-unavailable", f"cannot load the dataset '{name}': {what}", hint, *place)
+    return user_error("dataset-unavailable", f"cannot load the dataset '{name}': {what}", hint, path=place)
 
 
 def _find_bad_json(file: Path) -> str:

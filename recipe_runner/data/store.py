@@ -19,22 +19,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 from datasets import Dataset
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig
 
-import recipe_runner
-from recipe_runner.data import prepare as tokens
-from recipe_runner.data import sources
 from recipe_runner.data.accounting import Accounting, simulate_batches
-from recipe_runner.data.prepare import Job
-from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.recipe.rules import data as data_rules
-from recipe_runner.runs.folder import write_json
+from recipe_runner.data.job import Job
+from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
+from recipe_runner.data.sources import order_rows
+from recipe_runner.files import hash_file, write_json
+from recipe_runner.recipe.rules.data import is_file_source
 
+CODE = Path(__file__).resolve().parent
 # Of `training`, what decides on tokens, labels and packing.
 KEYS = ("max_length", "packing", "packing_strategy", "eval_packing", "truncation_mode", "eos_token")
 MADE_BY = ("trl", "transformers", "tokenizers", "datasets", "recipe-runner")
@@ -46,9 +43,8 @@ class PreparedSplit:
     """A split ready for the trainer.
 
     Attributes:
-        dataset: Rows of `input_ids` and `labels`, or of `prompt_ids`, `chosen_ids` and `rejected_ids`; of `documents`
-            (places in `order`), and of their lengths: `seq_lengths` when they are packed without seeing each other,
-            else `document_lengths`.
+        dataset: Rows of the columns of the stage's shape; of `documents` (places in `order`), and of their lengths:
+            `seq_lengths` when they are packed without seeing each other, else `document_lengths`.
         order: Array `(documents, 2)` of source and row in it.
         accounting: What became of its rows.
     """
@@ -84,10 +80,8 @@ def store_folder() -> Path:
     return Path(HF_HOME) / "recipe-runner" / "prepared"
 
 
-def prepare_data(
-    recipe: Recipe, opened: list[sources.Source], tokenizer: PreTrainedTokenizerBase, config: SFTConfig
-) -> PreparedData:
-    """The recipe's data from the store, prepared first when it is not there or not whole.
+def prepare_data(job: Job) -> PreparedData:
+    """The data of a recipe from the store, prepared first when it is not there or not whole.
 
     One process prepares, others on the machine wait for its lock: no collective waits, so none can time out.
 
@@ -95,37 +89,40 @@ def prepare_data(
         UserError: The data is at fault.
     """
     began = time.monotonic()
-    made_from = describe_origin(recipe, tokenizer, opened)
+    made_from = describe_origin(job)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
     folder = store_folder() / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         made_now = not is_whole(folder)
         if made_now:
-            _make(folder, made_from, Job(recipe, opened, tokenizer, config))
-    splits = _load(folder, config)
+            _make(folder, made_from, job)
+    splits = _load(folder, job)
     return PreparedData(splits, folder, key, made_from["files"], made_now, time.monotonic() - began)
 
 
-def describe_origin(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, opened: list[sources.Source]) -> dict[str, Any]:
+def describe_origin(job: Job) -> dict[str, Any]:
     """Everything that prepared data is made from, as JSON values: any change of it gives another key."""
-    training, dataset = recipe.values["training"], recipe.values["dataset"]
     files = {}
-    for source in opened:
-        local = data_rules.is_file_source(source.name)
-        files[source.name] = _hash_file(Path(source.name)) if local else source.rows._fingerprint
-    package = Path(recipe_runner.__file__).parent
-    code = sorted((package / "data").rglob("*.py"))
+    for source in job.sources:
+        local = is_file_source(source.name)
+        files[source.name] = hash_file(Path(source.name)) if local else source.rows._fingerprint
     return {
-        "dataset": {key: value for key, value in dataset.items() if key != "max_dropped"},
-        "seed": recipe.values["run"]["seed"],
-        "training": {key: training.get(key) for key in KEYS},
+        "stage": job.stage.name,
+        "dataset": asdict(replace(job.dataset, max_dropped=0)),
+        "seed": job.seed,
+        "training": {key: getattr(job.config, key, None) for key in KEYS},
         "files": files,
-        "template": tokenizer.chat_template,
-        "tokenizer": _hash_tokenizer(tokenizer),
+        "template": job.tokenizer.chat_template,
+        "tokenizer": _hash_tokenizer(job.tokenizer),
         "versions": {name: importlib.metadata.version(name) for name in MADE_BY},
-        "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in code],
+        "code": {str(file.relative_to(CODE)): hashlib.sha256(file.read_bytes()).hexdigest() for file in code_files()},
     }
+
+
+def code_files() -> list[Path]:
+    """Every file of the code that makes rows: all of this package."""
+    return sorted(CODE.rglob("*.py"))
 
 
 def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -135,19 +132,11 @@ def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{type(tokenizer).__name__}{backend}{special}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _hash_file(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def is_whole(folder: Path) -> bool:
     """Whether an entry is there, complete, and as it was written."""
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        return all(_hash_file(folder / name) == digest for name, digest in files.items())
+        return all(hash_file(folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # absent, cut off or damaged: it is made again
 
@@ -160,10 +149,10 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
     partial.mkdir()
     try:
         accounting = {}
-        for split, order in sources.order_rows(job.recipe, job.sources).items():
+        for split, order in order_rows(job.dataset, job.sources, job.seed).items():
             accounting[split] = asdict(_write_split(partial, split, order, job))
         write_json(partial / "accounting.json", accounting)
-        files = {file.name: _hash_file(file) for file in sorted(partial.iterdir())}
+        files = {file.name: hash_file(file) for file in sorted(partial.iterdir())}
         write_json(partial / "manifest.json", {"files": files, "made_from": made_from})
         partial.rename(folder)
     except BaseException:
@@ -175,10 +164,10 @@ def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Accou
     tally, began, told = job.tally(), time.monotonic(), 0.0
     numbers, places = pa.list_(pa.int32()), pa.list_(pa.int64())
     schema = pa.schema(
-        [(name, numbers) for name in (*tokens.COLUMNS[job.pairs], "document_lengths")] + [("documents", places)]
+        [(name, numbers) for name in (*shape_of(job).COLUMNS, "document_lengths")] + [("documents", places)]
     )
     with (folder / f"{split}.arrow").open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
-        for table in tokens.prepare_chunks(job, split, order, tally):
+        for table in prepare_chunks(job, split, order, tally):
             writer.write_table(table.select(schema.names).cast(schema))
             seconds = time.monotonic() - began
             if seconds - told > SLOW_SECONDS and tally.read < len(order):
@@ -186,21 +175,18 @@ def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Accou
                 print(f"  prepared {tally.read:,} of {len(order):,} {split} rows", file=sys.stderr, flush=True)
     np.save(folder / f"{split}.npy", order)
     if not tally.columns["length"] or not sum(len(lengths) for lengths in tally.columns["length"]):
-        raise tokens.nothing_left(job.recipe, split, tally.dropped)
+        raise nothing_left(split, tally.dropped)
     return tally.finish()
 
 
-def _load(folder: Path, config: SFTConfig) -> dict[str, PreparedSplit]:
+def _load(folder: Path, job: Job) -> dict[str, PreparedSplit]:
     """Opens an entry: data is memory-mapped."""
     told = json.loads((folder / "accounting.json").read_text(encoding="utf-8"))
     splits = {}
     for split, values in told.items():
         dataset = Dataset.from_file(str(folder / f"{split}.arrow"))
         lengths = pc.list_flatten(dataset.data.column("document_lengths")).to_numpy()
-        accounting = replace(Accounting(**values), batches=simulate_batches(lengths, config))
-        if "prompt_ids" in dataset.column_names:
-            dataset = dataset.add_column("length", lengths)  # of the longer sequence
-        elif accounting.packed_rows and config.packing_strategy != "wrapped":  # those are one text to the model
-            dataset = dataset.rename_column("document_lengths", "seq_lengths")
+        accounting = replace(Accounting(**values), batches=simulate_batches(lengths, job.config))
+        dataset = shape_of(job).finish(dataset, accounting, job.config)
         splits[split] = PreparedSplit(dataset, np.load(folder / f"{split}.npy", mmap_mode="r"), accounting)
     return splits

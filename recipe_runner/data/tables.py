@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 from datasets import Dataset
-from trl import SFTConfig, pack_dataset
+from trl import pack_dataset
 
 IGNORED = -100  # label of a token that is not in the loss (torch.nn.CrossEntropyLoss's ignore_index)
 PACKED_TOGETHER = 1_000  # rows: the batch of `Dataset.map`, and so of TRL's packing
@@ -72,7 +72,7 @@ def count_two_bos(table: pa.Table, bos: int) -> int:
     return int(((ids[begins] == bos) & (ids[begins + 1] == bos)).sum())
 
 
-def pack(table: pa.Table, config: SFTConfig) -> pa.Table:
+def pack(table: pa.Table, config: Any) -> pa.Table:
     """TRL's packing, which also carries, token by token, the document that a token is of."""
     ends = flatten(table, "input_ids")[1]
     owners = np.repeat(table["document"].to_numpy(), np.diff(ends))

@@ -1,12 +1,12 @@
 """Launch configurations: accelerate's file, read strictly, and what its launcher puts into the environment.
 
-accelerate ignores unknown keys in a section, and reads YAML 1.1. `launch_rules` checks what is read here.
+accelerate ignores unknown keys in a section, and reads YAML 1.1. `launch/rules.py` checks what is read here.
 """
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,10 @@ from jsonschema import Draft202012Validator
 
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath, Mark, Problem, sort_problems
+from recipe_runner.problems.words import suggest
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.document import read_document
 from recipe_runner.recipe.library import SUFFIXES, shelf
-from recipe_runner.recipe.validate import suggest
-
-Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,11 @@ class Launch:
             return None
         section = self.values.get("fsdp_config") or {}
         return section.get(f"fsdp_{key}", section.get(key, default))
+
+    @property
+    def precision(self) -> str:
+        """Mixed precision that the launcher asks for: no, bf16 or fp16."""
+        return str(self.values.get("mixed_precision") or "no").lower()
 
     @property
     def is_deepspeed(self) -> bool:
@@ -80,6 +83,13 @@ def find_launch(name: str) -> Path:
         return shipped[name]
     hint = suggest(name, shipped) or f"shipped: {', '.join(shipped)}"
     raise user_error("launch-file", f"there is no file and no shipped launch configuration '{name}'", hint)
+
+
+def change_launch(launch: Launch, options: Sequence[str]) -> Launch:
+    """A launch configuration with options of the command line (`--num_processes=2`), which go before the file's."""
+    given = dict(option.removeprefix("--").split("=", 1) for option in options)
+    numbers = {key: int(value) if value.isdigit() else value for key, value in given.items()}
+    return replace(launch, values=launch.values | numbers)
 
 
 def read_launch(file: Path) -> Launch:
@@ -148,14 +158,14 @@ def _read_values(file: Path) -> tuple[dict[str, Any], Mapping[KeyPath, Mark], li
     return document.values, document.key_marks, problems
 
 
-def _said_twice(section: Values) -> list[str]:
+def _said_twice(section: Mapping[str, Any]) -> list[str]:
     """What may not stand beside a DeepSpeed file. Source: accelerate 1.15, utils/dataclasses.py, DeepSpeedPlugin."""
     names = ["gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device"]
     names += ["offload_param_device", "zero3_save_16bit_model", "mixed_precision"]
     return [name for name in names if name in section]
 
 
-def _read_deepspeed(values: Values, file: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def _read_deepspeed(values: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The DeepSpeed JSON file that a launch configuration names, relative to the current folder, as for accelerate."""
     name = (values.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if name is None:

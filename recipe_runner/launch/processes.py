@@ -9,58 +9,62 @@ from typing import Any
 import psutil
 import torch
 from accelerate.commands.config.config_args import default_config_file
-from transformers import TrainingArguments
 
-from recipe_runner.launch.configuration import launch_from_environment
+from recipe_runner.launch.configuration import Launch
+from recipe_runner.launch.process import is_told_cpu
 from recipe_runner.launch.rules import check_launch
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Mark, Problem, as_warning
 from recipe_runner.recipe.recipe import Recipe
 
 
-def check_launcher(recipe: Recipe) -> None:
+def check_launcher(launch: Launch | None, recipe: Recipe) -> None:
     """Checks the recipe against what `accelerate launch` has set up for this process.
 
     Raises:
         UserError: They contradict each other, or there are more processes than GPUs.
     """
-    launch = launch_from_environment(os.environ)
-    problems = check_launch(launch, recipe.values) if launch else []
+    problems = check_launch(launch, recipe) if launch else []
     if errors := [problem for problem in problems if problem.severity == "error"]:
         raise UserError(errors)
     wanted, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if not _is_on_cpu(recipe.section("training")) and 0 < devices < wanted:
+    if not is_on_cpu(recipe.training["use_cpu"]) and 0 < devices < wanted:
         message = f"{wanted} processes were started on this machine, which has {devices} GPUs"
         raise user_error("too-many-processes", message, f"--num_processes {devices}")
 
 
-def _is_on_cpu(training: dict[str, Any]) -> bool:
-    asked = training.get("use_cpu") or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-    return bool(asked) or not torch.cuda.is_available()
+def is_on_cpu(use_cpu: bool) -> bool:
+    """Whether this process trains on a CPU: asked for by the recipe or the launcher, or for want of a GPU."""
+    return bool(use_cpu) or is_told_cpu() or not torch.cuda.is_available()
 
 
-def join_processes(training: dict[str, Any]) -> None:
+def join_processes(use_cpu: bool, timeout_seconds: int) -> dict[str, str]:
     """Joins the processes of a launch on machines without a GPU.
 
     transformers 5.23 and accelerate 1.15 do so only if ACCELERATE_USE_CPU is set, and `accelerate launch` sets it for
     one process only: several would train alone, each on all rows. They also leave `ddp_timeout` out on a CPU. With
     DeepSpeed they join, but each would be given all rows, unless the backend is named.
+
+    Returns:
+        What the trainer's configuration must say beside.
+
+    Raises:
+        UserError: The port of the first process is taken.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if not several or not _is_on_cpu(training):
-        return
+    if not several or not is_on_cpu(use_cpu):
+        return {}
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        training.setdefault("ddp_backend", "gloo")
-        return
+        return {"ddp_backend": "gloo"}
     if torch.distributed.is_initialized():
-        return
+        return {}
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    seconds = training.get("ddp_timeout") or TrainingArguments.ddp_timeout
     try:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
     except torch.distributed.DistError as error:
         fix = "give the launcher another one (accelerate: --main_process_port, torchrun: --master-port)"
         raise user_error("port-in-use", first_line(error), fix) from error
+    return {}
 
 
 def check_processes(config: Any) -> None:
@@ -75,18 +79,21 @@ def check_processes(config: Any) -> None:
         raise user_error("one-process-only", message, "launch with one of accelerate_configs/, or with torchrun")
 
 
-def derive_accumulation(recipe: Recipe, size: int) -> int:
-    """Steps of accumulation that make a global batch of `size` rows on this number of processes.
+def derive_accumulation(size: int, device: int) -> int:
+    """Steps of accumulation that make a global batch on this number of processes.
+
+    Args:
+        size: Rows of the global batch.
+        device: Rows of a batch on one device.
 
     Raises:
         UserError: They don't divide.
     """
-    device = recipe.values["training"].get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if size % (device * processes):
         message = f"{size} rows can't be shared evenly by {processes} processes of {device} rows each"
         fix = "lower training.per_device_train_batch_size, or change the number of processes"
-        raise recipe.error("global-batch-size", message, fix, "run", "global_batch_size")
+        raise user_error("global-batch-size", message, fix, path=("run", "global_batch_size"))
     return size // (device * processes)
 
 

@@ -3,43 +3,61 @@
 The same rules are applied to a file, and to what `accelerate launch` put into the environment when a run begins.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from recipe_runner.launch.configuration import Launch, Values
-from recipe_runner.problems.problem import KeyPath, Mark, Problem, as_warning, sort_problems
+from recipe_runner.launch.configuration import Launch
+from recipe_runner.problems.problem import Mark, Problem, as_warning, sort_problems
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules.found import Found
+from recipe_runner.recipe.sections import RunSection, UpstreamSection
 
-Found = Iterator[tuple[KeyPath, str, str]]  # key path in the launch configuration, message, suggestion
+WARNINGS = {"fsdp1-deprecated"}
 
 
-def check_launch(launch: Launch, recipe: Values) -> list[Problem]:
-    """Applies every rule about a recipe under a launch configuration."""
+def apply_rules(launch: Launch, recipe: Recipe) -> Iterator[tuple[str, Found]]:
+    """Every rule by its code, applied to a launch configuration and the sections that it is about."""
+    training, quantization = recipe.training, recipe.quantization
+    yield "fsdp-quantized-storage", fsdp_quantized_storage(launch, quantization)
+    yield "sharded-8bit", sharded_8bit(launch, quantization)
+    yield "deepspeed-optimizer", deepspeed_optimizer(launch, training)
+    yield "launcher-precision", launcher_precision(launch, training)
+    yield "pinned-by-launcher", pinned_by_deepspeed(launch, training, recipe.run)
+    yield "checkpointing-twice", checkpointing_twice(launch, training)
+    yield "fsdp1-deprecated", fsdp_version(launch)
+    yield "saves-nothing", saves_nothing(launch)
+    yield "one-process-only", one_process_only(launch)
+    yield "uneven-machines", machines(launch)
+
+
+def check_launch(launch: Launch, recipe: Recipe) -> list[Problem]:
+    """What contradicts a launch configuration in a recipe, or in the stages of a pipeline."""
     problems = []
-    for code, rule in RULES.items():
-        for path, message, fix in rule(launch, recipe):
-            mark = launch.marks.get(path, launch.marks.get(path[:1], Mark(launch.name)))
-            problem = Problem(code, message, mark, path, fix)
-            problems.append(as_warning(problem) if code in WARNINGS else problem)
+    for stage in recipe.stages or (recipe,):
+        for code, found in apply_rules(launch, stage):
+            for path, message, fix in found:
+                mark = launch.marks.get(path, launch.marks.get(path[:1], Mark(launch.name)))
+                problem = Problem(code, message, mark, path, fix)
+                problems.append(as_warning(problem) if code in WARNINGS else problem)
     return sort_problems(problems)
 
 
-def fsdp_quantized_storage(launch: Launch, recipe: Values) -> Found:
+def fsdp_quantized_storage(launch: Launch, quantization: UpstreamSection) -> Found:
     """FSDP shards tensors of one dtype: 4-bit weights must be stored in the dtype of computation.
 
     Source: bitsandbytes' documentation, "FSDP-QLoRA"; accelerate 1.15 warns only, and leaves uint8 whole.
     """
-    quantization = recipe.get("quantization") or {}
-    storage = quantization.get("bnb_4bit_quant_storage") or "uint8"  # BitsAndBytesConfig's defaults
-    compute = quantization.get("bnb_4bit_compute_dtype") or "float32"
-    if launch.values.get("distributed_type") == "FSDP" and quantization.get("load_in_4bit") and storage != compute:
+    storage = quantization["bnb_4bit_quant_storage"] or "uint8"  # what BitsAndBytesConfig makes of None
+    compute = quantization["bnb_4bit_compute_dtype"] or "float32"
+    if launch.values.get("distributed_type") == "FSDP" and quantization["load_in_4bit"] and storage != compute:
         found = f"FSDP shards 4-bit weights only if bnb_4bit_quant_storage ({storage}) is the compute dtype ({compute})"
         yield ("distributed_type",), found, f"set quantization.bnb_4bit_quant_storage: {compute} in the recipe"
 
 
-def sharded_8bit(launch: Launch, recipe: Values) -> Found:
+def sharded_8bit(launch: Launch, quantization: UpstreamSection) -> Found:
     """8-bit weights can't be sharded. Source: PEFT's documentation, "DeepSpeed" and "FSDP" (4-bit only)."""
     sharded = "FSDP" if launch.values.get("distributed_type") == "FSDP" else "ZeRO-3" if launch.zero_stage == 3 else ""
-    if sharded and (recipe.get("quantization") or {}).get("load_in_8bit"):
+    if sharded and quantization["load_in_8bit"]:
         yield (
             ("distributed_type",),
             f"{sharded} can't shard 8-bit weights",
@@ -47,15 +65,15 @@ def sharded_8bit(launch: Launch, recipe: Values) -> Found:
         )
 
 
-def deepspeed_optimizer(launch: Launch, recipe: Values) -> Found:
+def deepspeed_optimizer(launch: Launch, training: UpstreamSection) -> Found:
     """An optimizer in DeepSpeed's file goes before the recipe's; offloading needs one that computes on the CPU.
 
     Source: transformers 5.23, integrations/deepspeed.py, deepspeed_optim_sched; DeepSpeed 0.19, ZeRO-Offload takes
     DeepSpeedCPUAdam, which accelerate 1.15 puts in place of AdamW and of nothing else.
     """
-    optim = recipe["training"].get("optim")
+    optim = training.said.get("optim")
     for key, ours in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
-        if launch.is_deepspeed and key in launch.deepspeed and ours in recipe["training"]:
+        if launch.is_deepspeed and key in launch.deepspeed and ours in training.said:
             found = f"the DeepSpeed file has its own {key}: training.{ours} would be ignored"
             yield ("deepspeed_config",), found, "remove one of them"
     offload = launch.pinned("offload_optimizer_device")
@@ -67,11 +85,11 @@ def deepspeed_optimizer(launch: Launch, recipe: Values) -> Found:
         yield ("deepspeed_config",), found, "set training.optim: adamw_torch in the recipe"
 
 
-def launcher_precision(launch: Launch, recipe: Values) -> Found:
+def launcher_precision(launch: Launch, training: UpstreamSection) -> Found:
     """Precision has one owner. Source: transformers 5.23, TrainingArguments (the launcher's where it has none)."""
     asked = launch.values.get("mixed_precision", "no")
-    said = next((name for name in ("bf16", "fp16") if recipe["training"].get(name)), None)
-    off = any(recipe["training"].get(name) is False for name in ("bf16", "fp16"))
+    said = next((name for name in ("bf16", "fp16") if training[name]), None)
+    off = any(training.said.get(name) is False for name in ("bf16", "fp16"))
     if asked not in (None, "no") and asked != said and (said or off):
         yield ("mixed_precision",), f"the launcher asks for {asked}, the recipe for {said or 'none'}", "write 'no' here"
     for name in ("bf16", "fp16"):
@@ -81,25 +99,24 @@ def launcher_precision(launch: Launch, recipe: Values) -> Found:
             yield ("deepspeed_config",), found, "write 'enabled': 'auto' there"
 
 
-def pinned_by_deepspeed(launch: Launch, recipe: Values) -> Found:
+def pinned_by_deepspeed(launch: Launch, training: UpstreamSection, run: RunSection) -> Found:
     """What a recipe says, DeepSpeed's configuration may not say otherwise: `auto` takes it from the recipe.
 
     Source: transformers 5.23, integrations/deepspeed.py, HfTrainerDeepSpeedConfig, which refuses it late.
     """
-    training = recipe["training"]
     names = {
-        "gradient_accumulation_steps": ("gradient_accumulation_steps", 1),
-        "gradient_clipping": ("max_grad_norm", 1.0),
-        "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", 8),
+        "gradient_accumulation_steps": "gradient_accumulation_steps",
+        "gradient_clipping": "max_grad_norm",
+        "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     }
-    for key, (ours, default) in names.items():
+    for key, ours in names.items():
         value = launch.pinned(key)
-        if value is not None and _as_number(value) != float(training.get(ours, default)):
-            found = f"pinned to {value}, but training.{ours} is {training.get(ours, default)}"
+        if value is not None and _as_number(value) != float(training[ours]):
+            found = f"pinned to {value}, but training.{ours} is {training[ours]}"
             yield ("deepspeed_config", key), found, "write auto"
     if (whole := launch.pinned("train_batch_size")) is not None:
         yield ("deepspeed_config",), f"the DeepSpeed file pins train_batch_size to {whole}", "write auto there"
-    if launch.pinned("gradient_accumulation_steps") is not None and recipe["run"].get("global_batch_size"):
+    if launch.pinned("gradient_accumulation_steps") is not None and run.global_batch_size:
         found = "pinned, but run.global_batch_size derives it"
         yield ("deepspeed_config", "gradient_accumulation_steps"), found, "write auto"
 
@@ -111,22 +128,22 @@ def _as_number(value: Any) -> float | None:
         return None
 
 
-def checkpointing_twice(launch: Launch, recipe: Values) -> Found:
+def checkpointing_twice(launch: Launch, training: UpstreamSection) -> Found:
     """Activations are checkpointed by FSDP or by the trainer. Source: transformers 5.23, trainer.py, refuses both."""
-    if launch.fsdp("activation_checkpointing") is True and recipe["training"].get("activation_checkpointing", True):
+    if launch.fsdp("activation_checkpointing") is True and training["activation_checkpointing"] is not False:
         found = "activation checkpointing is on here, and in the recipe (TRL's default)"
         path = ("fsdp_config", "fsdp_activation_checkpointing")
         yield path, found, "turn it off here, or set training.activation_checkpointing: false"
 
 
-def fsdp_version(launch: Launch, recipe: Values) -> Found:
+def fsdp_version(launch: Launch) -> Found:
     """FSDP1 is deprecated. Source: accelerate 1.15, FullyShardedDataParallelPlugin; its default is still version 1."""
     version = launch.fsdp("version", 1)
     if version is not None and str(version) != "2":
         yield ("fsdp_config",), "FSDP1 is deprecated in PyTorch and accelerate", "set fsdp_version: 2"
 
 
-def saves_nothing(launch: Launch, recipe: Values) -> Found:
+def saves_nothing(launch: Launch) -> Found:
     """The result of a run is one whole adapter or model.
 
     Source: transformers 5.23, Trainer.save_model writes nothing with FSDP's SHARDED_STATE_DICT, and needs
@@ -145,7 +162,7 @@ def saves_nothing(launch: Launch, recipe: Values) -> Found:
         yield ("deepspeed_config", "zero3_save_16bit_model"), found, "set it to true"
 
 
-def one_process_only(launch: Launch, recipe: Values) -> Found:
+def one_process_only(launch: Launch) -> Found:
     """Processes that would train alone, or unsharded. Source: accelerate 1.15, commands/launch.py and state.py."""
     values = launch.values
     count = values.get("num_processes", 1)
@@ -156,23 +173,8 @@ def one_process_only(launch: Launch, recipe: Values) -> Found:
         yield ("distributed_type",), "on a CPU accelerate 1.15 does not shard: it would be plain DDP", "take cpu_2proc"
 
 
-def machines(launch: Launch, recipe: Values) -> Found:
+def machines(launch: Launch) -> Found:
     """Several machines share the processes evenly. Source: accelerate 1.15, launch.py, prepare_multi_gpu_env."""
     count, processes = launch.values.get("num_machines", 1), launch.values.get("num_processes", 1)
     if count > 1 and processes % count:
         yield ("num_processes",), f"{processes} processes can't be shared by {count} machines", "make it a multiple"
-
-
-RULES: dict[str, Callable[[Launch, Values], Found]] = {
-    "fsdp-quantized-storage": fsdp_quantized_storage,
-    "sharded-8bit": sharded_8bit,
-    "deepspeed-optimizer": deepspeed_optimizer,
-    "launcher-precision": launcher_precision,
-    "pinned-by-launcher": pinned_by_deepspeed,
-    "checkpointing-twice": checkpointing_twice,
-    "fsdp1-deprecated": fsdp_version,
-    "saves-nothing": saves_nothing,
-    "one-process-only": one_process_only,
-    "uneven-machines": machines,
-}
-WARNINGS = {"fsdp1-deprecated"}

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import trl
 from jinja2 import TemplateError
@@ -71,7 +72,7 @@ def _marks_answers(tokenizer: PreTrainedTokenizerBase, template: str, patched: s
     rendered = _render(tokenizer, patched)
     if not rendered[0] or rendered != _render(tokenizer, template):
         return False
-    found = tokenizer.apply_chat_template(
+    found: Any = tokenizer.apply_chat_template(
         PROBE, chat_template=patched, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     spans: list[list[int]] = []
@@ -84,6 +85,6 @@ def _marks_answers(tokenizer: PreTrainedTokenizerBase, template: str, patched: s
     stops = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     answers = [turn["content"] for turn in PROBE if turn["role"] == "assistant"]
     return len(spans) == len(answers) and all(
-        tokenizer.decode(span).startswith(answer) and stops.intersection(span)
+        str(tokenizer.decode(span)).startswith(answer) and stops.intersection(span)
         for span, answer in zip(spans, answers, strict=True)
     )

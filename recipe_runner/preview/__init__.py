@@ -5,11 +5,13 @@ The runner's own functions make the tokens; nothing of them is written again her
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from recipe_runner.files import write_text
 from recipe_runner.preview import page, rows, text
 from recipe_runner.problems.errors import user_error
-from recipe_runner.problems.problem import Mark
+from recipe_runner.problems.problem import Mark, sort_problems
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.training.prepare import raise_errors
 
@@ -51,20 +53,13 @@ def preview_recipe(
     elif not html:
         yield from (text.write_row(entry, colour) for entry in shown)
     if html or (form == "text" and not rows_only):
-        facts = rows.account(opened)
+        facts = _account(recipe, opened)
         if form == "text":
             yield text.write_facts(facts)
         if html:
-            write_page(html, page.write_page(recipe, facts, shown))
+            write_text(html, page.write_page(recipe, facts, shown))
             yield f"{html} is written"
         raise_errors(facts.problems)
-
-
-def write_page(file: Path, content: str) -> None:
-    """Writes a file in one step."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(file)
 
 
 def prepare_recipe(recipe: Recipe) -> Iterator[str]:
@@ -73,6 +68,12 @@ def prepare_recipe(recipe: Recipe) -> Iterator[str]:
     Raises:
         UserError: The recipe, the data or the environment is at fault.
     """
-    facts = rows.account(rows.open_preview(recipe))
+    facts = _account(recipe, rows.open_preview(recipe))
     yield text.write_facts(facts)
     raise_errors(facts.problems)
+
+
+def _account(recipe: Recipe, opened: rows.Opened) -> rows.Facts:
+    """What became of all rows, its problems at their places in the recipe."""
+    facts = rows.account(opened)
+    return replace(facts, problems=sort_problems([recipe.place(problem) for problem in facts.problems]))

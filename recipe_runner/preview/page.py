@@ -37,14 +37,13 @@ mark { background: var(--learned); color: inherit; } .special { font-weight: bol
 
 def write_page(recipe: Recipe, facts: Facts, rows: list[Row]) -> str:
     """The page's HTML. Everything that comes from data or recipe is escaped."""
-    values = recipe.values
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(values['name'])}: what the model will see</title><style>{STYLE}</style></head><body>",
-        f"<h1>{escape(values['name'])}</h1>",
-        f"<p>{escape(values.get('description', ''))}</p>",
-        f'<p class="quiet">{escape(values["model"]["name_or_path"])}; recipe-run {__version__}</p>',
+        f"<title>{escape(recipe.name)}: what the model will see</title><style>{STYLE}</style></head><body>",
+        f"<h1>{escape(recipe.name)}</h1>",
+        f"<p>{escape(recipe.description)}</p>",
+        f'<p class="quiet">{escape(recipe.model.name_or_path)}; recipe-run {__version__}</p>',
     ]
     parts += [
         f'<p class="{problem.severity}"><b>{problem.severity}</b> [{problem.code}] '

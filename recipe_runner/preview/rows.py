@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 
 from recipe_runner.data import checks, sources, store
-from recipe_runner.data import prepare as tokens
-from recipe_runner.data.accounting import Accounting
-from recipe_runner.data.prepare import Job
+from recipe_runner.data.accounting import Accounting, Tally
+from recipe_runner.data.job import Job
+from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
 from recipe_runner.data.tables import IGNORED
-from recipe_runner.model import base as model
-from recipe_runner.model import continuation
+from recipe_runner.model import hub
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.problem import Problem
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.training import environment
-from recipe_runner.training import prepare as preparation
-from recipe_runner.training import summary as plan
+from recipe_runner.training.config import build_config
+from recipe_runner.training.environment import choose_precision
+from recipe_runner.training.prepare import find_data_problems, open_job
+from recipe_runner.training.summary import describe_steps
 
 SPARE = 50  # rows read beyond those asked for, in case some are dropped
 
@@ -41,7 +41,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Document:
+class Origin:
     """A row of the data, inside a row of the trainer's: alone, or packed with others.
 
     Attributes:
@@ -78,7 +78,7 @@ class Row:
     input_ids: list[int]
     labels: list[int]
     pieces: tuple[Piece, ...]
-    documents: tuple[Document, ...]
+    documents: tuple[Origin, ...]
     rejected: "Row | None" = None
 
     @property
@@ -111,12 +111,11 @@ def open_preview(recipe: Recipe) -> Opened:
     Raises:
         UserError: One of them is at fault.
     """
-    model.find_model(recipe)
-    config = preparation.build_config(recipe, environment.choose_precision(recipe))
-    adapter = continuation.find_adapter(recipe)
-    opened = sources.open_sources(recipe)
-    job = Job(recipe, opened, preparation.load_tokenizer(recipe, adapter), config)
-    return Opened(job, sources.order_rows(recipe, opened))
+    hub.find_model(recipe.model)
+    precision = choose_precision(recipe.training, recipe.model.dtype, bool(recipe.peft), launcher="no")
+    config = build_config(recipe.stage, recipe.training.said, recipe.model, recipe.run.seed, precision)
+    job, _ = open_job(recipe, config)
+    return Opened(job, sources.order_rows(job.dataset, job.sources, job.seed))
 
 
 def take_rows(opened: Opened, number: int) -> list[Row]:
@@ -126,13 +125,13 @@ def take_rows(opened: Opened, number: int) -> list[Row]:
     part = order if job.packing("train") else order[: number + SPARE]  # packing looks at the rows around
     while True:
         tally = job.tally()
-        for table in tokens.prepare_chunks(job, "train", part, tally):
+        for table in prepare_chunks(job, "train", part, tally):
             found += _read_table(job, order, table, tally, number - len(found))
             if len(found) >= number:
                 return found
         if len(part) == len(order):
             if not found:
-                raise tokens.nothing_left(job.recipe, "train", tally.dropped)
+                raise nothing_left("train", tally.dropped)
             return found
         found, part = [], order[: len(part) * 10]
 
@@ -150,10 +149,10 @@ def take_row(opened: Opened, number: int) -> list[Row]:
     source = int(np.searchsorted(ends, number))
     order = np.array([[source, number - 1 - (ends[source] - sizes[source])]])
     job = opened.job
-    if not job.pairs:
+    if job.packing("train"):
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, packing=False, eval_packing=False))
     tally = job.tally()
-    (table,) = tokens.prepare_chunks(job, "train", order, tally)
+    (table,) = prepare_chunks(job, "train", order, tally)
     if not len(table):
         reason = next(iter(tally.dropped))
         name = f"{job.sources[source].name}: row {order[0, 1] + 1}"
@@ -161,47 +160,56 @@ def take_row(opened: Opened, number: int) -> list[Row]:
     return _read_table(job, order, table, tally, 1)
 
 
-def _read_table(job: Job, order: np.ndarray, table: Any, tally: Any, number: int) -> list[Row]:
+def _read_table(job: Job, order: np.ndarray, table: Any, tally: Tally, number: int) -> list[Row]:
     lost = None if job.packing("train") else tally.columns["lost"][-1]
     rows = []
     for place, entry in enumerate(table.slice(0, number).to_pylist()):
         cut = 0 if lost is None else int(lost[place])
-        if job.pairs:
-            rows.append(_read_pair(job, order, entry, cut))
-            continue
-        labels = tokens.labels_as_trained(entry, job.config)
-        documents, start = [], 0
-        for document, length in zip(entry["documents"], entry["document_lengths"], strict=True):
-            turns = checks.turns_of(_read_raw(job, order, document))
-            found = _find_turns(job, turns, entry["input_ids"][start : start + length], start)
-            documents.append(_document(job, order, document, start, length, cut, found))
-            start += length
-        rows.append(_as_row(job, entry["input_ids"], labels, documents))
+        sides = [
+            _read_sequence(job, order, entry, answer, ids, labels, cut)
+            for answer, (ids, labels) in shape_of(job).as_trained(entry, job.config).items()
+        ]
+        rows.append(dataclasses.replace(sides[0], rejected=sides[1] if len(sides) > 1 else None))
     return rows
 
 
-def _read_pair(job: Job, order: np.ndarray, entry: dict[str, Any], cut: int) -> Row:
-    """The chosen sequence of a pair, with the rejected one beside it."""
-    (document,) = entry["documents"]
-    raw, sides = _read_raw(job, order, document), []
-    for answer, (ids, labels) in zip(("chosen", "rejected"), tokens.pair_as_trained(entry, job.config), strict=True):
-        turns = _find_turns(job, [*raw["prompt"], *raw[answer]], ids, 0)
-        sides.append(_as_row(job, ids, labels, [_document(job, order, document, 0, len(ids), cut, turns)]))
-    return dataclasses.replace(sides[0], rejected=sides[1])
+def _read_sequence(
+    job: Job, order: np.ndarray, entry: dict[str, Any], answer: str, ids: list[int], labels: list[int], cut: int
+) -> Row:
+    """A sequence that the collator makes of a prepared row, with the documents and turns in it.
+
+    Args:
+        job: The job.
+        order: Array `(documents, 2)` of source and row in it.
+        entry: The prepared row.
+        answer: Key of the answer in the data's row; empty where the row is one conversation or text.
+        ids: Tokens.
+        labels: Labels.
+        cut: Tokens that were cut off.
+    """
+    lengths = entry["document_lengths"] if len(entry["documents"]) > 1 else [len(ids)]
+    documents, start = [], 0
+    for document, length in zip(entry["documents"], lengths, strict=True):
+        raw = _read_raw(job, order, document)
+        turns = [*raw["prompt"], *raw[answer]] if answer else checks.turns_of(raw)
+        found = _find_turns(job, turns, ids[start : start + length], start)
+        documents.append(_locate(job, order, document, start, length, cut, found))
+        start += length
+    return _as_row(job, ids, labels, documents)
 
 
 def _read_raw(job: Job, order: np.ndarray, document: int) -> dict[str, Any]:
-    return sources.read_rows(job.recipe, job.sources, order[document : document + 1])[0]
+    return sources.read_rows(job.dataset, job.sources, order[document : document + 1])[0]
 
 
-def _document(
+def _locate(
     job: Job, order: np.ndarray, document: int, start: int, length: int, cut: int, turns: tuple[tuple[str, int], ...]
-) -> Document:
+) -> Origin:
     source, row = order[document]
-    return Document(job.sources[source].name, int(row) + 1, start, length, cut, turns)
+    return Origin(job.sources[source].name, int(row) + 1, start, length, cut, turns)
 
 
-def _as_row(job: Job, input_ids: list[int], labels: list[int], documents: list[Document]) -> Row:
+def _as_row(job: Job, input_ids: list[int], labels: list[int], documents: list[Origin]) -> Row:
     spelt = list(job.tokenizer.convert_ids_to_tokens(input_ids))
     return Row(spelt, input_ids, labels, _find_pieces(job.tokenizer, input_ids, labels), tuple(documents))
 
@@ -239,12 +247,12 @@ def _find_pieces(tokenizer: Any, input_ids: list[int], labels: list[int]) -> tup
 def account(opened: Opened) -> Facts:
     """Prepares all rows (or finds them prepared) and says what became of them."""
     job = opened.job
-    data = store.prepare_data(job.recipe, job.sources, job.tokenizer, job.config)
+    data = store.prepare_data(job)
     accounts = {split: prepared.accounting for split, prepared in data.splits.items()}
-    problems = preparation.find_data_problems(job.recipe, job.tokenizer, data)
+    problems = find_data_problems(job.dataset, job.tokenizer.bos_token, data)
     size = sum(file.stat().st_size for file in data.folder.iterdir())
     made = f"made in {data.seconds:.1f} s" if data.made_now else f"found in {data.seconds:.1f} s"
-    steps = plan.describe_steps(job.config, len(data.splits["train"].dataset))
+    steps = describe_steps(job.config, len(data.splits["train"].dataset))
     return Facts(accounts, problems, steps, f"{data.folder} ({size / 1e6:,.1f} MB, {made})")
 
 

@@ -64,7 +64,7 @@ def write_sarif(problems: Sequence[Problem]) -> str:
     return json.dumps(log, indent=2)
 
 
-FORMATS: dict[str, Callable[[Sequence[Problem]], str]] = {
+WRITERS: dict[str, Callable[[Sequence[Problem]], str]] = {
     "text": write_text,
     "json": write_json,
     "github": write_github,

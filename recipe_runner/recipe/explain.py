@@ -6,9 +6,10 @@ import textwrap
 from typing import Any
 
 from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.words import suggest
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.library import shelf
-from recipe_runner.recipe.validate import suggest
+from recipe_runner.stages import STAGES
 
 _NAMES = {"null": "null", "object": "mapping", "array": "list"}
 
@@ -22,17 +23,17 @@ def explain(name: str) -> str:
     codes = _codes()
     if name in codes:
         return f"{name}: {codes[name]}"
-    stages = [_keys(stage) for stage in schema.STAGES]
+    stages = [_keys(stage) for stage in STAGES]
     keys = {key: entry for stage in reversed(stages) for key, entry in stage.items()}
     path = re.sub(r"\.\d+(?=\.|$)", "", name)  # dataset.train.0.source is dataset.train.source
     if path not in keys:
         hint = suggest(path, [*keys, *codes]) or f"sections: {', '.join(key for key in keys if '.' not in key)}"
         raise user_error("unknown-key", f"there is no key and no error code '{name}'", hint)
-    found = {name: stage[path] for name, stage in zip(schema.STAGES, stages, strict=True) if path in stage}
+    found = {name: stage[path] for name, stage in zip(STAGES, stages, strict=True) if path in stage}
     texts: dict[str, list[str]] = {}
     for name, entry in found.items():
         texts.setdefault(_describe(path, *entry), []).append(name)
-    if len(texts) == 1 and len(found) == len(schema.STAGES):
+    if len(texts) == 1 and len(found) == len(STAGES):
         return next(iter(texts))
     return "\n".join(text.replace(path, f"{path} (stage {', '.join(names)})", 1) for text, names in texts.items())
 

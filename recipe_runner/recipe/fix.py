@@ -5,10 +5,10 @@ as they are.
 """
 
 import difflib
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipe_runner.files import write_text
 from recipe_runner.problems.errors import UserError
 from recipe_runner.problems.problem import KeyPath, Problem, value_at
 from recipe_runner.recipe.document import Document, parse_document, read_document
@@ -33,11 +33,7 @@ def fix_file(file: Path, problems: Sequence[Problem]) -> str:
     if text == document.text:
         return ""
     old, new = document.text.splitlines(keepends=True), text.splitlines(keepends=True)
-    encoding = "utf-8-sig" if file.read_bytes().startswith(b"\xef\xbb\xbf") else "utf-8"
-    with tempfile.NamedTemporaryFile("w", encoding=encoding, newline="", dir=file.parent, delete=False) as stream:
-        stream.write(text)
-    Path(stream.name).chmod(file.stat().st_mode)
-    Path(stream.name).replace(file.resolve())  # whole, or not at all; a link stays a link
+    write_text(file, text, "utf-8-sig" if file.read_bytes().startswith(b"\xef\xbb\xbf") else "utf-8")
     return "".join(difflib.unified_diff(old, new, str(file), str(file)))
 
 

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from recipe_runner.problems.errors import user_error
-from recipe_runner.problems.problem import Mark
+from recipe_runner.recipe import schema
 from recipe_runner.recipe.library import find_shipped
 from recipe_runner.recipe.resolve import load_recipe
+from recipe_runner.stages import STAGES
 
-METHODS = ("qlora", "lora", "full")
-STAGES = {"instruction": "sft", "chat": "sft", "text": "pretrain", "preference": "dpo"}  # what a layout is for
-FORMATS = {
+WAYS = ("qlora", "lora", "full")  # of tuning
+LAYOUTS = {  # format -> its part of a new recipe
     "instruction": """\
   format: instruction              # rows of an instruction, an optional input and an answer
   train:
@@ -53,45 +52,52 @@ peft:
 """
 
 
-def compose(name: str, model: str, form: str, method: str, data: str) -> str:
+def stage_for(form: str) -> str:
+    """The stage that a new recipe has for a format: the first that takes it."""
+    return next(stage for stage in STAGES if form in schema.formats_of(stage))
+
+
+def compose(name: str, model: str, form: str, way: str, data: str) -> str:
     """The text of a recipe, for the stage that the format is for.
 
     Args:
         name: Name of the recipe.
         model: Hub id or folder of the base model.
-        form: Dataset format: instruction, chat, text or preference.
-        method: qlora, lora or full.
+        form: Dataset format.
+        way: qlora, lora or full.
         data: Hub id or file of the data.
     """
-    pairs, text = form == "preference", form == "text"
-    rate = {True: "5e-7", False: "5e-6"} if pairs else {True: "2e-5", False: "2e-4"}
-    sampling = "  train_sampling_strategy: group_by_length   # pairs can't be packed: less padding\n" * pairs
-    beta = "  beta: 0.1                        # smaller: further from the reference model\n" * pairs
-    why = "all weights take small steps" if method == "full" else "adapters start from zero and take larger steps"
-    packing = "  packing: true                    # documents share rows, without seeing each other\n" * text
-    packing += "  packing_strategy: bfd_split      # long documents are split, not cut\n" * text
+    stage = STAGES[stage_for(form)]
+    rates = stage.full_rates if way == "full" else stage.adapter_rates
+    why = "all weights take small steps" if way == "full" else "adapters start from zero and take larger steps"
+    packing = "  packing: true                    # documents share rows, without seeing each other\n"
+    packing += "  packing_strategy: bfd_split      # long documents are split, not cut\n"
     schedule = "  lr_scheduler_type: cosine\n  warmup_steps: 0.03               # below 1: a share of all steps\n"
-    if text:
+    if stage.packs:
         schedule = "  # Left to the stage's defaults: warm-up over 1% of the steps, a cosine down to a tenth.\n"
     return (
         f"# accelerate launch --no_python recipe-run {name}.yaml\n"
         "# What a key means: recipe-run explain training.learning_rate\n"
         f"schema_version: 1\nname: {name}\n"
-        f"description: {method} of {Path(model).name} on {form} data.\n"
-        f"stage: {STAGES[form]}\nmodel:\n  name_or_path: {_quote(model)}\n"
-        f"{QUANTIZATION if method == 'qlora' else ''}{PEFT if method != 'full' else ''}"
-        f"dataset:\n{FORMATS[form].format(data=_quote(data))}"
+        f"description: {way} of {Path(model).name} on {form} data.\n"
+        f"stage: {stage.name}\nmodel:\n  name_or_path: {_quote(model)}\n"
+        f"{QUANTIZATION if way == 'qlora' else ''}{PEFT if way != 'full' else ''}"
+        f"dataset:\n{LAYOUTS[form].format(data=_quote(data))}"
         "  eval: {fraction: 0.02}           # held out, by the seed\n"
         "training:\n"
-        f"{beta}  learning_rate: {rate[method == 'full']}              # {why}\n"
+        f"{stage.notes.get('first', '')}  learning_rate: {_write_rate(rates.usual)}              # {why}\n"
         "  num_train_epochs: 1\n"
         "  per_device_train_batch_size: 4   # halve it when memory runs out ...\n"
         "  gradient_accumulation_steps: 4   # ... and double this: rows in a step stay the same\n"
         "  max_length: 1024                 # tokens; longer rows are cut, and counted\n"
-        f"{packing}{sampling}{schedule}"
+        f"{packing if stage.packs else ''}{stage.notes.get('batches', '')}{schedule}"
         "  eval_strategy: steps\n  eval_steps: 100\n  save_steps: 100\n  save_total_limit: 2\n"
         "run:\n  output_dir: runs\n  seed: 42\n"
     )
+
+
+def _write_rate(rate: float) -> str:
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 def copy_shipped(name: str, source: str) -> str:
@@ -106,19 +112,6 @@ def copy_shipped(name: str, source: str) -> str:
     for word in sorted({word for word in text.split() if word.startswith(("../", "data/"))}, key=len, reverse=True):
         text = text.replace(word, str((recipe.file.parent / word).resolve()))
     return text
-
-
-def write_new(file: Path, text: str) -> None:
-    """Writes a recipe to a new file.
-
-    Raises:
-        UserError: The file is there already.
-    """
-    try:
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    except FileExistsError as error:
-        raise user_error("file-exists", "the file is there already", "choose another name", Mark(str(file))) from error
 
 
 def _quote(text: str) -> str:

@@ -1,25 +1,30 @@
-"""A resolved recipe: plain values, and where each of them was written."""
+"""A resolved recipe: its sections, typed, and where each of its values was written."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from recipe_runner.problems.errors import UserError
-from recipe_runner.problems.problem import KeyPath, Mark, Problem
+from recipe_runner.problems.problem import KeyPath, Mark, Problem, sort_problems
+from recipe_runner.recipe import schema
+from recipe_runner.recipe.sections import DatasetSection, ModelSection, RunSection, UpstreamSection, read_dataset
+from recipe_runner.stages import STAGES, Stage
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe that passed validation, with defaults filled in and paths made absolute.
+    """A recipe that passed the schema, with defaults filled in and paths made absolute.
 
     Attributes:
         file: The recipe's file.
         text: The file's text, as given.
-        values: The resolved values, section by section.
+        values: The resolved values, section by section: what `resolved.yaml` holds.
         marks: Where each key was written; keys that come from a default are absent.
         warnings: What validation warned about, as lines.
-        stages: The recipes of a pipeline, in order; empty for any other stage.
+        stages: The recipes of a pipeline, in order; empty for any other stage. A pipeline has no section but `run`.
     """
 
     file: Path
@@ -29,14 +34,83 @@ class Recipe:
     warnings: tuple[str, ...] = ()
     stages: "tuple[Recipe, ...]" = ()
 
-    def section(self, name: str) -> dict[str, Any]:
-        """A copy of a section; empty when the recipe leaves it out."""
-        return dict(self.values.get(name) or {})
+    @property
+    def name(self) -> str:
+        """The name of the recipe."""
+        return str(self.values["name"])
 
-    def error(self, code: str, message: str, suggestion: str, *path: str | int) -> UserError:
-        """An error at a key of the recipe, or at the nearest section around it that was written."""
-        written = path
+    @property
+    def description(self) -> str:
+        """A line for people; empty when the recipe has none."""
+        return str(self.values.get("description", ""))
+
+    @property
+    def home(self) -> Path:
+        """The folder of this recipe's run folders."""
+        return Path(self.values["run"]["output_dir"]) / self.name
+
+    @cached_property
+    def stage(self) -> Stage:
+        """The record of the training stage."""
+        return STAGES[self.values["stage"]]
+
+    @cached_property
+    def model(self) -> ModelSection:
+        """The section `model`."""
+        return ModelSection(**self.values["model"])
+
+    @cached_property
+    def dataset(self) -> DatasetSection:
+        """The section `dataset`."""
+        return read_dataset(self.values["dataset"])
+
+    @cached_property
+    def run(self) -> RunSection:
+        """The section `run`."""
+        return RunSection(**self.values["run"])
+
+    @cached_property
+    def training(self) -> UpstreamSection:
+        """The section `training`: fields of the stage's configuration class."""
+        return self._read_upstream("training")
+
+    @cached_property
+    def peft(self) -> UpstreamSection:
+        """The section `peft`: `method`, and fields of its configuration class; false for full fine-tuning."""
+        return self._read_upstream("peft")
+
+    @cached_property
+    def quantization(self) -> UpstreamSection:
+        """The section `quantization`: fields of BitsAndBytesConfig; false when the base is not quantized."""
+        return self._read_upstream("quantization")
+
+    @property
+    def tags(self) -> list[str]:
+        """The recipe's own tags."""
+        return list((self.values.get("metadata") or {}).get("tags", []))
+
+    def _read_upstream(self, section: str) -> UpstreamSection:
+        said = self.values.get(section) or {}
+        return UpstreamSection(said, schema.defaults_of(section, str(self.values["stage"])))
+
+    def place(self, problem: Problem) -> Problem:
+        """A problem at a key of this recipe, with the key's place in the file.
+
+        A key that was not written has the place of the nearest section around it that was. In a suggestion, RECIPE
+        stands for the file.
+        """
+        if problem.mark or not problem.path:
+            return problem
+        written = problem.path
         while written and written not in self.marks:
             written = written[:-1]
-        mark = self.marks.get(written, Mark(str(self.file)))
-        return UserError([Problem(code, message, mark, path, suggestion)])
+        suggestion = problem.suggestion.replace("RECIPE", str(self.file))
+        return replace(problem, mark=self.marks.get(written, Mark(str(self.file))), suggestion=suggestion)
+
+    @contextlib.contextmanager
+    def placing_errors(self) -> Iterator[None]:
+        """Gives errors at keys of this recipe their places: functions that raise them know the key only."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(sort_problems([self.place(problem) for problem in error.problems])) from error

@@ -3,20 +3,21 @@
 import copy
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import KeyPath, Mark, Problem, join_path, sort_problems, value_at
-from recipe_runner.recipe import schema, validate
+from recipe_runner.recipe import rules, schema, validate
+from recipe_runner.recipe.chain import chain, check_handover
 from recipe_runner.recipe.document import Document, parse_document, read_document
 from recipe_runner.recipe.library import SUFFIXES, find_recipe, find_shipped
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.recipe.rules import data as data_rules
-from recipe_runner.recipe.rules import training as rules
 from recipe_runner.recipe.rules.adapter import locate_adapter
+from recipe_runner.recipe.rules.data import is_file_source, looks_local
+from recipe_runner.stages import PIPELINE
 
 
 @dataclass
@@ -63,7 +64,7 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
     try:
         document = read_document(file)
         draft = _extend(document, file, [])
-        passed = [text for text in overrides if draft.values.get("stage") == "pipeline" and not _is_own(text)]
+        passed = [text for text in overrides if draft.values.get("stage") == PIPELINE and not _is_own(text)]
         for override in overrides:
             if override not in passed:
                 _override(draft, override)
@@ -75,11 +76,14 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
         stages: list[Recipe] = []
         if not problems or not [p for p in validate.check_values(values, draft.place) if p.code != "removed-key"]:
             schema.fill_defaults(values)
-            if values["stage"] == "pipeline":
+            recipe = Recipe(file, document.text, values, draft.key_marks)
+            if values["stage"] == PIPELINE:
                 problems += _resolve_pipeline(values, draft, file, passed, stages)
+                found = rules.check_name(recipe)
             else:
                 _make_paths_absolute(values, draft)
-                problems += rules.check_rules(values, draft.place, file)
+                found = rules.check_rules(recipe)
+            problems += [replace(p, mark=draft.place(p.path, p.code != "name-differs")) for p in found]
     except UserError as error:
         return None, error.problems
     except OSError as error:  # a folder that may not be read, a name that is too long
@@ -93,10 +97,7 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
 
 def _is_own(override: str) -> bool:
     """Whether an override is of the pipeline itself; any other goes to its stages."""
-    from recipe_runner.recipe import chain as pipeline  # here: few recipes are pipelines
-
-    key = override.partition("=")[0]
-    return key not in pipeline.SHARED_KEYS and key.partition(".")[0] in pipeline.OWN_KEYS
+    return schema.is_of_pipeline(override.partition("=")[0])
 
 
 def _resolve_pipeline(
@@ -106,7 +107,7 @@ def _resolve_pipeline(
     values.pop("training")  # defaults of other stages
     values["run"].pop("seed")
     values["run"]["output_dir"] = os.path.abspath(os.path.expanduser(values["run"]["output_dir"]))
-    problems = rules.check_name(values, draft.place, file)
+    problems: list[Problem] = []
     names = list(values["stages"])
     for number, name in enumerate(names):
         path: KeyPath = ("stages", number)
@@ -114,7 +115,7 @@ def _resolve_pipeline(
         folder = draft.folders.get(mark.file, Path.cwd())
         try:
             found = Path(os.path.abspath(_locate(name, folder)))
-            if read_document(found).values.get("stage") == "pipeline":
+            if read_document(found).values.get("stage") == PIPELINE:
                 own = "itself" if found.resolve() == file.resolve() else "a pipeline"
                 message = f"{name} is {own}: a pipeline's stages are recipes that train"
                 problems.append(Problem("nested-pipeline", message, mark, path, "name the recipes one by one"))
@@ -130,10 +131,8 @@ def _resolve_pipeline(
         if recipe:
             stages.append(recipe)
     if len(stages) == len(names):
-        from recipe_runner.recipe import chain as pipeline
-
-        stages[:] = pipeline.chain(stages)
-        problems += pipeline.check_handover(stages, draft.place)
+        stages[:] = chain(stages)
+        problems += [replace(p, mark=draft.place(p.path, False)) for p in check_handover(stages)]
     return problems
 
 
@@ -263,16 +262,26 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
 
     model, training = values["model"], values["training"]
     local = absolute(("model", "name_or_path"), model["name_or_path"])
-    if data_rules.looks_local(model["name_or_path"]) or local.is_dir():
+    if looks_local(model["name_or_path"]) or local.is_dir():
         model["name_or_path"] = str(local)
     if "adapter" in model:
         local = absolute(("model", "adapter"), model["adapter"])
-        if data_rules.looks_local(model["adapter"]) or local.is_dir() or model["adapter"].count("/") != 1:
+        if looks_local(model["adapter"]) or local.is_dir() or model["adapter"].count("/") != 1:
             model["adapter"] = str(locate_adapter(local))
-    for path, source in data_rules.sources(values):
-        if data_rules.is_file_source(source["source"]):
+    for path, source in _source_values(values["dataset"]):
+        if is_file_source(source["source"]):
             source["source"] = str(absolute((*path, "source"), source["source"]))
     if isinstance(training.get("chat_template_path"), str):
         where = ("training", "chat_template_path")
         training["chat_template_path"] = str(absolute(where, training["chat_template_path"]))
     values["run"]["output_dir"] = os.path.abspath(os.path.expanduser(values["run"]["output_dir"]))
+
+
+def _source_values(dataset: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    """Every data source, with its key path."""
+    for key in ("train", "eval"):
+        entry = dataset.get(key, {})
+        if isinstance(entry, list):
+            yield from ((("dataset", key, number), source) for number, source in enumerate(entry))
+        elif "source" in entry:
+            yield ("dataset", key), entry

@@ -13,22 +13,7 @@ from referencing.jsonschema import DRAFT202012
 from recipe_runner.recipe.library import shelf
 
 ROOT = "recipe.schema.json"
-SECTIONS = {
-    "model": "#/$defs/model",
-    "quantization": "upstream/bitsandbytes_config.schema.json",
-    "peft": "upstream/lora_config.schema.json",
-    "dataset": "#/$defs/dataset",
-    "training": "upstream/sft_config.schema.json",
-    "run": "#/$defs/run",
-}
-# Our bounds on upstream's keys, and the keys that are refused there.
-BOUNDS = {"training": "#/$defs/sft_training", "peft": "#/$defs/lora", "quantization": "#/$defs/quantization"}
-# What `training` holds.
-STAGES = {
-    "pretrain": "upstream/sft_config.schema.json",
-    "sft": "upstream/sft_config.schema.json",
-    "dpo": "upstream/dpo_config.schema.json",
-}
+SECTIONS = ("model", "quantization", "peft", "dataset", "training", "run")
 
 
 @cache
@@ -63,22 +48,62 @@ def validator() -> Any:
     return strict({"$ref": ROOT}, registry=registry)
 
 
+def choices(section: str, key: str = "") -> list[str]:
+    """The choices of a key of the recipe's own: stages, formats, methods."""
+    entry = resolve(f"#/$defs/{section}")["properties"][key] if key else load()["properties"][section]
+    return list(entry["enum"])
+
+
+def formats_of(stage: str) -> list[str]:
+    """The dataset formats that a stage takes."""
+    for part in load()["allOf"]:
+        if part["if"]["properties"]["stage"].get("const") == stage:
+            return list(part["then"]["properties"]["dataset"]["properties"]["format"]["enum"])
+    return []
+
+
+def is_of_pipeline(key: str) -> bool:
+    """Whether a pipeline says a key (`run.output_dir`) itself; any other is said by its stages."""
+    section, _, rest = key.partition(".")
+    stages = load()["allOf"][0]["then"]["properties"].get(section, {})
+    said_by_stages = "$ref" in stages or rest in stages.get("properties", {})
+    return section in load()["properties"] and not said_by_stages
+
+
+def _own(section: str, stage: str) -> dict[str, Any]:
+    """Our schema of a section. One on top of an upstream class refers to that class's."""
+    name = section
+    if section == "peft":
+        name = choices("peft", "method")[0]
+    elif section == "training":
+        name = f"{stage if f'{stage}_training' in load()['$defs'] else 'sft'}_training"
+    return resolve(f"#/$defs/{name}")
+
+
 def fields_of(section: str, stage: str = "sft") -> dict[str, Any]:
     """The schema of the class behind a section: for `training`, the one of the stage."""
-    return resolve(STAGES.get(stage, STAGES["sft"]) if section == "training" else SECTIONS[section])
+    own = _own(section, stage)
+    return resolve(own["$ref"]) if "$ref" in own else own
 
 
 def bounds_of(section: str, stage: str = "sft") -> dict[str, Any]:
-    """Our entries on top of a section's: bounds, old names, keys that are refused."""
-    if section not in BOUNDS:
+    """Our entries on top of an upstream class's: bounds, old names, keys that are refused."""
+    own = _own(section, stage)
+    if "$ref" not in own:
         return {}
-    own = resolve(f"#/$defs/{stage}_training" if section == "training" and stage in STAGES else BOUNDS[section])
     shared = [part for entry in own.get("allOf", []) for part in _properties(resolve(entry["$ref"]))]
     merged: dict[str, Any] = {}
     for part in (*shared, own["properties"]):
         for key, entry in part.items():
             merged[key] = {**merged.get(key, {}), **entry}
     return merged
+
+
+@cache
+def defaults_of(section: str, stage: str) -> dict[str, Any]:
+    """What upstream's class takes for each field that is left out."""
+    fields = fields_of(section, stage)["properties"].items()
+    return {key: entry["default"] for key, entry in fields if "default" in entry}
 
 
 def _properties(schema: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
 """Checks a recipe's values against the schema and turns what jsonschema finds into problems that name the fix."""
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from recipe_runner.problems.problem import KeyPath, Mark, Problem, join_path
+from recipe_runner.problems.words import ask, nearest
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.document import parse_scalar
 
@@ -118,23 +118,7 @@ def _choice_problems(error: Any, path: KeyPath, stage: str, problem: Callable[..
         yield problem("renamed-choice", f"'{value}': {since}", f"use '{new}'", meant=new)
     else:
         near = nearest(str(value), [choice for choice in choices if isinstance(choice, str)])
-        yield problem("unknown-choice", message, _ask(near), meant=near[0] if len(near) == 1 else None)
-
-
-def nearest(word: str, choices: Iterable[str]) -> list[str]:
-    """The choices that a word is most like: none, one, or several that are equally near."""
-    scored = [(difflib.SequenceMatcher(None, choice, word).ratio(), choice) for choice in choices]
-    best = max((score for score, _ in scored), default=0)
-    return [choice for score, choice in scored if score > best - 0.02] if best >= 0.6 else []
-
-
-def suggest(word: str, choices: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the nearest choice, or nothing."""
-    return _ask(nearest(word, choices))
-
-
-def _ask(near: list[str]) -> str:
-    return f"did you mean {' or '.join(f'{choice!r}' for choice in near)}?" if near else ""
+        yield problem("unknown-choice", message, ask(near), meant=near[0] if len(near) == 1 else None)
 
 
 # Names of other tools, too far from ours for a spelling check.
@@ -163,7 +147,7 @@ def suggest_key(key: str, valid: list[str], path: KeyPath, stage: str) -> tuple[
         homes = ["dataset.train"]
     near = [_FAMILIAR[key]] if _FAMILIAR.get(key) in valid else nearest(key, valid)
     if near:
-        return _ask(near), near[0] if len(near) == 1 else None
+        return ask(near), near[0] if len(near) == 1 else None
     if homes:
         return f"it belongs to '{homes[0]}'", None
     return f"valid keys: {', '.join(valid)}" if len(valid) <= 12 else "", None
@@ -198,10 +182,17 @@ def _retype(value: Any, kinds: list[str], path: KeyPath) -> tuple[str, Any]:
 
 
 def _example(key: str) -> str:
-    return {
+    examples = {
         "schema_version": "add 'schema_version: 1'",
         "name": "add 'name:' with the file's name, without suffix",
-        "stage": "add 'stage: pretrain', 'sft', 'dpo' or 'pipeline'",
-        "method": "add 'method: lora'",
-        "format": "add 'format: instruction', 'chat', 'text' or 'preference'",
-    }.get(key, f"add '{key}:'")
+        "stage": f"add 'stage: {_list(schema.choices('stage'))}",
+        "method": f"add 'method: {schema.choices('peft', 'method')[0]}'",
+        "format": f"add 'format: {_list(schema.choices('dataset', 'format'))}",
+    }
+    return examples.get(key, f"add '{key}:'")
+
+
+def _list(choices: list[str]) -> str:
+    """Choices as words: `a', 'b' or 'c'`."""
+    first, *between, last = choices
+    return f"{first}', " + "".join(f"'{choice}', " for choice in between)[:-2] + f" or '{last}'"

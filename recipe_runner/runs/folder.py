@@ -1,111 +1,70 @@
 """The folder of a run: what is in it, and how its status changes. Written by one process."""
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
-import time
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
+from recipe_runner.files import list_runs, read_status, write_status
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.recipe.document import parse_document
 from recipe_runner.recipe.dump import dump_values
-from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.stages import PIPELINE
 
 COMPLETE = "complete"  # an empty file, the last thing written into a checkpoint
 
 
-def create_run_folder(recipe: Recipe) -> Path:
+def result_name(adapter: bool) -> str:
+    """The folder of the result inside a run folder."""
+    return "adapter" if adapter else "model"
+
+
+def create_run_folder(home: Path, text: str, values: Mapping[str, Any]) -> Path:
     """Creates a new run folder with the recipe, as given and resolved, and status `running`.
+
+    Args:
+        home: Folder of the recipe's run folders.
+        text: The recipe as given.
+        values: The recipe, resolved.
 
     Raises:
         UserError: The folder can't be written.
     """
     run_id = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")  # in the order of time, also within a second
-    folder: Path = Path(recipe.values["run"]["output_dir"]) / recipe.values["name"] / run_id
+    folder = home / run_id
     try:
         folder.mkdir(parents=True)
-        (folder / "recipe.yaml").write_text(recipe.text, encoding="utf-8")
-        (folder / "resolved.yaml").write_text(dump_values(dict(recipe.values)), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        (folder / "resolved.yaml").write_text(dump_values(dict(values)), encoding="utf-8")
         write_status(folder, "running")
     except OSError as error:
-        raise _unwritable(recipe, folder, error) from error
+        raise _unwritable(folder, error) from error
     return folder
 
 
-def check_writable(recipe: Recipe) -> None:
-    """Checks that run folders can be created, without leaving anything behind.
+def check_writable(folder: Path) -> None:
+    """Checks that run folders can be created in a folder, without leaving anything behind.
 
     Raises:
         UserError: They can't.
     """
-    folder = Path(recipe.values["run"]["output_dir"])
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
-        raise _unwritable(recipe, folder, NotADirectoryError(20, f"{existing} is a file"))
+        raise _unwritable(folder, NotADirectoryError(20, f"{existing} is a file"))
     try:
         with tempfile.TemporaryDirectory(prefix=".recipe-run-", dir=existing):
             pass
     except OSError as error:
-        raise _unwritable(recipe, folder, error) from error
+        raise _unwritable(folder, error) from error
 
 
-def _unwritable(recipe: Recipe, folder: Path, error: OSError) -> UserError:
+def _unwritable(folder: Path, error: OSError) -> UserError:
     fix = "choose another folder: --output-dir DIR"
-    return recipe.error("output-not-writable", f"cannot write {folder}: {error.strerror}", fix, "run", "output_dir")
-
-
-def write_status(folder: Path, status: str, **details: Any) -> None:
-    """Writes `status.json` in one step: a reader sees the old file or the new one, never a part."""
-    write_json(
-        folder / "status.json",
-        {"status": status, "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"), **details},
-    )
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes a JSON file atomically."""
-    partial = file.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
-
-
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each file, evenly spaced: training changes nearly all bytes of all tensors
-
-
-def hash_weights(folder: Path) -> str | None:
-    """A hash of the weights in a folder, by samples of every file; None when there are none."""
-    files = sorted(file for suffix in ("safetensors", "bin") for file in folder.glob(f"*.{suffix}"))
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            for sample in range(SAMPLES):
-                stream.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest() if files else None
-
-
-def append_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Adds a line to `metrics.jsonl`."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"time": round(time.time(), 3), **metrics}) + "\n")
-
-
-def drop_metrics_after(folder: Path, step: int) -> None:
-    """Removes the metrics of steps that a resumed run trains again."""
-    file = folder / "metrics.jsonl"
-    if file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        lines = [line for line in lines if line.endswith("}")]  # the last one is cut off if the run was killed in it
-        kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
-        partial = file.with_suffix(".tmp")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        partial.replace(file)
+    message = f"cannot write {folder}: {error.strerror}"
+    return user_error("output-not-writable", message, fix, path=("run", "output_dir"))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -154,11 +113,12 @@ def drop_half_checkpoints(folder: Path) -> None:
             shutil.rmtree(checkpoint)
 
 
-def find_resumable(recipe: Recipe, resume: str) -> Path | None:
+def find_resumable(home: Path, values: Mapping[str, Any], resume: str) -> Path | None:
     """The run folder to continue: None to start anew.
 
     Args:
-        recipe: The recipe that is about to run.
+        home: Folder of the recipe's run folders.
+        values: The recipe that is about to run.
         resume: `auto`, `never`, or the path of a run folder (or of a checkpoint in it).
 
     Raises:
@@ -167,9 +127,9 @@ def find_resumable(recipe: Recipe, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        runs = Path(recipe.values["run"]["output_dir"]) / recipe.values["name"]
-        folders = sorted((file.parent for file in runs.glob("*/status.json")), reverse=True)
-        unfinished = (folder for folder in folders if read_status(folder) not in ("completed", "damaged"))
+        unfinished = (
+            folder for folder in reversed(list_runs(home)) if read_status(folder) not in ("completed", "damaged")
+        )
         folder = next((folder for folder in unfinished if last_checkpoint(folder)), None)
         if folder is None:
             return None
@@ -184,26 +144,26 @@ def find_resumable(recipe: Recipe, resume: str) -> Path | None:
             raise user_error("run-completed", f"the run in {folder} is complete", "start a new one: --resume never")
         if last_checkpoint(folder) is None:
             raise user_error("no-checkpoint", f"the run in {folder} has no complete checkpoint", "--resume never")
-    if changes := recipe_changes(folder, recipe):
+    if changes := recipe_changes(folder, values):
         message = f"the run in {folder} was made with another recipe ({'; '.join(changes[:5])})"
         raise user_error("recipe-changed", message, "start a new run (--resume never), or take the change back")
     return folder
 
 
-def recipe_changes(folder: Path, recipe: Recipe) -> list[str]:
+def recipe_changes(folder: Path, values: Mapping[str, Any]) -> list[str]:
     """What a recipe says otherwise than the one that a run was made with, as `key: old -> new`."""
-    return _differences(_read_resolved(folder), dict(recipe.values))
+    return _differences(_read_resolved(folder), dict(values))
 
 
 def _read_resolved(folder: Path) -> dict[str, Any]:
     return parse_document((folder / "resolved.yaml").read_text(encoding="utf-8"), "resolved.yaml").values
 
 
-def find_pipeline(recipe: Recipe, resume: str) -> Path | None:
+def find_pipeline(home: Path, resume: str) -> Path | None:
     """The run folder of a pipeline to continue: None to start anew.
 
     Args:
-        recipe: The pipeline that is about to run.
+        home: Folder of the pipeline's run folders.
         resume: `auto`, `never`, or the path of a pipeline's run folder.
 
     Raises:
@@ -212,27 +172,17 @@ def find_pipeline(recipe: Recipe, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        runs = Path(recipe.values["run"]["output_dir"]) / recipe.values["name"]
-        folders = [file.parent for file in runs.glob("*/status.json") if read_status(file.parent) != "damaged"]
-        return max((folder for folder in folders if _read_resolved(folder).get("stage") == "pipeline"), default=None)
+        folders = [folder for folder in list_runs(home) if read_status(folder) != "damaged"]
+        return max((folder for folder in folders if _read_resolved(folder).get("stage") == PIPELINE), default=None)
     folder = Path(os.path.abspath(resume))
     if read_status(folder) == "damaged":
         raise user_error("not-a-run", f"{resume} is no whole run folder", "name one with status.json, resolved.yaml")
     said = _read_resolved(folder)
-    if said.get("stage") != "pipeline":
+    if said.get("stage") != PIPELINE:
         raise user_error(
             "not-a-run", f"{resume} is a run of {said.get('name')}, not of a pipeline", "name a pipeline's"
         )
     return folder
-
-
-def read_status(folder: Path) -> str:
-    """The status of a run: running, completed, failed or interrupted; `damaged` when the folder is not whole."""
-    try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))["status"]
-        return str(status) if (folder / "resolved.yaml").is_file() else "damaged"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "damaged"
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

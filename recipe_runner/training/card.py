@@ -5,24 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.data.accounting import Accounting
+from recipe_runner.files import write_text
 from recipe_runner.recipe.dump import dump_values
 from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.runs.metrics import measure_series
 
 
 def write_card(
     recipe: Recipe, folder: Path, result: Path, accounting: Accounting, history: list[dict[str, Any]]
 ) -> None:
     """Writes README.md into the run folder and beside the weights, in the hub's layout."""
-    values, base = recipe.values, recipe.values["model"]["name_or_path"]
-    tags = ["trl", values["stage"], *recipe.section("metadata").get("tags", [])]
-    header: dict[str, Any] = {"library_name": "peft" if values.get("peft") else "transformers", "tags": tags}
-    if not Path(base).is_absolute():
+    base = recipe.model.name_or_path
+    tags = ["trl", recipe.stage.name, *recipe.tags]
+    header: dict[str, Any] = {"library_name": "peft" if recipe.peft else "transformers", "tags": tags}
+    if not recipe.model.folder:
         header = {"base_model": base, **header}
     facts = [f"Base model: `{base}`", f"Training data: {accounting}"]
-    if adapter := values["model"].get("adapter"):
-        facts.insert(1, f"Continued from the adapter `{adapter}`")
+    if recipe.model.adapter:
+        facts.insert(1, f"Continued from the adapter `{recipe.model.adapter}`")
     for name, key in (("Training loss", "loss"), ("Evaluation loss", "eval_loss")):
-        if series := [(entry["step"], entry[key]) for entry in history if key in entry]:
+        if series := measure_series(history, key):
             (first, before), (last, after) = series[0], series[-1]
             facts.append(f"{name}: {before:.4f} at step {first}, {after:.4f} at step {last}")
     packages = ("trl", "transformers", "peft", "datasets", "torch")
@@ -30,14 +32,14 @@ def write_card(
     for place, weights in ((folder, result.name), (result, ".")):
         parts = [
             f"---\n{dump_values(header)}---\n",
-            f"# {values['name']}\n",
-            f"{values.get('description', '')}\n",
+            f"# {recipe.name}\n",
+            f"{recipe.description}\n",
             *[f"- {fact}" for fact in facts],
             f"\n## Use\n\n```python\n{_usage(base, result.name, weights)}```\n",
             "## Recipe\n\nAs it was run, with everything resolved:\n",
-            f"```yaml\n{dump_values(dict(values))}```\n",
+            f"```yaml\n{dump_values(dict(recipe.values))}```\n",
         ]
-        (place / "README.md").write_text("\n".join(parts), encoding="utf-8")
+        write_text(place / "README.md", "\n".join(parts))
 
 
 def _usage(base: str, kind: str, weights: str) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.launch.process import is_told_cpu
+from recipe_runner.problems.errors import user_error
+from recipe_runner.recipe.sections import UpstreamSection
 
 PACKAGES = (
     "recipe-runner",
@@ -23,10 +25,6 @@ PACKAGES = (
     "torch",
     "deepspeed",
 )
-
-
-# As it was when the process began: accelerate writes into it, too.
-LAUNCHER_PRECISION = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 
 @dataclass(frozen=True)
@@ -50,14 +48,20 @@ class Precision:
         return f"{self.dtype} weights, {mixed} precision ({self.reason})"
 
 
-def choose_precision(recipe: Recipe) -> Precision:
+def choose_precision(training: UpstreamSection, dtype: str | None, adapter: bool, launcher: str) -> Precision:
     """Takes the precision the recipe asks for, and chooses by the machine what it leaves out.
+
+    Args:
+        training: For `bf16`, `fp16`, `tf32` and `use_cpu`.
+        dtype: Data type of the weights that the recipe asks for.
+        adapter: Whether an adapter is trained, rather than the weights themselves.
+        launcher: Mixed precision that the launcher asks for (no, bf16, fp16), as it was when the process began:
+            accelerate writes into the environment, too.
 
     Raises:
         UserError: The recipe asks for a precision that the machine does not have.
     """
-    training = recipe.section("training")
-    on_cpu = training.get("use_cpu") or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    on_cpu = training["use_cpu"] or is_told_cpu()
     gpu = torch.cuda.is_available() and not on_cpu
     # Emulated bfloat16 (Turing, Volta) is slower than float32: it does not count.
     has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -65,19 +69,19 @@ def choose_precision(recipe: Recipe) -> Precision:
 
     available = {"bf16": has_bf16 or bool(on_cpu), "fp16": gpu, "tf32": has_bf16}
     for key in available:
-        if training.get(key) and not available[key]:
+        if training[key] and not available[key]:
             fix = "remove the key: the machine then decides"
             if key == "bf16" and not gpu:
                 fix += "; on a CPU, training.use_cpu: true (or accelerate_configs/cpu.yaml) allows it"
-            raise recipe.error("precision-unavailable", f"{machine} does not have {key}", fix, "training", key)
+            raise user_error("precision-unavailable", f"{machine} does not have {key}", fix, path=("training", key))
 
-    asked = training.get("bf16") is not None or bool(training.get("fp16"))
-    if not asked and LAUNCHER_PRECISION in ("bf16", "fp16"):
-        mixed = {"bf16": LAUNCHER_PRECISION == "bf16", "fp16": LAUNCHER_PRECISION == "fp16"}
-        dtype = recipe.section("model").get("dtype") or ("bfloat16" if mixed["bf16"] and gpu else "float32")
+    asked = training.said.get("bf16") is not None or bool(training["fp16"])
+    if not asked and launcher in ("bf16", "fp16"):
+        mixed = {"bf16": launcher == "bf16", "fp16": launcher == "fp16"}
+        dtype = dtype or ("bfloat16" if mixed["bf16"] and gpu else "float32")
         return Precision(dtype, **mixed, reason="as the launch configuration says")
-    bf16 = bool(training.get("bf16")) if asked else has_bf16
-    dtype = recipe.section("model").get("dtype") or ("bfloat16" if has_bf16 and recipe.section("peft") else "float32")
+    bf16 = bool(training["bf16"]) if asked else has_bf16
+    dtype = dtype or ("bfloat16" if has_bf16 and adapter else "float32")
     reason = (
         "as the recipe says"
         if asked
@@ -85,7 +89,7 @@ def choose_precision(recipe: Recipe) -> Precision:
         if gpu
         else "a CPU"
     )
-    return Precision(dtype, bf16, bool(training.get("fp16")), reason)
+    return Precision(dtype, bf16, bool(training["fp16"]), reason)
 
 
 def describe_device(config: Any) -> str:
@@ -105,8 +109,8 @@ def describe_processes(config: Any) -> str:
     return f"{config.world_size} process{'es' * (config.world_size != 1)}"
 
 
-def describe_environment(recipe: Recipe) -> dict[str, Any]:
-    """Versions, hardware, launcher and git commit of the recipe's folder, as JSON values."""
+def describe_environment(folder: Path) -> dict[str, Any]:
+    """Versions, hardware, launcher and git commit of a folder, as JSON values."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -121,7 +125,7 @@ def describe_environment(recipe: Recipe) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "versions": versions,
         "launcher": {key: os.environ[key] for key in sorted(os.environ) if key.startswith("ACCELERATE_")},
-        "git_commit": _git_commit(recipe.file.parent),
+        "git_commit": _git_commit(folder),
     }
 
 

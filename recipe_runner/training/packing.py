@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from trl import SFTTrainer
 
-from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.problems.errors import user_error
 
 TOKENS = 64  # of each of the two documents that are compared
 LOOKED_AT = 100  # packed rows that are searched for one of two documents
@@ -21,11 +20,11 @@ class PackingCheck(TrainerCallback):
 
     Args:
         trainer: With packed rows, and the collator that they go through.
-        recipe: The recipe, for the error.
+        name: The base model's, for the error.
     """
 
-    def __init__(self, trainer: SFTTrainer, recipe: Recipe) -> None:
-        self.trainer, self.recipe = trainer, recipe
+    def __init__(self, trainer: Any, name: str) -> None:
+        self.trainer, self.name = trainer, name
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises a UserError when documents see each other."""
@@ -66,7 +65,6 @@ class PackingCheck(TrainerCallback):
         return logits[-len(documents[-1]) :]
 
     def _refusal(self, found: str) -> Exception:
-        model = self.recipe.values["model"]
-        message = f"packing is not exact for {model['name_or_path']}: {found}"
+        message = f"packing is not exact for {self.name}: {found}"
         fix = "use training.train_sampling_strategy: group_by_length instead of packing"
-        return self.recipe.error("packing-not-exact", message, fix, "training", "packing")
+        return user_error("packing-not-exact", message, fix, path=("training", "packing"))

@@ -4,23 +4,25 @@ import contextlib
 import gc
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
+from recipe_runner.launch.configuration import Launch
 from recipe_runner.problems.errors import Interrupted, UserError, user_error
-from recipe_runner.recipe import chain as pipeline
-from recipe_runner.recipe.chain import StageRun
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.runs import folder as run_folder
-from recipe_runner.training import prepare as preparation
+from recipe_runner.runs.report import write_report
+from recipe_runner.runs.stages import StageRun, inspect_stage, inspect_stages, start_from, write_pipeline_status
+from recipe_runner.training.prepare import prepare
+from recipe_runner.training.resume import check_rows
 from recipe_runner.training.run import agree, run_recipe
 
 
-def run_pipeline(recipe: Recipe, resume: str) -> Path:
+def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None) -> Path:
     """Runs the stages of a pipeline that are not done yet, and returns the pipeline's run folder.
 
     Everything but the weights is prepared and checked for all stages before the first of them trains.
@@ -28,15 +30,16 @@ def run_pipeline(recipe: Recipe, resume: str) -> Path:
     Args:
         recipe: A resolved recipe with stages.
         resume: `auto`, `never`, or the run folder of a pipeline.
+        launch: What the launcher had set up when this process began.
 
     Raises:
         UserError: A recipe, the data or the environment is at fault.
         Interrupted: The user pressed Ctrl-C.
     """
-    run_folder.check_writable(recipe)
-    found = run_folder.find_pipeline(recipe, resume)
-    prepared = prepare_stages(recipe)
-    runs = _inspect(recipe, found, prepared) if found else []
+    run_folder.check_writable(recipe.home.parent)
+    found = run_folder.find_pipeline(recipe.home, resume)
+    files = prepare_stages(recipe.stages, launch)
+    runs = _inspect(recipe.stages, found, files) if found else []
     if found and all(run.is_done for run in runs):
         if resume != "auto":
             message = f"the pipeline's run in {found} is complete, and nothing has changed"
@@ -44,33 +47,34 @@ def run_pipeline(recipe: Recipe, resume: str) -> Path:
         found = None
     main = PartialState().is_main_process
     found = agree(found)
-    folder = found or agree(run_folder.create_run_folder(recipe) if main else None)
+    folder = found or agree(run_folder.create_run_folder(recipe.home, recipe.text, recipe.values) if main else None)
     assert folder is not None
-    runs = runs if found else _inspect(recipe, folder, prepared)
+    runs = runs if found else _inspect(recipe.stages, folder, files)
     count = len(recipe.stages)
     with _recorded(folder, runs, main):
         for place, stage in enumerate(recipe.stages):
             _tell(main, place, count, runs[place])
             if not runs[place].is_done:
                 before = runs[place - 1] if place else None
-                ready = pipeline.start_from(stage, before, folder / str(place + 1))
+                ready = start_from(stage, before, folder / str(place + 1))
                 resumed = runs[place].folder if _can_resume(runs[place]) else None
                 runs[place] = StageRun(ready, resumed, "running")
                 if main:
-                    pipeline.write_pipeline_status(folder, "running", runs)
-                done = run_recipe(ready, str(resumed) if resumed else "never")
+                    write_pipeline_status(folder, "running", runs)
+                with ready.placing_errors():
+                    done = run_recipe(ready, str(resumed) if resumed else "never", launch)
                 runs[place] = StageRun(ready, done, "completed")
                 gc.collect()  # the model of this stage, before that of the next is loaded
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
         if main:
-            report = pipeline.write_report(recipe, folder, runs)
-            pipeline.write_pipeline_status(folder, "completed", runs)
+            report = write_report(recipe, folder, runs)
+            write_pipeline_status(folder, "completed", runs)
             print(f"\n{report}\n\nCompleted: {folder} (report: README.md)", flush=True)
     return folder
 
 
-def prepare_stages(recipe: Recipe) -> list[dict[str, str]]:
+def prepare_stages(stages: Sequence[Recipe], launch: Launch | None) -> list[dict[str, str]]:
     """Prepares the data of all stages and checks everything but the weights.
 
     Returns:
@@ -78,23 +82,24 @@ def prepare_stages(recipe: Recipe) -> list[dict[str, str]]:
     """
     files: list[dict[str, str]] = []
     tokenizer = None
-    for stage in recipe.stages:
-        ready = preparation.prepare(stage, tokenizer)
-        preparation.check_rows(stage, ready)
+    for stage in stages:
+        with stage.placing_errors():
+            ready = prepare(stage, launch, tokenizer)
+            check_rows(len(ready.train.dataset), ready.config.world_size)
         tokenizer = ready.tokenizer
         files.append(ready.data.files)
     return files
 
 
-def _inspect(recipe: Recipe, folder: Path, files: list[dict[str, str]]) -> list[StageRun]:
+def _inspect(stages: Sequence[Recipe], folder: Path, files: list[dict[str, str]]) -> list[StageRun]:
     """Where each stage stands; one whose data has changed is stale, and so are those after it."""
-    runs = pipeline.inspect_stages(recipe.stages, folder)
+    runs = inspect_stages(stages, folder)
     for place, run in enumerate(runs):
         if run.folder and not run.stale and (changed := _changed_data(run.folder, files[place])):
             runs[place] = replace(run, stale=changed)
             for later in range(place + 1, len(runs)):
                 if runs[later].folder and not runs[later].stale:
-                    why = f"the stage before it, {run.recipe.values['name']}, runs again"
+                    why = f"the stage before it, {run.recipe.name}, runs again"
                     runs[later] = replace(runs[later], stale=why)
     return runs
 
@@ -116,7 +121,7 @@ def _can_resume(run: StageRun) -> bool:
 def _tell(main: bool, place: int, count: int, run: StageRun) -> None:
     if not main:
         return
-    said = f"Stage {place + 1} of {count}: {run.recipe.values['name']} ({run.recipe.values['stage']})"
+    said = f"Stage {place + 1} of {count}: {run.recipe.name} ({run.recipe.stage.name})"
     if run.is_done:
         print(f"{said}: complete, kept: {run.folder}", flush=True)
     elif run.stale:
@@ -134,10 +139,10 @@ def _recorded(folder: Path, runs: list[StageRun], main: bool) -> Iterator[None]:
     def write(status: str, **details: str) -> None:
         for place, run in enumerate(runs):
             if run.status == "running":
-                latest = pipeline.inspect_stage(run.recipe, runs[place - 1] if place else None)
+                latest = inspect_stage(run.recipe, runs[place - 1] if place else None)
                 runs[place] = replace(latest, status=status) if latest.status == "running" else latest
         if main:
-            pipeline.write_pipeline_status(folder, status, runs, **details)
+            write_pipeline_status(folder, status, runs, **details)
 
     try:
         yield

@@ -3,82 +3,82 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import SafetensorError
-from trl import DPOTrainer, SFTTrainer
 
-from recipe_runner.model import base as model
 from recipe_runner.model import continuation
+from recipe_runner.model.quantization import build_quantization, keep_4bit_weights_trainable
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.runs import folder as run_folder
+from recipe_runner.runs.folder import last_checkpoint
+from recipe_runner.stages import load_class
 from recipe_runner.training.packing import PackingCheck
 from recipe_runner.training.prepare import Prepared
 
 
-class _PreparedDPOTrainer(DPOTrainer):
-    """DPOTrainer on pairs that are tokenized already: TRL 1.16 has an option for that in SFTTrainer only."""
-
-    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-        return dataset
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keeps `length`, by which transformers groups rows: pairs have no `input_ids` that it could measure."""
-        super()._set_signature_columns_if_needed()
-        if "length" not in self._signature_columns:
-            self._signature_columns.append("length")
-
-
-TRAINERS: dict[str, Any] = {"pretrain": SFTTrainer, "sft": SFTTrainer, "dpo": _PreparedDPOTrainer}
-
-
-def build_trainer(recipe: Recipe, prepared: Prepared) -> SFTTrainer:
+def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     """Hands everything to TRL, which loads the weights, quantizes them and puts the adapter on.
 
     Raises:
         UserError: The weights can't be loaded.
     """
-    adapter, base = prepared.adapter, recipe.values["model"]["name_or_path"]
+    name, cls, config = recipe.model.name_or_path, load_class(recipe.stage.trainer), prepared.config
+    quantization = build_quantization(recipe.quantization.said)
+    continued, peft_config = prepared.adapter, prepared.peft_config
     try:
-        if adapter:
-            trained = continuation.load_for_training(recipe, adapter, prepared.config, prepared.peft_config)
-        trainer = TRAINERS[recipe.values["stage"]](
-            model=trained if adapter else base,
-            args=prepared.config,
-            train_dataset=prepared.train.dataset,
-            eval_dataset=prepared.evaluation.dataset if prepared.evaluation else None,
-            processing_class=prepared.tokenizer,
-            quantization_config=None if adapter else model.build_quantization(recipe),
-            peft_config=None if adapter else prepared.peft_config,
-        )
+        model: Any = name
+        if continued and peft_config:
+            model = continuation.load_for_training(name, continued, peft_config, quantization, config)
+        with mock.patch.object(cls, "_prepare_dataset", lambda self, dataset, *rest: dataset):
+            trainer = cls(
+                model=model,
+                args=config,
+                train_dataset=prepared.train.dataset,
+                eval_dataset=prepared.evaluation.dataset if prepared.evaluation else None,
+                processing_class=prepared.tokenizer,
+                quantization_config=None if continued else quantization,
+                peft_config=None if continued else peft_config,
+            )
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError) as error:
-        raise recipe.error("model-not-loaded", first_line(error), "", "model", "name_or_path") from error
+        raise user_error("model-not-loaded", first_line(error), path=("model", "name_or_path")) from error
     except (ImportError, ValueError, RuntimeError) as error:
-        raise recipe.error("training-refused", first_line(error), "", "training") from error
-    for name, key in (("create_optimizer", "optim"), ("create_scheduler", "lr_scheduler_type")):
-        setattr(trainer, name, _refusing(getattr(trainer, name), recipe, key))
-    model.keep_4bit_weights_trainable(trainer.model)
+        raise user_error("training-refused", first_line(error), path=("training",)) from error
+    for create, key in (("create_optimizer", "optim"), ("create_scheduler", "lr_scheduler_type")):
+        setattr(trainer, create, _refusing(getattr(trainer, create), key))
+    keep_4bit_weights_trainable(trainer.model)
+    _keep_length(trainer)
     if "seq_lengths" in prepared.train.dataset.column_names:
-        trainer.add_callback(PackingCheck(trainer, recipe))
+        trainer.add_callback(PackingCheck(trainer, name))
     return trainer
 
 
-def _refusing(create: Callable[..., Any], recipe: Recipe, key: str) -> Callable[..., Any]:
+def _keep_length(trainer: Any) -> None:
+    """Keeps the column `length`, by which transformers groups rows that have no `input_ids` to measure.
+
+    TRL 1.16 lists the columns that a trainer needs, without this one.
+    """
+    if "length" in trainer.train_dataset.column_names:
+        trainer._set_signature_columns_if_needed()
+        trainer._signature_columns.append("length")
+
+
+def _refusing(create: Callable[..., Any], key: str) -> Callable[..., Any]:
     """Says at which key an optimizer or scheduler is refused: transformers makes them when training begins."""
 
     def create_or_refuse(*args: Any, **kwargs: Any) -> Any:
         try:
             return create(*args, **kwargs)
         except (ImportError, ValueError, TypeError) as error:
-            raise recipe.error("training-refused", first_line(error), "", "training", key) from error
+            raise user_error("training-refused", first_line(error), path=("training", key)) from error
 
     return create_or_refuse
 
 
-def stop_on_non_finite(trainer: SFTTrainer, folder: Path) -> None:
+def stop_on_non_finite(trainer: Any, folder: Path) -> None:
     """Ends the run before a loss or gradient that is not finite reaches the weights, and so the next checkpoint.
 
     transformers 5.23 replaces such losses in its log (logging_nan_inf_filter) and trains on. With float16 the gradient
@@ -87,7 +87,7 @@ def stop_on_non_finite(trainer: SFTTrainer, folder: Path) -> None:
     training_step, get_grad_norm = trainer.training_step, trainer._get_grad_norm
 
     def fail(what: str) -> None:
-        checkpoint = run_folder.last_checkpoint(folder)
+        checkpoint = last_checkpoint(folder)
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         fix = "lower training.learning_rate, add training.warmup_steps, or look at the rows of this step"
         raise user_error(
@@ -109,7 +109,7 @@ def stop_on_non_finite(trainer: SFTTrainer, folder: Path) -> None:
     trainer.training_step, trainer._get_grad_norm = checked_step, checked_norm
 
 
-def keep_dtypes_on_resume(trainer: SFTTrainer) -> None:
+def keep_dtypes_on_resume(trainer: Any) -> None:
     """Keeps the adapter of a quantized base in bfloat16 when a checkpoint is loaded.
 
     TRL 1.16 trains it in bfloat16; transformers 5.23 resumes through PEFT's load_adapter, which casts it to float32, so

@@ -1,18 +1,18 @@
 """Checks that what was saved is what was trained: no run completes with a result that can't be used."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from trl import SFTTrainer
 
 from recipe_runner.problems.errors import user_error
 
 ROWS, TOKENS = 2, 64  # of the training data: enough to go through every adapted layer
 
 
-def gather_sharded(trainer: SFTTrainer) -> dict[str, torch.Tensor] | None:
+def gather_sharded(trainer: Any) -> dict[str, torch.Tensor] | None:
     """What is trained, put together from all processes when it is sharded (ZeRO-3, FSDP); every process has to call it.
 
     Source: transformers 5.23, Trainer.save_model.
@@ -27,11 +27,19 @@ def gather_sharded(trainer: SFTTrainer) -> dict[str, torch.Tensor] | None:
     return state or {}  # the other processes get nothing
 
 
-def verify_saved(trainer: SFTTrainer, folder: Path, gathered: dict[str, torch.Tensor] | None = None) -> None:
+def verify_saved(
+    trainer: Any, folder: Path, rows: list[list[int]], gathered: dict[str, torch.Tensor] | None = None
+) -> None:
     """Compares a saved adapter or model with the one in memory.
 
     An adapter is loaded back as a second adapter of the model in memory, so that it costs no second copy of the base,
     and must give the same logits. The tensors of a full model are compared one by one.
+
+    Args:
+        trainer: With the trained model.
+        folder: Where it was saved.
+        rows: Tokens of some rows to try an adapter on.
+        gathered: What `gather_sharded` gave.
 
     Raises:
         UserError: They differ.
@@ -43,7 +51,7 @@ def verify_saved(trainer: SFTTrainer, folder: Path, gathered: dict[str, torch.Te
             get_peft_model_state_dict(trained, state_dict=gathered) if adapter else gathered, folder
         )
     elif isinstance(trained, PeftModel):
-        difference = _compare_logits(trained, trainer, folder)
+        difference = _compare_logits(trained, trainer.args.device, rows, folder)
     else:
         difference = _compare_tensors(trained.state_dict(), folder)
     if difference != 0:  # true for nan, too
@@ -51,13 +59,9 @@ def verify_saved(trainer: SFTTrainer, folder: Path, gathered: dict[str, torch.Te
         raise user_error("saved-model-differs", message, "train again; the checkpoints are kept")
 
 
-def _compare_logits(trained: PeftModel, trainer: SFTTrainer, folder: Path) -> float:
+def _compare_logits(trained: PeftModel, place: torch.device, rows: list[list[int]], folder: Path) -> float:
     """Largest difference of logits `(batch, sequence, vocabulary)` between the adapter in memory and the saved one."""
-    rows = [
-        (row.get("input_ids") or row["prompt_ids"] + row["chosen_ids"])[:TOKENS]
-        for row in trainer.train_dataset.select(range(min(ROWS, len(trainer.train_dataset))))
-    ]
-    device = "cpu" if trainer.args.device.type == "cpu" else str(trainer.args.device)  # safetensors knows no cpu:0
+    device = "cpu" if place.type == "cpu" else str(place)  # safetensors knows no cpu:0
     trained.eval()
     active = trained.active_adapter
     loaded = trained.load_adapter(str(folder), adapter_name="saved", torch_device=device)
@@ -70,7 +74,7 @@ def _compare_logits(trained: PeftModel, trainer: SFTTrainer, folder: Path) -> fl
                 parameter.data = parameter.data.to(parameters[name.replace(".saved", f".{active}")].dtype)
         worst = 0.0
         for row in rows:
-            batch = torch.tensor([row], device=trainer.args.device)
+            batch = torch.tensor([row[:TOKENS]], device=place)
             logits = []
             for adapter in (active, "saved"):
                 trained.set_adapter(adapter)

@@ -1,1 +1,69 @@
 """What each section allows, but the whole does not: one file a subject, one small function a rule."""
+
+from collections.abc import Iterator
+
+from recipe_runner.problems.problem import Problem, as_warning
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules import adapter, data, model, packages, quantization, training
+from recipe_runner.recipe.rules.found import Found
+
+# What may be meant: it is said, and never fails a run.
+WARNINGS = {
+    "ignored-key",
+    "context-length",
+    "unusual-learning-rate",
+    "packed-evaluation",
+    "paged-optimizer-on-cpu",
+    "missing-package",
+}
+
+
+def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
+    """Every rule by its code, applied to the sections that it is about."""
+    base, quantized, peft = recipe.model, recipe.quantization, recipe.peft
+    dataset, trained, run = recipe.dataset, recipe.training, recipe.run
+    yield "quantized-full-training", quantization.quantization_without_peft(quantized, peft)
+    yield "quantization-width", quantization.quantization_width(quantized)
+    yield "compute-dtype", quantization.compute_dtype(quantized, trained)
+    yield "precision-conflict", training.precision_conflict(trained)
+    yield "eval-without-data", training.eval_without_data(trained, dataset)
+    yield "eval-data-unused", training.eval_data_unused(trained, dataset)
+    yield "best-model-schedule", training.best_model_schedule(trained)
+    yield "packing-without-length", training.packing_without_length(trained)
+    yield "synced-reference", training.synced_reference(trained, peft)
+    yield "packed-evaluation", training.packed_evaluation(recipe.stage, trained, dataset)
+    yield "paged-optimizer-on-cpu", training.paged_optimizer_on_cpu(trained, peft)
+    yield "global-batch-size", training.global_batch_size(trained, run)
+    yield "ignored-key", training.ignored_keys(trained, dataset)
+    yield "unusual-learning-rate", training.learning_rate(recipe.stage, trained, peft)
+    yield "missing-package", packages.missing_packages(base, trained)
+    yield "remote-code-unpinned", model.remote_code_unpinned(base)
+    yield "local-model", model.local_model(base)
+    yield "fused-projections", model.fused_projections(base, peft)
+    yield "context-length", model.context_length(base, trained)
+    yield "adapter-not-found", adapter.adapter_folder(base)
+    yield "adapter-without-peft", adapter.adapter_needs_peft(base, peft)
+    yield "adapter-base-differs", adapter.adapter_base(base)
+    yield "adapter-config-differs", adapter.adapter_config(base, peft)
+    yield "wrong-column-role", data.column_roles(dataset)
+    yield "mixture-weight", data.mixture_weights(dataset)
+    yield "wrong-source", data.source_files(dataset)
+    yield "template-use", data.template_use(dataset, trained)
+
+
+def check_rules(recipe: Recipe) -> list[Problem]:
+    """Applies every rule to a recipe that passed the schema."""
+    problems = []
+    for code, found in apply_rules(recipe):
+        for path, message, suggestion in found:
+            problem = Problem(code, message, None, path, suggestion)
+            problems.append(as_warning(problem) if code in WARNINGS else problem)
+    return problems + check_name(recipe)
+
+
+def check_name(recipe: Recipe) -> list[Problem]:
+    """A recipe and its file have one name."""
+    if recipe.file.stem in (recipe.name, "recipe", "resolved"):  # a run folder keeps copies by those names
+        return []
+    message = f"the recipe is named '{recipe.name}', its file '{recipe.file.name}'"
+    return [as_warning(Problem("name-differs", message, None, ("name",), "give both the same name"))]

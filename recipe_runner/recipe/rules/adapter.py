@@ -1,10 +1,12 @@
-"""Rules about `model.adapter`, the earlier run that training continues from. One small function a rule; see `rules`."""
+"""Rules about `model.adapter`, the earlier run that training continues from. One small function a rule."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.recipe.rules.data import Found, Values
+from recipe_runner.files import hash_weights, list_runs, read_status
+from recipe_runner.recipe.rules.found import Found
+from recipe_runner.recipe.sections import ModelSection, UpstreamSection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLACE = ("model", "adapter")
@@ -18,14 +20,12 @@ def locate_adapter(folder: Path) -> Path:
     return inside if (inside / CONFIG).is_file() else folder
 
 
-def adapter_folder(values: Values) -> Found:
+def adapter_folder(model: ModelSection) -> Found:
     """What training continues from is an adapter, of a run that completed. Hub ids are looked up later."""
-    folder = Path(values["model"].get("adapter", ""))
+    folder = Path(model.adapter or "")
     if not folder.is_absolute():
         return
-    from recipe_runner.runs.folder import read_status  # here: few recipes continue from an adapter
-
-    runs = sorted(file.parent for file in folder.glob("*/status.json") if read_status(file.parent) == "completed")
+    runs = [run for run in list_runs(folder) if read_status(run) == "completed"]
     if not folder.is_dir():
         yield PLACE, f"there is no folder {folder}", ""
     elif runs:
@@ -37,30 +37,27 @@ def adapter_folder(values: Values) -> Found:
         told = f"{folder} has no adapter ({CONFIG} and {WEIGHTS})"
         run = (folder / "status.json").is_file() and f"the run is {read_status(folder)}: --resume continues it"
         yield PLACE, told, run or "name a run folder or an adapter"
-    elif not read_adapter_config(values):
+    elif not read_adapter_config(folder):
         yield PLACE, f"{folder / CONFIG} is damaged", "train it again, or copy it again"
     elif (folder.parent / "status.json").is_file() and read_status(folder.parent) != "completed":
         yield PLACE, f"the run in {folder.parent} is {read_status(folder.parent)}", f"--resume {folder.parent}"
 
 
-def adapter_needs_peft(values: Values) -> Found:
+def adapter_needs_peft(model: ModelSection, peft: UpstreamSection) -> Found:
     """A recipe that trains an adapter says so, also when it continues from one."""
-    if "adapter" in values["model"] and not values.get("peft"):
+    if model.adapter and not peft:
         fix = "add 'peft: {method: lora}': what it leaves out comes from the adapter"
         yield PLACE, "the adapter is trained on, but peft is missing", fix
 
 
-def adapter_base(values: Values) -> Found:
+def adapter_base(model: ModelSection) -> Found:
     """An adapter fits the base that it was trained on: the same name, or the same weights at another place."""
-    config, folder = read_adapter_config(values), Path(values["model"].get("adapter", ""))
-    name = values["model"]["name_or_path"]
-    trained_on = config.get("base_model_name_or_path")
+    folder, name = Path(model.adapter or ""), model.name_or_path
+    trained_on = read_adapter_config(folder).get("base_model_name_or_path")
     if not trained_on or trained_on == name:
         return
-    from recipe_runner.runs.folder import hash_weights
-
     recorded = recorded_base(folder)
-    if recorded and Path(name).is_absolute() and recorded == hash_weights(Path(name)):
+    if recorded and model.folder and recorded == hash_weights(model.folder):
         return
     moved = Path(trained_on).is_absolute() and not Path(trained_on).exists()
     message = f"the adapter was trained on {trained_on}{', which is no longer there' * moved}; the base here is {name}"
@@ -71,9 +68,9 @@ def adapter_base(values: Values) -> Found:
     yield ("model", "name_or_path"), message, fix
 
 
-def adapter_config(values: Values) -> Found:
+def adapter_config(model: ModelSection, peft: UpstreamSection) -> Found:
     """What `peft` says of an adapter that is there already must be true of it."""
-    config, section = read_adapter_config(values), values.get("peft") or {}
+    config, section = read_adapter_config(Path(model.adapter or "")), peft.said
     if not config or not section:
         return
     if str(config.get("peft_type", "")).lower() != section["method"]:
@@ -88,10 +85,10 @@ def adapter_config(values: Values) -> Found:
         yield ("peft", "target_modules"), f"the adapter has {told}", "remove the key: the adapter says it"
 
 
-def read_adapter_config(values: Values) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The configuration of a local adapter; empty when there is none that can be used: `adapter_folder` says why."""
     try:
-        config = json.loads((Path(values["model"].get("adapter", "")) / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path", ""), str | None):

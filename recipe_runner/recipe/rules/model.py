@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.recipe.rules.data import Found, Values
+from recipe_runner.recipe.rules.found import Found
+from recipe_runner.recipe.sections import ModelSection, UpstreamSection
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 # Pattern of a model's name or type -> its name for people, and separate projections -> the fused one.
@@ -18,36 +19,34 @@ _FUSED = {
 }
 
 
-def remote_code_unpinned(values: Values) -> Found:
+def remote_code_unpinned(model: ModelSection) -> Found:
     """Code from the hub runs on this machine: the recipe must say which code."""
-    model = values["model"]
-    pinned = re.fullmatch(r"[0-9a-f]{40}", model["revision"])
-    if model["trust_remote_code"] and not pinned and not Path(model["name_or_path"]).is_absolute():
+    pinned = re.fullmatch(r"[0-9a-f]{40}", model.revision)
+    if model.trust_remote_code and not pinned and not model.folder:
         fix = "set model.revision to a full commit hash"
         yield ("model", "trust_remote_code"), "remote code from a revision that can change", fix
 
 
-def local_model(values: Values) -> Found:
+def local_model(model: ModelSection) -> Found:
     """A local folder has no revision, and a hub id is not the name of a folder here."""
-    name = values["model"]["name_or_path"]
-    if Path(name).is_absolute():
-        if values["model"]["revision"] != "main":
+    name = model.name_or_path
+    if model.folder:
+        if model.revision != "main":
             yield ("model", "revision"), "a local folder has no revision", "remove the key"
     elif Path(name).is_dir():
         found = f"the folder {name} in the current folder would be taken for the hub id"
         yield ("model", "name_or_path"), found, f"write its path ({Path(name).absolute()}), or work in another folder"
 
 
-def fused_projections(values: Values) -> Found:
+def fused_projections(model: ModelSection, peft: UpstreamSection) -> Found:
     """Some architectures fuse their projections: the names of Llama's match nothing.
 
     Source: transformers/models/{phi3,gpt_neox,falcon,bloom}. Phi-4 models are of the phi3 architecture.
     """
-    targets = (values.get("peft") or {}).get("target_modules")
+    targets = peft["target_modules"]
     if not isinstance(targets, list):
         return
-    model = Path(values["model"]["name_or_path"]).name.lower()
-    kind = str(_local_config(values).get("model_type", model))
+    kind = str(_local_config(model).get("model_type", Path(model.name_or_path).name.lower()))
     for pattern, (name, fusions) in _FUSED.items():
         if re.search(pattern, kind):
             for index, target in enumerate(targets):
@@ -56,26 +55,25 @@ def fused_projections(values: Values) -> Found:
                     yield place, f"{name} has no '{target}'", f"use '{fused}', or all-linear"
 
 
-def context_length(values: Values) -> Found:
+def context_length(model: ModelSection, training: UpstreamSection) -> Found:
     """Tokens beyond the model's context are out of its range.
 
     A local model's config.json says how long the context is, and some hub ids do (4k, 128k).
     """
-    length = values["training"].get("max_length")
+    length = training.said.get("max_length")
     if not length:
         return
-    said = re.search(r"-(\d+)k(-|$)", Path(values["model"]["name_or_path"]).name.lower())
-    context = _local_config(values).get("max_position_embeddings", int(said[1]) * 1024 if said else None)
+    said = re.search(r"-(\d+)k(-|$)", Path(model.name_or_path).name.lower())
+    context = _local_config(model).get("max_position_embeddings", int(said[1]) * 1024 if said else None)
     if isinstance(context, int) and length > context:
         found = f"{length} tokens, the model's context is {context}"
         yield ("training", "max_length"), found, f"lower it to {context} at most"
 
 
-def _local_config(values: Values) -> dict[str, Any]:
+def _local_config(model: ModelSection) -> dict[str, Any]:
     """The config.json of a local model; empty when there is none that can be read: training says why."""
-    name = Path(values["model"]["name_or_path"])
     try:
-        config = json.loads((name / "config.json").read_text(encoding="utf-8")) if name.is_absolute() else {}
+        config = json.loads((model.folder / "config.json").read_text(encoding="utf-8")) if model.folder else {}
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

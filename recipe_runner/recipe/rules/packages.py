@@ -1,10 +1,9 @@
 """Optional packages: which choices of a recipe need one, and whether it is installed here."""
 
 import importlib.util
-from collections.abc import Iterator
-from typing import Any
 
-from recipe_runner.problems.problem import KeyPath
+from recipe_runner.recipe.rules.found import Found
+from recipe_runner.recipe.sections import ModelSection, UpstreamSection
 
 # What needs which module. Source: transformers 5.23, trainer_optimizer.py and integrations/integration_utils.py.
 _KERNELS = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -24,18 +23,18 @@ _TRACKERS |= {"tensorboard": "tensorboard", "dvclive": "dvclive", "neptune": "ne
 _ON_PYPI = {"optimi": "torch-optimi", "flash_attn_interface": "flash-attn-3"}
 
 
-def missing_packages(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str, str]]:
+def missing_packages(model: ModelSection, training: UpstreamSection) -> Found:
     """Optional packages that the recipe needs, and this machine lacks; silent where nothing can be trained anyway."""
     if not is_installed("torch"):
         return
-    training, attention = values["training"], values["model"].get("attn_implementation", "")
+    attention = model.attn_implementation or ""
     wanted = [(("model", "attn_implementation"), attention, _KERNELS.get(attention))]
     wanted += [
         (("training", "optim"), optim, package)
         for prefix, package in _OPTIMIZERS.items()
-        if (optim := training.get("optim", "")).startswith(prefix)
+        if (optim := training["optim"]).startswith(prefix)
     ]
-    trackers = training.get("report_to") or []
+    trackers = training.said.get("report_to") or []
     for tracker in [trackers] if isinstance(trackers, str) else trackers:
         wanted.append((("training", "report_to"), tracker, _TRACKERS.get(tracker)))
     for path, choice, package in wanted:

@@ -1,0 +1,52 @@
+"""Options and arguments that several commands share, and how a command gets its recipe."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from recipe_runner.recipe.recipe import Recipe
+
+recipe_argument = click.argument("recipe")
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key: --set training.max_steps=10. Repeatable.",
+)
+launch_option = click.option(
+    "--accelerate-config",
+    "launch_file",
+    metavar="FILE|NAME",
+    help="Launch configuration of accelerate: a file, or the name of a shipped one (deepspeed_zero3).",
+)
+
+
+def choose_colour() -> bool | None:
+    """None: click decides by whether it writes to a terminal. Source: no-color.org."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def load_to_run(name: str, overrides: Sequence[str]) -> "Recipe":
+    """Loads a recipe for a command that needs the ML stack, and says what validation warns about.
+
+    Raises:
+        UserError: The recipe has errors, or the ML stack is not installed.
+    """
+    from recipe_runner.launch.process import set_up_process
+    from recipe_runner.problems.errors import user_error
+    from recipe_runner.recipe.resolve import load_recipe
+    from recipe_runner.recipe.rules.packages import is_installed
+
+    recipe = load_recipe(name, overrides)
+    said = "RECIPE_RUN_LAUNCH" in os.environ or os.environ.get("RANK", "0") != "0"  # by who started this process
+    for warning in () if said else recipe.warnings:
+        click.echo(warning, err=True)
+    if not is_installed("trl"):  # installed without dependencies, to validate only
+        fix = "pip install recipe-runner, with its dependencies"
+        raise user_error("training-stack-missing", "TRL is not installed: recipes can be checked here, not run", fix)
+    set_up_process(on_cpu=any(stage.training["use_cpu"] for stage in recipe.stages or (recipe,)))
+    return recipe

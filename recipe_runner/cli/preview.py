@@ -1,0 +1,52 @@
+"""`recipe-run preview`: rows as the model sees them."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from recipe_runner.cli.options import choose_colour, load_to_run, recipe_argument, set_option
+from recipe_runner.problems.errors import user_error
+
+
+@click.command(name="preview")
+@recipe_argument
+@set_option
+@click.option("-n", "number", type=click.IntRange(1, 1000), default=3, show_default=True, help="Rows to show.")
+@click.option(
+    "--row", type=click.IntRange(1), metavar="I", help="Show row I of the data, as it is in its files, instead."
+)
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--html", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to FILE.")
+@click.option("--rows-only", is_flag=True, help="Leave out the accounting, which reads all rows.")
+@click.option("--force", is_flag=True, help="Overwrite FILE.")
+@click.option(
+    "--write-template",
+    "template",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Only write the chat template with {% generation %} marks to FILE (.jinja).",
+)
+def command(recipe: str, overrides: tuple[str, ...], template: Path | None, **options: Any) -> None:
+    """Show what the model will see, and which tokens it learns: rows, then what becomes of all rows. Loads no weights.
+
+    Supervised tokens are green; without colour (NO_COLOR, a pipe) they stand in [[double brackets]].
+    """
+    resolved = load_to_run(recipe, overrides)
+    with resolved.placing_errors():
+        if resolved.stages:
+            fix = "preview one of them: " + ", ".join(str(stage.file) for stage in resolved.stages)
+            told = "the rows of a pipeline are those of its stages"
+            raise user_error("pipeline-has-no-rows", told, fix, path=("stages",))
+        if template:
+            from recipe_runner.model.tokenizer import write_training_template
+
+            write_training_template(resolved.model, resolved.training["chat_template_path"], template)
+            click.echo(f"{template} is written; set training.chat_template_path to it")
+            return
+        from recipe_runner.preview import preview_recipe
+
+        colour = choose_colour() is None and sys.stdout.isatty()
+        for part in preview_recipe(resolved, colour=colour, **options):
+            click.echo(part)

@@ -1,0 +1,88 @@
+"""`recipe-run validate`: checks recipes. Nothing here imports the ML stack."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from recipe_runner.cli.options import choose_colour, launch_option, set_option
+from recipe_runner.problems.errors import UserError
+from recipe_runner.problems.problem import Problem
+from recipe_runner.recipe.library import collect_recipes
+from recipe_runner.recipe.resolve import examine_recipe
+
+if TYPE_CHECKING:  # what only some calls need is imported by them: a recipe is checked in a tenth of a second
+    pass
+
+
+@click.command(name="validate")
+@click.argument("paths", nargs=-1, required=True)
+@set_option
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "github", "sarif"]),
+    default="text",
+    show_default=True,
+    help="How problems are written: for people, for scripts, as GitHub annotations, for code scanning.",
+)
+@click.option("--strict", is_flag=True, help="Warnings fail, too.")
+@click.option("--fix", is_flag=True, help="Mend renamed keys, unambiguous typos and the name; print the difference.")
+@launch_option
+def command(
+    paths: tuple[str, ...], overrides: tuple[str, ...], form: str, strict: bool, fix: bool, launch_file: str | None
+) -> None:
+    """Check recipes: files, folders or names of shipped recipes. More about a problem: `recipe-run explain CODE`."""
+    errors, warnings = check_recipes(paths, overrides, launch_file, form, fix, choose_colour())
+    if errors or (strict and warnings):
+        sys.exit(1)
+
+
+def check_recipes(
+    paths: Sequence[str], overrides: Sequence[str], launch_file: str | None, form: str, fix: bool, colour: bool | None
+) -> tuple[int, int]:
+    """Checks recipes, alone and under a launch configuration, mends what is asked for, and writes what was found.
+
+    Returns:
+        The number of errors, and of warnings.
+    """
+    count, launch = 0, None
+    problems: list[Problem] = []
+    if launch_file is not None:
+        from recipe_runner.launch.configuration import find_launch, read_launch
+
+        try:
+            launch = read_launch(find_launch(launch_file))
+        except UserError as error:
+            problems += error.problems
+    for path in paths:
+        try:
+            files = collect_recipes(path)
+        except UserError as error:
+            problems += error.problems
+            continue
+        count += len(files)
+        for file in files:
+            recipe, found = examine_recipe(file, overrides)
+            if fix and found:
+                from recipe_runner.recipe.fix import fix_file
+
+                click.echo(fix_file(file, found), nl=False, err=form != "text")
+                recipe, found = examine_recipe(file, overrides)
+            problems += found
+            if launch and recipe:
+                from recipe_runner.launch.rules import check_launch
+
+                problems += check_launch(launch, recipe)
+    problems = list(dict.fromkeys(problems))  # a recipe may be looked at twice: by itself, and as a pipeline's stage
+    if problems or form in ("json", "sarif"):
+        from recipe_runner.problems.writers import WRITERS  # here: most recipes are fine
+
+        click.echo(WRITERS[form](problems), color=colour)
+    errors = sum(problem.severity == "error" for problem in problems)
+    warnings = len(problems) - errors
+    if form in ("text", "github"):
+        counts = f"{count} recipe{'s' * (count != 1)}, {errors} error{'s' * (errors != 1)}"
+        click.echo(f"{counts}, {warnings} warning{'s' * (warnings != 1)}", err=bool(errors))
+    return errors, warnings

@@ -1,0 +1,72 @@
+"""What is needed to make rows that the trainer is given."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from recipe_runner.data.accounting import Tally
+from recipe_runner.data.sources import Source
+from recipe_runner.problems.errors import user_error
+from recipe_runner.recipe.sections import DatasetSection
+from recipe_runner.stages import Stage
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is needed to make rows that the trainer is given.
+
+    Attributes:
+        stage: The training stage.
+        dataset: The recipe's dataset section.
+        seed: Of splits and shuffles.
+        sources: The sources, opened.
+        tokenizer: With the chat template that is trained with.
+        config: The trainer's configuration, of the stage's class.
+    """
+
+    stage: Stage
+    dataset: DatasetSection
+    seed: int
+    sources: list[Source]
+    tokenizer: PreTrainedTokenizerBase
+    config: Any
+
+    def packing(self, split: str) -> bool:
+        """Whether a split is packed."""
+        packing, of_eval = getattr(self.config, "packing", False), getattr(self.config, "eval_packing", None)
+        return bool(packing if split == "train" or of_eval is None else of_eval)
+
+    def cuts(self, split: str) -> bool:
+        """Whether rows longer than `max_length` lose tokens, rather than being split between packed rows."""
+        return not (self.packing(split) and self.config.packing_strategy != "bfd")
+
+    def tally(self) -> Tally:
+        """Counters for a split."""
+        return Tally(self.config.max_length, [source.name for source in self.sources])
+
+
+def drop_overlong(job: Job, lengths: np.ndarray, order: np.ndarray, tally: Tally) -> np.ndarray:
+    """Which rows `on_overlong: drop` drops, counted: an array `(rows,)` of truth values.
+
+    Args:
+        job: For `max_length`, and what happens to longer rows.
+        lengths: Array `(rows,)` of tokens.
+        order: Array `(rows, 2)` of source and row in it.
+        tally: Is told how many are dropped.
+
+    Raises:
+        UserError: A row is too long, and `on_overlong` is error.
+    """
+    limit, policy = job.config.max_length, job.dataset.on_overlong
+    long = lengths > limit if limit else np.zeros(len(lengths), dtype=bool)
+    if policy == "error" and long.any():
+        first = int(np.argmax(long))
+        source, row = order[first]
+        message = f"{job.sources[source].name}: row {row + 1} has {lengths[first]:,} tokens"
+        fix = f"max_length is {limit:,}: raise it, or set on_overlong to truncate or drop"
+        raise user_error("row-too-long", message, fix, path=("dataset", "on_overlong"))
+    dropped = long & (policy == "drop")
+    tally.drop(f"longer than max_length ({limit})", int(dropped.sum()))
+    return dropped

@@ -1,0 +1,95 @@
+"""Rows of tokens and labels: one sequence a row, or several packed into one. For SFTTrainer."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from recipe_runner.data.accounting import Accounting, Tally
+from recipe_runner.data.job import Job, drop_overlong
+from recipe_runner.data.tables import count_two_bos, hash_rows, make_table, measure_rows, with_documents
+from recipe_runner.data.upstream import call_preparation
+
+COLUMNS = ("input_ids", "labels")
+LEARNED = ("labels",)
+FIRST = ("input_ids",)
+
+
+def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
+    """`input_ids` and `labels` of whole rows."""
+    whole = copy.copy(job.config)
+    whole.max_length = None
+    whole.assistant_only_loss = job.dataset.train_on == "assistant"
+    dataset = Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
+    attributes = {
+        "chat_template": None,  # the tokenizer already has the training template: see `model/tokenizer.py`
+        "completion_only_loss": job.dataset.train_on == "completion",
+    }
+    prepared = call_preparation(SFTTrainer, dataset, job.tokenizer, whole, False, None, "", **attributes)
+    return prepared.select_columns(list(COLUMNS)).data.table.combine_chunks()
+
+
+def keep(
+    job: Job, split: str, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int
+) -> pa.Table:
+    """Drops, cuts or refuses rows that are too long, drops those that teach nothing, and counts all.
+
+    Args:
+        job: For limits and policies.
+        split: `train` or `eval`.
+        table: Whole rows.
+        part: Array `(rows read, 2)` of source and row in it.
+        places: Array `(rows,)`: the place in `part` of each row of the table.
+        tally: Is told what becomes of every row.
+        start: Place of `part` in the order of the split.
+    """
+    limit = job.config.max_length
+    cuts = job.cuts(split)
+    lengths, supervised = measure_rows(table, limit if cuts else None)
+    dropped = drop_overlong(job, lengths, part[places], tally)
+    mute = (supervised == 0) & ~dropped
+    keep = ~(dropped | mute)
+    tally.drop(
+        f"without a supervised token{f' within max_length ({limit})' if limit and cuts else ''}", int(mute.sum())
+    )
+    kept = table.filter(pa.array(keep))
+    if (bos := job.tokenizer.bos_token_id) is not None:
+        tally.two_bos += count_two_bos(kept, bos)
+    lost = np.maximum(lengths - limit, 0)[keep] if limit and cuts else np.zeros(keep.sum(), dtype=np.int64)
+    tally.add(
+        length=lengths[keep],
+        tokens=lengths[keep] - lost,
+        lost=lost,
+        supervised=supervised[keep],
+        source=part[places[keep], 0],
+        hash=hash_rows(table, COLUMNS)[keep],
+    )
+    columns = {name: kept[name] for name in COLUMNS}
+    if lost.any():
+        columns = {name: pc.list_slice(column, 0, limit) for name, column in columns.items()}
+    return with_documents(make_table(columns, places[keep] + start), lengths[keep] - lost, job.packing(split))
+
+
+def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
+    """A split as SFTTrainer takes it: packed documents don't see each other, but for `wrapped`, which is one text."""
+    if accounting.packed_rows and config.packing_strategy != "wrapped":
+        return dataset.rename_column("document_lengths", "seq_lengths")
+    return dataset
+
+
+def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:
+    """Tokens and labels after TRL's collator, which masks the first token of each packed document.
+
+    Args:
+        row: `input_ids`, `labels`, `document_lengths`.
+        config: The trainer's configuration.
+    """
+    flattened = config.padding_free or (config.packing and config.packing_strategy in ("bfd", "bfd_split"))
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=flattened)
+    entry = {**row, "seq_lengths": row["document_lengths"]} if config.packing else row
+    return {"": (row["input_ids"], collator([entry])["labels"][0].tolist())}

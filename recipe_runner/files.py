@@ -1,0 +1,91 @@
+"""Files that are written whole or not at all, hashes of files, and the status files of runs."""
+
+import hashlib
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.problem import Mark
+
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each weights file, evenly spaced: training changes nearly all of its bytes
+
+
+def write_text(file: Path, text: str, encoding: str = "utf-8") -> None:
+    """Writes a file in one step: a reader sees the old text or the new one, never a part. A link stays a link."""
+    target = file.resolve()
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding=encoding, newline="") as stream:
+            stream.write(text)
+        if target.exists():
+            partial.chmod(target.stat().st_mode)
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file in one step."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_new(file: Path, text: str) -> None:
+    """Writes a file that is not there yet.
+
+    Raises:
+        UserError: The file is there already.
+    """
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError as error:
+        raise user_error("file-exists", "the file is there already", "choose another name", Mark(str(file))) from error
+
+
+def hash_file(file: Path) -> str:
+    """A hash of a file's bytes."""
+    import xxhash  # here: part of the training stack
+
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_weights(folder: Path) -> str | None:
+    """A hash of the weights in a folder, by samples of every file; None when there are none."""
+    files = sorted(file for suffix in ("safetensors", "bin") for file in folder.glob(f"*.{suffix}"))
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for sample in range(SAMPLES):
+                stream.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest() if files else None
+
+
+def write_status(run: Path, status: str, **details: Any) -> None:
+    """Writes the status of a run: running, completed, failed or interrupted."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_json(run / "status.json", {"status": status, "updated": now, **details})
+
+
+def read_status(run: Path) -> str:
+    """The status of a run: running, completed, failed or interrupted; `damaged` when the folder is not whole."""
+    try:
+        status = json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
+        return str(status) if (run / "resolved.yaml").is_file() else "damaged"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "damaged"
+
+
+def list_runs(home: Path) -> list[Path]:
+    """The run folders in a folder that have a status, oldest first, damaged ones included."""
+    return sorted(file.parent for file in home.glob("*/status.json"))

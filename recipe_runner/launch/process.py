@@ -1,0 +1,63 @@
+"""What a process sets for itself before the ML stack is imported: variables that upstream reads then, and its voice."""
+
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128", "/dev/davinci0")  # NVIDIA, AMD, Intel, Ascend
+
+
+def is_rank_zero() -> bool:
+    """Whether this is the first process of a launch: the one that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_told_cpu() -> bool:
+    """Whether the launcher was told to train on a CPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+
+
+def has_accelerator() -> bool:
+    """Whether this machine looks as if it had an accelerator, without asking torch, which is not imported yet."""
+    return sys.platform == "darwin" or any(Path(device).exists() for device in _ACCELERATORS)
+
+
+def set_up_process(on_cpu: bool = False) -> None:
+    """Sets what upstream reads when it is imported, and leaves the word to the first process of a launch.
+
+    Args:
+        on_cpu: Whether the recipe asks for a CPU.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a run reports to nobody unless report_to says so
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
+    cpu = on_cpu or is_told_cpu() or not has_accelerator()
+    if cpu and importlib.util.find_spec("deepspeed"):  # it guesses, and says so in every process
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not is_rank_zero():
+        os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (as long as the process)
+    _silence_upstream()
+
+
+def _silence_upstream() -> None:
+    """Drops what upstream says on every run and nobody can act on.
+
+    bitsandbytes 0.50 asks for a hub kernel on CPUs, and says in every layer of every step that 8-bit layers compute in
+    float16; the rest are transformers 5.23 and TRL 1.16 about their own use of old names, about features that a machine
+    without a GPU lacks, and DeepSpeed 0.19 about torch.
+    """
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        r".gradient_checkpointing(_disable|_enable)?. is deprecated",
+        r".is_gradient_checkpointing. is deprecated",
+        r"'pin_memory' argument is set as true but no accelerator is found",
+        r"Paged optimizers are not supported on CPU",
+        r".torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor|_\w+). is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,72 @@
+"""The hub: is a model or an adapter there, and if not, why?"""
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from recipe_runner.problems.errors import user_error
+from recipe_runner.recipe.sections import ModelSection
+
+# Why the hub did not give a configuration, first match wins: code, what happened, what to do.
+HUB_ERRORS = (
+    (GatedRepoError, "model-not-found", "the model is gated", "ask for access on its page, then `hf auth login`"),
+    (RepositoryNotFoundError, "model-not-found", "not on the hub, or private", "check the name, or `hf auth login`"),
+    (RevisionNotFoundError, "model-not-found", "there is no such revision", "check model.revision"),
+    (LocalEntryNotFoundError, "hub-unreachable", "not in the local cache, and the hub can't be reached", ""),
+    (EntryNotFoundError, "model-not-found", "the repository has no config.json", "check the name"),
+    (HFValidationError, "model-not-found", "neither a folder nor a hub id", "check the name"),
+    (Exception, "hub-unreachable", "the hub did not answer", ""),
+)
+
+
+def find_model(model: ModelSection) -> None:
+    """Checks that the base model is there: its folder, or its configuration on the hub (or in the hub's cache).
+
+    Raises:
+        UserError: There is no such model, or it can't be reached.
+    """
+    name, place = model.name_or_path, ("model", "name_or_path")
+    if model.folder:
+        if (model.folder / "config.json").is_file():
+            return
+        what = "the folder has no config.json" if model.folder.is_dir() else "there is no such folder"
+        fix = "`make model` makes the demo model" if "SmolLM2-135M-Instruct" in name else ""
+        raise user_error("model-not-found", f"{name}: {what}", fix, path=place)
+    try:
+        hf_hub_download(name, "config.json", revision=model.revision)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        code, what, fix = explain_hub_error(error)
+        fix = fix or "check the network, or use a local folder: --set model.name_or_path=FOLDER"
+        raise user_error(code, f"{name}: {what}", fix, path=place) from error
+
+
+def download_adapter(name: str, files: list[str]) -> Path:
+    """The folder of an adapter on the hub, downloaded into the hub's cache.
+
+    Args:
+        name: Its id.
+        files: Patterns of the files that are needed.
+
+    Raises:
+        UserError: There is no such repository, or it can't be reached.
+    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        code, what, fix = explain_hub_error(error)
+        fix = fix.replace("model.revision", "the name")
+        raise user_error(code, f"adapter {name}: {what}", fix, path=("model", "adapter")) from error
+
+
+def explain_hub_error(error: Exception) -> tuple[str, str, str]:
+    """Code, what happened, what to do."""
+    return next(row[1:] for row in HUB_ERRORS if isinstance(error, row[0]))

@@ -1,0 +1,105 @@
+"""The tokenizer, with the chat template that is trained with."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from recipe_runner.files import write_new
+from recipe_runner.model import templates
+from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
+
+PLACE = ("model", "name_or_path")
+
+
+def load_tokenizer(
+    model: ModelSection,
+    dataset: DatasetSection,
+    training: UpstreamSection,
+    before: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer with the chat template that is trained with, which is also the one saved with the result.
+
+    Args:
+        model: The base model.
+        dataset: Decides whether the chat template is used, and whether it must mark the assistant's tokens.
+        training: For `chat_template_path` and `eos_token`.
+        before: The tokenizer of what is trained further: its chat template and end-of-sequence token go on, unless the
+            recipe says otherwise.
+
+    Raises:
+        UserError: The tokenizer can't be loaded, or its template can't mark the assistant's tokens.
+    """
+    tokenizer = _read_tokenizer(model, training["chat_template_path"])
+    if before is not None and training["chat_template_path"] is None and before.chat_template:
+        tokenizer.chat_template = before.chat_template
+    if before is not None and before.eos_token in tokenizer.get_vocab():
+        tokenizer.eos_token = before.eos_token
+    if training["eos_token"] is not None:
+        if training["eos_token"] not in tokenizer.get_vocab():
+            message = f"'{training['eos_token']}' is not in the tokenizer's vocabulary"
+            raise user_error("unknown-token", message, path=("training", "eos_token"))
+        tokenizer.eos_token = training["eos_token"]
+    if tokenizer.eos_token is None:
+        message = "the tokenizer has no end-of-sequence token: the model would not learn to stop"
+        raise user_error("no-eos-token", message, "set training.eos_token", path=PLACE)
+    if dataset.is_plain_text:
+        return tokenizer
+    if not tokenizer.chat_template:
+        fix = "use an instruct model, set training.chat_template_path, or dataset.template for plain text"
+        raise user_error("no-chat-template", "the tokenizer has no chat template", fix, path=("dataset", "format"))
+    if dataset.train_on == "assistant" and not has_generation_markers(tokenizer.chat_template):
+        try:
+            tokenizer.chat_template = get_training_chat_template(tokenizer)
+        except ValueError as error:
+            raise _no_generation_marks(tokenizer) from error
+    return tokenizer
+
+
+def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the recipe's chat template if it names a file."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **model.location)
+    except (OSError, ValueError) as error:
+        raise user_error("tokenizer-not-found", first_line(error), path=PLACE) from error
+    if template is not None:
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _no_generation_marks(tokenizer: PreTrainedTokenizerBase) -> UserError:
+    """Says which template would serve: one of TRL's, or the tokenizer's own with a patch."""
+    message = "the chat template has no {% generation %} marks, and TRL does not know it"
+    own = "set training.chat_template_path to a template with the marks, or train_on: completion or all"
+    if (file := templates.find_equivalent(tokenizer)) or templates.mark_generation(tokenizer):
+        which = f"TRL's {file.name} renders the same text" if file else "a patched copy of it marks the answers"
+        write = "recipe-run preview RECIPE --write-template chat.jinja"
+        own = f"{which}: `{write}`, then set training.chat_template_path: chat.jinja"
+    return user_error("no-generation-marks", message, own, path=("dataset", "train_on"))
+
+
+def write_training_template(model: ModelSection, template: str | None, file: Path) -> None:
+    """Writes the chat template that marks the assistant's tokens, for `training.chat_template_path`.
+
+    Args:
+        model: The base model.
+        template: A file with another chat template than the tokenizer's.
+        file: The file to write.
+
+    Raises:
+        UserError: No such template is known, or the file is there already.
+    """
+    tokenizer = _read_tokenizer(model, template)
+    if not tokenizer.chat_template:
+        raise user_error("no-chat-template", "the tokenizer has no chat template", path=PLACE)
+    text = str(tokenizer.chat_template)
+    if not has_generation_markers(text):
+        try:
+            text = str(get_training_chat_template(tokenizer))
+        except ValueError as error:
+            found = templates.find_equivalent(tokenizer)
+            text = found.read_text(encoding="utf-8") if found else templates.mark_generation(tokenizer) or ""
+            if not text:
+                raise _no_generation_marks(tokenizer) from error
+    write_new(file, text)

@@ -1,0 +1,96 @@
+"""The stages of a pipeline on disk: where each stands.
+
+A pipeline's run folder holds a folder for each stage (`1/`, `2/`, ...) with the stage's own run folders in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from recipe_runner.files import list_runs, read_status, write_status
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.runs.folder import recipe_changes, result_name
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Where a stage of a pipeline stands.
+
+    Attributes:
+        recipe: Its recipe, which starts from the stage before.
+        folder: Its latest run folder; None when it has not begun.
+        status: `completed`, `failed`, `interrupted` or `running`, as its run folder says; `waiting` when it has none.
+        stale: Why a run that is there does not count: what it was made from has changed. Empty when it does.
+    """
+
+    recipe: Recipe
+    folder: Path | None
+    status: str
+    stale: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the stage need not run."""
+        return self.status == "completed" and not self.stale
+
+    @property
+    def result(self) -> Path | None:
+        """The adapter or model that the run left."""
+        return self.folder / result_name(bool(self.recipe.peft)) if self.folder else None
+
+
+def start_from(stage: Recipe, before: StageRun | None, output_dir: Path) -> Recipe:
+    """A stage's recipe as it is run: from the adapter or model of the stage before, into the pipeline's folder.
+
+    An adapter comes with the base that it was trained on, which may be the model of a stage still before.
+    """
+    changes: dict[str, str] = {}
+    if before and before.result and before.recipe.peft:
+        base = before.recipe.model
+        changes = {"adapter": str(before.result), "name_or_path": base.name_or_path, "revision": base.revision}
+    elif before and before.result:
+        changes = {"name_or_path": str(before.result), "revision": "main"}
+    model = {**stage.values["model"], **changes}
+    run = {**stage.values["run"], "output_dir": str(output_dir)}
+    return replace(stage, values={**stage.values, "model": model, "run": run})
+
+
+def inspect_stages(stages: Sequence[Recipe], folder: Path) -> list[StageRun]:
+    """Where each stage of a pipeline's run stands."""
+    found: list[StageRun] = []
+    for number, stage in enumerate(stages, 1):
+        before = found[-1] if found else None
+        found.append(inspect_stage(start_from(stage, before, folder / str(number)), before))
+    return found
+
+
+def inspect_stage(recipe: Recipe, before: StageRun | None) -> StageRun:
+    """Where a stage stands, given the one before it."""
+    runs = [run for run in list_runs(recipe.home) if read_status(run) != "damaged"]
+    if not runs:
+        return StageRun(recipe, None, "waiting")
+    latest = StageRun(recipe, runs[-1], read_status(runs[-1]))
+    if before and not before.is_done:
+        return replace(latest, stale=f"the stage before it, {before.recipe.name}, runs again")
+    if changes := recipe_changes(runs[-1], recipe.values):
+        moved = all(change.startswith(("model.adapter:", "model.name_or_path:")) for change in changes)
+        why = "it started from another run of the stage before" if before and moved else "; ".join(changes[:3])
+        return replace(latest, stale=why)
+    if latest.status == "completed" and latest.result and not any(latest.result.glob("*.safetensors")):
+        return replace(latest, stale=f"its result is gone from {latest.result}")
+    return latest
+
+
+def write_pipeline_status(folder: Path, status: str, runs: Sequence[StageRun], **details: Any) -> None:
+    """Writes the one status of a pipeline, with that of each stage."""
+    stages = [
+        {
+            "name": run.recipe.name,
+            "stage": run.recipe.stage.name,
+            "status": "stale" if run.stale else run.status,
+            "run": str(run.folder.relative_to(folder)) if run.folder else None,
+        }
+        for run in runs
+    ]
+    write_status(folder, status, stages=stages, **details)

@@ -1,0 +1,126 @@
+"""Training stages and data formats, one record each. Everything that lists them reads these; nothing is imported here.
+
+A new stage is a record here, an entry in `schema/recipe.schema.json` and, if its rows are new, a module in
+`data/shapes/`.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PIPELINE = "pipeline"  # the stage of a recipe that runs other recipes
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of one way to train.
+
+    Attributes:
+        low: Below this, `validate` warns.
+        usual: What a new recipe begins with.
+        high: Above this, `validate` warns.
+        source: Where the numbers come from.
+    """
+
+    low: float
+    usual: float
+    high: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training stage.
+
+    Attributes:
+        name: As recipes write it.
+        trainer: Class that trains, as `module:name`.
+        config: Class of its configuration, whose fields are the keys of `training`, as `module:name`.
+        shape: What a prepared row is: the name of a module in `data/shapes/`.
+        task: PEFT's task type of the adapter.
+        adapter_rates: Learning rates of adapters.
+        full_rates: Learning rates of full fine-tuning.
+        measures: What the trainer logs of held-out data -> its name for people.
+        reference: Whether the trained model is compared with a reference model.
+        packs: Whether packed rows are what is meant: its text has no documents that should stay apart.
+        notes: Lines that a new recipe of this stage gets in `training`.
+    """
+
+    name: str
+    trainer: str
+    config: str
+    shape: str
+    task: str
+    adapter_rates: Rates
+    full_rates: Rates
+    measures: Mapping[str, str]
+    reference: bool = False
+    packs: bool = False
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+# Of adapters and of full fine-tuning; the ranges are wider than the sources' by a factor of ten or more.
+_SFT = (
+    Rates(2e-6, 2e-4, 6e-3, "QLoRA, arXiv 2305.14314, takes 1e-4 to 2e-4"),
+    Rates(2e-7, 2e-5, 1e-3, "TRL 1.16's default is 2e-5"),
+)
+_DPO = (
+    Rates(1e-7, 5e-6, 3e-4, "TRL 1.16's default for DPO is 1e-6"),
+    Rates(1e-8, 5e-7, 5e-5, "TRL 1.16's default for DPO is 1e-6"),
+)
+_LANGUAGE = {"eval_loss": "held-out loss", "eval_mean_token_accuracy": "held-out token accuracy"}
+_REWARDS = {"eval_rewards/accuracies": "held-out pairs ranked right", "eval_rewards/margins": "held-out reward margin"}
+_GROUPED = "  train_sampling_strategy: group_by_length   # pairs can't be packed: less padding\n"
+_BETA = "  beta: 0.1                        # smaller: further from the reference model\n"
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("pretrain", "trl:SFTTrainer", "trl:SFTConfig", "tokens", "CAUSAL_LM", *_SFT, _LANGUAGE, packs=True),
+        Stage("sft", "trl:SFTTrainer", "trl:SFTConfig", "tokens", "CAUSAL_LM", *_SFT, _LANGUAGE),
+        Stage(
+            "dpo",
+            "trl:DPOTrainer",
+            "trl:DPOConfig",
+            "pairs",
+            "CAUSAL_LM",
+            *_DPO,
+            {"eval_loss": "held-out loss"} | _REWARDS,
+            reference=True,
+            notes={"first": _BETA, "batches": _GROUPED},
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout of rows as people have them: the roles of its columns.
+
+    Attributes:
+        required: Roles that every source must have a column for.
+        optional: Roles that a source may have a column for.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All roles."""
+        return (*self.required, *self.optional)
+
+
+FORMATS: dict[str, Format] = {
+    "instruction": Format(("instruction", "output"), ("input",)),
+    "chat": Format(("messages",)),
+    "text": Format(("text",)),
+    "preference": Format(("chosen", "rejected"), ("prompt",)),
+}
+
+
+def load_class(name: str) -> Any:
+    """Imports a class that a stage names as `module:name`."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)

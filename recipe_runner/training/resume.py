@@ -1,0 +1,70 @@
+"""Resuming: does a run go on as it began, and was it spread over processes as now?"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recipe_runner.problems.errors import user_error
+
+
+def check_rows(rows: int, processes: int) -> None:
+    """Checks that every process has a row of its own.
+
+    Raises:
+        UserError: There are more processes than rows.
+    """
+    if rows < processes:
+        message = (
+            f"{processes} processes, but {rows} rows to train on (after packing): some would train on repeated rows"
+        )
+        raise user_error("too-few-rows", message, "take fewer processes, or more data", path=("dataset", "train"))
+
+
+def check_resumed(folder: Path, files: Mapping[str, str], config: Any) -> str:
+    """Checks that a run goes on as it began: on the same rows, in global batches of the same size.
+
+    Args:
+        folder: The run that is resumed.
+        files: Data file -> a hash of it, now.
+        config: The trainer's configuration, now.
+
+    Returns:
+        What is different and does no harm; empty when nothing is.
+
+    Raises:
+        UserError: The data has changed, or a step would hold another number of rows.
+    """
+    try:
+        before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""  # the run ended before it was written: there is nothing to compare with
+    recorded = before.get("data_files", {})
+    if changed := [name for name, digest in files.items() if recorded.get(name, digest) != digest]:
+        fix = "take the change back, or start a new run: --resume never"
+        message = f"{changed[0]} is not what the run in {folder} began with"
+        raise user_error("data-changed", message, fix, path=("dataset",))
+    old, new = before.get("processes"), describe_batches(config)
+    if not old or old == new:
+        return ""
+    told = f"{old['world_size']} processes and steps of {old['global_batch_size']} rows"
+    now = f"{new['world_size']} and {new['global_batch_size']}"
+    if old["global_batch_size"] != new["global_batch_size"]:
+        fix = f"set run.global_batch_size: {old['global_batch_size']} (and no accumulation), or start a new run"
+        raise user_error("world-size-changed", f"the run began with {told}; now {now}", fix, path=("run",))
+    grouped = config.train_sampling_strategy not in ("random", "sequential")
+    if grouped and new["world_size"] != old["world_size"]:  # rows are ordered by the batches of a process
+        message = f"the run began with {told}; now {now}: rows grouped by length would come in another order"
+        raise user_error("world-size-changed", message, "launch it as before, or start a new run", path=("run",))
+    if new["engine"] != old["engine"] or (new["engine"] != "ddp" and new["world_size"] != old["world_size"]):
+        message = f"the run began with {old['engine']} and {told}; now {new['engine']}, {now}: its shards don't fit"
+        raise user_error("world-size-changed", message, "launch it as before, or start a new run", path=("run",))
+    return f"Resuming with {now}, begun with {told}: the same steps on the same rows; random numbers (dropout) differ."
+
+
+def describe_batches(config: Any) -> dict[str, Any]:
+    """How a run is spread over processes: what must be the same when it is resumed."""
+    kind = config.distributed_state.distributed_type.value
+    engine = {"DEEPSPEED": "deepspeed", "FSDP": "fsdp"}.get(kind, "ddp")
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return {"world_size": config.world_size, "global_batch_size": per_step * config.world_size, "engine": engine}
