@@ -96,15 +96,19 @@ STAGES: dict[str, Stage] = {
 
 @dataclass(frozen=True)
 class Format:
-    """A layout of rows as people have them: the roles of its columns.
+    """A layout of rows as people have them.
 
     Attributes:
-        required: Roles that every source must have a column for.
-        optional: Roles that a source may have a column for.
+        about: What a row is, in a few words.
+        required: Roles of columns that every source must have.
+        optional: Roles of columns that a source may have.
+        note: A line that a new recipe gets below its source.
     """
 
+    about: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -113,10 +117,19 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "instruction": Format(("instruction", "output"), ("input",)),
-    "chat": Format(("messages",)),
-    "text": Format(("text",)),
-    "preference": Format(("chosen", "rejected"), ("prompt",)),
+    "instruction": Format(
+        "rows of an instruction, an optional input and an answer",
+        ("instruction", "output"),
+        ("input",),
+        "  train_on: completion             # the loss is on the answer only\n",
+    ),
+    "chat": Format(
+        "rows of turns: {role, content}, or ShareGPT's {from, value}",
+        ("messages",),
+        note="  train_on: assistant              # the loss is on every assistant turn\n",
+    ),
+    "text": Format("raw text; an end-of-sequence token after each document", ("text",)),
+    "preference": Format("pairs of a chosen and a rejected answer to a prompt", ("chosen", "rejected"), ("prompt",)),
 }
 
 

@@ -107,23 +107,8 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_phi3(tmp_path_factory, tokenizer):
     """A randomly initialised Phi-3 of the real architecture, with fused projections, as a model folder."""
-    import torch
-    from transformers import Phi3Config, Phi3ForCausalLM
+    from transformers import Phi3Config
 
-    torch.manual_seed(0)
-    config = Phi3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    folder = tmp_path_factory.mktemp("models") / "tiny-phi3"
-    Phi3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    from recipe_runner.model.tiny import write_tiny
+
+    return write_tiny(Phi3Config(), tokenizer, tmp_path_factory.mktemp("models") / "tiny-phi3")

@@ -1,7 +1,7 @@
 """From rows to what the trainer is given, by TRL's own code, chunk by chunk, with every lost row and token counted."""
 
+import importlib
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,19 +11,18 @@ from jinja2 import TemplateError
 from recipe_runner.data.accounting import Tally
 from recipe_runner.data.checks import check_ends, count_rendered_roles, count_special_tokens
 from recipe_runner.data.job import Job
-from recipe_runner.data.shapes import pairs, tokens
 from recipe_runner.data.sources import read_rows
 from recipe_runner.data.tables import PACKED_TOGETHER, make_table, pack, with_documents
 from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.stages import Stage
 
 CHUNK = 5_000  # rows prepared at once: what bounds the memory
 CHECKED_ROWS = 100  # rows of a split whose masks are checked token by token
-SHAPES: dict[str, ModuleType] = {"tokens": tokens, "pairs": pairs}
 
 
-def shape_of(job: Job) -> Any:
-    """The module of the shape that the stage's rows have."""
-    return SHAPES[job.stage.shape]
+def shape_of(stage: Stage) -> Any:
+    """The module of the shape that a stage's rows have: see `shapes`."""
+    return importlib.import_module(f"recipe_runner.data.shapes.{stage.shape}")
 
 
 def prepare_chunks(job: Job, split: str, order: np.ndarray, tally: Tally) -> Iterator[pa.Table]:
@@ -60,7 +59,7 @@ def prepare_chunks(job: Job, split: str, order: np.ndarray, tally: Tally) -> Ite
 
 def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int, tally: Tally) -> pa.Table:
     """The shape's columns and `document` of the rows of a chunk that are kept."""
-    part, shape = order[start : start + CHUNK], shape_of(job)
+    part, shape = order[start : start + CHUNK], shape_of(job.stage)
     rows = read_rows(job.dataset, job.sources, part)
     tally.read += len(rows)
     reasons = [row.pop("dropped") for row in rows]
@@ -87,7 +86,7 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
     Raises:
         UserError: The chat template, or the tokenizer, refuses a row.
     """
-    shape = shape_of(job)
+    shape = shape_of(job.stage)
     try:
         return shape.tokenize(job, rows)
     except (TemplateError, RuntimeError, ValueError, TypeError):
@@ -101,10 +100,9 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
         raise
 
 
-def input_ids_of(row: dict[str, Any]) -> list[int]:
-    """The tokens of a prepared row, of any shape; of a pair, those with the better answer."""
-    shape = next(shape for shape in SHAPES.values() if set(shape.COLUMNS) <= set(row))
-    return [token for name in shape.FIRST for token in row[name]]
+def input_ids_of(stage: Stage, row: dict[str, Any]) -> list[int]:
+    """The tokens of a prepared row; of a pair, those with the better answer."""
+    return [token for name in shape_of(stage).FIRST for token in row[name]]
 
 
 def nothing_left(split: str, reasons: dict[str, int]) -> UserError:

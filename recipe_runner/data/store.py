@@ -164,7 +164,7 @@ def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Accou
     tally, began, told = job.tally(), time.monotonic(), 0.0
     numbers, places = pa.list_(pa.int32()), pa.list_(pa.int64())
     schema = pa.schema(
-        [(name, numbers) for name in (*shape_of(job).COLUMNS, "document_lengths")] + [("documents", places)]
+        [(name, numbers) for name in (*shape_of(job.stage).COLUMNS, "document_lengths")] + [("documents", places)]
     )
     with (folder / f"{split}.arrow").open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
         for table in prepare_chunks(job, split, order, tally):
@@ -187,6 +187,6 @@ def _load(folder: Path, job: Job) -> dict[str, PreparedSplit]:
         dataset = Dataset.from_file(str(folder / f"{split}.arrow"))
         lengths = pc.list_flatten(dataset.data.column("document_lengths")).to_numpy()
         accounting = replace(Accounting(**values), batches=simulate_batches(lengths, job.config))
-        dataset = shape_of(job).finish(dataset, accounting, job.config)
+        dataset = shape_of(job.stage).finish(dataset, accounting, job.config)
         splits[split] = PreparedSplit(dataset, np.load(folder / f"{split}.npy", mmap_mode="r"), accounting)
     return splits

@@ -50,9 +50,7 @@ def load_peft(folder: Path, base: str, peft: UpstreamSection) -> PeftConfig:
     return config
 
 
-def check_fit(
-    folder: Path, config: Any, asked: Any, build: Callable[[], Any], base: str
-) -> torch.nn.Module:
+def check_fit(folder: Path, config: Any, asked: Any, build: Callable[[], Any], base: str) -> torch.nn.Module:
     """Checks on a model without weights that every tensor of the adapter has its place.
 
     PEFT 0.21 only warns of tensors that are missing or too many, and keeps what it initialised.

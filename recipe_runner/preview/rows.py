@@ -167,7 +167,7 @@ def _read_table(job: Job, order: np.ndarray, table: Any, tally: Tally, number: i
         cut = 0 if lost is None else int(lost[place])
         sides = [
             _read_sequence(job, order, entry, answer, ids, labels, cut)
-            for answer, (ids, labels) in shape_of(job).as_trained(entry, job.config).items()
+            for answer, (ids, labels) in shape_of(job.stage).as_trained(entry, job.config).items()
         ]
         rows.append(dataclasses.replace(sides[0], rejected=sides[1] if len(sides) > 1 else None))
     return rows

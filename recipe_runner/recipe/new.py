@@ -5,37 +5,9 @@ from pathlib import Path
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.library import find_shipped
 from recipe_runner.recipe.resolve import load_recipe
-from recipe_runner.stages import STAGES
+from recipe_runner.stages import FORMATS, STAGES
 
 WAYS = ("qlora", "lora", "full")  # of tuning
-LAYOUTS = {  # format -> its part of a new recipe
-    "instruction": """\
-  format: instruction              # rows of an instruction, an optional input and an answer
-  train:
-    source: {data}
-    columns: {{instruction: instruction, input: input, output: output}}   # role: its name in the data
-  train_on: completion             # the loss is on the answer only
-""",
-    "chat": """\
-  format: chat                     # rows of turns: {{role, content}}, or ShareGPT's {{from, value}}
-  train:
-    source: {data}
-    columns: {{messages: messages}}  # role: its name in the data
-  train_on: assistant              # the loss is on every assistant turn
-""",
-    "text": """\
-  format: text                     # raw text; an end-of-sequence token after each document
-  train:
-    source: {data}
-    columns: {{text: text}}          # role: its name in the data
-""",
-    "preference": """\
-  format: preference               # pairs of a chosen and a rejected answer to a prompt
-  train:
-    source: {data}
-    columns: {{prompt: prompt, chosen: chosen, rejected: rejected}}   # role: its name in the data
-""",
-}
 QUANTIZATION = """\
 quantization:                      # 4-bit NormalFloat weights under the adapter: QLoRA
   load_in_4bit: true
@@ -82,7 +54,7 @@ def compose(name: str, model: str, form: str, way: str, data: str) -> str:
         f"description: {way} of {Path(model).name} on {form} data.\n"
         f"stage: {stage.name}\nmodel:\n  name_or_path: {_quote(model)}\n"
         f"{QUANTIZATION if way == 'qlora' else ''}{PEFT if way != 'full' else ''}"
-        f"dataset:\n{LAYOUTS[form].format(data=_quote(data))}"
+        f"dataset:\n{_describe_data(form, data)}"
         "  eval: {fraction: 0.02}           # held out, by the seed\n"
         "training:\n"
         f"{stage.notes.get('first', '')}  learning_rate: {_write_rate(rates.usual)}              # {why}\n"
@@ -93,6 +65,16 @@ def compose(name: str, model: str, form: str, way: str, data: str) -> str:
         f"{packing if stage.packs else ''}{stage.notes.get('batches', '')}{schedule}"
         "  eval_strategy: steps\n  eval_steps: 100\n  save_steps: 100\n  save_total_limit: 2\n"
         "run:\n  output_dir: runs\n  seed: 42\n"
+    )
+
+
+def _describe_data(form: str, data: str) -> str:
+    """The format, the source and its columns, as lines of the section `dataset`."""
+    layout = FORMATS[form]
+    columns = f"    columns: {{{', '.join(f'{role}: {role}' for role in layout.roles)}}}"
+    return (
+        f"  format: {form:<25}# {layout.about}\n  train:\n    source: {_quote(data)}\n"
+        f"{columns:<34} # role: its name in the data\n{layout.note}"
     )
 
 

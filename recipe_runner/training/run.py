@@ -19,6 +19,7 @@ from recipe_runner.problems.errors import Interrupted, first_line, user_error
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.runs import folder as run_folder
 from recipe_runner.runs.metrics import drop_metrics_after
+from recipe_runner.stages import Stage
 from recipe_runner.training import card, prepare, resume, summary, trainers, verify
 from recipe_runner.training.callbacks import Finished, Interruption, Recorder
 
@@ -63,7 +64,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         trainer.add_callback(interruption)
         trainer.add_callback(Recorder(folder, config))
         _train(trainer, folder, interruption, found is not None)
-        result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)))
+        result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)), recipe.stage)
         if config.process_index == 0:
             card.write_card(recipe, folder, result, prepared.train.accounting, trainer.state.log_history)
         _write_status(config, folder, "completed", step=trainer.state.global_step)
@@ -96,7 +97,7 @@ def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool
         raise Interrupted(message, interruption.number)
 
 
-def _save(trainer: Any, result: Path) -> Path:
+def _save(trainer: Any, result: Path, stage: Stage) -> Path:
     """Saves the adapter or the model, with tokenizer and chat template, and checks that it can be used."""
     trainer.save_model(str(result))
     trainer.accelerator.wait_for_everyone()
@@ -104,7 +105,7 @@ def _save(trainer: Any, result: Path) -> Path:
     if trainer.is_world_process_zero():
         shutil.rmtree(result / "ref", ignore_errors=True)  # DPO's frozen copy of the adapter it began with
         tried = trainer.train_dataset.select(range(min(verify.ROWS, len(trainer.train_dataset))))
-        verify.verify_saved(trainer, result, [input_ids_of(row) for row in tried], gathered)
+        verify.verify_saved(trainer, result, [input_ids_of(stage, row) for row in tried], gathered)
     return result
 
 

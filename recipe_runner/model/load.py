@@ -1,0 +1,63 @@
+"""The result of a run, loaded for inference: a run folder, an adapter or a model -> model and tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from recipe_runner.files import read_status
+from recipe_runner.model.quantization import keep_4bit_weights_trainable
+from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.recipe.rules.adapter import CONFIG
+from recipe_runner.runs.folder import result_name
+
+
+def find_result(folder: Path) -> Path:
+    """The adapter or model of a run (of a pipeline: of its last stage); any other folder must be one itself.
+
+    Raises:
+        UserError: The run did not complete, or there is no adapter and no model.
+    """
+    if (folder / "status.json").is_file():
+        if (status := read_status(folder)) != "completed":
+            raise user_error("run-not-completed", f"the run in {folder} is {status}", f"--resume {folder} continues it")
+        stages = json.loads((folder / "status.json").read_text(encoding="utf-8")).get("stages")
+        if stages:
+            return find_result(folder / stages[-1]["run"])
+        results = [folder / result_name(adapter) for adapter in (True, False)]
+        folder = next((result for result in results if result.is_dir()), folder)
+    if not any((folder / name).is_file() for name in (CONFIG, "config.json")):
+        message = f"{folder} holds no adapter and no model"
+        raise user_error("result-not-found", message, "name a run folder, an adapter's folder or a model's folder")
+    return folder
+
+
+def load_result(folder: Path, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Loads a result for inference: in evaluation mode, with the tokenizer it was saved with, padding on the left.
+
+    The base of an adapter is loaded as the adapter's configuration names it; `model.disable_adapter()` gives it back.
+
+    Args:
+        folder: A run folder, an adapter or a model.
+        options: For `from_pretrained`: dtype, quantization_config, ...
+
+    Raises:
+        UserError: There is no result, or it can't be loaded.
+    """
+    result = find_result(folder)
+    cls = AutoPeftModelForCausalLM if (result / CONFIG).is_file() else AutoModelForCausalLM
+    try:
+        model = cls.from_pretrained(str(result), **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(result), padding_side="left")
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        message = f"{result} can't be loaded: {first_line(error)}"
+        fix = "is its base model where it was? was it copied whole?"
+        raise user_error("result-not-loaded", message, fix) from error
+    keep_4bit_weights_trainable(model)
+    return model.eval(), tokenizer

@@ -1,0 +1,98 @@
+"""Doors for what comes after training: a small model of any architecture, and the result of a run ready for inference."""
+
+import json
+import shutil
+
+import pytest
+from methods import LORA
+
+from recipe_runner.problems.errors import UserError
+
+KINDS = ["phi3", "llama", "qwen3", "gemma3_text", "mistral", "gpt2", "opt", "qwen3_moe", "bert", "t5"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_is_a_small_model_of_the_same_architecture(kind):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from recipe_runner.model.tiny import shrink_config
+
+    config = AutoConfig.for_model(kind, **({"decoder_start_token_id": 0} if kind == "t5" else {}))
+    small = shrink_config(config, 300)
+    assert type(small) is type(config)
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    model = auto.from_config(small)
+    assert model.num_parameters() < 1_000_000
+    batch = torch.arange(1, 21)[None]
+    logits = model(input_ids=batch, labels=batch).logits
+    assert logits.shape == (1, 20, 300)
+    assert config.vocab_size != 300  # the configuration that was given is as it was
+
+
+def test_tiny_keeps_long_rope_factors_in_step_with_the_heads():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    from recipe_runner.model.tiny import shrink_config
+
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    config = Phi3Config(rope_scaling=rope, max_position_embeddings=131072, original_max_position_embeddings=4096)
+    Phi3ForCausalLM(shrink_config(config, 300))
+
+
+@pytest.fixture
+def completed(run_cli, write_recipe, tiny_phi3, tmp_path):
+    def completed(**sections):
+        result = run_cli(write_recipe(model={"name_or_path": str(tiny_phi3)}, **sections))
+        assert result.status == 0, result.err
+        return max((tmp_path / "runs").glob("*/*"))
+
+    return completed
+
+
+@pytest.mark.parametrize("peft", [LORA, None], ids=["adapter", "model"])
+def test_a_run_is_loaded_as_it_was_trained(completed, peft):
+    import torch
+
+    from recipe_runner.model.load import load_result
+
+    run = completed(peft=peft, training={"learning_rate": 0.01})
+    model, tokenizer = load_result(run, dtype=torch.float32)
+    again, _ = load_result(run / ("adapter" if peft else "model"), dtype=torch.float32)
+    assert not model.training
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.chat_template
+    batch = tokenizer(["one", "one and two"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        assert (model(**batch).logits == again(**batch).logits).all()
+        if peft:
+            with model.disable_adapter():
+                base = model(**batch).logits
+            assert (base - again(**batch).logits).abs().max() > 0.01
+
+
+def test_what_cannot_be_loaded_is_one_line(completed, tmp_path):
+    from recipe_runner.model.load import find_result, load_result
+
+    run = completed(peft=LORA)
+    for folder, code in ((tmp_path / "nowhere", "result-not-found"), (tmp_path, "result-not-found")):
+        with pytest.raises(UserError, match=code):
+            load_result(folder)
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="result-not-loaded"):
+        load_result(run)
+    (run / "status.json").write_text(json.dumps({"status": "failed"}))
+    with pytest.raises(UserError, match="run-not-completed"):
+        find_result(run)
+
+
+def test_the_result_of_a_pipeline_is_that_of_its_last_stage(completed, tmp_path):
+    from recipe_runner.model.load import find_result
+
+    run = completed(peft=LORA)
+    pipeline = tmp_path / "chain"
+    shutil.copytree(run, pipeline / "2" / "tiny" / "run")
+    (pipeline / "resolved.yaml").write_text("stage: pipeline")
+    (pipeline / "status.json").write_text(json.dumps({"status": "completed", "stages": [{"run": "2/tiny/run"}]}))
+    assert find_result(pipeline) == pipeline / "2" / "tiny" / "run" / "adapter"
