@@ -6,7 +6,7 @@ A new stage is a record here, an entry in `schema/recipe.schema.json` and, if it
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 PIPELINE = "pipeline"  # the stage of a recipe that runs other recipes
@@ -60,14 +60,13 @@ class Stage:
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
-# Of adapters and of full fine-tuning; the ranges are wider than the sources' by a factor of ten or more.
-_SFT = (
-    Rates(2e-6, 2e-4, 6e-3, "QLoRA, arXiv 2305.14314, takes 1e-4 to 2e-4"),
-    Rates(2e-7, 2e-5, 1e-3, "TRL 1.16's default is 2e-5"),
-)
-_DPO = (
-    Rates(1e-7, 5e-6, 3e-4, "TRL 1.16's default for DPO is 1e-6"),
-    Rates(1e-8, 5e-7, 5e-5, "TRL 1.16's default for DPO is 1e-6"),
+# The ranges are wider than the sources' by a factor of ten or more.
+_ADAPTER = Rates(2e-6, 2e-4, 6e-3, "QLoRA, arXiv 2305.14314, takes 1e-4 to 2e-4")
+_FULL = Rates(2e-7, 2e-5, 1e-3, "TRL 1.16's default is 2e-5")
+_DPO_ADAPTER = Rates(1e-7, 5e-6, 3e-4, "TRL 1.16's default for DPO is 1e-6")
+_DPO_FULL = replace(_DPO_ADAPTER, low=1e-8, usual=5e-7, high=5e-5)
+_KTO_ADAPTER, _KTO_FULL = (
+    replace(rates, source="TRL 1.16's default for KTO is 1e-6") for rates in (_DPO_ADAPTER, _DPO_FULL)
 )
 _LANGUAGE = {"eval_loss": "held-out loss", "eval_mean_token_accuracy": "held-out token accuracy"}
 _REWARDS = {"eval_rewards/accuracies": "held-out pairs ranked right", "eval_rewards/margins": "held-out reward margin"}
@@ -77,18 +76,33 @@ _BETA = "  beta: 0.1                        # smaller: further from the referenc
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("pretrain", "trl:SFTTrainer", "trl:SFTConfig", "tokens", "CAUSAL_LM", *_SFT, _LANGUAGE, packs=True),
-        Stage("sft", "trl:SFTTrainer", "trl:SFTConfig", "tokens", "CAUSAL_LM", *_SFT, _LANGUAGE),
+        Stage(
+            "pretrain", "trl:SFTTrainer", "trl:SFTConfig", "tokens", "CAUSAL_LM", _ADAPTER, _FULL, _LANGUAGE, packs=True
+        ),
+        Stage("sft", "trl:SFTTrainer", "trl:SFTConfig", "tokens", "CAUSAL_LM", _ADAPTER, _FULL, _LANGUAGE),
         Stage(
             "dpo",
             "trl:DPOTrainer",
             "trl:DPOConfig",
             "pairs",
             "CAUSAL_LM",
-            *_DPO,
+            _DPO_ADAPTER,
+            _DPO_FULL,
             {"eval_loss": "held-out loss"} | _REWARDS,
             reference=True,
             notes={"first": _BETA, "batches": _GROUPED},
+        ),
+        Stage(
+            "kto",
+            "trl:KTOTrainer",
+            "trl:KTOConfig",
+            "unpaired",
+            "CAUSAL_LM",
+            _KTO_ADAPTER,
+            _KTO_FULL,
+            {"eval_loss": "held-out loss", "eval_rewards/margins": _REWARDS["eval_rewards/margins"]},
+            reference=True,
+            notes={"first": _BETA},
         ),
     )
 }
@@ -130,6 +144,9 @@ FORMATS: dict[str, Format] = {
     ),
     "text": Format("raw text; an end-of-sequence token after each document", ("text",)),
     "preference": Format("pairs of a chosen and a rejected answer to a prompt", ("chosen", "rejected"), ("prompt",)),
+    "unpaired_preference": Format(
+        "rows of a prompt, an answer, and whether it is a good one", ("prompt", "completion", "label")
+    ),
 }
 
 

@@ -20,13 +20,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import recipe_runner.training  # noqa: F401  # isort: skip (before the libraries that it keeps quiet)
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.dataclasses import DistributedType, PrecisionType
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
-from trl import DPOConfig, SFTConfig
+
+from recipe_runner.stages import STAGES, load_class
 
 FOLDER = Path(__file__).resolve().parent.parent / "schema"
 ORDER = ["boolean", "integer", "number", "string", "array", "object", "null"]
@@ -35,8 +35,7 @@ JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", t
 
 def main() -> None:
     schemas = {
-        "upstream/sft_config": dataclass_schema(SFTConfig, "trl"),
-        "upstream/dpo_config": dataclass_schema(DPOConfig, "trl"),
+        **{f"upstream/{name}": dataclass_schema(cls, "trl") for name, cls in stage_configs().items()},
         "upstream/lora_config": with_method(dataclass_schema(LoraConfig, "peft"), "lora"),
         "upstream/bitsandbytes_config": signature_schema(BitsAndBytesConfig, "transformers"),
         "upstream/accelerate_config": launch_schema(),
@@ -63,6 +62,12 @@ def main() -> None:
             f"{', '.join(stale)}: not what the installed versions give; run `make schema` and review the difference"
         )
     print(f"schema: {len(schemas)} generated files, {len(stale)} {'differ' if '--check' in sys.argv else 'changed'}")
+
+
+def stage_configs() -> dict[str, type]:
+    """The configuration classes of all stages: sft_config -> SFTConfig."""
+    classes = [load_class(stage.config) for stage in STAGES.values()]
+    return {cls.__name__.replace("Config", "_config").lower(): cls for cls in classes}
 
 
 def bundle(recipe: dict[str, Any], upstream: dict[str, dict[str, Any]]) -> dict[str, Any]:

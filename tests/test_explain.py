@@ -6,6 +6,7 @@ import pytest
 
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.library import shelf
+from recipe_runner.stages import STAGES
 
 
 def test_upstream_key_shows_type_default_choices_help_and_class(run_cli):
@@ -23,10 +24,10 @@ def test_a_key_that_stages_understand_differently_is_explained_for_each(run_cli)
     assert "from:    SFTConfig" in out
     assert "'sppo_hard'" in out
     assert "from:    DPOConfig" in out
-    assert [line for line in out.splitlines() if line.startswith("training.")] == [
-        "training.loss_type (stage pretrain, sft)",
-        "training.loss_type (stage dpo)",
-    ]
+    heads = [line for line in out.splitlines() if line.startswith("training.")]
+    assert heads[:2] == ["training.loss_type (stage pretrain, sft)", "training.loss_type (stage dpo)"]
+    named = [name for line in heads for name in re.search(r"stage ([\w, ]+)", line)[1].split(", ")]
+    assert named == list(STAGES)
 
 
 @pytest.mark.parametrize(

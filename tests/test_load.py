@@ -1,4 +1,4 @@
-"""Doors for what comes after training: a small model of any architecture, and the result of a run ready for inference."""
+"""Doors for what comes after training: a small model of any architecture, a run's result ready for inference."""
 
 import json
 import shutil

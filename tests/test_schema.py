@@ -11,7 +11,7 @@ from recipe_runner.problems.errors import UserError
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.document import read_document
 from recipe_runner.recipe.library import shelf, shipped_recipes
-from recipe_runner.stages import STAGES
+from recipe_runner.stages import STAGES, load_class
 
 FILES = sorted((shelf() / "schema").rglob("*.schema.json"))
 BUNDLE = shelf() / "schema" / "recipe.bundle.schema.json"
@@ -36,8 +36,8 @@ def properties(node, path=()):
 @pytest.mark.parametrize("file", [file for file in FILES if file != BUNDLE], ids=lambda file: file.stem)
 def test_every_property_is_described(file):
     """Bounds on upstream's keys, choices by format, and `if` conditions refine a property described elsewhere."""
-    refining = {"if", "sft_training", "dpo_training", "shared_training", "pretrain_training", "packed_text", "rewarmed"}
-    refining |= {"lora", "quantization", "allOf"}
+    refining = {"if", "shared_training", "packed_text", "rewarmed", "kl_estimated", "lora", "quantization", "allOf"}
+    refining |= {f"{stage}_training" for stage in STAGES}
     for path, entry in properties(json.loads(file.read_text())):
         if "$ref" not in entry and (entry.get("not") == {} or not refining & set(path)):
             assert len(entry.get("description", "")) > 5 or file.parent.name == "upstream", path
@@ -45,11 +45,11 @@ def test_every_property_is_described(file):
 
 def test_every_field_of_upstream_is_there_and_nothing_else():
     from peft import LoraConfig
-    from trl import DPOConfig, SFTConfig
 
+    classes = {stage.config.split(":")[1]: load_class(stage.config) for stage in STAGES.values()}
+    assert len(classes) == len(list((shelf() / "schema" / "upstream").glob("*_config.schema.json"))) - 3
     for name, cls, ours in (
-        ("sft_config", SFTConfig, set()),
-        ("dpo_config", DPOConfig, set()),
+        *((name.replace("Config", "_config").lower(), cls, set()) for name, cls in classes.items()),
         ("lora_config", LoraConfig, {"method"}),
     ):
         fields = {field.name for field in dataclasses.fields(cls) if field.init}
@@ -71,9 +71,10 @@ def test_a_key_that_is_refused_says_why_and_its_replacement_exists():
             ), path
 
 
-@pytest.mark.parametrize(("stage", "form"), [("pretrain", "text"), ("sft", "text"), ("dpo", "preference")])
-def test_upstream_defaults_are_valid_by_our_bounds(stage, form):
+@pytest.mark.parametrize("stage", STAGES)
+def test_upstream_defaults_are_valid_by_our_bounds(stage):
     """A bound that refuses upstream's own default would be a mistake."""
+    form = schema.formats_of(stage)[-1]
     refused = {key for key, entry in schema.bounds_of("training", stage).items() if "not" in entry}
     upstream = schema.fields_of("training", stage)["properties"]
     training = {key: entry["default"] for key, entry in upstream.items() if key not in refused}

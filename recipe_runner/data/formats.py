@@ -1,8 +1,8 @@
 """Dataset formats: from a row as it is in the data to a row as TRL knows it. Plain Python, no ML stack.
 
-The layouts are TRL's: `messages: list[{role, content}]`, `prompt` and `completion` (both strings, or both lists of
-messages), `text`, or `prompt`, `chosen` and `rejected` (lists of messages). Each row also says why it can't be trained
-on, in `dropped` ('' when it can).
+The layouts are TRL's: `messages: list[{role, content}]`; `prompt` and `completion` (both strings, or both lists of
+messages), with `label` (true or false) where one answer is judged; `text`; or `prompt`, `chosen` and `rejected` (lists
+of messages). Each row also says why it can't be trained on, in `dropped` ('' when it can).
 """
 
 import re
@@ -47,6 +47,7 @@ def normalise_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
         RowError: The row has the wrong shape.
     """
     layouts = {"instruction": _instruction_row, "chat": _chat_row, "text": _text_row, "preference": _preference_row}
+    layouts["unpaired_preference"] = _unpaired_row
     return layouts[dataset.format](row, dataset, where)
 
 
@@ -138,6 +139,22 @@ def _preference_row(row: dict[str, Any], dataset: DatasetSection, where: str) ->
     if dataset.system and not any(turn["role"] == "system" for turn in prompt[:1]):
         prompt = [{"role": "system", "content": dataset.system}, *prompt]
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "dropped": dropped}
+
+
+def _unpaired_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
+    """One answer to a prompt, and whether it is a good one. Texts become turns."""
+    prompt = _turns(row.get("prompt"), "user", f"{where}: column 'prompt'")
+    completion = _turns(row.get("completion"), "assistant", f"{where}: column 'completion'")
+    label = row.get("label")
+    if not isinstance(label, bool):
+        raise RowError(f"{where}: column 'label': expected true or false, found {_kind(label)}")
+    dropped = "" if prompt else "with an empty prompt"
+    dropped = dropped if _says(completion) else "with an empty completion"
+    if not dropped and completion[0]["role"] != "assistant":
+        dropped = "whose answer does not continue its prompt"
+    if dataset.system and not any(turn["role"] == "system" for turn in prompt[:1]):
+        prompt = [{"role": "system", "content": dataset.system}, *prompt]
+    return {"prompt": prompt, "completion": completion, "label": label, "dropped": dropped}
 
 
 def _turns(value: Any, role: str, where: str) -> list[dict[str, str]]:

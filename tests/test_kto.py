@@ -1,0 +1,113 @@
+"""Stage kto: single answers with a label, the right reference, and what is shown is what is trained on."""
+
+import json
+
+import pytest
+from methods import LORA, NF4
+
+ROWS = [
+    {"prompt": f"say {n}", "completion": f"it is {n}" if n % 2 else "no idea", "label": n % 2 == 1} for n in range(12)
+]
+
+
+@pytest.fixture
+def kto(run_cli, write_recipe, tiny_phi3, tmp_path):
+    """Runs a command on a small KTO recipe; returns the result and the latest run folder, if any."""
+
+    def kto(*arguments, command="train", rows=ROWS, training=None, dataset=None, **sections):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        dataset = {"format": "unpaired_preference", "train": {"source": "rows.jsonl"}, **(dataset or {})}
+        training = {"max_steps": 6, "logging_steps": 1, "learning_rate": 2e-3, "max_length": 128} | (training or {})
+        recipe = write_recipe(
+            stage="kto", model={"name_or_path": str(tiny_phi3)}, dataset=dataset, training=training, **sections
+        )
+        result = run_cli(command, recipe, *arguments)
+        return result, max((tmp_path / "runs").glob("*/*"), default=None)
+
+    return kto
+
+
+@pytest.mark.parametrize(
+    ("quantization", "peft"), [(None, LORA), (NF4, LORA), (None, None)], ids=["lora", "qlora", "full"]
+)
+def test_training_starts_at_the_reference_and_learns(kto, quantization, peft):
+    """At step 1 the policy is the reference: KL 0 and loss 0.5, which a wrong reference does not give."""
+    result, folder = kto(quantization=quantization, peft=peft)
+    assert result.status == 0, result.err
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [entry for entry in steps if "rewards/margins" in entry or "kl" in entry]
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-3)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.005
+    assert json.loads((folder / "status.json").read_text())["status"] == "completed"
+    assert "reference  " in result.out
+
+
+def test_what_is_shown_is_what_the_trainer_receives(kto, tmp_path):
+    from recipe_runner.recipe.resolve import load_recipe
+    from recipe_runner.training import prepare, trainers
+
+    rows = [*ROWS, {"prompt": "q", "completion": "long " * 40, "label": True}]
+    result, _ = kto("-n", "20", "--format", "json", command="preview", rows=rows, training={"max_length": 24})
+    shown = json.loads(result.out)
+    recipe = load_recipe(str(tmp_path / "tiny.yaml"))
+    prepared = prepare.prepare(recipe, None)
+    prepared.config.output_dir = str(tmp_path / "out")
+    batches = list(trainers.build_trainer(recipe, prepared).get_train_dataloader())
+    places = [(batch, place) for batch in batches for place in range(len(batch["label"]))]
+    assert len(shown) == len(places) == 13
+    for row, (batch, place) in zip(shown, places, strict=True):
+        length = int(batch["attention_mask"][place].sum())
+        mask = batch["completion_mask"][place][:length].tolist()
+        assert row["input_ids"] == batch["input_ids"][place][:length].tolist()
+        assert row["labels"] == [
+            token if learned else -100 for token, learned in zip(row["input_ids"], mask, strict=True)
+        ]
+        assert bool(batch["label"][place]) == rows[row["row"] - 1]["label"]
+
+
+def test_rows_equal_those_of_a_real_trainer(kto, tiny_phi3, tmp_path, tokenizer):
+    """The KL term's answers, too: TRL makes them within each batch of a device."""
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    from recipe_runner.recipe.resolve import load_recipe
+    from recipe_runner.training import prepare
+
+    kto(command="validate", training={"per_device_train_batch_size": 5})
+    ours = prepare.prepare(load_recipe(str(tmp_path / "tiny.yaml")), None).train.dataset
+    turns = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+            "label": row["label"],
+        }
+        for row in ROWS
+    ]
+    config = KTOConfig(str(tmp_path / "out"), bf16=False, max_length=128, per_device_train_batch_size=5)
+    data = Dataset.from_list(turns)
+    theirs = KTOTrainer(str(tiny_phi3), args=config, train_dataset=data, processing_class=tokenizer).train_dataset
+    for name in ("prompt_ids", "completion_ids", "KL_completion_ids", "label"):
+        assert list(ours[name]) == list(theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rows": [{"prompt": "q", "completion": "a", "label": "true"}]}, "expected true or false, found str 'true'"),
+        ({"rows": [{"prompt": "q", "completion": "a"}]}, "no column 'label' for the role 'label'"),
+        ({"training": {"per_device_train_batch_size": 1}}, "expected a number at least 2, found 1"),
+        ({"training": {"train_sampling_strategy": "random"}}, "'random' is not one of 'sequential'"),
+        ({"dataset": {"format": "preference"}}, "error[format-stage-mismatch] dataset.format"),
+    ],
+)
+def test_what_kto_does_not_take_is_said(kto, options, said):
+    result, _ = kto(**options)
+    assert result.status == 1
+    assert said in result.err
+
+
+def test_lost_rows_are_counted(kto):
+    rows = [*ROWS, {"prompt": "q", "completion": " ", "label": True}, {"prompt": "", "completion": "a", "label": True}]
+    result, _ = kto(command="prepare", rows=rows, dataset={"max_dropped": 0.2})
+    assert "2 dropped (1 with an empty completion; 1 with an empty prompt)" in result.out
