@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from shared import SAMPLES, write_rows
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a network
 HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")  # no test reads or fills the caches of the machine
 os.environ["HF_HOME"] = HF_HOME.name
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads wait for each other more than they compute
+
 ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES, SCHEMAS = ROOT / "tests" / "examples", ROOT / "tests" / "schemas"
 TICKETS = ROOT / "recipes" / "data" / "tickets_train.jsonl"
 
 
@@ -79,6 +83,36 @@ def write_recipe(tmp_path):
         return file
 
     return write
+
+
+@pytest.fixture
+def small_recipe(write_recipe, tiny_phi3, tmp_path):
+    """Writes rows and a small recipe of a stage for them, with a tiny Phi-3; returns its path."""
+
+    def small_recipe(stage="sft", rows=None, name="tiny", model=None, dataset=None, training=None, **sections):
+        form, sample = SAMPLES[stage]
+        rows = sample if rows is None else rows
+        data = {"format": form} if form else {}
+        if rows is not None:
+            data["train"] = {"source": write_rows(tmp_path / "rows.jsonl", rows).name}
+        training = {"max_steps": 4, "logging_steps": 1, "learning_rate": 0.01} | (training or {})
+        model = {"name_or_path": str(tiny_phi3)} | (model or {})
+        return write_recipe(
+            name, stage=stage, model=model, dataset=data | (dataset or {}), training=training, **sections
+        )
+
+    return small_recipe
+
+
+@pytest.fixture
+def run_recipe(run_cli, small_recipe, tmp_path):
+    """Writes rows and a small recipe, runs a command on it in this process; returns the result and the newest run."""
+
+    def run_recipe(*arguments, command="train", name="tiny", **options):
+        result = run_cli(command, small_recipe(name=name, **options), *arguments)
+        return result, max((tmp_path / "runs" / name).glob("*"), default=None)
+
+    return run_recipe
 
 
 @pytest.fixture(scope="session")

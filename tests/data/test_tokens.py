@@ -1,6 +1,5 @@
 """Which tokens are learned, for each format; what is dropped and cut, and that it is counted."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ CONVERSATION = [
 
 
 @pytest.fixture
-def prepare(write_recipe, tmp_path, tiny_phi3):
+def prepare(small_recipe, tiny_phi3):
     """Prepares rows as a run does; returns the split, its tokenizer, and (rendered text, learned text) of each row."""
     from recipe_runner.data import store
     from recipe_runner.training.config import build_config
@@ -26,12 +25,8 @@ def prepare(write_recipe, tmp_path, tiny_phi3):
     from recipe_runner.training.prepare import open_job
 
     def prepare(rows, name_or_path=tiny_phi3, training=None, **dataset):
-        file = tmp_path / "rows.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        dataset = {"train": {"source": str(file)}} | dataset
-        recipe = load_recipe(
-            str(write_recipe(model={"name_or_path": str(name_or_path)}, dataset=dataset, training=training or {}))
-        )
+        model = {"name_or_path": str(name_or_path)}
+        recipe = load_recipe(str(small_recipe(rows=rows, model=model, dataset=dataset, training=training)))
         precision = choose_precision(recipe.training, None, adapter=False, launcher="no")
         config = build_config(recipe.stage, recipe.training.said, recipe.model, recipe.run.seed, precision)
         with recipe.placing_errors():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import HF_HOME, ROOT
-from methods import LORA, NF4
+from shared import LORA, NF4, losses, status, write_rows
 
 ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
@@ -48,7 +48,7 @@ LAUNCHES = {
 
 
 @pytest.fixture
-def launch(write_recipe, tiny_phi3, tmp_path, run_cli, monkeypatch):
+def launch(small_recipe, tmp_path, run_cli, monkeypatch):
     """Runs a small recipe, by a launcher in processes of its own; returns what came out and its run folder, if any."""
 
     def launch(
@@ -62,13 +62,10 @@ def launch(write_recipe, tiny_phi3, tmp_path, run_cli, monkeypatch):
         start=False,
         **sections,
     ):
-        if stage == "dpo" or rows is not None:
-            (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or PAIRS))
-            form = {"format": "preference"} if stage == "dpo" else {}
-            sections["dataset"] = form | {"train": {"source": "rows.jsonl"}} | sections.get("dataset", {})
-        training = {"max_steps": 4, "logging_steps": 1, "learning_rate": 2e-3, "max_length": 64} | (training or {})
+        rows = PAIRS if stage == "dpo" and rows is None else rows
+        training = {"learning_rate": 2e-3, "max_length": 64} | (training or {})
         sections = {"peft": LORA, "run": {"output_dir": str(tmp_path / "runs"), "global_batch_size": 4}} | sections
-        recipe = write_recipe(name, stage=stage, model={"name_or_path": str(tiny_phi3)}, training=training, **sections)
+        recipe = small_recipe(stage, rows, name, training=training, **sections)
         command = [sys.executable, "-m", "recipe_runner", str(recipe), *arguments]
         if launcher:
             file = tmp_path / f"{launcher}.yaml"
@@ -88,11 +85,6 @@ def launch(write_recipe, tiny_phi3, tmp_path, run_cli, monkeypatch):
     return launch
 
 
-def losses(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
-
-
 @pytest.mark.parametrize(
     ("stage", "quantization"),
     [("sft", None), ("sft", NF4), ("dpo", None), ("dpo", NF4)],
@@ -109,7 +101,7 @@ def test_the_same_training_on_any_number_of_processes(launch, stage, quantizatio
         assert f"of 4 rows: 2 per device x {1 if launcher else 2} accumulated x" in done.stdout
         found[launcher] = losses(folder)
         adapters[launcher] = load_file(folder / "adapter" / "adapter_model.safetensors")
-        assert json.loads((folder / "status.json").read_text())["status"] == "completed"
+        assert status(folder)["status"] == "completed"
         assert done.stdout.count("run folder") == 1
         assert done.stderr.count("warning[many-truncated]") == (stage == "sft")  # once, not once a process
         assert done.stderr.count("warning[unusual-learning-rate]") == (stage == "dpo")
@@ -178,20 +170,19 @@ def test_sigterm_to_a_launch_leaves_a_checkpoint_and_143(long_run, launch):
     err = ended(process, ranks, 60)
     assert process.returncode == 143, err
     assert err.count("continue with: --resume") == 1
-    status = json.loads((folder / "status.json").read_text())
-    assert status["status"] == "interrupted"
-    assert (Path(status["checkpoint"]) / "complete").is_file()
+    assert status(folder)["status"] == "interrupted"
+    assert (Path(status(folder)["checkpoint"]) / "complete").is_file()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_launcher_and_processes_alike_is_one_signal(long_run, number, status):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_launcher_and_processes_alike_is_one_signal(long_run, number, code):
     """Ctrl-C reaches all of them, and so does the scheduler's SIGTERM; the launcher then passes it on once more."""
     process, ranks, folder = long_run()
     for one in (process, *ranks.values()):
         one.send_signal(number)
     err = ended(process, ranks, 60)
-    assert process.returncode == status, err
-    assert (Path(json.loads((folder / "status.json").read_text())["checkpoint"]) / "complete").is_file()
+    assert process.returncode == code, err
+    assert (Path(status(folder)["checkpoint"]) / "complete").is_file()
 
 
 def test_a_signal_to_one_rank_stops_all_as_that_signal(long_run):
@@ -200,7 +191,7 @@ def test_a_signal_to_one_rank_stops_all_as_that_signal(long_run):
     ranks[1].send_signal(signal.SIGTERM)
     err = ended(process, ranks, 60)
     assert process.returncode == 143, err
-    assert (Path(json.loads((folder / "status.json").read_text())["checkpoint"]) / "complete").is_file()
+    assert (Path(status(folder)["checkpoint"]) / "complete").is_file()
 
 
 def test_one_process_is_launched_without_a_go_between(launch, tmp_path):
@@ -219,7 +210,7 @@ def test_a_rank_that_dies_ends_the_run(long_run):
     err = ended(process, ranks, 60)
     assert process.returncode == 128 + signal.SIGKILL, err
     assert "error[process-lost] rank 1 was ended by SIGKILL, and so were the others" in err
-    assert json.loads((folder / "status.json").read_text())["status"] != "completed"
+    assert status(folder)["status"] != "completed"
 
 
 def test_a_rank_that_hangs_ends_the_run_in_the_stated_time(long_run):
@@ -230,7 +221,7 @@ def test_a_rank_that_hangs_ends_the_run_in_the_stated_time(long_run):
     assert time.monotonic() - began < 60  # the launcher gives a process 30 seconds to end by itself
     assert process.returncode == 1
     assert "error[process-lost] another process died, or hung for 8 s (training.ddp_timeout)" in err
-    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+    assert status(folder)["status"] == "failed"
 
 
 def test_what_is_wrong_is_said_once_by_a_launch(launch):
@@ -347,9 +338,7 @@ def test_killed_at_random_moments_the_run_loses_nothing(launch, tmp_path, report
 
 
 def test_a_pipeline_on_two_processes(launch, tmp_path, write_recipe, tiny_phi3):
-    (tmp_path / "text.jsonl").write_text(
-        "".join(json.dumps({"text": f"a page {n} about it"}) + "\n" for n in range(60))
-    )
+    write_rows(tmp_path / "text.jsonl", [{"text": f"a page {n} about it"} for n in range(60)])
     same = {"model": {"name_or_path": str(tiny_phi3)}, "peft": LORA}
     training = {"max_steps": 2, "max_length": 96, "logging_steps": 1, "per_device_train_batch_size": 1}
     write_recipe(
@@ -367,9 +356,7 @@ def test_a_pipeline_on_two_processes(launch, tmp_path, write_recipe, tiny_phi3):
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs" / "chain").iterdir()
-    assert [stage["status"] for stage in json.loads((folder / "status.json").read_text())["stages"]] == [
-        "completed"
-    ] * 2
+    assert [stage["status"] for stage in status(folder)["stages"]] == ["completed"] * 2
     assert done.stdout.count("run folder") == 2
     assert len(list(folder.glob("[12]/*/*"))) == 2
 
@@ -399,7 +386,9 @@ def test_an_adapter_trains_the_same_when_torch_shards_the_model(tiny_phi3, tmp_p
     found = {}
     for count in (1, 2):
         result = tmp_path / f"{count}.json"
-        command = f"torchrun --standalone --nproc-per-node {count} {ROOT}/tests/fsdp2_worker.py {tiny_phi3} {result}"
+        command = (
+            f"torchrun --standalone --nproc-per-node {count} {ROOT}/tests/launch/fsdp2_worker.py {tiny_phi3} {result}"
+        )
         done = subprocess.run(command.split(), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         found[count] = json.loads(result.read_text())

@@ -8,8 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from shared import write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
@@ -32,7 +33,7 @@ def overrides(tiny_phi3, tmp_path):
 
     def overrides(kind):
         file = tmp_path / f"{kind}.jsonl"
-        file.write_text("".join(json.dumps(rows[kind]) + "\n" for _ in range(400 if kind == "text" else 40)))
+        write_rows(file, [rows[kind]] * (400 if kind == "text" else 40))
         source = f"{{source: {file}}}"
         return (
             f"--set model.name_or_path={tiny_phi3} --set 'dataset.train={source}' --set 'dataset.eval={source}' "

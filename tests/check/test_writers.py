@@ -5,15 +5,15 @@ import os
 import pty
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import EXAMPLES, SCHEMAS
 from jsonschema import Draft4Validator
 
 from recipe_runner.problems.problem import Mark, Problem
 from recipe_runner.problems.writers import write_github
 
-INVALID = Path(__file__).parent / "examples" / "invalid"
+INVALID = EXAMPLES / "invalid"
 
 
 def test_github_annotation_names_file_line_column_and_code(run_cli):
@@ -42,7 +42,7 @@ def test_sarif_log_holds_every_problem_at_its_place(run_cli):
 
 
 def test_sarif_log_is_valid_by_the_schema_of_sarif(run_cli):
-    schema = json.loads((Path(__file__).parent / "schemas" / "sarif-2.1.0.json").read_text())
+    schema = json.loads((SCHEMAS / "sarif-2.1.0.json").read_text())
     check = Draft4Validator(schema)
     for arguments in ([INVALID], [INVALID.parent / "warned"], ["phi3_chat_qlora"], ["/nowhere/x.yaml"]):
         log = json.loads(run_cli("validate", "--format", "sarif", *arguments).out)

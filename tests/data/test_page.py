@@ -1,6 +1,5 @@
 """The page of `recipe-run preview --html` in a real headless Chromium."""
 
-import json
 import subprocess
 
 import pytest
@@ -24,12 +23,10 @@ ROWS = [
 
 
 @pytest.fixture
-def page(run_cli, write_recipe, tiny_phi3, tmp_path):
-    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    dataset = {"format": "text", "train": {"source": "rows.jsonl"}}
-    recipe = write_recipe(model={"name_or_path": str(tiny_phi3)}, dataset=dataset, training={"max_length": 150})
-    assert run_cli("preview", recipe, "--html", page, "-n", "9").status == 0
+def page(run_recipe, tmp_path):
+    page = tmp_path / "page.html"
+    options = {"rows": ROWS, "dataset": {"format": "text"}, "training": {"max_length": 150}}
+    assert run_recipe("--html", page, "-n", "9", command="preview", **options)[0].status == 0
     return page
 
 

@@ -159,8 +159,3 @@ def test_an_item_of_a_list_can_be_overridden(write_recipe):
 @pytest.mark.parametrize("text", ["a\x85b", "a\u2028b", "a\tb", "a\nb\n", " a ", "", "{a}", "# a", "é😀"])
 def test_every_text_survives_show(text):
     assert parse_document(dump_values({"k": text}), "f").values == {"k": text}
-
-
-def test_output_dir_may_have_any_name(write_recipe, run_cli, tmp_path):
-    result = run_cli(write_recipe(model={"name_or_path": "/nowhere"}), "--output-dir", tmp_path / "runs 😀: x")
-    assert "error[model-not-found]" in result.err

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from shared import write_rows
 
 from recipe_runner.problems.errors import UserError
 from recipe_runner.recipe.resolve import load_recipe
@@ -17,7 +18,7 @@ def load(write_recipe, tmp_path):
 
     def load(rows=None, file="rows.jsonl", text=None, **dataset):
         path = tmp_path / file
-        path.write_text(text if text is not None else "".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text(text) if text is not None else write_rows(path, rows)
         dataset = {"train": {"source": str(path)}} | dataset
         training = {"eval_strategy": "steps"} if "eval" in dataset else {}
         recipe = load_recipe(str(write_recipe(dataset=dataset, training=training)))
@@ -81,9 +82,7 @@ def test_held_out_rows_are_the_same_every_time_and_never_trained_on(load):
 
 
 def test_mixture_draws_by_weight_and_loses_no_row(load, tmp_path):
-    (tmp_path / "many.jsonl").write_text(
-        "".join(json.dumps({"instruction": "x", "output": f"m{n}"}) + "\n" for n in range(300))
-    )
+    write_rows(tmp_path / "many.jsonl", [{"instruction": "x", "output": f"m{n}"} for n in range(300)])
     sources = [{"source": "rows.jsonl", "weight": 1}, {"source": "many.jsonl", "weight": 3}]
     train, evaluation = load(ROWS, train=sources, eval={"fraction": 0.2})
     counts = Counter(answer[0] for answer in answers(train))

@@ -4,12 +4,11 @@ import json
 import math
 
 import pytest
-from methods import LORA, NF4
+from shared import LORA, NF4, PAIRS, metrics, status
 
 from recipe_runner.data.formats import RowError, normalise_row
 from recipe_runner.recipe.sections import DatasetSection
 
-PAIRS = [{"prompt": f"say {n}", "chosen": f"it is {n}", "rejected": "no idea, ask again"} for n in range(12)]
 PREFERENCE = DatasetSection("preference", (), "truncate", 0.1)
 ASK, GOOD, BAD = (
     {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "g"), ("assistant", "b"))
@@ -17,18 +16,12 @@ ASK, GOOD, BAD = (
 
 
 @pytest.fixture
-def dpo(run_cli, write_recipe, tiny_phi3, tmp_path):
+def dpo(run_recipe):
     """Runs a command on a small DPO recipe; returns the result and the latest run folder, if any."""
 
-    def dpo(*arguments, command="train", rows=PAIRS, training=None, dataset=None, **sections):
-        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        dataset = {"format": "preference", "train": {"source": "pairs.jsonl"}, **(dataset or {})}
-        training = {"max_steps": 6, "logging_steps": 1, "learning_rate": 2e-3, "max_length": 128} | (training or {})
-        model = {"name_or_path": str(tiny_phi3)}
-        recipe = write_recipe(stage="dpo", model=model, dataset=dataset, training=training, **sections)
-        result = run_cli(command, recipe, *arguments)
-        folders = sorted((tmp_path / "runs").glob("*/*"))
-        return result, folders[-1] if folders else None
+    def dpo(*arguments, training=None, **options):
+        training = {"max_steps": 6, "learning_rate": 2e-3, "max_length": 128} | (training or {})
+        return run_recipe(*arguments, stage="dpo", training=training, **options)
 
     return dpo
 
@@ -87,13 +80,12 @@ def test_training_starts_at_the_reference_and_learns(dpo, quantization, peft, tr
     """At step 1 the policy is the reference: margin 0 and loss ln 2, which a wrong reference does not give."""
     result, folder = dpo(quantization=quantization, peft=peft, training=training)
     assert result.status == 0, result.err
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [entry for entry in logged if "rewards/margins" in entry]
+    steps = [entry for entry in metrics(folder) if "rewards/margins" in entry]
     assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.01
     assert steps[-1]["rewards/margins"] > 0
-    assert json.loads((folder / "status.json").read_text())["status"] == "completed"
+    assert status(folder)["status"] == "completed"
     assert list(folder.glob("adapter/*.safetensors" if peft else "model/*.safetensors"))
 
 

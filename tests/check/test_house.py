@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "recipe_runner"
+PACKAGE = Path(__file__).resolve().parent.parent.parent / "recipe_runner"
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy"}
 CORE = sorted(set(PACKAGE.glob("*.py")))
 

@@ -4,18 +4,11 @@ import json
 import shutil
 
 import pytest
-from methods import LORA
+from shared import CHAT, LORA, PAIRS, TEXT, status, write_rows
 
 from recipe_runner.recipe.document import read_document
 
-ROWS = {
-    "text": [{"text": f"document number {n} about nothing much"} for n in range(40)],
-    "chat": [
-        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"it is {n}"}]}
-        for n in range(12)
-    ],
-    "preference": [{"prompt": f"say {n}", "chosen": f"it is {n}", "rejected": "no idea"} for n in range(12)],
-}
+ROWS = {"text": TEXT, "chat": CHAT, "preference": PAIRS}
 STAGES = {"text": "pretrain", "chat": "sft", "preference": "dpo"}
 
 
@@ -26,7 +19,7 @@ def pipeline(run_cli, write_recipe, tiny_phi3, tmp_path):
     def pipeline(*arguments, command="train", peft=LORA, changes=None, stages=("text", "chat", "preference")):
         for form, rows in ROWS.items():
             if not (tmp_path / f"{form}.jsonl").exists():
-                (tmp_path / f"{form}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                write_rows(tmp_path / f"{form}.jsonl", rows)
             training = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-4, "max_length": 64, "save_steps": 2}
             training |= {"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True}
             sections = {
@@ -50,10 +43,6 @@ def pipeline(run_cli, write_recipe, tiny_phi3, tmp_path):
         return result, max((tmp_path / "runs" / "chain").glob("*"), default=None)
 
     return pipeline
-
-
-def status(folder):
-    return json.loads((folder / "status.json").read_text())
 
 
 def stage_runs(folder):

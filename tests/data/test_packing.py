@@ -1,8 +1,7 @@
 """Packed documents don't see each other: exact for the families on the shelf, refused where it is not."""
 
-import json
-
 import pytest
+from shared import TEXT
 
 SIZES = {
     "vocab_size": 600,
@@ -63,17 +62,19 @@ def test_loss_of_a_packed_document_is_its_loss_alone(kind):
     assert abs(mixed - sum(alone)) > 1  # the comparison can tell
 
 
-def test_a_model_that_would_mix_documents_is_refused_packing(run_cli, write_recipe, tokenizer, tmp_path):
+def test_a_model_that_would_mix_documents_is_refused_packing(run_recipe, tokenizer, tmp_path):
     folder = tmp_path / "opt"
     build("opt", **OPT).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": f"document {n} of some words"}) + "\n" for n in range(20)))
-    dataset = {"format": "text", "train": {"source": str(rows)}}
     training = {"packing": True, "max_length": 64, "max_steps": 1, "learning_rate": 1e-4}
-    recipe = write_recipe(model={"name_or_path": str(folder)}, dataset=dataset, training=training)
-    result = run_cli(recipe)
+    options = {
+        "rows": TEXT,
+        "dataset": {"format": "text"},
+        "model": {"name_or_path": str(folder)},
+        "training": training,
+    }
+    result, _ = run_recipe(**options)
     assert result.status == 1
     assert "error[packing-not-exact] training.packing: packing is not exact for" in result.err
     assert "group_by_length instead" in result.err
-    assert run_cli(recipe, "--set", "training.packing=false").status == 0
+    assert run_recipe("--set", "training.packing=false", **options)[0].status == 0

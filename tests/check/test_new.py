@@ -1,8 +1,7 @@
 """`recipe-run new`: whatever is chosen, the recipe is valid, and ready to run."""
 
-import json
-
 import pytest
+from shared import write_rows
 
 from recipe_runner.recipe.library import shipped_recipes
 from recipe_runner.recipe.resolve import load_recipe
@@ -13,7 +12,7 @@ def data(tmp_path):
     rows = {"instruction": "a", "input": "", "output": "b", "text": "c"}
     rows["messages"] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     file = tmp_path / "my rows.jsonl"
-    file.write_text("".join(json.dumps(rows) + "\n" for _ in range(60)))
+    write_rows(file, [rows] * 60)
     return file
 
 
@@ -30,13 +29,6 @@ def test_every_choice_gives_a_recipe_without_a_problem(run_cli, tmp_path, data, 
     assert bool(values.get("quantization")) == (method == "qlora")
     assert bool(values.get("peft")) == (method != "full")
     assert run_cli("validate", "--strict", file).status == 0
-
-
-def test_a_new_recipe_trains(run_cli, tmp_path, data, tiny_phi3):
-    file = tmp_path / "mine.yaml"
-    run_cli("new", file, "--format", "chat", "--method", "qlora", "--model", tiny_phi3, "--data", data)
-    result = run_cli(file, "--output-dir", tmp_path / "runs", "--set", "training.max_steps=2")
-    assert result.status == 0, result.err
 
 
 @pytest.mark.parametrize("source", [file.stem for file in shipped_recipes()])

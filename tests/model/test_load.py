@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from methods import LORA
+from shared import LORA
 
 from recipe_runner.problems.errors import UserError
 
@@ -41,11 +41,11 @@ def test_tiny_keeps_long_rope_factors_in_step_with_the_heads():
 
 
 @pytest.fixture
-def completed(run_cli, write_recipe, tiny_phi3, tmp_path):
+def completed(run_recipe):
     def completed(**sections):
-        result = run_cli(write_recipe(model={"name_or_path": str(tiny_phi3)}, **sections))
+        result, folder = run_recipe(**sections)
         assert result.status == 0, result.err
-        return max((tmp_path / "runs").glob("*/*"))
+        return folder
 
     return completed
 

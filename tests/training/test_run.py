@@ -10,48 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from methods import LORA, NF4
+from conftest import EXAMPLES
+from shared import CHAT, INT8, LORA, NF4, SHAREGPT, TEXT, losses, metrics, status, write_rows
 
 from recipe_runner.recipe.document import read_document
-
-INT8 = {"load_in_8bit": True}
-CHAT = [
-    {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"it is {n}"}]}
-    for n in range(12)
-]
-SHAREGPT = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 12
-TEXT = [{"text": f"document number {n} about nothing much"} for n in range(12)]
-
-
-@pytest.fixture
-def train(run_cli, write_recipe, tiny_phi3, tmp_path):
-    """Trains by a small recipe through the command line; returns the result and the latest run folder, if any."""
-
-    def train(*arguments, rows=None, **sections):
-        dataset = sections.pop("dataset", {})
-        if rows is not None:
-            (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            dataset = {"train": {"source": "rows.jsonl"}} | dataset
-        training = {"max_steps": 4, "logging_steps": 1, "learning_rate": 0.01} | sections.pop("training", {})
-        model = {"name_or_path": str(tiny_phi3)} | sections.pop("model", {})
-        recipe = write_recipe(model=model, dataset=dataset, training=training, **sections)
-        result = run_cli(recipe, *arguments)
-        folders = sorted((tmp_path / "runs").glob("*/*"))
-        return result, folders[-1] if folders else None
-
-    return train
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return [entry["loss"] for entry in metrics(folder) if "loss" in entry]
-
-
-def status(folder):
-    return json.loads((folder / "status.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -64,17 +26,17 @@ def status(folder):
     [(None, {}), (CHAT, {"format": "chat"}), (SHAREGPT, {"format": "chat"}), (TEXT, {"format": "text"})],
     ids=["instruction", "chat", "sharegpt", "text"],
 )
-def test_every_method_learns_every_format(train, quantization, peft, rows, dataset):
+def test_every_method_learns_every_format(run_recipe, quantization, peft, rows, dataset):
     training = {"max_steps": 12, "packing": dataset.get("format") == "text", "max_length": 128}
-    result, folder = train(rows=rows, dataset=dataset, quantization=quantization, peft=peft, training=training)
+    result, folder = run_recipe(rows=rows, dataset=dataset, quantization=quantization, peft=peft, training=training)
     assert result.status == 0, result.err
     assert status(folder)["status"] == "completed"
     found = losses(folder)
     assert sum(found[-3:]) < 0.97 * sum(found[:3])
 
 
-def test_run_folder_holds_what_explains_and_repeats_the_run(train, tiny_phi3, tmp_path):
-    result, folder = train(peft=LORA, metadata={"tags": ["tiny"]})
+def test_run_folder_holds_what_explains_and_repeats_the_run(run_recipe, tiny_phi3, tmp_path):
+    result, folder = run_recipe(peft=LORA, metadata={"tags": ["tiny"]})
     assert result.status == 0, result.err
     names = "README.md adapter checkpoints environment.json metrics.jsonl recipe.yaml resolved.yaml status.json"
     assert {file.name for file in folder.iterdir()} == set(names.split())
@@ -90,17 +52,17 @@ def test_run_folder_holds_what_explains_and_repeats_the_run(train, tiny_phi3, tm
     assert (folder / "README.md").read_text().startswith("---\nlibrary_name: peft\ntags:\n- trl\n- sft\n- tiny\n---")
 
 
-def test_resolved_recipe_of_a_run_repeats_it(train, run_cli):
-    _, first = train(peft=LORA)
+def test_resolved_recipe_of_a_run_repeats_it(run_recipe, run_cli):
+    _, first = run_recipe(peft=LORA)
     assert run_cli(first / "resolved.yaml").status == 0
     second = max(first.parent.iterdir())
     assert second != first
     assert losses(second) == losses(first)
 
 
-def test_plan_says_what_will_happen(train):
+def test_plan_says_what_will_happen(run_recipe):
     training = {"gradient_accumulation_steps": 2, "max_steps": -1, "num_train_epochs": 0.05, "save_strategy": "no"}
-    result, folder = train(peft=LORA, quantization=NF4, training=training)
+    result, folder = run_recipe(peft=LORA, quantization=NF4, training=training)
     assert "(lora adapter on a 4-bit nf4 base)" in result.out
     assert re.search(r"trainable  [\d,]+ of [\d,]+ parameters", result.out)
     assert "240 rows: 240 kept, 0 dropped, 0 truncated" in result.out
@@ -110,12 +72,12 @@ def test_plan_says_what_will_happen(train):
     assert status(folder)["step"] == 3
 
 
-def test_adapter_can_be_loaded_by_itself_and_gives_the_trained_model(train, tiny_phi3):
+def test_adapter_can_be_loaded_by_itself_and_gives_the_trained_model(run_recipe, tiny_phi3):
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    _, folder = train(peft=LORA)
+    _, folder = run_recipe(peft=LORA)
     batch = torch.arange(5, 30)[None]
     with torch.no_grad():
         trained = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")(input_ids=batch).logits
@@ -123,71 +85,71 @@ def test_adapter_can_be_loaded_by_itself_and_gives_the_trained_model(train, tiny
     assert (trained - base).abs().max() > 0.01
 
 
-def test_full_model_can_be_loaded_by_itself(train):
+def test_full_model_can_be_loaded_by_itself(run_recipe):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _, folder = train()
+    _, folder = run_recipe()
     assert AutoModelForCausalLM.from_pretrained(folder / "model").num_parameters() > 0
     assert AutoTokenizer.from_pretrained(folder / "model").chat_template
 
 
-def test_qlora_goes_on_learning_after_evaluations(train):
+def test_qlora_goes_on_learning_after_evaluations(run_recipe):
     """bitsandbytes on AVX512-BF16 CPUs stops the gradient at the first evaluation, without a word."""
     training = {"max_steps": 30, "eval_strategy": "steps", "eval_steps": 5}
     quiet = {"max_steps": 30, "eval_strategy": "epoch"}
-    _, evaluated = train(quantization=NF4, peft=LORA, dataset={"eval": {"fraction": 0.05}}, training=training)
+    _, evaluated = run_recipe(quantization=NF4, peft=LORA, dataset={"eval": {"fraction": 0.05}}, training=training)
     found = losses(evaluated)
     assert sum("eval_loss" in entry for entry in metrics(evaluated)) == 6
-    _, plain = train(quantization=NF4, peft=LORA, dataset={"eval": {"fraction": 0.05}}, training=quiet)
+    _, plain = run_recipe(quantization=NF4, peft=LORA, dataset={"eval": {"fraction": 0.05}}, training=quiet)
     assert found == pytest.approx(losses(plain), rel=1e-4)
     assert sum(found[-5:]) < 0.98 * sum(found[5:10])  # after the first evaluation
 
 
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["lora", "qlora"])
-def test_resumed_run_equals_an_uninterrupted_one(train, tmp_path, quantization):
+def test_resumed_run_equals_an_uninterrupted_one(run_recipe, tmp_path, quantization):
     training = {"max_steps": 6, "save_steps": 2}
     sections = {"peft": LORA | {"lora_dropout": 0.1}, "quantization": quantization, "training": training}
-    _, whole = train(**sections)
+    _, whole = run_recipe(**sections)
     expected = losses(whole)
     broken = tmp_path / "runs" / "tiny" / "99999999-000000-aaaa"
     shutil.copytree(whole, broken)
     for path in [broken / "adapter", *(broken / "checkpoints").glob("checkpoint-[46]")]:
         shutil.rmtree(path)
     (broken / "status.json").write_text('{"status": "failed"}')
-    result, folder = train("--resume", "auto", **sections)
+    result, folder = run_recipe("--resume", "auto", **sections)
     assert result.status == 0, result.err
     assert folder == broken
     assert losses(broken) == expected
     assert status(broken)["status"] == "completed"
 
 
-def test_a_run_that_was_killed_after_its_last_step_trains_no_step_more(train):
+def test_a_run_that_was_killed_after_its_last_step_trains_no_step_more(run_recipe):
     from safetensors.torch import load_file
 
     training = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant"}
-    _, folder = train(peft=LORA, training=training)
+    _, folder = run_recipe(peft=LORA, training=training)
     before = load_file(folder / "adapter" / "adapter_model.safetensors")
     shutil.rmtree(folder / "adapter")
     (folder / "status.json").write_text('{"status": "running"}')
-    result, again = train("--resume", "auto", peft=LORA, training=training)
+    result, again = run_recipe("--resume", "auto", peft=LORA, training=training)
     assert (result.status, again) == (0, folder), result.err
     assert max(entry["step"] for entry in metrics(folder)) == 4
     after = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert all((before[name] == after[name]).all() for name in before)
 
 
-def test_a_run_that_another_process_is_in_is_left_alone(train):
+def test_a_run_that_another_process_is_in_is_left_alone(run_recipe):
     from recipe_runner.runs.folder import lock_run
 
     training = {"max_steps": 4, "save_steps": 2}
-    _, folder = train(peft=LORA, training=training)
+    _, folder = run_recipe(peft=LORA, training=training)
     (folder / "status.json").write_text('{"status": "running"}')
     with lock_run(folder):
-        result, _ = train("--resume", "auto", peft=LORA, training=training)
+        result, _ = run_recipe("--resume", "auto", peft=LORA, training=training)
     assert result.status == 1
     assert f"error[run-active] another process is in the run in {folder}" in result.err
     assert status(folder)["status"] == "running"
-    assert train("--resume", "auto", peft=LORA, training=training)[0].status == 0
+    assert run_recipe("--resume", "auto", peft=LORA, training=training)[0].status == 0
 
 
 def test_old_checkpoints_go_but_for_the_last_and_the_best(tmp_path):
@@ -202,30 +164,30 @@ def test_old_checkpoints_go_but_for_the_last_and_the_best(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-10", "checkpoint-4"]
 
 
-def test_half_written_checkpoint_is_not_resumed_from(train, tmp_path):
+def test_half_written_checkpoint_is_not_resumed_from(run_recipe, tmp_path):
     training = {"max_steps": 4, "save_steps": 2}
-    _, whole = train(peft=LORA, training=training)
+    _, whole = run_recipe(peft=LORA, training=training)
     (whole / "status.json").write_text('{"status": "running"}')
     (whole / "checkpoints" / "checkpoint-4" / "complete").unlink()
     (whole / "checkpoints" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
-    result, folder = train("--resume", whole, peft=LORA, training=training)
+    result, folder = run_recipe("--resume", whole, peft=LORA, training=training)
     assert result.status == 0, result.err
     assert folder == whole
     assert [entry["step"] for entry in metrics(whole) if "loss" in entry] == [1, 2, 3, 4]
 
 
-def test_auto_starts_anew_when_there_is_nothing_to_resume(train):
-    first = train("--resume", "auto", peft=LORA)[1]
-    second = train("--resume", "auto", peft=LORA)[1]
+def test_auto_starts_anew_when_there_is_nothing_to_resume(run_recipe):
+    first = run_recipe("--resume", "auto", peft=LORA)[1]
+    second = run_recipe("--resume", "auto", peft=LORA)[1]
     assert status(first)["status"] == status(second)["status"] == "completed"
     assert first != second
 
 
-def test_resuming_with_another_recipe_is_refused_and_says_the_difference(train):
-    _, folder = train(peft=LORA, training={"save_steps": 2})
+def test_resuming_with_another_recipe_is_refused_and_says_the_difference(run_recipe):
+    _, folder = run_recipe(peft=LORA, training={"save_steps": 2})
     (folder / "status.json").write_text('{"status": "interrupted"}')
     before = sorted(folder.rglob("*"))
-    result, _ = train("--resume", folder, peft=LORA, training={"save_steps": 2, "learning_rate": 0.5})
+    result, _ = run_recipe("--resume", folder, peft=LORA, training={"save_steps": 2, "learning_rate": 0.5})
     assert result.status == 1
     assert "error[recipe-changed]" in result.err
     assert "training.learning_rate: 0.01 -> 0.5" in result.err
@@ -233,12 +195,12 @@ def test_resuming_with_another_recipe_is_refused_and_says_the_difference(train):
 
 
 @pytest.mark.parametrize(("state", "code"), [("completed", "run-completed"), ("failed", "no-checkpoint")])
-def test_a_run_that_cannot_be_resumed_says_why(train, state, code):
-    _, folder = train(peft=LORA)
+def test_a_run_that_cannot_be_resumed_says_why(run_recipe, state, code):
+    _, folder = run_recipe(peft=LORA)
     shutil.rmtree(folder / "checkpoints")
     (folder / "status.json").write_text(json.dumps({"status": state}))
-    assert f"error[{code}]" in train("--resume", folder, peft=LORA)[0].err
-    assert "error[not-a-run]" in train("--resume", folder.parent / "nowhere", peft=LORA)[0].err
+    assert f"error[{code}]" in run_recipe("--resume", folder, peft=LORA)[0].err
+    assert "error[not-a-run]" in run_recipe("--resume", folder.parent / "nowhere", peft=LORA)[0].err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -272,7 +234,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_exit_status(write_recipe, tiny_phi
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_non_finite_training_stops_and_keeps_the_last_good_checkpoint(train, monkeypatch, what):
+def test_non_finite_training_stops_and_keeps_the_last_good_checkpoint(run_recipe, monkeypatch, what):
     from safetensors.torch import load_file
     from trl import SFTTrainer
 
@@ -288,7 +250,7 @@ def test_non_finite_training_stops_and_keeps_the_last_good_checkpoint(train, mon
         monkeypatch.setattr(SFTTrainer, "training_step", step)
     diverging = {"learning_rate": 1e30, "optim": "sgd", "lr_scheduler_type": "constant", "max_steps": 50}
     training = {"save_steps": 1} | (diverging if what == "loss" else {"max_steps": 6})
-    result, folder = train(training=training)
+    result, folder = run_recipe(training=training)
     assert result.status == 1
     assert re.search(rf"error\[non-finite\] the {what} of step \d+ is not a finite number", result.err)
     assert "Traceback" not in result.err
@@ -299,27 +261,27 @@ def test_non_finite_training_stops_and_keeps_the_last_good_checkpoint(train, mon
 
 
 @pytest.mark.parametrize("damage", [{"status.json": ""}, {"status.json": "{}"}, {"resolved.yaml": None}])
-def test_a_damaged_run_folder_is_no_bug(train, damage):
+def test_a_damaged_run_folder_is_no_bug(run_recipe, damage):
     training = {"save_steps": 2}
-    _, folder = train(peft=LORA, training=training)
+    _, folder = run_recipe(peft=LORA, training=training)
     (folder / "status.json").write_text('{"status": "failed"}')
     for name, text in damage.items():
         (folder / name).unlink() if text is None else (folder / name).write_text(text)
-    assert "error[not-a-run]" in train("--resume", folder, peft=LORA, training=training)[0].err
-    result, newest = train("--resume", "auto", peft=LORA, training=training)
+    assert "error[not-a-run]" in run_recipe("--resume", folder, peft=LORA, training=training)[0].err
+    result, newest = run_recipe("--resume", "auto", peft=LORA, training=training)
     assert result.status == 0, result.err
     assert newest != folder
 
 
-def test_auto_continues_an_older_run_when_the_newest_has_no_checkpoint(train, tmp_path):
+def test_auto_continues_an_older_run_when_the_newest_has_no_checkpoint(run_recipe, tmp_path):
     training = {"save_steps": 2}
-    _, folder = train(peft=LORA, training=training)
+    _, folder = run_recipe(peft=LORA, training=training)
     (folder / "status.json").write_text('{"status": "failed"}')
     newer = folder.with_name("99999999-000000-000000")
     newer.mkdir()
     for name in ("resolved.yaml", "status.json"):
         shutil.copy(folder / name, newer)
-    train("--resume", "auto", peft=LORA, training=training, metadata={"tags": ["another"]})
+    run_recipe("--resume", "auto", peft=LORA, training=training, metadata={"tags": ["another"]})
     assert status(folder)["status"] == "completed"
     assert status(newer)["status"] == "failed"
 
@@ -342,9 +304,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("code", BAD)
-def test_what_the_user_got_wrong_is_one_line_before_the_weights_and_leaves_nothing_behind(train, code, tmp_path):
+def test_what_the_user_got_wrong_is_one_line_before_the_weights_and_leaves_nothing_behind(run_recipe, code, tmp_path):
     sections = {"rows": [{"instruction": "a", "output": "b"}]} | BAD[code]
-    result, folder = train(**sections)
+    result, folder = run_recipe(**sections)
     assert result.status == 1
     (line,) = [line for line in result.err.splitlines() if "error[" in line]
     assert re.match(rf"(/.*tiny\.yaml:\d+:\d+: )?error\[{code}\] \S+: ", line), line
@@ -353,7 +315,7 @@ def test_what_the_user_got_wrong_is_one_line_before_the_weights_and_leaves_nothi
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "tiny.yaml"]
 
 
-def test_a_failure_after_the_weights_is_recorded(train, monkeypatch):
+def test_a_failure_after_the_weights_is_recorded(run_recipe, monkeypatch):
     from recipe_runner.problems.errors import user_error
     from recipe_runner.training import verify
 
@@ -361,17 +323,17 @@ def test_a_failure_after_the_weights_is_recorded(train, monkeypatch):
         raise user_error("saved-model-differs", "made up")
 
     monkeypatch.setattr(verify, "verify_saved", differs)
-    result, folder = train(peft=LORA)
+    result, folder = run_recipe(peft=LORA)
     assert result.status == 1
     assert status(folder)["status"] == "failed"
     assert "made up" in status(folder)["error"]
 
 
-def test_a_bug_is_exit_status_3_with_a_log_and_a_failed_run(train, monkeypatch):
+def test_a_bug_is_exit_status_3_with_a_log_and_a_failed_run(run_recipe, monkeypatch):
     from recipe_runner.training import card
 
     monkeypatch.setattr(card, "write_card", lambda *arguments: 1 / 0)
-    result, folder = train(peft=LORA)
+    result, folder = run_recipe(peft=LORA)
     assert result.status == 3
     assert status(folder)["status"] == "failed"
     log = Path(re.search(r"traceback is in (\S+\.log)", result.err)[1])
@@ -382,10 +344,10 @@ def test_a_bug_is_exit_status_3_with_a_log_and_a_failed_run(train, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "text"), [("config.json", '{"model_type": "nonsense"}'), ("config.json", "{"), ("tokenizer.json", "{")]
 )
-def test_a_damaged_model_folder_is_one_line_before_the_weights(train, tiny_phi3, tmp_path, file, text):
+def test_a_damaged_model_folder_is_one_line_before_the_weights(run_recipe, tiny_phi3, tmp_path, file, text):
     shutil.copytree(tiny_phi3, tmp_path / "model")
     (tmp_path / "model" / file).write_text(text)
-    result, folder = train(model={"name_or_path": str(tmp_path / "model")})
+    result, folder = run_recipe(model={"name_or_path": str(tmp_path / "model")})
     assert result.status == 1, result.err
     assert re.search(r"error\[(model-config|tokenizer-not-found)\] model.name_or_path: ", result.err)
     assert folder is None
@@ -408,8 +370,8 @@ def damaged(tiny_phi3, tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage", ["cut", "none", "pickled"])
-def test_weights_that_cannot_be_loaded_are_one_line_and_a_failed_run(train, tiny_phi3, tmp_path, damage):
-    result, folder = train(model={"name_or_path": damaged(tiny_phi3, tmp_path, damage)})
+def test_weights_that_cannot_be_loaded_are_one_line_and_a_failed_run(run_recipe, tiny_phi3, tmp_path, damage):
+    result, folder = run_recipe(model={"name_or_path": damaged(tiny_phi3, tmp_path, damage)})
     assert result.status == 1
     assert "error[model-not-loaded] model.name_or_path: " in result.err
     assert "Traceback" not in result.err
@@ -424,38 +386,38 @@ def test_weights_that_cannot_be_loaded_are_one_line_and_a_failed_run(train, tiny
         ({"lr_scheduler_kwargs": {"nonsense": 1}}, "lr_scheduler_type"),
     ],
 )
-def test_an_optimizer_or_scheduler_that_cannot_be_had_is_said_at_its_key(train, training, key):
-    result, folder = train(peft=LORA, training=training)
+def test_an_optimizer_or_scheduler_that_cannot_be_had_is_said_at_its_key(run_recipe, training, key):
+    result, folder = run_recipe(peft=LORA, training=training)
     assert result.status == 1, result.err
     assert f"error[training-refused] training.{key}: " in result.err
     assert status(folder)["status"] == "failed"
 
 
-def test_an_attention_that_does_not_exist_is_said(train):
-    result, _ = train(peft=LORA, model={"attn_implementation": "nonsense"})
+def test_an_attention_that_does_not_exist_is_said(run_recipe):
+    result, _ = run_recipe(peft=LORA, model={"attn_implementation": "nonsense"})
     assert result.status == 1, result.err
     assert "error[training-refused] training: " in result.err
 
 
-def test_pickled_weights_load_when_the_recipe_says_so(train, tiny_phi3, tmp_path):
+def test_pickled_weights_load_when_the_recipe_says_so(run_recipe, tiny_phi3, tmp_path):
     model = {"name_or_path": damaged(tiny_phi3, tmp_path, "pickled"), "use_safetensors": False}
-    assert train(model=model)[0].status == 0
+    assert run_recipe(model=model)[0].status == 0
 
 
-def test_a_full_disk_is_no_bug(train, monkeypatch):
+def test_a_full_disk_is_no_bug(run_recipe, monkeypatch):
     from trl import SFTTrainer
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(SFTTrainer, "_save_checkpoint", full)
-    result, folder = train(peft=LORA)
+    result, folder = run_recipe(peft=LORA)
     assert result.status == 1
     assert "error[input-output] [Errno 28] No space left on device" in result.err
     assert status(folder)["status"] == "failed"
 
 
-def test_out_of_memory_names_what_to_lower(train, monkeypatch):
+def test_out_of_memory_names_what_to_lower(run_recipe, monkeypatch):
     import torch
     from trl import SFTTrainer
 
@@ -463,8 +425,30 @@ def test_out_of_memory_names_what_to_lower(train, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(SFTTrainer, "training_step", exhausted)
-    result, folder = train(peft=LORA)
+    result, folder = run_recipe(peft=LORA)
     assert result.status == 1
     assert "error[out-of-memory]" in result.err
     assert "per_device_train_batch_size" in result.err
     assert status(folder)["status"] == "failed"
+
+
+def test_a_new_recipe_trains(run_cli, tmp_path, tiny_phi3):
+    data = write_rows(tmp_path / "rows.jsonl", CHAT * 5)
+    file = tmp_path / "mine.yaml"
+    run_cli("new", file, "--format", "chat", "--method", "qlora", "--model", tiny_phi3, "--data", data)
+    result = run_cli(file, "--output-dir", tmp_path / "runs", "--set", "training.max_steps=2")
+    assert result.status == 0, result.err
+
+
+def test_output_dir_may_have_any_name(write_recipe, run_cli, tmp_path):
+    result = run_cli(write_recipe(model={"name_or_path": "/nowhere"}), "--output-dir", tmp_path / "runs 😀: x")
+    assert "error[model-not-found]" in result.err
+
+
+def test_packages_that_a_recipe_needs_and_this_machine_lacks_are_told(run_cli):
+    file = EXAMPLES / "warned" / "missing_packages.yaml"
+    expected = re.findall(r"# expect: (\S+) (\S+) (.*)", file.read_text())
+    lines = run_cli("validate", file).out.splitlines()[:-1]
+    assert len(lines) == len(expected) == 3
+    for line, (place, code, message) in zip(lines, expected, strict=True):
+        assert line.startswith(f"{file}:{place}: warning[{code}] {message}")

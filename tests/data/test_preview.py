@@ -23,15 +23,11 @@ PACKED = {"packing": True, "max_length": 64}
 
 
 @pytest.fixture
-def preview(run_cli, write_recipe, tiny_phi3, tmp_path):
-    """Runs a command on a small recipe; returns the result and the recipe's file."""
+def preview(run_recipe):
+    """Runs a command on a small recipe; returns the result and the latest run folder, if any."""
 
     def preview(*arguments, rows=None, training=None, command="preview", **dataset):
-        if rows is not None:
-            (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            dataset = {"train": {"source": "rows.jsonl"}} | dataset
-        recipe = write_recipe(model={"name_or_path": str(tiny_phi3)}, dataset=dataset, training=training or {})
-        return run_cli(command, recipe, *arguments), recipe
+        return run_recipe(*arguments, command=command, rows=rows, training=training, dataset=dataset)
 
     return preview
 
@@ -57,7 +53,7 @@ def test_what_is_shown_is_what_the_trainer_receives(preview, tmp_path, rows, dat
     from recipe_runner.recipe.resolve import load_recipe
     from recipe_runner.training import prepare, trainers
 
-    result, file = preview(
+    result, _ = preview(
         "-n",
         "12",
         "--format",
@@ -67,7 +63,7 @@ def test_what_is_shown_is_what_the_trainer_receives(preview, tmp_path, rows, dat
         **dataset,
     )
     shown = json.loads(result.out)
-    recipe = load_recipe(str(file))
+    recipe = load_recipe(str(tmp_path / "tiny.yaml"))
     prepared = prepare.prepare(recipe, None)
     prepared.config.per_device_train_batch_size, prepared.config.output_dir = 1, str(tmp_path / "out")
     trainer = trainers.build_trainer(recipe, prepared)
@@ -222,12 +218,10 @@ def test_a_template_without_marks_is_patched_when_asked(preview, tmp_path):
     plain, marked = tmp_path / "plain.jinja", tmp_path / "marked.jinja"
     plain.write_text(CHATML)
     training = {"chat_template_path": str(plain)}
-    refused, recipe = preview(rows=CHAT, format="chat", training=training)
+    refused, _ = preview(rows=CHAT, format="chat", training=training)
     assert refused.status == 1
-    assert (
-        f"a patched copy of it marks the answers: `recipe-run preview {recipe} --write-template chat.jinja`"
-        in refused.err
-    )
+    write = f"recipe-run preview {tmp_path / 'tiny.yaml'} --write-template chat.jinja"
+    assert f"a patched copy of it marks the answers: `{write}`" in refused.err
     written, _ = preview("--write-template", marked, rows=CHAT, format="chat", training=training)
     assert written.status == 0, written.err
     shown, _ = preview("-n", "1", rows=CHAT, format="chat", training={"chat_template_path": str(marked)})

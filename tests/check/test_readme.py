@@ -8,7 +8,7 @@ import pytest
 
 from recipe_runner import __version__
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^\$ (.+)$", README, flags=re.MULTILINE)
 CELLS = re.findall(r"^\| `(recipe-run [^`]+)`", README, flags=re.MULTILINE)
@@ -46,7 +46,7 @@ def test_make_targets_exist(command):
 
 
 def test_training_commands_are_the_ones_that_the_launch_tests_run():
-    tested = (ROOT / "tests" / "test_launch.py").read_text()
+    tested = (ROOT / "tests" / "launch" / "test_launch.py").read_text()
     for part in (
         "accelerate launch recipe-run recipes/",
         "accelerate launch --no_python recipe-run",

@@ -3,26 +3,16 @@
 import json
 
 import pytest
-from methods import LORA, NF4
-
-ROWS = [
-    {"prompt": f"say {n}", "completion": f"it is {n}" if n % 2 else "no idea", "label": n % 2 == 1} for n in range(12)
-]
+from shared import JUDGED, LORA, NF4, metrics, status
 
 
 @pytest.fixture
-def kto(run_cli, write_recipe, tiny_phi3, tmp_path):
+def kto(run_recipe):
     """Runs a command on a small KTO recipe; returns the result and the latest run folder, if any."""
 
-    def kto(*arguments, command="train", rows=ROWS, training=None, dataset=None, **sections):
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        dataset = {"format": "unpaired_preference", "train": {"source": "rows.jsonl"}, **(dataset or {})}
-        training = {"max_steps": 6, "logging_steps": 1, "learning_rate": 2e-3, "max_length": 128} | (training or {})
-        recipe = write_recipe(
-            stage="kto", model={"name_or_path": str(tiny_phi3)}, dataset=dataset, training=training, **sections
-        )
-        result = run_cli(command, recipe, *arguments)
-        return result, max((tmp_path / "runs").glob("*/*"), default=None)
+    def kto(*arguments, training=None, **options):
+        training = {"max_steps": 6, "learning_rate": 2e-3, "max_length": 128} | (training or {})
+        return run_recipe(*arguments, stage="kto", training=training, **options)
 
     return kto
 
@@ -34,12 +24,11 @@ def test_training_starts_at_the_reference_and_learns(kto, quantization, peft):
     """At step 1 the policy is the reference: KL 0 and loss 0.5, which a wrong reference does not give."""
     result, folder = kto(quantization=quantization, peft=peft)
     assert result.status == 0, result.err
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [entry for entry in steps if "rewards/margins" in entry or "kl" in entry]
+    steps = [entry for entry in metrics(folder) if "rewards/margins" in entry or "kl" in entry]
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-3)
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.005
-    assert json.loads((folder / "status.json").read_text())["status"] == "completed"
+    assert status(folder)["status"] == "completed"
     assert "reference  " in result.out
 
 
@@ -47,7 +36,7 @@ def test_what_is_shown_is_what_the_trainer_receives(kto, tmp_path):
     from recipe_runner.recipe.resolve import load_recipe
     from recipe_runner.training import prepare, trainers
 
-    rows = [*ROWS, {"prompt": "q", "completion": "long " * 40, "label": True}]
+    rows = [*JUDGED, {"prompt": "q", "completion": "long " * 40, "label": True}]
     result, _ = kto("-n", "20", "--format", "json", command="preview", rows=rows, training={"max_length": 24})
     shown = json.loads(result.out)
     recipe = load_recipe(str(tmp_path / "tiny.yaml"))
@@ -82,7 +71,7 @@ def test_rows_equal_those_of_a_real_trainer(kto, tiny_phi3, tmp_path, tokenizer)
             "completion": [{"role": "assistant", "content": row["completion"]}],
             "label": row["label"],
         }
-        for row in ROWS
+        for row in JUDGED
     ]
     config = KTOConfig(str(tmp_path / "out"), bf16=False, max_length=128, per_device_train_batch_size=5)
     data = Dataset.from_list(turns)
@@ -108,6 +97,10 @@ def test_what_kto_does_not_take_is_said(kto, options, said):
 
 
 def test_lost_rows_are_counted(kto):
-    rows = [*ROWS, {"prompt": "q", "completion": " ", "label": True}, {"prompt": "", "completion": "a", "label": True}]
+    rows = [
+        *JUDGED,
+        {"prompt": "q", "completion": " ", "label": True},
+        {"prompt": "", "completion": "a", "label": True},
+    ]
     result, _ = kto(command="prepare", rows=rows, dataset={"max_dropped": 0.2})
     assert "2 dropped (1 with an empty completion; 1 with an empty prompt)" in result.out

@@ -5,42 +5,25 @@ import math
 import shutil
 
 import pytest
-from methods import LORA, NF4
-
-TEXT = [{"text": f"document number {n} about nothing much"} for n in range(40)]
-CHAT = [
-    {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"it is {n}"}]}
-    for n in range(12)
-]
-PAIRS = [{"prompt": f"say {n}", "chosen": f"it is {n}", "rejected": "no idea, ask again"} for n in range(12)]
-DATA = {"pretrain": ("text", TEXT), "sft": ("chat", CHAT), "dpo": ("preference", PAIRS)}
+from shared import CHAT, LORA, NF4, metrics
 
 
 @pytest.fixture
-def stage(run_cli, write_recipe, tiny_phi3, tmp_path):
-    """Runs a small recipe of a stage; returns the result and its run folder, if any."""
+def stage(run_recipe):
+    """Runs a small recipe of a stage, named like it; returns the result and its run folder, if any."""
 
-    def stage(name, *arguments, command="train", adapter=None, training=None, model=None, **sections):
-        form, rows = DATA[name]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        model = {"name_or_path": str(tiny_phi3)} | ({"adapter": str(adapter)} if adapter else {}) | (model or {})
-        training = {"max_steps": 6, "logging_steps": 1, "learning_rate": 2e-3, "max_length": 64} | (training or {})
-        dataset = {"format": form, "train": {"source": f"{name}.jsonl"}}
-        sections = {"peft": LORA} | sections
-        recipe = write_recipe(name=name, stage=name, model=model, dataset=dataset, training=training, **sections)
-        result = run_cli(command, recipe, *arguments)
-        folders = sorted((tmp_path / "runs" / name).glob("*"))
-        return result, folders[-1] if folders else None
+    def stage(name, *arguments, adapter=None, training=None, model=None, **options):
+        training = {"max_steps": 6, "learning_rate": 2e-3, "max_length": 64} | (training or {})
+        model = ({"adapter": str(adapter)} if adapter else {}) | (model or {})
+        rows = {"rows": CHAT, "dataset": {"format": "chat"}} if name == "sft" else {}
+        options = rows | {"peft": LORA} | options
+        return run_recipe(*arguments, stage=name, name=name, training=training, model=model, **options)
 
     return stage
 
 
 def steps(folder):
-    return [
-        entry
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
-        if "loss" in (entry := json.loads(line)) or "train_loss" not in entry
-    ]
+    return [entry for entry in metrics(folder) if "loss" in entry or "train_loss" not in entry]
 
 
 def test_pretraining_packs_raw_text_by_default(stage):

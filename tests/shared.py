@@ -1,0 +1,67 @@
+"""What tests share: adapters and quantizations to train with, rows of every format, and how a run folder is read."""
+
+import json
+
+LORA = {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "float32",
+}
+INT8 = {"load_in_8bit": True}
+
+TEXT = [{"text": f"document number {n} about nothing much"} for n in range(40)]
+CHAT = [
+    {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"it is {n}"}]}
+    for n in range(12)
+]
+SHAREGPT = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 12
+PAIRS = [{"prompt": f"say {n}", "chosen": f"it is {n}", "rejected": "no idea, ask again"} for n in range(12)]
+JUDGED = [
+    {"prompt": f"say {n}", "completion": f"it is {n}" if n % 2 else "no idea", "label": n % 2 == 1} for n in range(12)
+]
+# Stage -> a format and rows for it; sft trains on the shipped tickets when it is given no rows.
+SAMPLES = {
+    "pretrain": ("text", TEXT),
+    "sft": (None, None),
+    "dpo": ("preference", PAIRS),
+    "kto": ("unpaired_preference", JUDGED),
+}
+
+
+# Launch configurations, and overrides of a recipe that suit some of them.
+DEEPSPEED = {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": {"zero_stage": 2}}
+ZERO3 = DEEPSPEED | {"deepspeed_config": {"zero_stage": 3, "zero3_save_16bit_model": True}}
+FSDP = {
+    "distributed_type": "FSDP",
+    "num_processes": 2,
+    "fsdp_config": {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"},
+}
+IN_8BIT = ("quantization={load_in_8bit: true}",)
+UNQUANTIZED = ("quantization=null",)
+
+
+def with_section(base, section, **keys):
+    return base | {section: base[section] | keys}
+
+
+def write_rows(file, rows):
+    """Writes a jsonl file."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def metrics(folder):
+    """All lines of a run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """The training loss of every step."""
+    return [entry["loss"] for entry in metrics(folder) if "loss" in entry]
+
+
+def status(folder):
+    """What status.json says."""
+    return json.loads((folder / "status.json").read_text())
