@@ -80,7 +80,7 @@ def count_rendered_roles(rows: list[dict[str, Any]], tokenizer: PreTrainedTokeni
     """Counts rows by role, and looks for the text of some turns of each in what the template makes of them."""
     for row in rows:
         turns = turns_of(row)
-        roles = {turn["role"] for turn in turns}
+        roles = list(dict.fromkeys(turn["role"] for turn in turns))  # in their order: the same every time
         tally.roles.update(roles)
         if any(tally.looked_at[role] < LOOKED_AT for role in roles):
             rendered = _render(turns, tokenizer)
