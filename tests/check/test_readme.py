@@ -239,24 +239,6 @@ def test_the_figures_of_the_readme_are_those_of_the_run_that_is_shown():
         assert re.search(rf"^  {name} +{before} +{after}$", CLI, flags=re.MULTILINE)
 
 
-def test_the_python_that_is_shown_loads_an_adapter(tiny_phi3, tmp_path, capsys):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_phi3), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    )
-    adapted.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_phi3).save_pretrained(tmp_path)
-    ((_, code),) = blocks("python")
-    code, changes = re.subn(r'^folder = ".*"', f'folder = "{tmp_path}"', code, flags=re.MULTILINE)
-    assert changes == 1
-    names = {}
-    exec(code, names)
-    assert type(names["model"]).__name__ == "PeftModelForCausalLM"
-    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
-
-
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
 def test_files_that_are_linked_or_named_exist(page):
     text, folder = (ROOT / page).read_text(encoding="utf-8"), (ROOT / page).parent
