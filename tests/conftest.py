@@ -21,19 +21,17 @@ EXAMPLES, SCHEMAS = ROOT / "tests" / "examples", ROOT / "tests" / "schemas"
 TICKETS = ROOT / "recipes" / "data" / "tickets_train.jsonl"
 
 
-FIGURES = []
-
-
 @pytest.fixture
-def report_figure():
-    """Keeps a line for the end of pytest's output: what a test measured."""
-    return FIGURES.append
+def report_figure(record_property):
+    """Keeps a line for the end of pytest's output: what a test measured, in whichever process it ran."""
+    return lambda line: record_property("figure", line)
 
 
 def pytest_terminal_summary(terminalreporter):
-    if FIGURES:
+    reports = terminalreporter.stats.get("passed", [])
+    if lines := [line for report in reports for name, line in report.user_properties if name == "figure"]:
         terminalreporter.section("figures")
-        for line in FIGURES:
+        for line in lines:
             terminalreporter.write_line(line)
 
 

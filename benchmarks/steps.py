@@ -1,6 +1,6 @@
 """Time of a training step: the runner against a plain TRL script with the same settings, in turn.
 
-    python scripts/bench_steps.py dpo [--steps 12] [--pairs 4] [--processes 1]
+    python benchmarks/steps.py dpo [--steps 12] [--pairs 4] [--processes 1]
 
 Trains QLoRA (dpo: DPOTrainer on the help desk's pairs) or LoRA (sft: SFTTrainer on tickets) of SmolLM2-135M on a CPU.
 Both sides must log the same losses, or the comparison is off. The first steps, which warm up, are not counted.
@@ -109,13 +109,15 @@ def write_recipe(stage: str, steps: int, folder: Path) -> Path:
 
 def train_plainly(stage: str, steps: int, folder: Path) -> None:
     """What one would write with TRL alone."""
-    import recipe_runner.training  # noqa: F401  # isort: skip (the same warnings are quiet on both sides)
+    from recipe_runner.launch.process import set_up_process
+
+    set_up_process()  # the same warnings are quiet on both sides
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from recipe_runner.model.base import keep_4bit_weights_trainable
+    from recipe_runner.model.quantization import keep_4bit_weights_trainable
 
     class Log(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

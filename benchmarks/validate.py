@@ -1,6 +1,6 @@
 """Time and memory of `recipe-run validate`, whole cold processes, beside what it can't do without, in turn.
 
-    python scripts/bench_validate.py [ROUNDS]
+    python benchmarks/validate.py [ROUNDS]
 
 Prints the median of each command over the rounds and the ratio to bare Python, then folders of 1,000 and 2,000 recipes:
 time, growth, and the largest resident memory.

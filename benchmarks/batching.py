@@ -1,6 +1,6 @@
 """Real (unpadded) tokens a second, and held-out loss: a recipe's batching against TRL's defaults, in turn.
 
-    python scripts/bench_batching.py DATA.json [--tokens 8000] [--pairs 1]
+    python benchmarks/batching.py DATA.json [--tokens 8000] [--pairs 1]
 
 DATA holds rows of instruction, input and output. Both train the same LoRA on SmolLM2-135M on the same rows, on a CPU in
 float32, until they have seen the same number of real tokens; only the batches differ: TRL's are 8 random rows, padded;
@@ -76,7 +76,9 @@ def build_trl(rows: list[dict[str, str]], folder: Path) -> Any:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    import recipe_runner.training  # noqa: F401 (the same warnings are quiet on both sides)
+    from recipe_runner.launch.process import set_up_process
+
+    set_up_process()  # the same warnings are quiet on both sides
 
     data = Dataset.from_list([{"prompt": prompt(row), "completion": completion(row)} for row in rows])
     config = SFTConfig(str(folder), bf16=False, save_strategy="no", **SAME)
@@ -85,9 +87,11 @@ def build_trl(rows: list[dict[str, str]], folder: Path) -> Any:
 
 
 def build_recipe(rows: list[dict[str, str]], folder: Path) -> Any:
+    from recipe_runner.launch.process import set_up_process
     from recipe_runner.recipe.resolve import load_recipe
-    from recipe_runner.training import prepare as preparation
-    from recipe_runner.training import trainers
+    from recipe_runner.training import prepare, trainers
+
+    set_up_process()
 
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     recipe = {
@@ -101,7 +105,7 @@ def build_recipe(rows: list[dict[str, str]], folder: Path) -> Any:
     }
     (folder / "bench.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     resolved = load_recipe(str(folder / "bench.yaml"))
-    prepared = preparation.prepare(resolved)
+    prepared = prepare.prepare(resolved, None)
     prepared.config.output_dir = str(folder)
     return trainers.build_trainer(resolved, prepared)
 

@@ -1,6 +1,6 @@
 """Time from launch to the first optimizer step: a recipe against a minimal TRL script for the same job, in turn.
 
-    python scripts/bench_startup.py [PAIRS]
+    python benchmarks/startup.py [PAIRS]
 
 Each is a process of its own. The clock runs from its start to the first loss that it prints; caches are warm (one
 unmeasured run of each first). Prints every pair, the medians and their ratio.
