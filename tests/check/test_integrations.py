@@ -26,12 +26,24 @@ def needs(package):
     return names
 
 
-@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook["id"])
-def test_hook_installs_what_validate_imports_and_no_more(hook):
+LIGHT = [line for line in (ROOT / "requirements-light.txt").read_text().splitlines() if not line.startswith("#")]
+
+
+def test_the_light_list_holds_what_validate_imports_and_no_more():
     """With --no-deps, pip takes what is listed and nothing else."""
-    option, *listed = hook["additional_dependencies"]
-    assert option == "--no-deps"
-    assert {name.replace("_", "-").lower() for name in listed} == needs("click") | needs("PyYAML") | needs("jsonschema")
+    assert {name.replace("_", "-").lower() for name in LIGHT} == needs("click") | needs("PyYAML") | needs("jsonschema")
+
+
+def test_the_action_installs_the_light_list():
+    steps = yaml.safe_load((ROOT / "action.yml").read_text())["runs"]["steps"]
+    (install,) = [step["run"] for step in steps if step.get("name") == "Install"]
+    assert '--no-deps --requirement "$GITHUB_ACTION_PATH/requirements-light.txt"' in install
+    assert '--no-deps "$GITHUB_ACTION_PATH"' in install
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook["id"])
+def test_hook_installs_the_light_list(hook):
+    assert hook["additional_dependencies"] == ["--no-deps", "--requirement=requirements-light.txt"]
     assert hook["language"] == "python"
     assert re.search(hook["files"], "recipes/mine.yaml")
     assert not re.search(hook["files"], "recipes/notes.md")
@@ -46,9 +58,13 @@ def test_hook_command_is_one_that_we_have(run_cli, hook):
 
 @pytest.mark.parametrize(
     ("schema", "file"),
-    [("vendor.github-actions", "action.yml"), ("vendor.github-workflows", ".github/workflows/ci.yml")],
+    [
+        ("vendor.github-actions", "action.yml"),
+        ("vendor.dependabot", ".github/dependabot.yml"),
+        *(("vendor.github-workflows", str(file.relative_to(ROOT))) for file in (ROOT / ".github/workflows").iterdir()),
+    ],
 )
-def test_action_and_workflow_are_what_github_takes(schema, file):
+def test_files_for_github_are_what_it_takes(schema, file):
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, str(ROOT / file)]
     answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout
