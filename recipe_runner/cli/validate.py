@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what only some calls need is imported by them: a recipe is 
     help="How problems are written: for people, for scripts, as GitHub annotations, for code scanning.",
 )
 @click.option("--strict", is_flag=True, help="Warnings fail, too.")
-@click.option("--fix", is_flag=True, help="Mend renamed keys, unambiguous typos and the name; print the difference.")
+@click.option("--fix", is_flag=True, help="Fix renamed keys, unambiguous typos and the name; print the difference.")
 @launch_option
 def command(
     paths: tuple[str, ...], overrides: tuple[str, ...], form: str, strict: bool, fix: bool, launch_file: str | None
@@ -42,7 +42,7 @@ def command(
 def check_recipes(
     paths: Sequence[str], overrides: Sequence[str], launch_file: str | None, form: str, fix: bool, colour: bool | None
 ) -> tuple[int, int]:
-    """Checks recipes, alone and under a launch configuration, mends what is asked for, and writes what was found.
+    """Checks recipes, alone and under a launch configuration, fixes what is asked for, and writes what was found.
 
     Returns:
         The number of errors, and of warnings.

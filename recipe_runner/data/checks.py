@@ -118,7 +118,7 @@ def find_problems(dataset: DatasetSection, bos_token: str | None, counted: Accou
     if counted.rows_read and lost / counted.rows_read > dataset.max_dropped:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in counted.dropped.items())
         found = f"{lost:,} of {counted.rows_read:,} {split} rows can't be used ({reasons})"
-        fix = f"mend the data, or allow it: dataset.max_dropped is {dataset.max_dropped:g}"
+        fix = f"fix the data, or allow it: dataset.max_dropped is {dataset.max_dropped:g}"
         yield at("too-many-dropped", found, fix, "dataset", "max_dropped")
     for role, turns in counted.lost_roles.items():
         if turns and turns == counted.looked_at[role]:
@@ -138,7 +138,7 @@ def find_problems(dataset: DatasetSection, bos_token: str | None, counted: Accou
                 yield problem if dataset.system else as_warning(problem)
     if counted.rows_with_special_tokens:
         found = f"{counted.rows_with_special_tokens:,} {split} rows spell special tokens of the tokenizer in their text"
-        fix = "the model reads them as the real ones; look at them, and mend or remove the rows"
+        fix = "the model reads them as the real ones; look at them, and fix or remove the rows"
         yield as_warning(at("special-tokens-in-data", found, fix, "dataset", split))
     if counted.rows_with_two_bos:
         found = f"{counted.rows_with_two_bos:,} {split} rows begin with two {bos_token} tokens"

@@ -188,10 +188,10 @@ def _find_bad_json(file: Path) -> str:
         try:
             if whole:
                 wrong = [index for index, row in enumerate(json.load(stream), 1) if not isinstance(row, dict)]
-                return f"{file}: item {wrong[0]} is no JSON object" if wrong else ""
+                return f"{file}: item {wrong[0]} is not a JSON object" if wrong else ""
             for number, line in enumerate(stream, 1):
                 if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"{file}: line {number} is no JSON object"
+                    return f"{file}: line {number} is not a JSON object"
         except json.JSONDecodeError as error:
             return f"{file}: line {error.lineno if whole else number}, column {error.colno}: {error.msg}"
     return ""

@@ -142,7 +142,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
-    """Prepares all splits into a new entry; what is half written never looks whole."""
+    """Prepares all splits into a new entry; a half-written entry never has the final name."""
     for leftover in (folder, *folder.parent.glob(f"{folder.name}.*.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")

@@ -105,7 +105,7 @@ def read_launch(file: Path) -> Launch:
         return marks.get(path, mark)
 
     if not {"distributed_type", "num_processes", "compute_environment"} & set(values):
-        message = "this is no launch configuration of accelerate: it has no distributed_type and no num_processes"
+        message = "this is not a launch configuration of accelerate: it has no distributed_type and no num_processes"
         raise user_error("launch-file", message, "make one with `accelerate config`, or take a shipped one", mark)
     for error in Draft202012Validator(schema.load("upstream/accelerate_config.schema.json")).iter_errors(values):
         path: KeyPath = tuple(error.absolute_path)
@@ -142,14 +142,14 @@ def _read_values(file: Path) -> tuple[dict[str, Any], Mapping[KeyPath, Mark], li
         except OSError as error:
             raise user_error("unreadable-file", str(error.strerror), "check the path", mark) from error
         except ValueError as error:
-            raise user_error("launch-file", f"not JSON: {error}", "mend the file", mark) from error
+            raise user_error("launch-file", f"not JSON: {error}", "fix the file", mark) from error
         return (values, {}, []) if isinstance(values, dict) else ({}, {}, [])
     document = read_document(file)
     problems = list(document.problems)
     try:
         theirs = yaml.safe_load(document.text)
     except (yaml.YAMLError, ValueError) as error:
-        raise user_error("launch-file", f"accelerate can't read it: {first_line(error)}", "mend it", mark) from error
+        raise user_error("launch-file", f"accelerate can't read it: {first_line(error)}", "fix it", mark) from error
     for key, value in document.values.items():
         if theirs.get(key) != value:  # NO is false, 1e3 is a text
             message = f"accelerate reads {value} as {json.dumps(theirs.get(key), default=str)} here (YAML 1.1)"
@@ -175,8 +175,8 @@ def _read_deepspeed(values: Mapping[str, Any], file: Path) -> tuple[dict[str, An
     except OSError as error:
         return {}, [(f"the DeepSpeed file {name} can't be read: {error.strerror}", f"it is looked for in {Path.cwd()}")]
     except ValueError as error:
-        return {}, [(f"the DeepSpeed file {name} is not JSON: {error}", "mend the file")]
-    return (read, []) if isinstance(read, dict) else ({}, [(f"the DeepSpeed file {name} is no JSON object", "")])
+        return {}, [(f"the DeepSpeed file {name} is not JSON: {error}", "fix the file")]
+    return (read, []) if isinstance(read, dict) else ({}, [(f"the DeepSpeed file {name} is not a JSON object", "")])
 
 
 def launch_from_environment(environment: Mapping[str, str]) -> Launch | None:

@@ -17,7 +17,7 @@ def keep_4bit_weights_trainable(model: torch.nn.Module) -> int:
 
     On CPUs with AVX512-BF16 the first forward in evaluation mode without gradients repacks the weights, and from then
     on no gradient flows through the layer: training after an evaluation learns nothing, and says nothing.
-    Source: bitsandbytes/nn/modules.py 0.50.2, Linear4bit.forward. `test_model.py` tells when it is mended.
+    Source: bitsandbytes/nn/modules.py 0.50.2, Linear4bit.forward. `test_model.py` tells when it is fixed.
     """
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     for layer in layers:

@@ -156,7 +156,7 @@ def take_row(opened: Opened, number: int) -> list[Row]:
     if not len(table):
         reason = next(iter(tally.dropped))
         name = f"{job.sources[source].name}: row {order[0, 1] + 1}"
-        raise user_error("row-dropped", f"{name} is not trained on: it is one {reason}", "mend it, or leave it out")
+        raise user_error("row-dropped", f"{name} is not trained on: it is one {reason}", "fix it, or leave it out")
     return _read_table(job, order, table, tally, 1)
 
 

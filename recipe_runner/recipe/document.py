@@ -64,7 +64,7 @@ def read_document(path: Path, name: str | None = None) -> Document:
     mark = Mark(name)
     try:
         if not path.is_file():
-            what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+            what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
             if path.is_symlink() and not path.exists():
                 what = "is a link that leads to nothing, or to itself"
             raise user_error("unreadable-file", f"the file {what}", "name a recipe file (.yaml)", mark)
@@ -211,7 +211,7 @@ def _mark(file: str, mark: Any) -> Mark:
 _SYNTAX = {
     "found a tab character that violates indentation": "indent with spaces",
     "found character that cannot start any token": "indent with spaces; quote values that begin with @ or `",
-    "mapping values are not allowed in this context": "quote a value that contains ':', or mend the indentation",
+    "mapping values are not allowed in this context": "quote a value that contains ':', or fix the indentation",
     "did not find expected key": "a key is indented unlike its neighbours, or a quote is missing",
     "could not find expected ':'": "a key without ':'",
     "did not find expected '-' indicator": "a list item is indented unlike its neighbours",

@@ -1,4 +1,4 @@
-"""Mends what has one certain fix in a recipe's text: renamed keys and choices, unambiguous typos in them, the name.
+"""Fixes what has one certain fix in a recipe's text: renamed keys and choices, unambiguous typos in them, the name.
 
 Only the characters of a key or value are replaced, at the place where they were read; comments, order and layout stay
 as they are.
@@ -18,7 +18,7 @@ _OF_KEYS, _OF_VALUES = ("unknown-key", "renamed-key"), ("unknown-choice", "renam
 
 
 def fix_file(file: Path, problems: Sequence[Problem]) -> str:
-    """Mends a recipe file in place and returns the difference; empty when nothing could be mended.
+    """Fixes a recipe file in place and returns the difference; empty when nothing could be fixed.
 
     Args:
         file: The recipe.
@@ -29,7 +29,7 @@ def fix_file(file: Path, problems: Sequence[Problem]) -> str:
         OSError: The file can't be written. It is left as it is.
     """
     document = read_document(file)
-    text = mend(document, problems, file.stem)
+    text = apply_fixes(document, problems, file.stem)
     if text == document.text:
         return ""
     old, new = document.text.splitlines(keepends=True), text.splitlines(keepends=True)
@@ -37,7 +37,7 @@ def fix_file(file: Path, problems: Sequence[Problem]) -> str:
     return "".join(difflib.unified_diff(old, new, str(file), str(file)))
 
 
-def mend(document: Document, problems: Sequence[Problem], stem: str) -> str:
+def apply_fixes(document: Document, problems: Sequence[Problem], stem: str) -> str:
     """The text of a document with every certain fix applied; the same text when the result would not be as expected."""
     lines = document.text.splitlines(keepends=True)
     renamed: set[KeyPath] = set()

@@ -138,7 +138,7 @@ def find_resumable(home: Path, values: Mapping[str, Any], resume: str) -> Path |
         folder = next((place for place in (path, *path.parents) if (place / "status.json").is_file()), path)
         if (status := read_status(folder)) == "damaged":
             raise user_error(
-                "not-a-run", f"{resume} is no whole run folder", "name one with status.json, resolved.yaml"
+                "not-a-run", f"{resume} is not a complete run folder", "name one with status.json, resolved.yaml"
             )
         if status == "completed":
             raise user_error("run-completed", f"the run in {folder} is complete", "start a new one: --resume never")
@@ -146,7 +146,7 @@ def find_resumable(home: Path, values: Mapping[str, Any], resume: str) -> Path |
             raise user_error("no-checkpoint", f"the run in {folder} has no complete checkpoint", "--resume never")
     if changes := recipe_changes(folder, values):
         message = f"the run in {folder} was made with another recipe ({'; '.join(changes[:5])})"
-        raise user_error("recipe-changed", message, "start a new run (--resume never), or take the change back")
+        raise user_error("recipe-changed", message, "start a new run (--resume never), or revert the change")
     return folder
 
 
@@ -176,7 +176,9 @@ def find_pipeline(home: Path, resume: str) -> Path | None:
         return max((folder for folder in folders if _read_resolved(folder).get("stage") == PIPELINE), default=None)
     folder = Path(os.path.abspath(resume))
     if read_status(folder) == "damaged":
-        raise user_error("not-a-run", f"{resume} is no whole run folder", "name one with status.json, resolved.yaml")
+        raise user_error(
+            "not-a-run", f"{resume} is not a complete run folder", "name one with status.json, resolved.yaml"
+        )
     said = _read_resolved(folder)
     if said.get("stage") != PIPELINE:
         raise user_error(

@@ -154,5 +154,5 @@ def _recorded(folder: Path, runs: list[StageRun], main: bool) -> Iterator[None]:
     except BaseException as error:
         write("failed", error=str(error) or type(error).__name__)
         if isinstance(error, UserError) and main:
-            print(f"The stages before are kept; once this is mended, go on with: --resume {folder}", file=sys.stderr)
+            print(f"The stages before are kept; once this is fixed, go on with: --resume {folder}", file=sys.stderr)
         raise

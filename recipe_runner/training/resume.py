@@ -41,7 +41,7 @@ def check_resumed(folder: Path, files: Mapping[str, str], config: Any) -> str:
         return ""  # the run ended before it was written: there is nothing to compare with
     recorded = before.get("data_files", {})
     if changed := [name for name, digest in files.items() if recorded.get(name, digest) != digest]:
-        fix = "take the change back, or start a new run: --resume never"
+        fix = "revert the change, or start a new run: --resume never"
         message = f"{changed[0]} is not what the run in {folder} began with"
         raise user_error("data-changed", message, fix, path=("dataset",))
     old, new = before.get("processes"), describe_batches(config)

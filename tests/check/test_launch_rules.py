@@ -100,7 +100,7 @@ def test_a_deepspeed_file_is_looked_into(tmp_path):
         read_launch(file)
     file.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": section}))
     (tmp_path / "ds.json").write_text("[1]")
-    with pytest.raises(UserError, match="no JSON object"):
+    with pytest.raises(UserError, match="not a JSON object"):
         read_launch(file)
 
 

@@ -330,5 +330,5 @@ def test_links_to_nothing_and_pipes_in_a_folder_are_reported_not_skipped(run_cli
     result = run_cli("validate", tmp_path)
     assert [line.split("error")[1] for line in result.out.splitlines()] == [
         "[unreadable-file] the file is a link that leads to nothing, or to itself; name a recipe file (.yaml)",
-        "[unreadable-file] the file is no regular file; name a recipe file (.yaml)",
+        "[unreadable-file] the file is not a regular file; name a recipe file (.yaml)",
     ]

@@ -143,7 +143,7 @@ def test_hub_datasets_are_asked_for_by_subset_split_and_revision(load, monkeypat
         (
             {"text": '{"instruction": "a", "output": "b"}\n[1, 2]\n'},
             "unreadable-data",
-            "rows.jsonl: line 2 is no JSON object",
+            "rows.jsonl: line 2 is not a JSON object",
         ),
         (
             {"text": '[{"a": 1},\n {"a": }]', "file": "x.json", "train": {"source": "x.json"}},

@@ -53,7 +53,7 @@ def test_the_same_is_found_in_the_environment_that_accelerate_sets(tmp_path, val
 
 
 BAD = [
-    ("a: 1\n", "launch-file", "this is no launch configuration of accelerate"),
+    ("a: 1\n", "launch-file", "this is not a launch configuration of accelerate"),
     ("num_processes: 2\nnum_procs: 3\n", "launch-unknown-key", "num_procs: unknown key; did you mean 'num_processes'?"),
     (
         "distributed_type: FSDP\nfsdp_config: {fsdp_vershion: 2}\n",

@@ -89,7 +89,7 @@ def test_every_reason_of_the_hub_has_a_code_of_its_own():
     assert names.index("LocalEntryNotFoundError") < names.index("EntryNotFoundError")
 
 
-def gradient_before_and_after_evaluation(tiny_phi3, mended):
+def gradient_before_and_after_evaluation(tiny_phi3, fixed):
     """Norm of the adapter's gradient for one batch, before and after a forward pass as evaluation does it."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -103,7 +103,7 @@ def gradient_before_and_after_evaluation(tiny_phi3, mended):
     )
     model = AutoModelForCausalLM.from_pretrained(tiny_phi3, quantization_config=quantization, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4))
-    if mended:
+    if fixed:
         assert keep_4bit_weights_trainable(model) == 8
     batch = torch.arange(5, 37)[None]
 
@@ -122,16 +122,16 @@ def gradient_before_and_after_evaluation(tiny_phi3, mended):
 
 
 def test_4bit_gradients_are_the_same_after_an_evaluation(tiny_phi3):
-    before, after = gradient_before_and_after_evaluation(tiny_phi3, mended=True)
+    before, after = gradient_before_and_after_evaluation(tiny_phi3, fixed=True)
     assert before > 0
     assert after == before
 
 
 def test_bitsandbytes_still_needs_the_workaround(tiny_phi3):
-    """Fails when bitsandbytes is mended: then `keep_4bit_weights_trainable` can go. Only AVX512-BF16 CPUs repack."""
+    """Fails when bitsandbytes is fixed: then `keep_4bit_weights_trainable` can go. Only AVX512-BF16 CPUs repack."""
     from bitsandbytes.nn.modules import has_avx512bf16
 
-    before, after = gradient_before_and_after_evaluation(tiny_phi3, mended=False)
+    before, after = gradient_before_and_after_evaluation(tiny_phi3, fixed=False)
     assert (after != before) == has_avx512bf16()
 
 

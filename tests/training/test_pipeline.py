@@ -107,7 +107,7 @@ def test_auto_does_not_take_a_plain_run_of_the_same_name(pipeline, tmp_path):
 
 
 def fail_in(monkeypatch, stage, step):
-    """Makes the training of a stage fail at a step; returns a function that mends it."""
+    """Makes the training of a stage fail at a step; returns a function that fixes it."""
     from recipe_runner.training import trainers
 
     build = trainers.build_trainer
@@ -130,13 +130,13 @@ def fail_in(monkeypatch, stage, step):
 
 
 def test_a_failing_stage_is_resumed_where_it_stopped(pipeline, monkeypatch):
-    mend = fail_in(monkeypatch, "sft", 2)
+    repair = fail_in(monkeypatch, "sft", 2)
     result, folder = pipeline()
     assert result.status == 1
     assert f"go on with: --resume {folder}" in result.err
     assert status(folder)["status"] == "failed"
     assert [stage["status"] for stage in status(folder)["stages"]] == ["completed", "failed", "waiting"]
-    mend()
+    repair()
     before = stage_runs(folder)
     result, again = pipeline("--resume", "auto")
     assert result.status == 0, result.err

@@ -28,7 +28,7 @@ def column_roles(dataset: DatasetSection) -> Found:
     for source in dataset.sources:
         for role in sorted(set(source.columns) - set(roles)):
             hint = suggest(role, roles) or f"roles: {', '.join(roles)}"
-            yield (*source.path, "columns", role), f"'{role}' is no role of format {dataset.format}", hint
+            yield (*source.path, "columns", role), f"'{role}' is not a role of format {dataset.format}", hint
 
 
 def mixture_weights(dataset: DatasetSection) -> Found:

@@ -42,7 +42,7 @@ def best_model_schedule(training: UpstreamSection) -> Found:
     elif save == "steps" and isinstance(training["save_steps"], int):
         steps = training["eval_steps"] or training["logging_steps"]
         if training["save_steps"] % steps:
-            found = f"save_steps ({training['save_steps']}) is no multiple of eval_steps ({steps})"
+            found = f"save_steps ({training['save_steps']}) is not a multiple of eval_steps ({steps})"
             yield path, found, "make it one"
 
 
@@ -83,7 +83,7 @@ def global_batch_size(training: UpstreamSection, run: RunSection) -> Found:
         found = "run.global_batch_size derives it"
         yield ("training", "gradient_accumulation_steps"), found, "remove one of them"
     elif size and size % device:
-        found = f"{size} rows are no multiple of per_device_train_batch_size ({device})"
+        found = f"{size} rows are not a multiple of per_device_train_batch_size ({device})"
         yield ("run", "global_batch_size"), found, "make it one"
 
 
