@@ -14,6 +14,7 @@ from recipe_runner.cli.options import choose_colour
 from recipe_runner.problems.errors import Interrupted, UserError
 
 EXIT_USER_ERROR, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
+WORD_SECONDS = 15  # a busy machine needs some to end a process that has torch loaded
 COMMANDS = ("explain", "list", "new", "prepare", "preview", "show", "train", "validate")
 
 
@@ -72,7 +73,7 @@ def main() -> NoReturn:
         sys.stderr.close()  # the reader (head, less) has gone: nothing is wrong
         sys.exit(0)
     except OSError as error:  # a file or folder that may not be read or written
-        click.echo(f"error[input-output] {error}", err=True)
+        _say_error(f"error[input-output] {error}")
         sys.exit(EXIT_USER_ERROR)
     except Exception as error:  # the boundary: whatever else arrives here is a bug of ours
         sys.exit(_report_bug(error))
@@ -81,7 +82,7 @@ def main() -> NoReturn:
 def _say_error(text: str) -> None:
     """Writes an error; of several processes, the others leave the word to the first when it fails as well."""
     if (rank := os.environ.get("RANK", "0")) != "0":
-        time.sleep(3)  # the launcher ends this process when another has failed
+        time.sleep(WORD_SECONDS)  # the launcher ends this process once the first has failed and ended, too
         text = "\n".join(f"[rank {rank}] {line}" for line in text.splitlines())
     click.echo(text, err=True, color=choose_colour())
 
