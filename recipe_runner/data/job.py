@@ -33,6 +33,11 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     config: Any
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a row; None for no limit."""
+        return getattr(self.config, "max_length", None)
+
     def packing(self, split: str) -> bool:
         """Whether a split is packed."""
         packing, of_eval = getattr(self.config, "packing", False), getattr(self.config, "eval_packing", None)
@@ -44,7 +49,7 @@ class Job:
 
     def tally(self) -> Tally:
         """Counters for a split."""
-        return Tally(self.config.max_length, [source.name for source in self.sources])
+        return Tally(self.limit, [source.name for source in self.sources])
 
 
 def drop_overlong(job: Job, lengths: np.ndarray, order: np.ndarray, tally: Tally) -> np.ndarray:
@@ -59,7 +64,7 @@ def drop_overlong(job: Job, lengths: np.ndarray, order: np.ndarray, tally: Tally
     Raises:
         UserError: A row is too long, and `on_overlong` is error.
     """
-    limit, policy = job.config.max_length, job.dataset.on_overlong
+    limit, policy = job.limit, job.dataset.on_overlong
     long = lengths > limit if limit else np.zeros(len(lengths), dtype=bool)
     if policy == "error" and long.any():
         first = int(np.argmax(long))

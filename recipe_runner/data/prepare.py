@@ -35,7 +35,7 @@ def prepare_chunks(job: Job, split: str, order: np.ndarray, tally: Tally) -> Ite
         tally: Is told what became of every row.
 
     Yields:
-        Tables of the shape's columns (lists of numbers); `documents`, the places in `order` of the rows that a row is
+        Tables of the shape's columns; `documents`, the places in `order` of the rows that a row is
         made of; and `document_lengths`, how many tokens each of them has there.
 
     Raises:
@@ -67,8 +67,8 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int, tally: T
         tally.drop(reason, 1)
     places = np.array([place for place, reason in enumerate(reasons) if not reason], dtype=np.int64)
     if not len(places):
-        empty = make_table({name: [] for name in shape.COLUMNS}, places)
-        return with_documents(empty, places, job.packing(split))
+        empty = pa.schema(list(shape.COLUMNS.items())).empty_table()
+        return with_documents(make_table(empty, shape.COLUMNS, places), places, job.packing(split))
     usable = [rows[place] for place in places]
     tally.special += count_special_tokens(usable, job.tokenizer)
     count_rendered_roles(usable, job.tokenizer, tally)

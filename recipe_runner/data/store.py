@@ -28,6 +28,7 @@ from recipe_runner.data.accounting import Accounting, simulate_batches
 from recipe_runner.data.job import Job
 from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
 from recipe_runner.data.sources import order_rows
+from recipe_runner.data.tables import NUMBERS
 from recipe_runner.files import hash_file, write_json
 from recipe_runner.recipe.rules.data import is_file_source
 
@@ -162,10 +163,8 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
 
 def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Accounting:
     tally, began, told = job.tally(), time.monotonic(), 0.0
-    numbers, places = pa.list_(pa.int32()), pa.list_(pa.int64())
-    schema = pa.schema(
-        [(name, numbers) for name in (*shape_of(job.stage).COLUMNS, "document_lengths")] + [("documents", places)]
-    )
+    columns = shape_of(job.stage).COLUMNS | {"document_lengths": NUMBERS, "documents": pa.list_(pa.int64())}
+    schema = pa.schema(list(columns.items()))
     with (folder / f"{split}.arrow").open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
         for table in prepare_chunks(job, split, order, tally):
             writer.write_table(table.select(schema.names).cast(schema))

@@ -1,5 +1,6 @@
 """Tables of tokens: building, measuring and packing them, without a loop over tokens."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,17 +10,14 @@ from datasets import Dataset
 from trl import pack_dataset
 
 IGNORED = -100  # label of a token that is not in the loss (torch.nn.CrossEntropyLoss's ignore_index)
+NUMBERS = pa.list_(pa.int32())
 PACKED_TOGETHER = 1_000  # rows: the batch of `Dataset.map`, and so of TRL's packing
 
 
-def make_table(columns: dict[str, Any], documents: np.ndarray) -> pa.Table:
-    """Lists of numbers, and the document that each row is."""
-    numbers = pa.list_(pa.int32())
-    lists = {
-        name: pa.chunked_array([column], numbers) if isinstance(column, list) else column.cast(numbers)
-        for name, column in columns.items()
-    }
-    return pa.table(lists | {"document": pa.array(documents, pa.int64())})
+def make_table(table: pa.Table, columns: Mapping[str, pa.DataType], documents: np.ndarray) -> pa.Table:
+    """Some columns of a table, of the given types, and the document that each row is."""
+    kept = {name: table[name].cast(kind) for name, kind in columns.items()}
+    return pa.table(kept | {"document": pa.array(documents, pa.int64())})
 
 
 def with_documents(table: pa.Table, lengths: np.ndarray, packing: bool) -> pa.Table:
@@ -43,7 +41,7 @@ def measure_rows(table: pa.Table, limit: int | None) -> tuple[np.ndarray, np.nda
     return np.diff(ends), learned[stops] - learned[ends[:-1]]
 
 
-def hash_rows(table: pa.Table, names: tuple[str, ...]) -> np.ndarray:
+def hash_rows(table: pa.Table, names: Iterable[str]) -> np.ndarray:
     """A hash of some list columns of each row: array `(rows,)` of 64-bit numbers."""
     columns = [flatten(table, name) for name in names]
     hashes = np.empty(len(table), dtype=np.uint64)

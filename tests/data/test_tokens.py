@@ -1,8 +1,10 @@
 """Which tokens are learned, for each format; what is dropped and cut, and that it is counted."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from recipe_runner.problems.errors import UserError
 from recipe_runner.recipe.resolve import load_recipe
@@ -181,3 +183,33 @@ def test_tokens_without_an_end_are_refused(prepare, tokenizer, tmp_path):
         prepare([{"text": "x"}], tmp_path / "tokenizer", format="text")
     split, _, _ = prepare([{"text": "x"}], tmp_path / "tokenizer", format="text", training={"eos_token": "<|end|>"})
     assert split.dataset[0]["input_ids"][-1] == changed.convert_tokens_to_ids("<|end|>")
+
+
+def test_rows_of_a_trainer_that_tokenizes_itself_stay_whole(small_recipe, tiny_phi3):
+    """The shape `rows`: no stage has it yet, so a stage that differs in nothing else is made of `sft`."""
+    from recipe_runner.data import store
+    from recipe_runner.data.prepare import input_ids_of, shape_of
+    from recipe_runner.training.config import build_config
+    from recipe_runner.training.environment import choose_precision
+    from recipe_runner.training.prepare import open_job
+
+    said = [{"instruction": f"Say {n}.", "output": f"it is {n}"} for n in (1, 2)] + [
+        {"instruction": "Say all.", "output": ""}
+    ]
+    recipe = load_recipe(str(small_recipe(rows=said, model={"name_or_path": str(tiny_phi3)})))
+    precision = choose_precision(recipe.training, None, adapter=False, launcher="no")
+    config = build_config(recipe.stage, recipe.training.said, recipe.model, recipe.run.seed, precision)
+    job, _ = open_job(recipe, config)
+    job = replace(job, stage=replace(job.stage, shape="rows"))
+    split = store.prepare_data(job).splits["train"]
+    assert split.dataset[:] == {
+        "prompt": [[{"role": "user", "content": f"Say {n}."}] for n in (1, 2)],
+        "completion": [[{"role": "assistant", "content": f"it is {n}"}] for n in (1, 2)],
+    }
+    prompt = {"prompt_ids": job.tokenizer("<|user|>\nSay 1.<|end|>\n<|assistant|>\n")["input_ids"]}
+    stored = Dataset.from_file(str(store.prepare_data(job).folder / "train.arrow"))[0]
+    assert stored["prompt_ids"] == prompt["prompt_ids"] == input_ids_of(job.stage, prompt)
+    assert shape_of(job.stage).as_trained(stored, config) == {"": (prompt["prompt_ids"], [-100] * len(prompt["prompt_ids"]))}
+    counted = split.accounting
+    assert (counted.rows_kept, counted.dropped) == (2, {"with an empty output": 1})
+    assert (counted.tokens, counted.supervised_tokens) == (2 * len(prompt["prompt_ids"]), 0)

@@ -85,31 +85,37 @@ def launch(small_recipe, tmp_path, run_cli, monkeypatch):
     return launch
 
 
-@pytest.mark.parametrize(
-    ("stage", "quantization"),
-    [("sft", None), ("sft", NF4), ("dpo", None), ("dpo", NF4)],
-    ids=["sft-lora", "sft-qlora", "dpo-lora", "dpo-qlora"],
-)
-def test_the_same_training_on_any_number_of_processes(launch, stage, quantization):
-    """Same global batch and seed: per-step losses and adapters of one process, DDP, ZeRO-2 and ZeRO-3 agree."""
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_the_same_training_on_any_number_of_processes(launch, small_recipe, tmp_path, launcher):
+    """Same global batch and seed: per-step losses and adapters of one process and of two agree."""
     from safetensors.torch import load_file
 
-    found, adapters = {}, {}
-    for launcher in (None, *LAUNCHES):
-        done, folder = launch(launcher=launcher, stage=stage, quantization=quantization, name=f"on_{launcher}")
+    settings = {f"{stage}_{bits}": (stage, bits) for stage in ("sft", "dpo") for bits in (None, "nf4")}
+    alone, recipes = {}, []
+    for name, (stage, bits) in settings.items():
+        done, alone[name] = launch(stage=stage, quantization=NF4 if bits else None, name=name)
         assert done.returncode == 0, done.stderr
-        assert f"of 4 rows: 2 per device x {1 if launcher else 2} accumulated x" in done.stdout
-        found[launcher] = losses(folder)
-        adapters[launcher] = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert "of 4 rows: 2 per device x 2 accumulated x 1 process;" in done.stdout
+        recipes.append(str(tmp_path / f"{name}.yaml"))
+    file = tmp_path / f"{launcher}.yaml"
+    file.write_text(yaml.safe_dump(LAUNCHES[launcher]))
+    worker = ROOT / "tests" / "launch" / "several_worker.py"
+    command = ["accelerate", "launch", "--config_file", str(file), str(worker), *recipes]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("of 4 rows: 2 per device x 1 accumulated x 2 processes") == 4
+    assert done.stdout.count("run folder") == 4
+    assert done.stderr.count("warning[many-truncated]") == 2  # of sft: once, not once a process
+    assert done.stderr.count("warning[unusual-learning-rate]") == 2  # of dpo
+    for name, before in alone.items():
+        folder = max((tmp_path / "runs" / name).iterdir())
+        assert folder != before
         assert status(folder)["status"] == "completed"
-        assert done.stdout.count("run folder") == 1
-        assert done.stderr.count("warning[many-truncated]") == (stage == "sft")  # once, not once a process
-        assert done.stderr.count("warning[unusual-learning-rate]") == (stage == "dpo")
-    for launcher in LAUNCHES:
-        assert found[launcher] == pytest.approx(found[None], rel=1e-3), launcher
-        assert adapters[launcher].keys() == adapters[None].keys()
-        for name, tensor in adapters[None].items():
-            assert float((tensor.float() - adapters[launcher][name].float()).abs().max()) < 2e-3, (launcher, name)
+        assert losses(folder) == pytest.approx(losses(before), rel=1e-3), name
+        one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (before, folder))
+        assert one.keys() == two.keys()
+        for tensor in one:
+            assert float((one[tensor].float() - two[tensor].float()).abs().max()) < 2e-3, (name, tensor)
 
 
 def wait_for(condition, seconds=120):

@@ -2,7 +2,7 @@
 
 Each module has:
 
-    COLUMNS     what is written of a row: lists of numbers
+    COLUMNS     what is written of a row: column -> its Arrow type
     LEARNED     columns whose supervised spans are checked for an end-of-turn token
     FIRST       columns that, one after the other, are a sequence to try the model on
     tokenize    normalised rows -> a table of its columns, neither cut nor packed

@@ -1,6 +1,5 @@
 """Rows of a prompt, a chosen and a rejected answer, in tokens. For DPOTrainer."""
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -12,47 +11,56 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.job import Job, drop_overlong
-from recipe_runner.data.tables import IGNORED, hash_rows, make_table, with_documents
+from recipe_runner.data.tables import IGNORED, NUMBERS, hash_rows, make_table, with_documents
 from recipe_runner.data.upstream import call_preparation
 
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+COLUMNS = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), NUMBERS)
 LEARNED = ("chosen_ids", "rejected_ids")
 FIRST = ("prompt_ids", "chosen_ids")
 
 
 def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of whole rows."""
-    whole = copy.copy(job.config)
-    whole.max_length = None
-    dataset = Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
-    prepared = call_preparation(DPOTrainer, dataset, job.tokenizer, whole, "")
-    return prepared.select_columns(list(COLUMNS)).data.table.combine_chunks()
+    return call_preparation(DPOTrainer, job, rows, COLUMNS, "")
 
 
 def keep(
     job: Job, split: str, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int
 ) -> pa.Table:
     """Drops or refuses pairs that are too long, and counts all; TRL's collator cuts the others. See `tokens.keep`."""
-    limit = job.config.max_length
-    prompt, chosen, rejected = (pc.list_value_length(table[name]).to_numpy() for name in COLUMNS)
-    both = np.stack([prompt + chosen, prompt + rejected])
-    lengths = both.max(axis=0)
+    return keep_answers(job, COLUMNS, LEARNED, table, part, places, tally, start)
+
+
+def keep_answers(
+    job: Job,
+    columns: dict[str, pa.DataType],
+    answers: tuple[str, ...],
+    table: pa.Table,
+    part: np.ndarray,
+    places: np.ndarray,
+    tally: Tally,
+    start: int,
+) -> pa.Table:
+    """`keep` for rows of a prompt and one or several answers, each of which makes a sequence with the prompt."""
+    limit = job.limit
+    prompt = pc.list_value_length(table["prompt_ids"]).to_numpy()
+    whole = np.stack([prompt + pc.list_value_length(table[name]).to_numpy() for name in answers])
+    lengths = whole.max(axis=0)
     dropped = drop_overlong(job, lengths, part[places], tally)
     mute = (prompt >= limit) & ~dropped if limit else dropped & False
     keep = ~(dropped | mute)
     tally.drop(f"whose prompt fills max_length ({limit})", int(mute.sum()))
-    fitted = np.minimum(both, limit) if limit else both
+    fitted = np.minimum(whole, limit) if limit else whole
     tally.add(
         length=lengths[keep],
         tokens=fitted.sum(axis=0)[keep],
-        lost=(both - fitted).sum(axis=0)[keep],
+        lost=(whole - fitted).sum(axis=0)[keep],
         supervised=(fitted - prompt).sum(axis=0)[keep],
         source=part[places[keep], 0],
-        hash=hash_rows(table, COLUMNS)[keep],
+        hash=hash_rows(table, columns)[keep],
     )
-    kept = table.filter(pa.array(keep))
-    columns = {name: kept[name] for name in COLUMNS}
-    return with_documents(make_table(columns, places[keep] + start), fitted.max(axis=0)[keep], False)
+    kept = make_table(table.filter(pa.array(keep)), columns, places[keep] + start)
+    return with_documents(kept, fitted.max(axis=0)[keep], packing=False)
 
 
 def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
@@ -62,19 +70,16 @@ def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
 
 
 def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:
-    """Tokens and labels of both sequences after TRL's collator, which cuts them.
+    """Tokens and labels of both sequences after TRL's collator, which cuts them."""
+    options = {"max_length": config.max_length, "truncation_mode": config.truncation_mode}
+    return read_batch(DataCollatorForPreference(pad_token_id=0, **options)([row]), ("chosen", "rejected"))
 
-    Args:
-        row: `prompt_ids`, `chosen_ids`, `rejected_ids`.
-        config: The trainer's configuration.
-    """
-    collator = DataCollatorForPreference(
-        pad_token_id=0, max_length=config.max_length, truncation_mode=config.truncation_mode
-    )
-    batch = collator([row])
-    sequences = []
-    for ids, real, learned in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True):
-        kept = ids[real.bool()].tolist()
-        answers = zip(kept, learned[real.bool()].tolist(), strict=True)
-        sequences.append((kept, [token if of_answer else IGNORED for token, of_answer in answers]))
-    return dict(zip(("chosen", "rejected"), sequences, strict=True))
+
+def read_batch(batch: dict[str, Any], answers: tuple[str, ...]) -> dict[str, tuple[list[int], list[int]]]:
+    """Tokens and labels of each answer's sequence in a collated batch, without padding; only the answer is learned."""
+    sequences = {}
+    masks = (batch[name] for name in ("input_ids", "attention_mask", "completion_mask"))
+    for name, ids, real, learned in zip(answers, *masks, strict=True):
+        labels = ids.where(learned.bool(), IGNORED)
+        sequences[name] = ids[real.bool()].tolist(), labels[real.bool()].tolist()
+    return sequences

@@ -1,6 +1,5 @@
 """Rows of tokens and labels: one sequence a row, or several packed into one. For SFTTrainer."""
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -12,26 +11,21 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.job import Job, drop_overlong
-from recipe_runner.data.tables import count_two_bos, hash_rows, make_table, measure_rows, with_documents
+from recipe_runner.data.tables import NUMBERS, count_two_bos, hash_rows, make_table, measure_rows, with_documents
 from recipe_runner.data.upstream import call_preparation
 
-COLUMNS = ("input_ids", "labels")
+COLUMNS = dict.fromkeys(("input_ids", "labels"), NUMBERS)
 LEARNED = ("labels",)
 FIRST = ("input_ids",)
 
 
 def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
     """`input_ids` and `labels` of whole rows."""
-    whole = copy.copy(job.config)
-    whole.max_length = None
-    whole.assistant_only_loss = job.dataset.train_on == "assistant"
-    dataset = Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
     attributes = {
         "chat_template": None,  # the tokenizer already has the training template: see `model/tokenizer.py`
         "completion_only_loss": job.dataset.train_on == "completion",
     }
-    prepared = call_preparation(SFTTrainer, dataset, job.tokenizer, whole, False, None, "", **attributes)
-    return prepared.select_columns(list(COLUMNS)).data.table.combine_chunks()
+    return call_preparation(SFTTrainer, job, rows, COLUMNS, False, None, "", **attributes)
 
 
 def keep(
@@ -48,7 +42,7 @@ def keep(
         tally: Is told what becomes of every row.
         start: Place of `part` in the order of the split.
     """
-    limit = job.config.max_length
+    limit = job.limit
     cuts = job.cuts(split)
     lengths, supervised = measure_rows(table, limit if cuts else None)
     dropped = drop_overlong(job, lengths, part[places], tally)
@@ -69,10 +63,9 @@ def keep(
         source=part[places[keep], 0],
         hash=hash_rows(table, COLUMNS)[keep],
     )
-    columns = {name: kept[name] for name in COLUMNS}
     if lost.any():
-        columns = {name: pc.list_slice(column, 0, limit) for name, column in columns.items()}
-    return with_documents(make_table(columns, places[keep] + start), lengths[keep] - lost, job.packing(split))
+        kept = pa.table({name: pc.list_slice(kept[name], 0, limit) for name in COLUMNS})
+    return with_documents(make_table(kept, COLUMNS, places[keep] + start), lengths[keep] - lost, job.packing(split))
 
 
 def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
@@ -83,12 +76,7 @@ def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
 
 
 def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:
-    """Tokens and labels after TRL's collator, which masks the first token of each packed document.
-
-    Args:
-        row: `input_ids`, `labels`, `document_lengths`.
-        config: The trainer's configuration.
-    """
+    """Tokens and labels after TRL's collator, which masks the first token of each packed document."""
     flattened = config.padding_free or (config.packing and config.packing_strategy in ("bfd", "bfd_split"))
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=flattened)
     entry = {**row, "seq_lengths": row["document_lengths"]} if config.packing else row

@@ -1,0 +1,53 @@
+"""Rows that the trainer tokenizes itself: a prompt, and whatever else the row holds. For trainers that generate."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from trl.data_utils import is_conversational
+
+from recipe_runner.data.accounting import Accounting, Tally
+from recipe_runner.data.job import Job, drop_overlong
+from recipe_runner.data.tables import IGNORED, NUMBERS, hash_rows, make_table, with_documents
+
+COLUMNS = {"prompt_ids": NUMBERS, "row": pa.string()}  # the row itself, as JSON
+LEARNED = ()
+FIRST = ("prompt_ids",)
+
+
+def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
+    """The rows as they are, and `prompt_ids`, the tokens that the model goes on from, to measure and to show them."""
+    prompts = [row["prompt"] for row in rows]
+    if is_conversational(rows[0]):
+        ids = job.tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
+    else:
+        ids = job.tokenizer(prompts)["input_ids"]
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    return pa.table({"prompt_ids": pa.array(ids, NUMBERS), "row": texts})
+
+
+def keep(
+    job: Job, split: str, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int
+) -> pa.Table:
+    """Drops or refuses rows whose prompt is too long, and counts all. See `tokens.keep`."""
+    lengths = pc.list_value_length(table["prompt_ids"]).to_numpy()
+    keep = ~drop_overlong(job, lengths, part[places], tally)
+    none = np.zeros(keep.sum(), dtype=np.int64)
+    hashes = hash_rows(table, FIRST)[keep]
+    source = part[places[keep], 0]
+    tally.add(length=lengths[keep], tokens=lengths[keep], lost=none, supervised=none, source=source, hash=hashes)
+    kept = make_table(table.filter(pa.array(keep)), COLUMNS, places[keep] + start)
+    return with_documents(kept, lengths[keep], packing=False)
+
+
+def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
+    """A split as such a trainer takes it: the rows, with every column that they had."""
+    return Dataset.from_list([json.loads(row) for row in dataset["row"]])
+
+
+def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:
+    """The prompt's tokens: what is learned is generated while training."""
+    return {"": (row["prompt_ids"], [IGNORED] * len(row["prompt_ids"]))}
