@@ -10,6 +10,7 @@ from pathlib import Path
 # How often a thread of GNU OpenMP looks whether the others are done before it gives its core away. By default it looks
 # for some milliseconds, in which another program could compute; docs/log.md has the measurements.
 SPIN_COUNT = "2000"
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # the variables that decide on it
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128", "/dev/davinci0")  # NVIDIA, AMD, Intel, Ascend
 
 
@@ -37,8 +38,8 @@ def set_up_process(on_cpu: bool = False) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a run reports to nobody unless report_to says so
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
     cpu = on_cpu or is_told_cpu() or not has_accelerator()
-    if cpu and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    if cpu and not any(name in os.environ for name in WAITING):
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
     if cpu and importlib.util.find_spec("deepspeed"):  # it guesses, and says so in every process
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not is_rank_zero():

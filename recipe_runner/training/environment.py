@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from recipe_runner.launch.process import is_told_cpu
+from recipe_runner.launch.process import WAITING, is_told_cpu
 from recipe_runner.problems.errors import user_error
 from recipe_runner.recipe.sections import UpstreamSection
 
@@ -94,14 +94,13 @@ def choose_precision(training: UpstreamSection, dtype: str | None, adapter: bool
 
 def describe_device(config: Any) -> str:
     """The device a process trains on and how many processes there are, in a few words."""
-    gpu = config.device.type == "cuda"
+    kind = config.distributed_state.distributed_type.value.lower()
+    processes = describe_processes(config) + f" ({kind})" * (kind != "no")
+    if config.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(config.device)}; {processes}"
     threads = torch.get_num_threads()
-    device = torch.cuda.get_device_name(config.device) if gpu else f"CPU, {threads} thread{'s' * (threads != 1)}"
-    return (
-        f"{device}; {describe_processes(config)} ({config.distributed_state.distributed_type.value.lower()})".replace(
-            " (no)", ""
-        )
-    )
+    waiting = [f", {name}={os.environ[name]}" for name in WAITING if name in os.environ and threads > 1]
+    return f"CPU, {threads} thread{'s' * (threads != 1)}{''.join(waiting)}; {processes}"
 
 
 def describe_processes(config: Any) -> str:
