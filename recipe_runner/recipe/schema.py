@@ -7,13 +7,14 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.validators import extend
-from referencing import Registry
-from referencing.jsonschema import DRAFT202012
 
 from recipe_runner.recipe.library import shelf
 
 ROOT = "recipe.schema.json"
 SECTIONS = ("model", "quantization", "peft", "dataset", "training", "run")
+
+
+_CONDITIONS: dict[int, Any] = {}  # validators of the conditions of loaded schemas, which stay loaded
 
 
 @cache
@@ -33,19 +34,34 @@ def resolve(reference: str) -> dict[str, Any]:
 
 
 @cache
-def validator() -> Any:
-    """A validator for whole recipes. An integer is written as one: 4.0 is refused where upstream wants an int."""
-    files = [ROOT] + [f"upstream/{file.name}" for file in (shelf() / "schema" / "upstream").glob("*.schema.json")]
-    registry: Registry[Any] = Registry().with_resources(
-        [(name, DRAFT202012.create_resource(load(name))) for name in files]
-    )
+def validator(stage: str = "") -> Any:
+    """A validator for whole recipes of a stage; without one, for any. An integer is written as one: 4.0 is refused.
+
+    References are followed and conditions on the stage decided once, and not for every recipe.
+    """
     strict_integers = Draft202012Validator.TYPE_CHECKER.redefine(
         "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
     )
-    strict: Any = extend(  # type: ignore[no-untyped-call]
-        Draft202012Validator, type_checker=strict_integers
-    )
-    return strict({"$ref": ROOT}, registry=registry)
+    strict: Any = extend(Draft202012Validator, type_checker=strict_integers)  # type: ignore[no-untyped-call]
+    return strict(_unfold(load(), stage))
+
+
+def _unfold(part: Any, stage: str) -> Any:
+    """A schema with what its references stand for, and without conditions on a stage that is known."""
+    if isinstance(part, list):
+        return [_unfold(item, stage) for item in part]
+    if not isinstance(part, dict):
+        return part
+    decided = dict(part)
+    together = list(decided.pop("allOf", []))
+    if "$ref" in decided:
+        together.append(resolve(decided.pop("$ref")))
+    if stage and (wanted := part.get("if", {}).get("properties", {}).get("stage", {}).get("const")):
+        del decided["if"]
+        branches = {name: decided.pop(name) for name in ("then", "else") if name in decided}
+        together.append(branches.get("then" if wanted == stage else "else", {}))
+    unfolded = {key: _unfold(value, stage) for key, value in decided.items()}
+    return unfolded | ({"allOf": found} if (found := [_unfold(item, stage) for item in together if item]) else {})
 
 
 def choices(section: str, key: str = "") -> list[str]:
@@ -143,5 +159,7 @@ def _applicable(schema: dict[str, Any], values: dict[str, Any]) -> Iterator[dict
     for part in schema.get("allOf", []):
         yield from _applicable(part, values)
     if "if" in schema:
-        holds = Draft202012Validator(schema["if"]).is_valid(values)
+        if id(schema["if"]) not in _CONDITIONS:
+            _CONDITIONS[id(schema["if"])] = Draft202012Validator(schema["if"])
+        holds = _CONDITIONS[id(schema["if"])].is_valid(values)
         yield from _applicable(schema.get("then" if holds else "else", {}), values)

@@ -36,7 +36,8 @@ def check_values(values: dict[str, Any], place: Place) -> list[Problem]:
         values: The recipe, as plain values.
         place: Gives the mark of a key path.
     """
-    errors = list(schema.validator().iter_errors(values))
+    stage = values["stage"] if values.get("stage") in schema.choices("stage") else ""
+    errors = list(schema.validator(stage).iter_errors(values))
     refused = {tuple(error.absolute_path) for error in errors if error.validator == "not"}
     stage = str(values.get("stage"))
     found = [problem for error in errors for problem in _problems(error, tuple(error.absolute_path), place, stage)]

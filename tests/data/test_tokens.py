@@ -209,7 +209,9 @@ def test_rows_of_a_trainer_that_tokenizes_itself_stay_whole(small_recipe, tiny_p
     prompt = {"prompt_ids": job.tokenizer("<|user|>\nSay 1.<|end|>\n<|assistant|>\n")["input_ids"]}
     stored = Dataset.from_file(str(store.prepare_data(job).folder / "train.arrow"))[0]
     assert stored["prompt_ids"] == prompt["prompt_ids"] == input_ids_of(job.stage, prompt)
-    assert shape_of(job.stage).as_trained(stored, config) == {"": (prompt["prompt_ids"], [-100] * len(prompt["prompt_ids"]))}
+    assert shape_of(job.stage).as_trained(stored, config) == {
+        "": (prompt["prompt_ids"], [-100] * len(prompt["prompt_ids"]))
+    }
     counted = split.accounting
     assert (counted.rows_kept, counted.dropped) == (2, {"with an empty output": 1})
     assert (counted.tokens, counted.supervised_tokens) == (2 * len(prompt["prompt_ids"]), 0)

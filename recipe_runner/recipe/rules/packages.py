@@ -1,6 +1,7 @@
 """Optional packages: which choices of a recipe need one, and whether it is installed here."""
 
 import importlib.util
+from functools import cache
 
 from recipe_runner.recipe.rules.found import Found
 from recipe_runner.recipe.sections import ModelSection, UpstreamSection
@@ -43,6 +44,7 @@ def missing_packages(model: ModelSection, training: UpstreamSection) -> Found:
             yield path, f"{choice} needs the package {name}, which is not installed here", f"pip install {name}"
 
 
+@cache
 def is_installed(package: str) -> bool:
     """Whether a module can be imported here, without importing it."""
     return importlib.util.find_spec(package) is not None
