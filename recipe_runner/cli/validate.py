@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
@@ -11,9 +10,6 @@ from recipe_runner.problems.errors import UserError
 from recipe_runner.problems.problem import Problem
 from recipe_runner.recipe.library import collect_recipes
 from recipe_runner.recipe.resolve import examine_recipe
-
-if TYPE_CHECKING:  # what only some calls need is imported by them: a recipe is checked in a tenth of a second
-    pass
 
 
 @click.command(name="validate")

@@ -92,12 +92,7 @@ class Accounting:
 
 
 class Tally:
-    """Counts while rows go by, and makes the accounting at the end.
-
-    Args:
-        limit: `max_length`; None for none.
-        source_names: Names of the sources, in their order.
-    """
+    """Counts while rows go by, and makes the accounting at the end."""
 
     def __init__(self, limit: int | None, source_names: list[str]) -> None:
         self.limit, self.source_names = limit, source_names

@@ -24,10 +24,6 @@ def check_ends(sample: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> N
 
     A template may leave that token out of the assistant's mask: the loss looks healthy, and the model never stops.
 
-    Args:
-        sample: Labels of rows that are not yet truncated.
-        tokenizer: With the chat template that is trained with.
-
     Raises:
         UserError: A supervised span ends with content.
     """

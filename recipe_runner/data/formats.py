@@ -36,12 +36,7 @@ class RowError(Exception):
 
 
 def normalise_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
-    """Brings a row to the layout that TRL knows.
-
-    Args:
-        row: Role -> value, for example `{"instruction": ..., "output": ...}`.
-        dataset: The recipe's dataset section.
-        where: The row's place, for messages.
+    """Brings a row (role -> value) to the layout that TRL knows; `where` is its place, for messages.
 
     Raises:
         RowError: The row has the wrong shape.

@@ -53,13 +53,7 @@ class Job:
 
 
 def drop_overlong(job: Job, lengths: np.ndarray, order: np.ndarray, tally: Tally) -> np.ndarray:
-    """Which rows `on_overlong: drop` drops, counted: an array `(rows,)` of truth values.
-
-    Args:
-        job: For `max_length`, and what happens to longer rows.
-        lengths: Array `(rows,)` of tokens.
-        order: Array `(rows, 2)` of source and row in it.
-        tally: Is told how many are dropped.
+    """Which rows `on_overlong: drop` drops, counted: an array `(rows,)`; `order` `(rows, 2)` has source and row in it.
 
     Raises:
         UserError: A row is too long, and `on_overlong` is error.

@@ -114,12 +114,7 @@ def _as_array(rows: Dataset) -> np.ndarray:
 
 
 def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray) -> list[dict[str, Any]]:
-    """Reads some rows and brings them to a layout of TRL's: see `formats`.
-
-    Args:
-        dataset: The recipe's dataset section.
-        sources: Its sources, opened.
-        order: Array `(rows, 2)` of source and row in it.
+    """Reads some rows, `(rows, 2)` of source and row in it, and brings them to a layout of TRL's: see `formats`.
 
     Returns:
         `messages`, or `prompt` and `completion`, or `text`; and `dropped`, why a row can't be trained on, or ''.

@@ -80,11 +80,7 @@ def check_processes(config: Any) -> None:
 
 
 def derive_accumulation(size: int, device: int) -> int:
-    """Steps of accumulation that make a global batch on this number of processes.
-
-    Args:
-        size: Rows of the global batch.
-        device: Rows of a batch on one device.
+    """Steps of accumulation that make a global batch of `size` rows from batches of `device` rows on every process.
 
     Raises:
         UserError: They don't divide.

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from recipe_runner.launch.configuration import Launch
-from recipe_runner.problems.problem import Mark, Problem, as_warning, sort_problems
+from recipe_runner.problems.problem import Found, Mark, Problem, as_warning, sort_problems
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.recipe.rules.found import Found
 from recipe_runner.recipe.sections import RunSection, UpstreamSection
 
 WARNINGS = {"fsdp1-deprecated"}

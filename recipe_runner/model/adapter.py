@@ -18,11 +18,7 @@ CONFIGS: dict[str, type[PeftConfig]] = {"lora": LoraConfig}  # method -> its cla
 
 
 def build_peft(section: Mapping[str, Any], task: str) -> PeftConfig | None:
-    """The PEFT configuration of a recipe; None for full fine-tuning.
-
-    Args:
-        section: What `peft` says; empty for full fine-tuning.
-        task: PEFT's task type.
+    """The PEFT configuration that `peft` says, with PEFT's task type; None for full fine-tuning.
 
     Raises:
         UserError: PEFT refuses the combination of fields.

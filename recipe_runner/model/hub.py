@@ -50,11 +50,7 @@ def find_model(model: ModelSection) -> None:
 
 
 def download_adapter(name: str, files: list[str]) -> Path:
-    """The folder of an adapter on the hub, downloaded into the hub's cache.
-
-    Args:
-        name: Its id.
-        files: Patterns of the files that are needed.
+    """The folder of an adapter on the hub: the files that match some patterns, in the hub's cache.
 
     Raises:
         UserError: There is no such repository, or it can't be reached.

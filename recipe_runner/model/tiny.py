@@ -57,14 +57,7 @@ def shrink_config(config: PretrainedConfig, vocab_size: int, token_id: int = 0) 
 
 
 def write_tiny(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int = 0) -> Path:
-    """Writes a small random model of a configuration's architecture, with a tokenizer, as a model folder.
-
-    Args:
-        config: Of a model of any size.
-        tokenizer: Whose vocabulary the small model has.
-        folder: Where to.
-        seed: Of the weights.
-    """
+    """Writes a small random model of a configuration's architecture, with a tokenizer, as a model folder."""
     torch.manual_seed(seed)
     small = shrink_config(config, len(tokenizer), tokenizer.eos_token_id or 0)
     AutoModelForCausalLM.from_config(small).save_pretrained(folder)

@@ -82,11 +82,6 @@ def _no_generation_marks(tokenizer: PreTrainedTokenizerBase) -> UserError:
 def write_training_template(model: ModelSection, template: str | None, file: Path) -> None:
     """Writes the chat template that marks the assistant's tokens, for `training.chat_template_path`.
 
-    Args:
-        model: The base model.
-        template: A file with another chat template than the tokenizer's.
-        file: The file to write.
-
     Raises:
         UserError: No such template is known, or the file is there already.
     """

@@ -176,42 +176,18 @@ def _read_table(job: Job, order: np.ndarray, table: Any, tally: Tally, number: i
 def _read_sequence(
     job: Job, order: np.ndarray, entry: dict[str, Any], answer: str, ids: list[int], labels: list[int], cut: int
 ) -> Row:
-    """A sequence that the collator makes of a prepared row, with the documents and turns in it.
-
-    Args:
-        job: The job.
-        order: Array `(documents, 2)` of source and row in it.
-        entry: The prepared row.
-        answer: Key of the answer in the data's row; empty where the row is one conversation or text.
-        ids: Tokens.
-        labels: Labels.
-        cut: Tokens that were cut off.
-    """
+    """A sequence that the collator makes of a prepared row (`answer`: its key there), with its documents and turns."""
     lengths = entry["document_lengths"] if len(entry["documents"]) > 1 else [len(ids)]
     documents, start = [], 0
     for document, length in zip(entry["documents"], lengths, strict=True):
-        raw = _read_raw(job, order, document)
+        raw = sources.read_rows(job.dataset, job.sources, order[document : document + 1])[0]
         turns = [*raw["prompt"], *raw[answer]] if answer else checks.turns_of(raw)
         found = _find_turns(job, turns, ids[start : start + length], start)
-        documents.append(_locate(job, order, document, start, length, cut, found))
+        source, row = order[document]
+        documents.append(Origin(job.sources[source].name, int(row) + 1, start, length, cut, found))
         start += length
-    return _as_row(job, ids, labels, documents)
-
-
-def _read_raw(job: Job, order: np.ndarray, document: int) -> dict[str, Any]:
-    return sources.read_rows(job.dataset, job.sources, order[document : document + 1])[0]
-
-
-def _locate(
-    job: Job, order: np.ndarray, document: int, start: int, length: int, cut: int, turns: tuple[tuple[str, int], ...]
-) -> Origin:
-    source, row = order[document]
-    return Origin(job.sources[source].name, int(row) + 1, start, length, cut, turns)
-
-
-def _as_row(job: Job, input_ids: list[int], labels: list[int], documents: list[Origin]) -> Row:
-    spelt = list(job.tokenizer.convert_ids_to_tokens(input_ids))
-    return Row(spelt, input_ids, labels, _find_pieces(job.tokenizer, input_ids, labels), tuple(documents))
+    spelt = list(job.tokenizer.convert_ids_to_tokens(ids))
+    return Row(spelt, ids, labels, _find_pieces(job.tokenizer, ids, labels), tuple(documents))
 
 
 def _find_turns(job: Job, turns: list[dict[str, str]], input_ids: list[int], start: int) -> tuple[tuple[str, int], ...]:

@@ -11,11 +11,7 @@ from recipe_runner.problems.problem import KeyPath, Mark, Problem
 
 
 class UserError(Exception):
-    """The recipe, the data or the environment is at fault.
-
-    Args:
-        problems: Everything that was found, at least one.
-    """
+    """The recipe, the data or the environment is at fault; `problems` is everything that was found, at least one."""
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("\n".join(str(problem) for problem in problems))
@@ -23,12 +19,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal interrupted the command.
-
-    Args:
-        message: What happened, and how to go on.
-        number: The signal.
-    """
+    """A signal interrupted the command; the message says how to go on."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)

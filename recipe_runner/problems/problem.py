@@ -1,9 +1,11 @@
 """A problem in a recipe, in the data or in the environment, and how it is written down."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 KeyPath = tuple[str | int, ...]
+Found = Iterator[tuple[KeyPath, str, str]]  # what a rule yields: keys, what was found there, and what to do
 
 
 @dataclass(frozen=True, order=True)

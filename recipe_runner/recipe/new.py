@@ -30,15 +30,7 @@ def stage_for(form: str) -> str:
 
 
 def compose(name: str, model: str, form: str, way: str, data: str) -> str:
-    """The text of a recipe, for the stage that the format is for.
-
-    Args:
-        name: Name of the recipe.
-        model: Hub id or folder of the base model.
-        form: Dataset format.
-        way: qlora, lora or full.
-        data: Hub id or file of the data.
-    """
+    """The text of a recipe for the stage that a format is for; `way` is what is tuned, `data` a hub id or file."""
     stage = STAGES[stage_for(form)]
     rates = stage.full_rates if way == "full" else stage.adapter_rates
     why = "all weights take small steps" if way == "full" else "adapters start from zero and take larger steps"

@@ -30,12 +30,7 @@ _BOUNDS = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "abo
 
 
 def check_values(values: dict[str, Any], place: Place) -> list[Problem]:
-    """Checks values against the recipe schema.
-
-    Args:
-        values: The recipe, as plain values.
-        place: Gives the mark of a key path.
-    """
+    """Checks the plain values of a recipe against its schema; `place` gives the mark of a key path."""
     stage = values["stage"] if values.get("stage") in schema.choices("stage") else ""
     errors = list(schema.validator(stage).iter_errors(values))
     refused = {tuple(error.absolute_path) for error in errors if error.validator == "not"}

@@ -10,8 +10,7 @@ from typing import IO, Any
 
 from recipe_runner.files import list_runs, read_status, write_status
 from recipe_runner.problems.errors import UserError, user_error
-from recipe_runner.recipe.document import parse_document
-from recipe_runner.recipe.dump import dump_values
+from recipe_runner.recipe.document import dump_values, parse_document
 from recipe_runner.stages import PIPELINE
 
 COMPLETE = "complete"  # an empty file, the last thing written into a checkpoint

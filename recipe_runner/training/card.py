@@ -6,7 +6,7 @@ from typing import Any
 
 from recipe_runner.data.accounting import Accounting
 from recipe_runner.files import write_text
-from recipe_runner.recipe.dump import dump_values
+from recipe_runner.recipe.document import dump_values
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.runs.metrics import measure_series
 

@@ -18,13 +18,6 @@ def build_config(
 ) -> Any:
     """An instance of the stage's configuration class. Joins no processes: see `launch/processes.py`.
 
-    Args:
-        stage: The training stage.
-        training: What `training` says, with what is derived from other sections.
-        model: The base model, and how it is loaded.
-        seed: Of data order and training.
-        precision: Of weights and computation.
-
     Raises:
         UserError: TRL or transformers refuses the combination of fields, or a tracker is not installed.
     """

@@ -17,10 +17,6 @@ class PackingCheck(TrainerCallback):
     transformers 5 keeps documents apart by `position_ids`, if the architecture takes them and its attention heeds them.
     Where it does not, a packed row gives what the mixed text gives; that third forward tells what "different" means for
     these weights and this precision.
-
-    Args:
-        trainer: With packed rows, and the collator that they go through.
-        name: The base model's, for the error.
     """
 
     def __init__(self, trainer: Any, name: str) -> None:

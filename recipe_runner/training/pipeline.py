@@ -27,11 +27,6 @@ def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None) -> P
 
     Everything but the weights is prepared and checked for all stages before the first of them trains.
 
-    Args:
-        recipe: A resolved recipe with stages.
-        resume: `auto`, `never`, or the run folder of a pipeline.
-        launch: What the launcher had set up when this process began.
-
     Raises:
         UserError: A recipe, the data or the environment is at fault.
         Interrupted: The user pressed Ctrl-C.

@@ -151,12 +151,7 @@ def _check_model(recipe: Recipe, adapter: Path | None) -> tuple[PeftConfig | Non
 
 
 def count_parameters(empty: torch.nn.Module, peft_config: PeftConfig | None) -> tuple[int, int]:
-    """Numbers of parameters that are trained, and of all.
-
-    Args:
-        empty: The base model on the meta device.
-        peft_config: The adapter; None when all weights are trained.
-    """
+    """Numbers of parameters that are trained, and of all, by the base model on the meta device."""
     if peft_config is not None:
         with torch.device("meta"):
             model = get_peft_model(empty, copy.deepcopy(peft_config))  # PEFT writes into it

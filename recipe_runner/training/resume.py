@@ -24,11 +24,6 @@ def check_rows(rows: int, processes: int) -> None:
 def check_resumed(folder: Path, files: Mapping[str, str], config: Any) -> str:
     """Checks that a run goes on as it began: on the same rows, in global batches of the same size.
 
-    Args:
-        folder: The run that is resumed.
-        files: Data file -> a hash of it, now.
-        config: The trainer's configuration, now.
-
     Returns:
         What is different and does no harm; empty when nothing is.
 

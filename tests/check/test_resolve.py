@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 
 from recipe_runner.problems.errors import UserError
-from recipe_runner.recipe.document import parse_document
-from recipe_runner.recipe.dump import dump_values
+from recipe_runner.recipe.document import dump_values, parse_document
 from recipe_runner.recipe.resolve import load_recipe
 
 

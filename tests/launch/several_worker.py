@@ -1,8 +1,14 @@
-"""Trains recipes one after another in the processes of one launch: `accelerate launch several_worker.py RECIPE...`."""
+"""Runs commands one after another in the processes of one launch: `several_worker.py "RECIPE --resume auto" ...`."""
 
+import os
 import sys
 
 from recipe_runner.cli import cli
+from recipe_runner.problems.errors import UserError
 
-for recipe in sys.argv[1:]:
-    cli.main(["train", recipe], standalone_mode=False)
+for command in sys.argv[1:]:
+    try:
+        cli.main(["train", *command.split()], standalone_mode=False)
+    except UserError as error:
+        if os.environ["RANK"] == "0":
+            print(error, file=sys.stderr)

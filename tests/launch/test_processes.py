@@ -85,8 +85,17 @@ def launch(small_recipe, tmp_path, run_cli, monkeypatch):
     return launch
 
 
+def launch_several(launcher, commands, folder):
+    """Runs several commands in the two processes of one launch: starting these is what takes most of the time."""
+    file = folder / f"{launcher}.yaml"
+    file.write_text(yaml.safe_dump(LAUNCHES[launcher]))
+    worker = ROOT / "tests" / "launch" / "several_worker.py"
+    command = ["accelerate", "launch", "--config_file", str(file), str(worker), *commands]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
 @pytest.mark.parametrize("launcher", LAUNCHES)
-def test_the_same_training_on_any_number_of_processes(launch, small_recipe, tmp_path, launcher):
+def test_the_same_training_on_any_number_of_processes(launch, tmp_path, launcher):
     """Same global batch and seed: per-step losses and adapters of one process and of two agree."""
     from safetensors.torch import load_file
 
@@ -97,11 +106,7 @@ def test_the_same_training_on_any_number_of_processes(launch, small_recipe, tmp_
         assert done.returncode == 0, done.stderr
         assert "of 4 rows: 2 per device x 2 accumulated x 1 process;" in done.stdout
         recipes.append(str(tmp_path / f"{name}.yaml"))
-    file = tmp_path / f"{launcher}.yaml"
-    file.write_text(yaml.safe_dump(LAUNCHES[launcher]))
-    worker = ROOT / "tests" / "launch" / "several_worker.py"
-    command = ["accelerate", "launch", "--config_file", str(file), str(worker), *recipes]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = launch_several(launcher, recipes, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("of 4 rows: 2 per device x 1 accumulated x 2 processes") == 4
     assert done.stdout.count("run folder") == 4
@@ -266,28 +271,31 @@ def interrupted(folder, step):
 
 def test_resuming_on_more_processes_takes_the_same_steps_or_is_refused(launch, tmp_path):
     training = {"max_steps": 6, "save_steps": 3}
-    _, folder = launch(training=training)
-    whole = losses(folder)
-    interrupted(folder, 3)
-    done, again = launch("--resume", "auto", launcher="ddp", training=training)
+    grouped = training | {"train_sampling_strategy": "group_by_length"}
+    plain = {"run": {"output_dir": str(tmp_path / "runs")}}  # without a global batch size
+    folders = {}
+    for name, sections in (
+        ("same", {"training": training}),
+        ("grouped", {"training": grouped}),
+        ("plain", {"training": training} | plain),
+    ):
+        _, folders[name] = launch(name=name, **sections)
+    whole = losses(folders["same"])
+    for folder in folders.values():
+        interrupted(folder, 3)
+    done = launch_several("ddp", [f"{name}.yaml --resume auto" for name in folders], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert again == folder
     assert "Resuming with 2 and 4, begun with 1 processes and steps of 4 rows" in done.stdout
-    assert losses(folder) == pytest.approx(whole, rel=1e-3)
-
-    grouped = {"training": training | {"train_sampling_strategy": "group_by_length"}, "name": "grouped"}
-    _, folder = launch(**grouped)
-    interrupted(folder, 3)
-    done, _ = launch("--resume", "auto", launcher="ddp", **grouped)
+    assert f"Completed: {folders['same']}" in done.stdout
+    assert losses(folders["same"]) == pytest.approx(whole, rel=1e-3)
+    assert done.stderr.count("error[world-size-changed]") == 2
     assert "rows grouped by length would come in another order" in done.stderr
-
-    plain = {"run": {"output_dir": str(tmp_path / "runs")}, "name": "plain"}
-    _, folder = launch(training=training, **plain)
-    interrupted(folder, 3)
-    done, _ = launch("--resume", "auto", launcher="ddp", training=training, **plain)
-    assert done.returncode == 1
-    assert "error[world-size-changed]" in done.stderr
     assert "set run.global_batch_size: 2" in done.stderr
+    assert {name: status(folder)["status"] for name, folder in folders.items()} == {
+        "same": "completed",
+        "grouped": "running",  # refused before anything was touched
+        "plain": "running",
+    }
 
 
 def test_resuming_on_changed_data_is_refused(launch, tmp_path):

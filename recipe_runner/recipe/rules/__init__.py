@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-from recipe_runner.problems.problem import Problem, as_warning
+from recipe_runner.problems.problem import Found, Problem, as_warning
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules import adapter, data, model, packages, quantization, training
-from recipe_runner.recipe.rules.found import Found
 
 # What may be meant: it is said, and never fails a run.
 WARNINGS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.files import hash_weights, list_runs, read_status
-from recipe_runner.recipe.rules.found import Found
+from recipe_runner.problems.problem import Found
 from recipe_runner.recipe.sections import ModelSection, UpstreamSection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
+from recipe_runner.problems.problem import Found
 from recipe_runner.problems.words import suggest
-from recipe_runner.recipe.rules.found import Found
 from recipe_runner.recipe.sections import DatasetSection, SourceSection, UpstreamSection
 from recipe_runner.stages import FORMATS
 

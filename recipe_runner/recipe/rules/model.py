@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.recipe.rules.found import Found
+from recipe_runner.problems.problem import Found
 from recipe_runner.recipe.sections import ModelSection, UpstreamSection
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")

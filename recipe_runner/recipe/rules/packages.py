@@ -3,7 +3,7 @@
 import importlib.util
 from functools import cache
 
-from recipe_runner.recipe.rules.found import Found
+from recipe_runner.problems.problem import Found
 from recipe_runner.recipe.sections import ModelSection, UpstreamSection
 
 # What needs which module. Source: transformers 5.23, trainer_optimizer.py and integrations/integration_utils.py.

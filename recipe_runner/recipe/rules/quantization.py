@@ -1,6 +1,6 @@
 """Rules about `quantization`. One small function a rule."""
 
-from recipe_runner.recipe.rules.found import Found
+from recipe_runner.problems.problem import Found
 from recipe_runner.recipe.sections import UpstreamSection
 
 MIXED = {"bf16": "bfloat16", "fp16": "float16"}  # key of `training` -> dtype that it computes in

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from recipe_runner.recipe.rules.found import Found
+from recipe_runner.problems.problem import Found
 from recipe_runner.recipe.sections import DatasetSection, RunSection, UpstreamSection
 from recipe_runner.stages import Stage
 
