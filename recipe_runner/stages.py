@@ -116,18 +116,20 @@ class Format:
         about: What a row is, in a few words.
         required: Roles of columns that every source must have.
         optional: Roles of columns that a source may have.
+        context: Roles of columns that are used where they are there: what the model sees before the row's own turns.
         note: A line that a new recipe gets below its source.
     """
 
     about: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    context: tuple[str, ...] = ()
     note: str = ""
 
     @property
     def roles(self) -> tuple[str, ...]:
         """All roles."""
-        return (*self.required, *self.optional)
+        return (*self.required, *self.optional, *self.context)
 
 
 FORMATS: dict[str, Format] = {
@@ -135,17 +137,26 @@ FORMATS: dict[str, Format] = {
         "rows of an instruction, an optional input and an answer",
         ("instruction", "output"),
         ("input",),
+        ("system", "history"),
         "  train_on: completion             # the loss is on the answer only\n",
     ),
     "chat": Format(
         "rows of turns: {role, content}, or ShareGPT's {from, value}",
         ("messages",),
+        context=("system",),
         note="  train_on: assistant              # the loss is on every assistant turn\n",
     ),
     "text": Format("raw text; an end-of-sequence token after each document", ("text",)),
-    "preference": Format("pairs of a chosen and a rejected answer to a prompt", ("chosen", "rejected"), ("prompt",)),
+    "preference": Format(
+        "pairs of a chosen and a rejected answer to a prompt",
+        ("chosen", "rejected"),
+        ("prompt",),
+        ("input", "system", "history"),
+    ),
     "unpaired_preference": Format(
-        "rows of a prompt, an answer, and whether it is a good one", ("prompt", "completion", "label")
+        "rows of a prompt, an answer, and whether it is a good one",
+        ("prompt", "completion", "label"),
+        context=("input", "system", "history"),
     ),
 }
 

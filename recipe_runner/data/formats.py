@@ -5,8 +5,10 @@ messages), with `label` (true or false) where one answer is judged; `text`; or `
 of messages). Each row also says why it can't be trained on, in `dropped` ('' when it can).
 """
 
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +31,11 @@ SHAREGPT_ROLES = {
     "function": "tool",
 }
 KNOWN_ROLES = ("system", "user", "assistant", "tool", *SHAREGPT_ROLES)
+# Keys of a turn that say something, and have no place in a row of TRL's that is made here.
+LOST_KEYS = [
+    *("tool_calls", "function_call", "tools", "reasoning_content", "reasoning", "thinking", "name"),
+    *("images", "image", "videos", "video", "audios", "audio"),
+]
 
 
 class RowError(Exception):
@@ -49,16 +56,49 @@ def normalise_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
 def _instruction_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     values = {role: _text(row.get(role), f"{where}: column '{role}'") for role in ("instruction", "input", "output")}
     dropped = next((f"with an empty {role}" for role in ("instruction", "output") if not values[role].strip()), "")
+    before = _context(row, dataset, where)
     if dataset.template is not None:
+        if before:
+            raise RowError(f"{where} has a system prompt or a history, but dataset.template has no place for them")
         prompt, completion = _fill_template(dataset.template, values, where)
         return {"prompt": prompt, "completion": completion, "dropped": dropped}
-    question = "\n\n".join(text for text in (values["instruction"], values["input"]) if text.strip())
-    system = [{"role": "system", "content": dataset.system}] if dataset.system else []
+    question = _join(values["instruction"], values["input"])
     return {
-        "prompt": [*system, {"role": "user", "content": question}],
+        "prompt": [*before, {"role": "user", "content": question}],
         "completion": [{"role": "assistant", "content": values["output"]}],
         "dropped": dropped,
     }
+
+
+def _context(row: dict[str, Any], dataset: DatasetSection, where: str) -> list[dict[str, str]]:
+    """What the model sees before a row's own turns: a system prompt (the row's, else the recipe's) and its history."""
+    system = _text(row.get("system"), f"{where}: column 'system'")
+    system = system if system.strip() else dataset.system or ""
+    turns = [{"role": "system", "content": system}] if system else []
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowError(f"{where}: column 'history': expected a list of [question, answer], found {_kind(history)}")
+    for question, answer in history:
+        for role, text in (("user", question), ("assistant", answer)):
+            turns.append({"role": role, "content": _text(text, f"{where}: column 'history'")})
+    return turns
+
+
+def _with_context(
+    prompt: list[dict[str, str]], row: dict[str, Any], dataset: DatasetSection, where: str
+) -> list[dict[str, str]]:
+    """A prompt in turns after what the model sees before it."""
+    own_system = any(turn["role"] == "system" for turn in prompt[:1])
+    before = _context(row, replace(dataset, system=None) if own_system else dataset, where)
+    if own_system and before and before[0]["role"] == "system":
+        if before[0]["content"] != prompt[0]["content"]:
+            raise RowError(f"{where} has a system turn, and another text in the column of the system prompt")
+        before = before[1:]
+    return [*prompt[:own_system], *before, *prompt[own_system:]]
+
+
+def _join(text: str, more: str) -> str:
+    return "\n\n".join(part for part in (text, more) if part.strip())
 
 
 def _fill_template(template: str | Mapping[str, str], values: dict[str, str], where: str) -> tuple[str, str]:
@@ -78,41 +118,72 @@ def _chat_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[
     turns = row["messages"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RowError(f"{where}: expected a list of turns {{role, content}} or {{from, value}}, found {_kind(turns)}")
-    messages = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
-    if dataset.system and not any(message["role"] == "system" for message in messages[:1]):
-        messages = [{"role": "system", "content": dataset.system}, *messages]
+    messages = [_turn(turn, dataset, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
+    learned = [_is_learned(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
+    added = len(_with_context(messages, row, dataset, where)) - len(messages)
+    messages, learned = _with_context(messages, row, dataset, where), [True] * added + learned
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     dropped = ""
     if not turns:
         dropped = "without turns"
-    elif dataset.train_on == "completion" and messages[-1]["role"] != "assistant":
-        dropped = "that do not end with an assistant turn"
-    elif dataset.train_on == "assistant" and not any(message["role"] == "assistant" for message in messages):
+    elif dataset.train_on == "all":
+        if not all(learned):
+            raise RowError(f"{where}: a turn of weight 0, but train_on: all learns every turn; set train_on: assistant")
+    elif dataset.train_on == "completion":
+        if messages[-1]["role"] != "assistant":
+            dropped = "that do not end with an assistant turn"
+        elif not learned[-1]:
+            dropped = "whose last turn has weight 0"
+        answers = [len(messages) - 1]
+    elif not answers:
         dropped = "without an assistant turn"
+    elif not any(learned[number] for number in answers):
+        dropped = "whose assistant turns all have weight 0"
+    if not dropped and any(learned[number] and not messages[number]["content"].strip() for number in answers):
+        dropped = "with an empty answer"
     if dataset.train_on == "completion":
         return {"prompt": messages[:-1], "completion": messages[-1:], "dropped": dropped}
-    return {"messages": messages, "dropped": dropped}
+    muted = [place for place, number in enumerate(answers) if not learned[number]]  # of the assistant turns
+    return {"messages": messages, "dropped": dropped} | ({"muted": muted} if muted else {})
 
 
-def _turn(turn: dict[str, Any], where: str) -> dict[str, str]:
+def _is_learned(turn: dict[str, Any], where: str) -> bool:
+    """Whether a turn may be in the loss: OpenAI's and axolotl's `weight: 0` and `train: false` say no."""
+    for key, values in (("weight", (0, 1)), ("train", (False, True))):
+        if (value := turn.get(key)) is not None:
+            if value not in values:
+                raise RowError(f"{where}: {key} is {value}, and can only be {values[0]} or {values[1]} here")
+            return bool(value)
+    return True
+
+
+def _turn(turn: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, str]:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if role not in KNOWN_ROLES:
         hint = suggest(str(role), list(KNOWN_ROLES)) or f"known roles: {', '.join(KNOWN_ROLES)}"
         raise RowError(
             f"{where}: {'no role' if role is None else f'unknown role {role!r}'} (keys: {', '.join(turn)}); {hint}"
         )
-    if turn.get("tool_calls") or turn.get("function_call"):
-        raise RowError(f"{where}: tool calls, which this format would lose; remove these rows")
+    for key in LOST_KEYS:
+        if key not in dataset.ignore and says_something(turn.get(key)):
+            fix = f"remove it, write it into the content, or list it in dataset.ignore: [{key}]"
+            raise RowError(f"{where}: the key '{key}' has no place in this format, and would be lost; {fix}")
     if not isinstance(content, str):
         raise RowError(f"{where}: expected a text as content, found {_kind(content)}")
     return {"role": SHAREGPT_ROLES.get(role, role), "content": content}
 
 
+def says_something(value: Any) -> bool:
+    """Whether a value is more than nothing: null, an empty text, list or mapping, also one that is written as JSON."""
+    return value not in (None, "", "[]", "{}", "null") and not (isinstance(value, list | dict) and not any(value))
+
+
 def _preference_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     """A pair. Texts become turns; without a prompt, the turns that both answers begin with are the prompt."""
     chosen, rejected = (
-        _turns(row.get(role), "assistant", f"{where}: column '{role}'") for role in ("chosen", "rejected")
+        _turns(row.get(role), "assistant", dataset, f"{where}: column '{role}'") for role in ("chosen", "rejected")
     )
-    prompt = _turns(row.get("prompt"), "user", f"{where}: column 'prompt'")
+    prompt = _prompt_turns(row, dataset, where)
     common = 0
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
@@ -131,15 +202,25 @@ def _preference_row(row: dict[str, Any], dataset: DatasetSection, where: str) ->
         dropped = "whose answers have no prompt in common"
     if not dropped and any(turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
         dropped = "whose answer does not continue its prompt"
-    if dataset.system and not any(turn["role"] == "system" for turn in prompt[:1]):
-        prompt = [{"role": "system", "content": dataset.system}, *prompt]
+    prompt = _with_context(prompt, row, dataset, where)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "dropped": dropped}
+
+
+def _prompt_turns(row: dict[str, Any], dataset: DatasetSection, where: str) -> list[dict[str, str]]:
+    """The turns of the prompt, with the text of the column `input` below its question."""
+    prompt = _turns(row.get("prompt"), "user", dataset, f"{where}: column 'prompt'")
+    more = _text(row.get("input"), f"{where}: column 'input'")
+    if not more.strip():
+        return prompt
+    if not isinstance(row.get("prompt"), str):
+        raise RowError(f"{where} has an input, but its prompt is no text that it could follow: it would be lost")
+    return [{"role": "user", "content": _join(row["prompt"], more)}]
 
 
 def _unpaired_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     """One answer to a prompt, and whether it is a good one. Texts become turns."""
-    prompt = _turns(row.get("prompt"), "user", f"{where}: column 'prompt'")
-    completion = _turns(row.get("completion"), "assistant", f"{where}: column 'completion'")
+    prompt = _prompt_turns(row, dataset, where)
+    completion = _turns(row.get("completion"), "assistant", dataset, f"{where}: column 'completion'")
     label = row.get("label")
     if not isinstance(label, bool):
         raise RowError(f"{where}: column 'label': expected true or false, found {_kind(label)}")
@@ -147,19 +228,18 @@ def _unpaired_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
     dropped = dropped if _says(completion) else "with an empty completion"
     if not dropped and completion[0]["role"] != "assistant":
         dropped = "whose answer does not continue its prompt"
-    if dataset.system and not any(turn["role"] == "system" for turn in prompt[:1]):
-        prompt = [{"role": "system", "content": dataset.system}, *prompt]
+    prompt = _with_context(prompt, row, dataset, where)
     return {"prompt": prompt, "completion": completion, "label": label, "dropped": dropped}
 
 
-def _turns(value: Any, role: str, where: str) -> list[dict[str, str]]:
+def _turns(value: Any, role: str, dataset: DatasetSection, where: str) -> list[dict[str, str]]:
     """Turns of a text, of one turn, or of turns."""
     if value is None or isinstance(value, str):
         return [{"role": role, "content": value}] if value else []
     turns = [value] if isinstance(value, dict) else value
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RowError(f"{where}: expected a text, a turn or a list of turns, found {_kind(value)}")
-    return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
+    return [_turn(turn, dataset, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
 
 
 def _says(turns: list[dict[str, str]]) -> bool:
@@ -177,7 +257,7 @@ def _text(value: Any, where: str) -> str:
     if value is None:
         return ""
     if isinstance(value, int | float):
-        return str(value)
+        return json.dumps(value)  # as JSON writes it: true, 1.5
     raise RowError(f"{where}: expected a text, found {_kind(value)}")
 
 

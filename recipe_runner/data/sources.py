@@ -1,15 +1,26 @@
 """Data sources: opening them, choosing columns, the order of rows. The rows' layout is made by `formats`."""
 
+import glob
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets, disable_progress_bars, interleave_datasets, load_dataset
+import pandas as pd
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    Features,
+    Value,
+    concatenate_datasets,
+    disable_progress_bars,
+    interleave_datasets,
+    load_dataset,
+)
 from datasets.exceptions import DatasetsError
 
-from recipe_runner.data.formats import RowError, normalise_row
+from recipe_runner.data.formats import RowError, normalise_row, says_something
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
 from recipe_runner.problems.words import suggest
@@ -17,6 +28,11 @@ from recipe_runner.recipe.rules.data import BUILDERS
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS
 
+# Columns whose names say that they change what the model should see or learn -> the role that takes them, if any.
+MEANINGS = {"system_prompt": "system", "context": "input"}
+MEANINGS |= dict.fromkeys(("system", "history", "input", "label"), "")
+MEANINGS |= dict.fromkeys(("tools", "functions", "images", "image", "videos", "video", "audios", "audio"), "")
+MEANINGS |= dict.fromkeys(("kto_tag", "reasoning_content", "reasoning", "thinking", "weight"), "")
 OTHER_NAMES = {"prompt": ("conversations",)}  # role -> columns that hold it in well-known data sets
 
 
@@ -52,23 +68,28 @@ def open_sources(dataset: DatasetSection) -> list[Source]:
         UserError: A source can't be read, has no rows, or lacks a column.
     """
     disable_progress_bars()
-    return [open_source(source, dataset.format) for source in dataset.sources]
+    return [open_source(source, dataset) for source in dataset.sources]
 
 
-def open_source(section: SourceSection, form: str) -> Source:
-    """Opens one source and chooses its columns for a format."""
+def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
+    """Opens one source and chooses its columns for the format."""
     name, suffix, place = section.source, Path(section.source).suffix, (*section.path, "source")
     try:
         if suffix in BUILDERS:
-            options = {"sample_by": section.sample_by} if section.sample_by else {}
-            rows = load_dataset(BUILDERS[suffix], data_files=name, split=section.split, **options)
+            options: dict[str, Any] = {"sample_by": section.sample_by} if section.sample_by else {}
+            if suffix == ".csv":  # every cell is a text, as it is written: 01000, 1.50, NA, true
+                names = pd.read_csv(name, nrows=0).columns
+                options |= {"features": Features({column: Value("string") for column in names}), "na_filter": False}
+            rows = load_dataset(BUILDERS[suffix], data_files=glob.escape(name), split=section.split, **options)
         else:
             rows = load_dataset(name, section.subset, split=section.split, revision=section.revision)
     except (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration) as error:
         raise _explain_load_error(error, name, suffix, place) from error
     if not len(rows):
         raise user_error("empty-dataset", f"{name} has no rows", path=place)
-    columns = choose_columns(section, form, rows.column_names)
+    columns = choose_columns(section, dataset.format, rows.column_names)
+    unused = [column for column in rows.column_names if column not in (*columns.values(), *dataset.ignore)]
+    _refuse_lost_columns(section, dataset.format, rows.select_columns(unused))
     return Source(section, rows.select_columns(list(dict.fromkeys(columns.values()))), columns)
 
 
@@ -128,6 +149,8 @@ def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray)
         batch = source.rows[order[places, 1].tolist()]
         for position, place in enumerate(places):
             row = {role: batch[column][position] for role, column in source.columns.items()}
+            if Path(source.name).suffix == ".csv" and "label" in row:  # whose cells are texts
+                row["label"] = {"true": True, "false": False}.get(row["label"].lower(), row["label"])
             try:
                 rows[place] = normalise_row(row, dataset, f"{source.name}: row {order[place, 1] + 1}")
             except RowError as error:
@@ -145,7 +168,7 @@ def choose_columns(section: SourceSection, form: str, available: list[str]) -> d
     columns = {role: given.get(role) or role for role in FORMATS[form].required}
     if form == "chat" and "messages" not in given and "messages" not in available and "conversations" in available:
         columns["messages"] = "conversations"  # ShareGPT's name
-    for role in FORMATS[form].optional:
+    for role in (*FORMATS[form].optional, *FORMATS[form].context):
         names = (role, *OTHER_NAMES.get(role, ()))
         if column := given.get(role, next((name for name in names if name in available), None)):
             columns[role] = column
@@ -156,6 +179,28 @@ def choose_columns(section: SourceSection, form: str, available: list[str]) -> d
             hint = suggest(column, available) or f"set columns: {{{role}: NAME}}"
             raise user_error("missing-column", message, hint, path=(*section.path, "columns", role))
     return columns
+
+
+def _refuse_lost_columns(section: SourceSection, form: str, unused: Dataset) -> None:
+    """Refuses to leave out a column of known meaning that says something.
+
+    Raises:
+        UserError: There is one that is neither used nor, in `columns` or `dataset.ignore`, said to be left out.
+    """
+    roles = FORMATS[form].roles
+    for name in unused.column_names:
+        role = MEANINGS.get(name)
+        if role is None or (name in section.columns and section.columns[name] is None):
+            continue
+        if name == "label" and unused.features["label"].dtype != "bool":
+            continue  # a class, of data for a classifier
+        values = unused.data.column(name)
+        texts = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+        if any(says_something(value) for value in (values.unique() if texts else values).to_pylist()):
+            message = f"{section.source} has a column '{name}', which format {form} does not use: it would be lost"
+            fix = f"set columns: {{{role}: {name}}}, or" if role in roles else "remove it, or"
+            path = (*section.path, "columns") if section.columns else (*section.path, "source")
+            raise user_error("unused-column", message, f"{fix} list it in dataset.ignore: [{name}]", path=path)
 
 
 def _explain_load_error(error: Exception, name: str, suffix: str, place: KeyPath) -> UserError:

@@ -63,7 +63,7 @@ def compose(name: str, model: str, form: str, way: str, data: str) -> str:
 def _describe_data(form: str, data: str) -> str:
     """The format, the source and its columns, as lines of the section `dataset`."""
     layout = FORMATS[form]
-    columns = f"    columns: {{{', '.join(f'{role}: {role}' for role in layout.roles)}}}"
+    columns = f"    columns: {{{', '.join(f'{role}: {role}' for role in (*layout.required, *layout.optional))}}}"
     return (
         f"  format: {form:<25}# {layout.about}\n  train:\n    source: {_quote(data)}\n"
         f"{columns:<34} # role: its name in the data\n{layout.note}"

@@ -4,7 +4,7 @@ The fields of `ModelSection`, `DatasetSection`, `SourceSection` and `RunSection`
 documents them; `test_sections.py` compares the two.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class DatasetSection:
     train: tuple[SourceSection, ...]
     on_overlong: str
     max_dropped: float
+    ignore: Sequence[str] = ()
     eval: tuple[SourceSection, ...] = ()
     fraction: float | None = None
     train_on: str | None = None

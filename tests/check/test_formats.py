@@ -112,3 +112,99 @@ def test_numbers_are_texts_but_lists_are_not():
     assert normalise_row(row(output=3), INSTRUCTION, "row 1")["completion"][0]["content"] == "3"
     with pytest.raises(RowError, match="row 1: column 'output': expected a text, found list"):
         normalise_row(row(output=["3"]), INSTRUCTION, "row 1")
+
+
+def chat(*turns):
+    return {"messages": [dict(zip(("role", "content"), turn[:2], strict=True)) | dict(turn[2:]) for turn in turns]}
+
+
+ASK, SAY = ("user", "hi"), ("assistant", "ho")
+
+
+def test_a_row_has_a_system_prompt_and_a_history_of_its_own():
+    given = row(input="", system="You count.", history=[["Start?", "Yes."], ["Ready?", "Sure."]])
+    prompt = normalise_row(given, INSTRUCTION | {"system": "Be brief."}, "row 1")["prompt"]
+    assert [(turn["role"], turn["content"]) for turn in prompt] == [
+        ("system", "You count."),
+        ("user", "Start?"),
+        ("assistant", "Yes."),
+        ("user", "Ready?"),
+        ("assistant", "Sure."),
+        ("user", "Add."),
+    ]
+    assert normalise_row(row(system=" ", history=None), INSTRUCTION, "row 1")["prompt"][0]["role"] == "user"
+
+
+@pytest.mark.parametrize(
+    ("values", "dataset", "message"),
+    [
+        ({"history": "Start? Yes."}, {}, "column 'history': expected a list of"),
+        ({"history": [["Start?"]]}, {}, "column 'history': expected a list of"),
+        ({"system": "You count."}, {"template": "classic"}, "has a system prompt or a history, but dataset.template"),
+        ({"history": [["a", "b"]]}, {"template": "classic"}, "has a system prompt or a history, but dataset.template"),
+    ],
+)
+def test_context_that_has_no_place_is_refused(values, dataset, message):
+    with pytest.raises(RowError, match=message):
+        normalise_row(row(**values), INSTRUCTION | dataset, "row 1")
+
+
+def test_a_conversation_takes_the_system_prompt_of_its_column():
+    given = chat(ASK, SAY) | {"system": "Be terse."}
+    assert normalise_row(given, CHAT, "row 1")["messages"][0] == {"role": "system", "content": "Be terse."}
+    twice = chat(("system", "Be terse."), ASK, SAY) | {"system": "Be terse."}
+    assert normalise_row(twice, CHAT, "row 1") == normalise_row(given, CHAT, "row 1")
+    with pytest.raises(RowError, match="a system turn, and another text in the column"):
+        normalise_row(chat(("system", "Be long."), ASK, SAY) | {"system": "Be terse."}, CHAT, "row 1")
+
+
+def test_the_input_of_a_pair_follows_its_prompt():
+    given = {"prompt": "Say hi", "input": "kindly", "chosen": "Hello", "rejected": "Go", "system": "Help."}
+    prompt = normalise_row(given, {"format": "preference"}, "row 1")["prompt"]
+    assert [turn["content"] for turn in prompt] == ["Help.", "Say hi\n\nkindly"]
+    with pytest.raises(RowError, match="has an input, but its prompt is no text"):
+        normalise_row(given | {"prompt": [dict(role="user", content="Say hi")]}, {"format": "preference"}, "row 1")
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "name", "images"])
+def test_keys_of_a_turn_that_would_be_lost_are_refused_unless_they_are_named(key):
+    given = chat(ASK, ("assistant", "ho", (key, "something")))
+    with pytest.raises(RowError, match=f"row 1, turn 2: the key '{key}' has no place .* dataset.ignore: \\[{key}\\]"):
+        normalise_row(given, CHAT, "row 1")
+    assert normalise_row(given, CHAT | {"ignore": [key]}, "row 1")["messages"][1] == {
+        "role": "assistant",
+        "content": "ho",
+    }
+    for nothing in (None, "", [], "[]", {}):
+        assert not normalise_row(chat(ASK, ("assistant", "ho", (key, nothing))), CHAT, "row 1")["dropped"]
+
+
+@pytest.mark.parametrize("nothing_learned", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_turns_of_weight_0_are_not_learned(nothing_learned):
+    silent = ("assistant", "oops", *nothing_learned.items())
+    assert normalise_row(chat(ASK, silent, ASK, SAY), CHAT, "row 1")["muted"] == [0]
+    assert normalise_row(chat(ASK, silent), CHAT, "row 1")["dropped"] == "whose assistant turns all have weight 0"
+    completion = CHAT | {"train_on": "completion"}
+    assert normalise_row(chat(ASK, SAY, ASK, silent), completion, "row 1")["dropped"] == "whose last turn has weight 0"
+    assert normalise_row(chat(ASK, silent, ASK, SAY), completion, "row 1")["dropped"] == ""
+    with pytest.raises(RowError, match="train_on: all learns every turn"):
+        normalise_row(chat(ASK, silent), CHAT | {"train_on": "all"}, "row 1")
+    assert "muted" not in normalise_row(chat(ASK, ("assistant", "ho", ("weight", 1), ("train", None))), CHAT, "row 1")
+
+
+def test_a_weight_that_is_neither_0_nor_1_is_refused():
+    with pytest.raises(RowError, match="turn 2: weight is 0.5, and can only be 0 or 1 here"):
+        normalise_row(chat(ASK, ("assistant", "ho", ("weight", 0.5))), CHAT, "row 1")
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "completion", "all"])
+def test_conversations_with_an_empty_answer_are_dropped(train_on):
+    dataset = CHAT | {"train_on": train_on}
+    assert normalise_row(chat(ASK, ("assistant", " ")), dataset, "row 1")["dropped"] == "with an empty answer"
+    first = normalise_row(chat(ASK, ("assistant", ""), ASK, SAY), dataset, "row 1")["dropped"]
+    assert first == ("" if train_on == "completion" else "with an empty answer")
+
+
+@pytest.mark.parametrize(("value", "text"), [(True, "true"), (1.5, "1.5"), (7, "7"), ("01", "01")])
+def test_scalars_are_written_as_json_writes_them(value, text):
+    assert normalise_row(row(output=value), INSTRUCTION, "row 1")["completion"][0]["content"] == text

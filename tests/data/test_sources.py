@@ -16,12 +16,12 @@ ROWS = [{"instruction": f"question {n}", "output": f"answer {n}", "note": n} for
 def load(write_recipe, tmp_path):
     from recipe_runner.data.sources import open_sources, order_rows, read_rows
 
-    def load(rows=None, file="rows.jsonl", text=None, **dataset):
+    def load(rows=None, file="rows.jsonl", text=None, stage="sft", **dataset):
         path = tmp_path / file
         path.write_text(text) if text is not None else write_rows(path, rows)
         dataset = {"train": {"source": str(path)}} | dataset
         training = {"eval_strategy": "steps"} if "eval" in dataset else {}
-        recipe = load_recipe(str(write_recipe(dataset=dataset, training=training)))
+        recipe = load_recipe(str(write_recipe(stage=stage, dataset=dataset, training=training)))
         dataset = recipe.dataset
         with recipe.placing_errors():
             sources = open_sources(dataset)
@@ -173,3 +173,60 @@ def test_what_is_wrong_with_the_data_is_one_clear_line(load, arguments, code, me
     assert message in str(problem)
     assert problem.mark.line > 0
     assert problem.path[0] == "dataset"
+
+
+@pytest.mark.parametrize("cell", ["01000", "1.50", "0.50", "NA", "None", "null", "true", "2024-01-01", "1e3", " x "])
+def test_cells_of_a_csv_file_are_texts_as_they_are_written(load, cell):
+    train, _ = load(text=f'instruction,output\nWhich?,"{cell}"\nAgain?,7\nGap?,\n', file="cells.csv")
+    assert answers(train) == [cell, "7", ""]
+    assert [row["dropped"] for row in train] == ["", "", "with an empty output"]
+
+
+def test_labels_of_a_csv_file_are_true_or_false(load):
+    text = "prompt,completion,label\nhi,ho,true\nhi,no,False\n"
+    train, _ = load(text=text, file="labels.csv", format="unpaired_preference", stage="kto")
+    assert [row["label"] for row in train] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["x[12].jsonl", "a*.jsonl", "what?.jsonl", "a[[]1].jsonl"])
+def test_a_file_is_the_one_of_its_name(load, tmp_path, name):
+    """`datasets` reads file names as patterns."""
+    for other in ("x1.jsonl", "ab.jsonl", "whatx.jsonl", "a[1].jsonl"):
+        write_rows(tmp_path / other, [{"instruction": "q", "output": "another file"}])
+    train, _ = load([{"instruction": "q", "output": "this file"}], file=name)
+    assert answers(train) == ["this file"]
+
+
+LOST = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("tools", [{"name": "weather"}]), ("tools", '[{"name": "weather"}]'), ("label", True), ("images", ["a.png"])]
+    + [("system_prompt", "Be brief."), ("reasoning", "because"), ("weight", 0.5), ("history", [["a", "b"]])],
+)
+def test_a_column_that_says_something_is_never_left_out_silently(load, column, value):
+    rows = [LOST[0] | {column: value}] * 2
+    with pytest.raises(UserError) as caught:
+        load(rows, format="chat")
+    (problem,) = caught.value.problems
+    assert problem.code == "unused-column"
+    assert f"has a column '{column}', which format chat does not use" in problem.message
+    assert f"dataset.ignore: [{column}]" in problem.suggestion
+    assert ("columns: {system: system_prompt}" in problem.suggestion) == (column == "system_prompt")
+    train, _ = load(rows, format="chat", ignore=[column])
+    assert len(train) == 2
+
+
+@pytest.mark.parametrize("extra", [{"tools": "[]"}, {"tools": []}, {"tools": None}, {"label": 3}, {"id": "x"}])
+def test_columns_that_say_nothing_are_left_out(load, extra):
+    train, _ = load([LOST[0] | extra] * 2, format="chat")
+    assert len(train) == 2
+
+
+def test_a_column_is_left_out_by_null(load):
+    rows = [{"instruction": "q", "output": "a", "system": "in version 3", "input": "more"}]
+    train, _ = load(rows, train={"source": "rows.jsonl", "columns": {"system": None, "input": None}})
+    assert [turn["content"] for turn in train[0]["prompt"]] == ["q"]
+    train, _ = load(rows)
+    assert [turn["content"] for turn in train[0]["prompt"]] == ["in version 3", "q\n\nmore"]

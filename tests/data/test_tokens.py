@@ -215,3 +215,13 @@ def test_rows_of_a_trainer_that_tokenizes_itself_stay_whole(small_recipe, tiny_p
     counted = split.accounting
     assert (counted.rows_kept, counted.dropped) == (2, {"with an empty output": 1})
     assert (counted.tokens, counted.supervised_tokens) == (2 * len(prompt["prompt_ids"]), 0)
+
+
+def test_a_turn_of_weight_0_is_seen_and_not_learned(prepare):
+    turns = [dict(turn) for turn in CONVERSATION]
+    turns[2]["weight"] = 0
+    plain = [{"messages": CONVERSATION}]
+    split, _, texts = prepare([{"messages": turns}, *plain], format="chat")
+    assert texts[0] == (texts[1][0], "four<|end|>\n<|endoftext|>")
+    assert texts[1][1] == "two<|end|>\nfour<|end|>\n<|endoftext|>"
+    assert split.dataset[0]["input_ids"] == split.dataset[1]["input_ids"]

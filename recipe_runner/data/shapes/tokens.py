@@ -11,7 +11,15 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.job import Job, drop_overlong
-from recipe_runner.data.tables import NUMBERS, count_two_bos, hash_rows, make_table, measure_rows, with_documents
+from recipe_runner.data.tables import (
+    IGNORED,
+    NUMBERS,
+    count_two_bos,
+    hash_rows,
+    make_table,
+    measure_rows,
+    with_documents,
+)
 from recipe_runner.data.upstream import call_preparation
 
 COLUMNS = dict.fromkeys(("input_ids", "labels"), NUMBERS)
@@ -25,7 +33,32 @@ def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
         "chat_template": None,  # the tokenizer already has the training template: see `model/tokenizer.py`
         "completion_only_loss": job.dataset.train_on == "completion",
     }
-    return call_preparation(SFTTrainer, job, rows, COLUMNS, False, None, "", **attributes)
+    whole = [{key: value for key, value in row.items() if key != "muted"} for row in rows]
+    table = call_preparation(SFTTrainer, job, whole, COLUMNS, False, None, "", **attributes)
+    return _mute(table, rows) if any("muted" in row for row in rows) else table
+
+
+def _mute(table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
+    """Takes assistant turns out of the loss: the template marks each answer, so the n-th span is that of the n-th turn.
+
+    Raises:
+        ValueError: The template does not mark as many spans as there are answers.
+    """
+    labels = table["labels"].to_pylist()
+    for row, learned in zip(rows, labels, strict=True):
+        if muted := row.get("muted"):
+            begins = [
+                at for at, label in enumerate(learned) if label != IGNORED and (not at or learned[at - 1] == IGNORED)
+            ]
+            answers = sum(turn["role"] == "assistant" for turn in row["messages"])
+            if len(begins) != answers:
+                raise ValueError(
+                    f"the template marks {len(begins)} answers of {answers}: which have weight 0 is unknown"
+                )
+            for number in muted:
+                end = next((at for at in range(begins[number], len(learned)) if learned[at] == IGNORED), len(learned))
+                learned[begins[number] : end] = [IGNORED] * (end - begins[number])
+    return table.set_column(table.column_names.index("labels"), "labels", pa.array(labels, NUMBERS))
 
 
 def keep(
