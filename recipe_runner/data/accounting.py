@@ -39,6 +39,8 @@ class Accounting:
         looked_at: Role -> turns looked at.
         rows_with_special_tokens: Rows whose text spells special tokens of the tokenizer.
         rows_with_two_bos: Rows that begin with two beginning-of-sequence tokens.
+        ends: Tokens that end rows, of the first ones.
+        rows_in_train: Of evaluation rows: those that are training rows, too, token by token.
     """
 
     rows_read: int = 0
@@ -60,6 +62,8 @@ class Accounting:
     looked_at: dict[str, int] = field(default_factory=dict)
     rows_with_special_tokens: int = 0
     rows_with_two_bos: int = 0
+    ends: list[str] = field(default_factory=list)
+    rows_in_train: int = 0
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
@@ -97,6 +101,7 @@ class Tally:
     def __init__(self, limit: int | None, source_names: list[str]) -> None:
         self.limit, self.source_names = limit, source_names
         self.read, self.packed_rows, self.special, self.two_bos = 0, 0, 0, 0
+        self.ends: set[str] = set()
         self.dropped: Counter[str] = Counter()
         self.roles: Counter[str] = Counter()
         self.lost_roles: Counter[str] = Counter()
@@ -156,6 +161,7 @@ class Tally:
             looked_at=dict(self.looked_at),
             rows_with_special_tokens=self.special,
             rows_with_two_bos=self.two_bos,
+            ends=sorted(self.ends),
         )
 
 

@@ -1,7 +1,7 @@
 """Checks that the right tokens are learned: on masks, on the chat template, on what the data itself spells."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -12,38 +12,51 @@ from trl.data_utils import common_prefix_length
 
 from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.tables import IGNORED
-from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.recipe.sections import DatasetSection
 
 LOOKED_AT = 20  # turns of each role that are looked for in the rendered text
 
 
-def check_ends(sample: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_ends(sample: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Checks on real rows that every supervised span ends with a token that ends a turn or a text.
 
-    A template may leave that token out of the assistant's mask: the loss looks healthy, and the model never stops.
+    A template may leave that token out of the assistant's mask, or spell one that the vocabulary lacks: the loss
+    looks healthy, and the model never stops. The sample holds labels of rows that are not yet cut.
+
+    Returns:
+        The tokens that end the rows, as they are spelt.
 
     Raises:
         UserError: A supervised span ends with content.
     """
     stops = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    found: set[str] = set()
     for number, labels in enumerate(sample.to_pylist(), 1):
-        last = None
+        last: int | None = None
+        ends: list[int] = []
         for token in [*labels, IGNORED]:
             if token != IGNORED and (last is None or str(tokenizer.decode([token])).strip()):
+                ends = [*ends, token] if token in stops else []
                 last = token  # white space after the end of a turn belongs to the template
             elif token == IGNORED and last is not None:
                 if last not in stops:
-                    text = tokenizer.decode([token for token in labels if token != IGNORED])
-                    message = (
-                        f"the supervised text of row {number} ends with {text[-30:]!r}, not with an end-of-turn token"
-                    )
-                    fix = (
-                        "the model would not learn to stop: put that token inside {% generation %} in the chat template"
-                    )
-                    raise user_error("end-of-turn-masked", message, fix, path=("dataset", "train_on"))
+                    raise _masked_end(number, str(tokenizer.decode([t for t in labels if t != IGNORED])), tokenizer)
                 last = None
+        found.update(str(text) for text in tokenizer.convert_ids_to_tokens(ends))
+    return found
+
+
+def _masked_end(number: int, learned: str, tokenizer: PreTrainedTokenizerBase) -> UserError:
+    spelt = re.search(r"<[^<>\s]{1,40}>\s*$", learned)
+    if spelt and (token := spelt[0].strip()) not in tokenizer.get_vocab():
+        message = f"the chat template ends a turn with {token}, which is not a token of this model's vocabulary"
+        fix = "use a template that is made for this tokenizer, or a model that has the token"
+        return user_error("template-token-missing", message, fix, path=("training", "chat_template_path"))
+    message = f"the supervised text of row {number} ends with {learned[-30:]!r}, not with an end-of-turn token"
+    fix = "the model would not learn to stop: put that token inside {% generation %} in the chat template"
+    return user_error("end-of-turn-masked", message, fix, path=("dataset", "train_on"))
 
 
 def turns_of(row: dict[str, Any]) -> list[dict[str, str]]:
@@ -104,8 +117,18 @@ def count_common_tokens(
     return int(common_prefix_length(alone, input_ids))
 
 
-def find_problems(dataset: DatasetSection, bos_token: str | None, counted: Accounting, split: str) -> Iterator[Problem]:
-    """What a person should know of a prepared split, as errors and warnings at the recipe's keys."""
+def find_problems(
+    dataset: DatasetSection, tokens: Mapping[str, Any], stops: set[str], counted: Accounting, split: str
+) -> Iterator[Problem]:
+    """What a person should know of a prepared split, as errors and warnings at the recipe's keys.
+
+    Args:
+        dataset: The recipe's section.
+        tokens: The tokenizer's special tokens by name.
+        stops: Tokens at which generation stops.
+        counted: What became of the rows.
+        split: `train` or `eval`.
+    """
 
     def at(code: str, message: str, suggestion: str, *path: str) -> Problem:
         return Problem(code, message, None, path, suggestion)
@@ -136,8 +159,16 @@ def find_problems(dataset: DatasetSection, bos_token: str | None, counted: Accou
         found = f"{counted.rows_with_special_tokens:,} {split} rows spell special tokens of the tokenizer in their text"
         fix = "the model reads them as the real ones; look at them, and fix or remove the rows"
         yield as_warning(at("special-tokens-in-data", found, fix, "dataset", split))
+    if counted.ends and not stops.intersection(counted.ends):
+        found = f"turns end with {' '.join(counted.ends)}, but generation stops at {' '.join(sorted(stops))} only"
+        fix = f"set training.eos_token: '{counted.ends[0]}', or the trained model will not stop"
+        yield at("end-of-turn-is-no-end", found, fix, "training", "eos_token")
+    if counted.rows_in_train:
+        found = f"{counted.rows_in_train:,} of {counted.rows_kept:,} {split} rows are training rows, too"
+        fix = "remove them from one of the two: what was trained on can't be held against the model"
+        yield as_warning(at("eval-rows-in-train", found, fix, "dataset", split))
     if counted.rows_with_two_bos:
-        found = f"{counted.rows_with_two_bos:,} {split} rows begin with two {bos_token} tokens"
+        found = f"{counted.rows_with_two_bos:,} {split} rows begin with two {tokens['bos_token']} tokens"
         problem = at("doubled-bos", found, "the tokenizer adds one: take it out of the text", "dataset", split)
         yield problem if counted.rows_with_two_bos > counted.rows_kept / 2 else as_warning(problem)
     if counted.rows_truncated > counted.rows_kept / 10:

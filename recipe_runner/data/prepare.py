@@ -75,7 +75,7 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int, tally: T
     table = _tokenize(job, usable, part[places])
     if start == 0:
         for name in shape.LEARNED:
-            check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
+            tally.ends |= check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
     kept: pa.Table = shape.keep(job, split, table, part, places, tally, start)
     return kept
 

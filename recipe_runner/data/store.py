@@ -24,7 +24,7 @@ from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
-from recipe_runner.data.accounting import Accounting, simulate_batches
+from recipe_runner.data.accounting import Accounting, Tally, simulate_batches
 from recipe_runner.data.job import Job
 from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
 from recipe_runner.data.sources import order_rows
@@ -149,10 +149,14 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
-        accounting = {}
-        for split, order in order_rows(job.dataset, job.sources, job.seed).items():
-            accounting[split] = asdict(_write_split(partial, split, order, job))
-        write_json(partial / "accounting.json", accounting)
+        orders = order_rows(job.dataset, job.sources, job.seed)
+        tallies = {split: _write_split(partial, split, order, job) for split, order in orders.items()}
+        accounting = {split: tally.finish() for split, tally in tallies.items()}
+        if "eval" in tallies:
+            trained, held_out = (np.concatenate(tallies[split].columns["hash"]) for split in ("train", "eval"))
+            seen = int(np.isin(held_out, trained).sum())
+            accounting["eval"] = replace(accounting["eval"], rows_in_train=seen)
+        write_json(partial / "accounting.json", {split: asdict(counted) for split, counted in accounting.items()})
         files = {file.name: hash_file(file) for file in sorted(partial.iterdir())}
         write_json(partial / "manifest.json", {"files": files, "made_from": made_from})
         partial.rename(folder)
@@ -161,7 +165,7 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
         raise
 
 
-def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Accounting:
+def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Tally:
     tally, began, told = job.tally(), time.monotonic(), 0.0
     columns = shape_of(job.stage).COLUMNS | {"document_lengths": NUMBERS, "documents": pa.list_(pa.int64())}
     schema = pa.schema(list(columns.items()))
@@ -175,7 +179,7 @@ def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Accou
     np.save(folder / f"{split}.npy", order)
     if not tally.columns["length"] or not sum(len(lengths) for lengths in tally.columns["length"]):
         raise nothing_left(split, tally.dropped)
-    return tally.finish()
+    return tally
 
 
 def _load(folder: Path, job: Job) -> dict[str, PreparedSplit]:

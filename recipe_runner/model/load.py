@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipe_runner.files import read_status
 from recipe_runner.model.quantization import keep_4bit_weights_trainable
@@ -53,6 +54,8 @@ def load_result(folder: Path, **options: Any) -> tuple[Any, PreTrainedTokenizerB
     try:
         model = cls.from_pretrained(str(result), **options)
         tokenizer = AutoTokenizer.from_pretrained(str(result), padding_side="left")
+        if (result / GENERATION_CONFIG_NAME).is_file():  # of an adapter, PEFT leaves it out
+            model.generation_config = GenerationConfig.from_pretrained(str(result))
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, SafetensorError) as error:

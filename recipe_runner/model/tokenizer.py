@@ -1,8 +1,9 @@
 """The tokenizer, with the chat template that is trained with."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from recipe_runner.files import write_new
@@ -55,6 +56,20 @@ def load_tokenizer(
         except ValueError as error:
             raise _no_generation_marks(tokenizer) from error
     return tokenizer
+
+
+def find_stops(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Tokens at which generation stops: those of the base's generation configuration, and the tokenizer's own.
+
+    transformers 5.23 adds the tokenizer's to the saved configuration (trainer_utils.align_special_tokens).
+    """
+    try:
+        config: Any = GenerationConfig.from_pretrained(model.name_or_path, **model.location)
+    except OSError:  # it has none: transformers makes it of the model's configuration
+        config = AutoConfig.from_pretrained(model.name_or_path, **model.location)
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ids = [number for number in (*ids, tokenizer.eos_token_id) if isinstance(number, int) and number < len(tokenizer)]
+    return {str(token) for token in tokenizer.convert_ids_to_tokens(ids)}
 
 
 def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ from recipe_runner.model import hub
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.problem import Problem
 from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.training.config import build_config
 from recipe_runner.training.environment import choose_precision
 from recipe_runner.training.prepare import find_data_problems, open_job
@@ -92,6 +93,7 @@ class Opened:
     """Everything about a recipe's data but the rows."""
 
     job: Job
+    model: ModelSection
     orders: dict[str, np.ndarray]
 
 
@@ -115,7 +117,7 @@ def open_preview(recipe: Recipe) -> Opened:
     precision = choose_precision(recipe.training, recipe.model.dtype, bool(recipe.peft), launcher="no")
     config = build_config(recipe.stage, recipe.training.said, recipe.model, recipe.run.seed, precision)
     job, _ = open_job(recipe, config)
-    return Opened(job, sources.order_rows(job.dataset, job.sources, job.seed))
+    return Opened(job, recipe.model, sources.order_rows(job.dataset, job.sources, job.seed))
 
 
 def take_rows(opened: Opened, number: int) -> list[Row]:
@@ -225,7 +227,7 @@ def account(opened: Opened) -> Facts:
     job = opened.job
     data = store.prepare_data(job)
     accounts = {split: prepared.accounting for split, prepared in data.splits.items()}
-    problems = find_data_problems(job.dataset, job.tokenizer.bos_token, data)
+    problems = find_data_problems(opened.model, job.dataset, job.tokenizer, data)
     size = sum(file.stat().st_size for file in data.folder.iterdir())
     made = f"made in {data.seconds:.1f} s" if data.made_now else f"found in {data.seconds:.1f} s"
     steps = describe_steps(job.config, len(data.splits["train"].dataset))

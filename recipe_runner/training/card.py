@@ -47,7 +47,8 @@ def _usage(base: str, kind: str, weights: str) -> str:
     if kind == "model":
         return f'from transformers import pipeline\n\n{folder}generate = pipeline("text-generation", model=folder)\n'
     return (
-        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
+        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer, GenerationConfig\n\n"
         f"{folder}model = AutoPeftModelForCausalLM.from_pretrained(folder)  # loads {base} and the adapter\n"
+        "model.generation_config = GenerationConfig.from_pretrained(folder)  # where it stops\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
     )

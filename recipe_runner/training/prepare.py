@@ -18,7 +18,7 @@ from recipe_runner.launch import processes
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.model import adapter as new_adapter
 from recipe_runner.model import base, continuation, hub
-from recipe_runner.model.tokenizer import load_tokenizer
+from recipe_runner.model.tokenizer import find_stops, load_tokenizer
 from recipe_runner.problems.errors import UserError
 from recipe_runner.problems.problem import Problem, sort_problems
 from recipe_runner.recipe.recipe import Recipe
@@ -91,7 +91,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     job, adapter = open_job(recipe, config, before)
     peft_config, empty = _check_model(recipe, adapter)
     data = prepare_data(job)
-    problems = find_data_problems(recipe.dataset, job.tokenizer.bos_token, data)
+    problems = find_data_problems(recipe.model, recipe.dataset, job.tokenizer, data)
     raise_errors(problems)
     if warning := processes.find_default_config():
         problems.append(warning)
@@ -161,12 +161,15 @@ def count_parameters(empty: torch.nn.Module, peft_config: PeftConfig | None) -> 
     return total, total
 
 
-def find_data_problems(dataset: DatasetSection, bos_token: str | None, data: PreparedData) -> list[Problem]:
+def find_data_problems(
+    model: ModelSection, dataset: DatasetSection, tokenizer: PreTrainedTokenizerBase, data: PreparedData
+) -> list[Problem]:
     """What was found in the data of all splits: errors and warnings."""
+    stops = find_stops(model, tokenizer)
     found = [
         problem
         for split, prepared in data.splits.items()
-        for problem in find_problems(dataset, bos_token, prepared.accounting, split)
+        for problem in find_problems(dataset, tokenizer.special_tokens_map, stops, prepared.accounting, split)
     ]
     return sort_problems(found)
 

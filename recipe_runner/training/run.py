@@ -104,6 +104,7 @@ def _save(trainer: Any, result: Path, stage: Stage) -> Path:
     gathered = verify.gather_sharded(trainer)
     if trainer.is_world_process_zero():
         shutil.rmtree(result / "ref", ignore_errors=True)  # DPO's frozen copy of the adapter it began with
+        trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(result)  # where it stops
         tried = trainer.train_dataset.select(range(min(verify.ROWS, len(trainer.train_dataset))))
         verify.verify_saved(trainer, result, [input_ids_of(stage, row) for row in tried], gathered)
     return result

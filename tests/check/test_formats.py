@@ -163,7 +163,7 @@ def test_the_input_of_a_pair_follows_its_prompt():
     prompt = normalise_row(given, {"format": "preference"}, "row 1")["prompt"]
     assert [turn["content"] for turn in prompt] == ["Help.", "Say hi\n\nkindly"]
     with pytest.raises(RowError, match="has an input, but its prompt is no text"):
-        normalise_row(given | {"prompt": [dict(role="user", content="Say hi")]}, {"format": "preference"}, "row 1")
+        normalise_row(given | {"prompt": [{"role": "user", "content": "Say hi"}]}, {"format": "preference"}, "row 1")
 
 
 @pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "name", "images"])
@@ -193,7 +193,7 @@ def test_turns_of_weight_0_are_not_learned(nothing_learned):
 
 
 def test_a_weight_that_is_neither_0_nor_1_is_refused():
-    with pytest.raises(RowError, match="turn 2: weight is 0.5, and can only be 0 or 1 here"):
+    with pytest.raises(RowError, match=r"turn 2: weight is 0\.5, and can only be 0 or 1 here"):
         normalise_row(chat(ASK, ("assistant", "ho", ("weight", 0.5))), CHAT, "row 1")
 
 

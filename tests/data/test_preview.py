@@ -308,7 +308,7 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"format": "chat"}, {"messages": [{"role": "owl", "content": "s"}, ANSWER]}, "unknown role 'owl'"),
         ({"format": "chat"}, {"messages": [TURN, {"role": "assistant"}]}, "expected a text as content, found nothing"),
         ({"format": "chat"}, {"messages": [TURN, ANSWER, ANSWER]}, "9 kept, 0 dropped"),
-        ({"format": "chat"}, {"messages": [TURN, {"role": "assistant", "content": ""}]}, "9 kept, 0 dropped"),
+        ({"format": "chat"}, {"messages": [TURN, {"role": "assistant", "content": ""}]}, "1 with an empty answer"),
     ],
 )
 def test_odd_rows_are_counted_or_named(preview, tmp_path, dataset, bad, said):
@@ -335,3 +335,15 @@ def test_a_row_that_the_template_refuses_is_named(preview, tmp_path):
     assert result.status == 1
     assert "error[row-refused]" in result.err
     assert "rows.jsonl: row 9 can't be rendered: take turns" in result.err
+
+
+def test_evaluation_rows_that_are_trained_on_are_told(preview):
+    rows = [{"instruction": f"say {n}", "output": f"it is {n}"} for n in range(6)]
+    told = {"eval": {"source": "rows.jsonl"}}
+    result, _ = preview(rows=rows, command="prepare", training={"eval_strategy": "steps"}, **told)
+    assert "warning[eval-rows-in-train] dataset.eval: 6 of 6 eval rows are training rows, too" in result.out
+    twice = [*rows, *rows]  # a fraction holds some of them out
+    result, _ = preview(rows=twice, command="prepare", training={"eval_strategy": "steps"}, eval={"fraction": 0.25})
+    assert "eval rows are training rows, too" in result.out
+    result, _ = preview(rows=rows, command="prepare", training={"eval_strategy": "steps"}, eval={"fraction": 0.25})
+    assert "eval-rows-in-train" not in result.out

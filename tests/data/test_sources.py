@@ -202,8 +202,10 @@ LOST = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("tools", [{"name": "weather"}]), ("tools", '[{"name": "weather"}]'), ("label", True), ("images", ["a.png"])]
-    + [("system_prompt", "Be brief."), ("reasoning", "because"), ("weight", 0.5), ("history", [["a", "b"]])],
+    [
+        *(("tools", [{"name": "weather"}]), ("tools", '[{"name": "weather"}]'), ("label", True), ("images", ["a.png"])),
+        *(("system_prompt", "Be brief."), ("reasoning", "because"), ("weight", 0.5), ("history", [["a", "b"]])),
+    ],
 )
 def test_a_column_that_says_something_is_never_left_out_silently(load, column, value):
     rows = [LOST[0] | {column: value}] * 2

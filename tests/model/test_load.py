@@ -96,3 +96,53 @@ def test_the_result_of_a_pipeline_is_that_of_its_last_stage(completed, tmp_path)
     (pipeline / "resolved.yaml").write_text("stage: pipeline")
     (pipeline / "status.json").write_text(json.dumps({"status": "completed", "stages": [{"run": "2/tiny/run"}]}))
     assert find_result(pipeline) == pipeline / "2" / "tiny" / "run" / "adapter"
+
+
+ENDS_ITS_OWN_WAY = (
+    "{% for m in messages %}<|{{ m.role }}|>\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.fixture
+def template(tmp_path):
+    (tmp_path / "own.jinja").write_text(ENDS_ITS_OWN_WAY)
+    return {"chat_template_path": "own.jinja"}
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"it is {n}"}]}
+    for n in range(8)
+]
+
+
+def test_an_end_of_turn_at_which_nothing_stops_is_refused_before_training(run_recipe, template):
+    result, folder = run_recipe(rows=CHATS, dataset={"format": "chat"}, training=template, peft=LORA)
+    assert (result.status, folder) == (1, None)
+    assert (
+        "error[end-of-turn-is-no-end] training.eos_token: turns end with <|end|>, but generation stops at" in result.err
+    )
+    assert "set training.eos_token: '<|end|>'" in result.err
+
+
+@pytest.mark.parametrize("peft", [LORA, None], ids=["adapter", "model"])
+def test_what_is_saved_stops_at_the_end_of_its_turns(completed, template, peft):
+    from recipe_runner.model.load import load_result
+
+    training = template | {"eos_token": "<|end|>"}
+    run = completed(rows=CHATS, dataset={"format": "chat"}, training=training, peft=peft)
+    model, tokenizer = load_result(run)
+    assert tokenizer.eos_token == "<|end|>"
+    assert tokenizer.eos_token_id in model.generation_config.eos_token_id
+
+
+def test_a_template_with_a_token_that_the_vocabulary_lacks_is_named(run_recipe, template, tmp_path):
+    (tmp_path / "own.jinja").write_text(ENDS_ITS_OWN_WAY.replace("<|end|>", "<|im_end|>"))
+    result, _ = run_recipe(rows=CHATS, dataset={"format": "chat"}, training=template, peft=LORA)
+    assert result.status == 1
+    assert (
+        "error[template-token-missing] training.chat_template_path: the chat template ends a turn with <|im_end|>"
+        in result.err
+    )
