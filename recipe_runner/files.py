@@ -73,8 +73,9 @@ def hash_weights(folder: Path) -> str | None:
 
 def write_status(run: Path, status: str, **details: Any) -> None:
     """Writes the status of a run: running, completed, failed or interrupted."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_json(run / "status.json", {"status": status, "updated": now, **details})
+    now = datetime.now(timezone.utc)
+    times = {"started": started_at(run) or now.isoformat(), "updated": now.isoformat(timespec="seconds")}
+    write_json(run / "status.json", {"status": status, **times, **details})
 
 
 def read_status(run: Path) -> str:
@@ -86,6 +87,15 @@ def read_status(run: Path) -> str:
         return "damaged"
 
 
+def started_at(run: Path) -> str:
+    """When a run was started, as its status says; empty when it does not."""
+    try:
+        return str(json.loads((run / "status.json").read_text(encoding="utf-8"))["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def list_runs(home: Path) -> list[Path]:
-    """The run folders in a folder that have a status, oldest first, damaged ones included."""
-    return sorted(file.parent for file in home.glob("*/status.json"))
+    """The run folders in a folder that have a status, by the time they were started, damaged ones included."""
+    runs = [file.parent for file in home.glob("*/status.json")]
+    return sorted(runs, key=lambda run: (started_at(run), run.name))

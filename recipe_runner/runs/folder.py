@@ -1,19 +1,23 @@
 """The folder of a run: what is in it, and how its status changes. Written by one process."""
 
+import itertools
+import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from recipe_runner.files import list_runs, read_status, write_status
+from recipe_runner.files import hash_file, list_runs, read_status, write_json, write_status
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.recipe.document import dump_values, parse_document
 from recipe_runner.stages import PIPELINE
 
-COMPLETE = "complete"  # an empty file, the last thing written into a checkpoint
+COMPLETE = "complete"  # the last file written into a checkpoint: the hash of every other one
+DAMAGED = ".damaged"  # suffix of a checkpoint that is not what was written
 
 
 def result_name(adapter: bool) -> str:
@@ -66,10 +70,58 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
     return user_error("output-not-writable", message, fix, path=("run", "output_dir"))
 
 
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; folders of other names beside them are somebody else's."""
+    names = re.compile(r"checkpoint-\d+")
+    found = [path for path in (folder / "checkpoints").glob("checkpoint-*") if names.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint that was written whole."""
-    checkpoints = [path.parent for path in (folder / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")]
-    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return next((path for path in reversed(list_checkpoints(folder)) if (path / COMPLETE).is_file()), None)
+
+
+def vouch_for(checkpoint: Path) -> None:
+    """Marks a checkpoint as whole, by the hash of each of its files."""
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != COMPLETE)
+    write_json(checkpoint / COMPLETE, {str(file.relative_to(checkpoint)): hash_file(file) for file in files})
+
+
+def find_damage(checkpoint: Path) -> str:
+    """What is not as it was when the checkpoint was written; empty when everything is."""
+    try:
+        hashes = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+        for name, digest in hashes.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if hash_file(checkpoint / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"it can't be read: {error}"
+    return ""
+
+
+def last_intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The latest checkpoint that is as it was written, and what is wrong with later ones, which are put aside.
+
+    Raises:
+        UserError: There are checkpoints, and all are damaged.
+    """
+    damage: list[str] = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if (checkpoint / COMPLETE).is_file():
+            if not (found := find_damage(checkpoint)):
+                return checkpoint, damage
+            damage.append(f"{checkpoint} is damaged ({found})")
+    if damage:
+        raise user_error("checkpoint-damaged", "; ".join(damage), "start a new run: --resume never")
+    return None, []
 
 
 def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
@@ -77,7 +129,7 @@ def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> Non
 
     transformers' own function of this name would leave `complete` in a checkpoint that it is deleting.
     """
-    checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    checkpoints = list_checkpoints(folder)
     kept = {checkpoints[-1], Path(best)} if best else {checkpoints[-1]}
     excess = len(checkpoints) - max(limit, len(kept)) if limit else 0
     for checkpoint in [path for path in checkpoints if path not in kept][: max(excess, 0)]:
@@ -105,11 +157,18 @@ def lock_run(folder: Path) -> IO[str]:
     return stream
 
 
-def drop_half_checkpoints(folder: Path) -> None:
-    """Removes checkpoints that were not written whole: nothing can be done with them, and they count as the newest."""
-    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
-        if not (checkpoint / COMPLETE).is_file():
-            shutil.rmtree(checkpoint)
+def put_aside_after(folder: Path, checkpoint: Path | None) -> None:
+    """Removes checkpoints that were not written whole, and renames damaged ones: both would count as the newest."""
+    for later in list_checkpoints(folder):
+        if not (later / COMPLETE).is_file():
+            shutil.rmtree(later)
+        elif checkpoint and step_of(later) > step_of(checkpoint):
+            later.rename(next(free for free in _free_names(later) if not free.exists()))
+
+
+def _free_names(checkpoint: Path) -> Iterator[Path]:
+    names = (f"{checkpoint.name}{DAMAGED}{number or ''}" for number in itertools.count())
+    return (checkpoint.with_name(name) for name in names)
 
 
 def find_resumable(home: Path, values: Mapping[str, Any], resume: str) -> Path | None:
@@ -171,8 +230,8 @@ def find_pipeline(home: Path, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        folders = [folder for folder in list_runs(home) if read_status(folder) != "damaged"]
-        return max((folder for folder in folders if _read_resolved(folder).get("stage") == PIPELINE), default=None)
+        folders = [folder for folder in reversed(list_runs(home)) if read_status(folder) != "damaged"]
+        return next((folder for folder in folders if _read_resolved(folder).get("stage") == PIPELINE), None)
     folder = Path(os.path.abspath(resume))
     if read_status(folder) == "damaged":
         raise user_error(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from recipe_runner.runs.folder import COMPLETE, rotate_checkpoints
+from recipe_runner.runs.folder import rotate_checkpoints, vouch_for
 from recipe_runner.runs.metrics import append_metrics
 
 
@@ -43,7 +43,7 @@ class Recorder(TrainerCallback):
         """Marks a whole checkpoint, then deletes old ones."""
         args.distributed_state.wait_for_everyone()
         if args.process_index == 0:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            vouch_for(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             rotate_checkpoints(self.folder, self.limit, state.best_model_checkpoint)
 
 

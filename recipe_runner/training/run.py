@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from recipe_runner.data.prepare import input_ids_of
 from recipe_runner.files import write_json, write_status
 from recipe_runner.launch.configuration import Launch
-from recipe_runner.problems.errors import Interrupted, first_line, user_error
+from recipe_runner.problems.errors import Interrupted, UserError, first_line, user_error
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.runs import folder as run_folder
 from recipe_runner.runs.metrics import drop_metrics_after
@@ -79,10 +79,7 @@ def _is_new(found: Path | None, config: Any) -> bool:
 
 def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool) -> None:
     """Trains, from the last checkpoint of a resumed run."""
-    checkpoint = agree(run_folder.last_checkpoint(folder) if resumed else None)
-    if checkpoint and trainer.is_world_process_zero():
-        drop_metrics_after(folder, int(checkpoint.name.rpartition("-")[2]))
-        run_folder.drop_half_checkpoints(folder)
+    checkpoint = _find_checkpoint(trainer, folder) if resumed else None
     before = {number: signal.signal(number, interruption) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -95,6 +92,27 @@ def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool
     if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
         message = f"Interrupted at step {trainer.state.global_step}; continue with: --resume {folder}"
         raise Interrupted(message, interruption.number)
+
+
+def _find_checkpoint(trainer: Any, folder: Path) -> Path | None:
+    """The checkpoint that a run goes on from; what was written after it is put aside, and said."""
+    checkpoint: Path | None = None
+    failure = None
+    if trainer.is_world_process_zero():
+        try:
+            checkpoint, damage = run_folder.last_intact_checkpoint(folder)
+        except UserError as error:
+            failure = error
+        else:
+            for found in damage:
+                print(f"warning[checkpoint-damaged] {found}; going on from {checkpoint}", file=sys.stderr)
+            if checkpoint:
+                drop_metrics_after(folder, run_folder.step_of(checkpoint))
+            run_folder.put_aside_after(folder, checkpoint)
+    checkpoint, failure = agree((checkpoint, failure))
+    if failure:
+        raise failure
+    return checkpoint
 
 
 def _save(trainer: Any, result: Path, stage: Stage) -> Path:
@@ -142,9 +160,9 @@ def _write_status(config: Any, folder: Path, status: str, **details: Any) -> Non
         write_status(folder, status, checkpoint=str(checkpoint) if checkpoint else None, **details)
 
 
-def agree(path: Path | None) -> Path | None:
-    """The first process decides on a folder or a checkpoint: disks don't show the same to all at the same time."""
-    decided = [path]
+def agree(value: Any) -> Any:
+    """The first process decides, on a folder or a checkpoint: disks don't show the same to all at the same time."""
+    decided = [value]
     broadcast_object_list(decided)
     return decided[0]
 

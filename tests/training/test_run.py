@@ -176,6 +176,69 @@ def test_half_written_checkpoint_is_not_resumed_from(run_recipe, tmp_path):
     assert [entry["step"] for entry in metrics(whole) if "loss" in entry] == [1, 2, 3, 4]
 
 
+def lose(file):
+    file.unlink()
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(("damage", "said"), [(lose, "is missing"), (flip, "is not what was written")])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_not_resumed_from(run_recipe, damage, said, name):
+    training = {"max_steps": 6, "save_steps": 2}
+    _, whole = run_recipe(peft=LORA, training=training)
+    wanted = [entry["loss"] for entry in metrics(whole) if "loss" in entry]
+    (whole / "status.json").write_text('{"status": "running"}')
+    shutil.rmtree(whole / "adapter")
+    damage(whole / "checkpoints" / "checkpoint-6" / name)
+    result, folder = run_recipe("--resume", "auto", peft=LORA, training=training)
+    assert (result.status, folder) == (0, whole), result.err
+    assert f"checkpoint-6 is damaged ({name} {said}); going on from {whole}/checkpoints/checkpoint-4" in result.err
+    assert [entry["loss"] for entry in metrics(whole) if "loss" in entry] == wanted
+    assert (whole / "checkpoints" / "checkpoint-6.damaged").is_dir()  # nothing is lost
+
+
+def test_a_run_without_an_intact_checkpoint_says_so(run_recipe):
+    training = {"max_steps": 2, "save_steps": 2}
+    _, whole = run_recipe(peft=LORA, training=training)
+    (whole / "status.json").write_text('{"status": "running"}')
+    lose(whole / "checkpoints" / "checkpoint-2" / "optimizer.pt")
+    result, _ = run_recipe("--resume", whole, peft=LORA, training=training)
+    assert result.status == 1
+    assert "error[checkpoint-damaged]" in result.err
+    assert "optimizer.pt is missing" in result.err
+
+
+def test_folders_of_other_names_beside_the_checkpoints_do_no_harm(run_recipe):
+    training = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
+    _, whole = run_recipe(peft=LORA, training=training)
+    shutil.copytree(whole / "checkpoints" / "checkpoint-4", whole / "checkpoints" / "checkpoint-4.bak")
+    (whole / "checkpoints" / "checkpoint-final").mkdir()
+    (whole / "status.json").write_text('{"status": "running"}')
+    training["max_steps"] = 4
+    result, folder = run_recipe("--resume", "auto", peft=LORA, training=training)
+    assert (result.status, folder) == (0, whole), result.err
+    assert (whole / "checkpoints" / "checkpoint-4.bak").is_dir()
+
+
+def test_auto_takes_the_run_that_was_started_last_whatever_its_name(run_recipe, tmp_path):
+    training = {"max_steps": 4, "save_steps": 2}
+    _, first = run_recipe(peft=LORA, training=training)
+    renamed = first.rename(first.with_name("zz-my-first-run"))
+    run_recipe(peft=LORA, training=training)
+    (second,) = set(renamed.parent.iterdir()) - {renamed}
+    for run in (renamed, second):
+        told = json.loads((run / "status.json").read_text())
+        (run / "status.json").write_text(json.dumps(told | {"status": "interrupted"}))
+    result, _ = run_recipe("--resume", "auto", peft=LORA, training=training)
+    assert result.status == 0, result.err
+    assert (status(renamed)["status"], status(second)["status"]) == ("interrupted", "completed")
+
+
 def test_auto_starts_anew_when_there_is_nothing_to_resume(run_recipe):
     first = run_recipe("--resume", "auto", peft=LORA)[1]
     second = run_recipe("--resume", "auto", peft=LORA)[1]
