@@ -1,6 +1,9 @@
 """The base model before its weights: its configuration, and its modules on the meta device."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -10,6 +13,7 @@ from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.sections import ModelSection
 
 PLACE = ("model", "name_or_path")
+SHOWN = 3  # tensors that an error names
 
 
 def load_model_config(model: ModelSection) -> PretrainedConfig:
@@ -38,3 +42,38 @@ def build_empty(model_config: PretrainedConfig, trust_remote_code: bool = False)
             return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise user_error("model-config", first_line(error), path=PLACE) from error
+
+
+@contextlib.contextmanager
+def refusing_other_weights(model: ModelSection) -> Iterator[None]:
+    """While weights are loaded: refuses files that do not hold exactly what the configuration asks for.
+
+    transformers 5.23 writes a table to the log, fills what is missing with random numbers, and goes on
+    (modeling_utils.py, _finalize_model_loading).
+
+    Raises:
+        UserError: Tensors are missing, have another shape, or have no place; and the recipe does not name them.
+    """
+    report = transformers.modeling_utils.log_state_dict_report
+
+    def check(*args: Any, **kwargs: Any) -> None:
+        loading_info = kwargs["loading_info"]
+        shapes = {
+            name: f"{name} {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in loading_info.mismatched_keys
+        }
+        for what, found, key, named in (
+            ("are missing, and would be random", loading_info.missing_keys, "new_weights", model.new_weights),
+            ("have another shape", shapes.values(), "", ()),
+            ("have no place in the model", loading_info.unexpected_keys, "unused_weights", model.unused_weights),
+        ):
+            wrong = sorted(text for text in found if not any(f"{text}.".startswith(f"{name}.") for name in named))
+            if wrong:
+                told = f"{', '.join(wrong[:SHOWN])}{', ...' * (len(wrong) > SHOWN)}"
+                message = f"{model.name_or_path}: {len(wrong):,} tensor(s) {what}: {told}"
+                fix = "take the weights and the config.json of one model"
+                fix += f"; if it is meant, list {wrong[0].rpartition('.')[0]} in model.{key}" if key else ""
+                raise user_error("other-weights", message, fix, path=PLACE)
+        report(*args, **kwargs)
+
+    with mock.patch("transformers.modeling_utils.log_state_dict_report", check):
+        yield

@@ -44,6 +44,8 @@ class ModelSection:
     adapter: str | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
+    new_weights: Sequence[str] = ()
+    unused_weights: Sequence[str] = ()
 
     @property
     def folder(self) -> Path | None:

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from safetensors import SafetensorError
 
-from recipe_runner.model import continuation
+from recipe_runner.model import base, continuation
 from recipe_runner.model.quantization import build_quantization, keep_4bit_weights_trainable
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.recipe import Recipe
@@ -30,8 +30,12 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     try:
         model: Any = name
         if continued and peft_config:
-            model = continuation.load_for_training(name, continued, peft_config, quantization, config)
-        with mock.patch.object(cls, "_prepare_dataset", lambda self, dataset, *rest: dataset):
+            with base.refusing_other_weights(recipe.model):
+                model = continuation.load_for_training(name, continued, peft_config, quantization, config)
+        with (
+            mock.patch.object(cls, "_prepare_dataset", lambda self, dataset, *rest: dataset),
+            base.refusing_other_weights(recipe.model),
+        ):
             trainer = cls(
                 model=model,
                 args=config,

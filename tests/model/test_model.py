@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from shared import LORA, NF4, status
 
 from recipe_runner.problems.errors import UserError
 from recipe_runner.recipe.resolve import load_recipe
@@ -145,3 +146,63 @@ def test_card_of_a_hub_model_names_its_base(write_recipe, tmp_path):
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert re.match(r"---\nbase_model: someone/some-model\nlibrary_name: peft\n", card)
     assert json.dumps("2.0000 at step 1")[1:-1] in card
+
+
+@pytest.fixture
+def altered(tiny_phi3, tmp_path):
+    """A copy of the tiny model whose configuration or tensors are changed."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    def altered(config=None, change=None):
+        folder = shutil.copytree(tiny_phi3, tmp_path / "altered")
+        told = json.loads((folder / "config.json").read_text()) | (config or {})
+        (folder / "config.json").write_text(json.dumps(told))
+        if change:
+            tensors = load_file(folder / "model.safetensors")
+            change(tensors)
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return altered
+
+
+def drop_norm(tensors):
+    del tensors["model.norm.weight"]
+
+
+def widen_norm(tensors):
+    import torch
+
+    tensors["model.norm.weight"] = torch.ones(len(tensors["model.norm.weight"]) + 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "said"),
+    [
+        ({"num_hidden_layers": 3}, None, "6 tensor(s) are missing, and would be random: model.layers.2."),
+        ({"num_hidden_layers": 1}, None, "6 tensor(s) have no place in the model: model.layers.1."),
+        ({}, drop_norm, "1 tensor(s) are missing, and would be random: model.norm.weight; "),
+        ({}, widen_norm, "1 tensor(s) have another shape: model.norm.weight (65,), not (64,); take"),
+    ],
+)
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["full", "4-bit"])
+def test_weights_that_are_not_those_of_the_configuration_are_refused(
+    run_recipe, altered, config, change, said, quantization
+):
+    model = {"name_or_path": str(altered(config, change))}
+    result, folder = run_recipe(model=model, peft=LORA, quantization=quantization)
+    assert result.status == 1
+    assert f"error[other-weights] model.name_or_path: {model['name_or_path']}: {said}" in result.err
+    assert status(folder)["status"] == "failed"
+
+
+def test_weights_that_are_meant_to_be_new_or_unused_are_named(run_recipe, altered):
+    model = {"name_or_path": str(altered({"num_hidden_layers": 1})), "unused_weights": ["model.layers.1"]}
+    assert run_recipe(model=model, peft=LORA)[0].status == 0
+
+
+def test_weights_that_are_meant_to_be_new(run_recipe, altered):
+    model = {"name_or_path": str(altered({}, drop_norm)), "new_weights": ["model.norm"]}
+    assert run_recipe(model=model, peft=LORA)[0].status == 0
