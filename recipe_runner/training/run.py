@@ -17,11 +17,13 @@ from recipe_runner.files import write_json, write_status
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.problems.errors import Interrupted, UserError, first_line, user_error
 from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs import folder as run_folder
 from recipe_runner.runs.metrics import drop_metrics_after
 from recipe_runner.stages import Stage
 from recipe_runner.training import card, prepare, resume, summary, trainers, verify
 from recipe_runner.training.callbacks import Finished, Interruption, Recorder
+from recipe_runner.training.initial import keep_initial, save_converted
 
 
 def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> Path:
@@ -58,13 +60,14 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
             write_json(folder / "environment.json", prepare.describe_run(recipe, prepared))
         _say(config, summary.describe_start(recipe, prepared, folder))
         trainer = trainers.build_trainer(recipe, prepared)
+        initial = keep_initial(trainer, folder, found is not None) if alters_base(recipe.peft) else None
         trainers.stop_on_non_finite(trainer, folder)
         trainers.keep_dtypes_on_resume(trainer)
         interruption = Interruption(speaks=config.process_index == 0)
         trainer.add_callback(interruption)
         trainer.add_callback(Recorder(folder, config))
         _train(trainer, folder, interruption, found is not None)
-        result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)), recipe.stage)
+        result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)), recipe.stage, initial)
         if config.process_index == 0:
             card.write_card(recipe, folder, result, prepared.train.accounting, trainer.state.log_history)
         _write_status(config, folder, "completed", step=trainer.state.global_step)
@@ -115,16 +118,18 @@ def _find_checkpoint(trainer: Any, folder: Path) -> Path | None:
     return checkpoint
 
 
-def _save(trainer: Any, result: Path, stage: Stage) -> Path:
+def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Path:
     """Saves the adapter or the model, with tokenizer and chat template, and checks that it can be used."""
     trainer.save_model(str(result))
     trainer.accelerator.wait_for_everyone()
+    if initial and trainer.is_world_process_zero():
+        save_converted(trainer.accelerator.unwrap_model(trainer.model), result, initial)
     gathered = verify.gather_sharded(trainer)
     if trainer.is_world_process_zero():
         shutil.rmtree(result / "ref", ignore_errors=True)  # DPO's frozen copy of the adapter it began with
         trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(result)  # where it stops
         tried = trainer.train_dataset.select(range(min(verify.ROWS, len(trainer.train_dataset))))
-        verify.verify_saved(trainer, result, [input_ids_of(stage, row) for row in tried], gathered)
+        verify.verify_saved(trainer, result, [input_ids_of(stage, row) for row in tried], gathered, initial)
     return result
 
 

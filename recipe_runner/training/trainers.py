@@ -7,11 +7,13 @@ from unittest import mock
 
 import torch
 from safetensors import SafetensorError
+from transformers import set_seed
 
 from recipe_runner.model import base, continuation
 from recipe_runner.model.quantization import build_quantization, keep_4bit_weights_trainable
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs.folder import last_checkpoint
 from recipe_runner.stages import load_class
 from recipe_runner.training.packing import PackingCheck
@@ -27,6 +29,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     name, cls, config = recipe.model.name_or_path, load_class(recipe.stage.trainer), prepared.config
     quantization = build_quantization(recipe.quantization.said)
     continued, peft_config = prepared.adapter, prepared.peft_config
+    if alters_base(recipe.peft):
+        set_seed(config.seed)  # the same part of the base's weights when the run is resumed
     try:
         model: Any = name
         if continued and peft_config:

@@ -1,6 +1,12 @@
 """A saved result that differs from the trained model must be noticed."""
 
+import json
+import shutil
+import subprocess
+import sys
+
 import pytest
+from shared import LORA, NF4, losses
 
 from recipe_runner.problems.errors import UserError
 
@@ -53,3 +59,88 @@ def test_what_was_saved_wrong_is_an_error(saved, alter):
     change(folder, alter)
     with pytest.raises(UserError, match="saved-model-differs"):
         verify_saved(trainer, folder, [list(range(5, 25))])
+
+
+WAYS = {
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
+    "olora": {"init_lora_weights": "olora"},
+    "olora, rank pattern": {"init_lora_weights": "olora", "rank_pattern": {"o_proj": 2}},
+    "pissa, rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mica": {"init_lora_weights": "mica"},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "bias": {"bias": "lora_only"},
+}
+LOADS = """
+import json, sys, torch
+from peft import AutoPeftModelForCausalLM
+found = []
+for folder in json.loads(sys.argv[1]):
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found.append(model(input_ids=torch.arange(5, 25)[None]).logits[0, -1].tolist())
+print(json.dumps(found))
+"""
+
+
+def test_what_was_saved_gives_the_same_logits_in_a_fresh_process(run_recipe, monkeypatch):
+    """On the plain base, whatever the initialisation did to it while training."""
+    import torch
+
+    from recipe_runner.training import verify
+
+    trained, saved, verify_saved = [], [], verify.verify_saved
+
+    def keep_logits(trainer, folder, *rest):
+        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        with torch.no_grad():
+            trained.append(model(input_ids=torch.arange(5, 25)[None]).logits[0, -1].clone())
+        saved.append(str(folder))
+        verify_saved(trainer, folder, *rest)
+
+    monkeypatch.setattr(verify, "verify_saved", keep_logits)
+    for way in WAYS.values():
+        result, _ = run_recipe(peft=LORA | way, training={"learning_rate": 0.01})
+        assert result.status == 0, result.err
+    command = [sys.executable, "-c", LOADS, json.dumps(saved)]
+    loaded = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    for name, before, after in zip(WAYS, trained, loaded, strict=True):
+        assert float((before - torch.tensor(after)).abs().max()) < 1e-4, name
+        assert float(before.abs().max()) > 0.1, name
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "olora"])
+def test_a_resumed_run_of_an_adapter_that_alters_its_base_goes_on_the_same(run_recipe, init):
+    training = {"max_steps": 4, "save_steps": 2}
+    peft = LORA | {"init_lora_weights": init}
+    _, whole = run_recipe(peft=peft, training=training)
+    wanted = losses(whole)
+    (whole / "status.json").write_text('{"status": "running"}')
+    shutil.rmtree(whole / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(whole / "adapter")
+    result, folder = run_recipe("--resume", "auto", peft=peft, training=training)
+    assert (result.status, folder) == (0, whole), result.err
+    assert losses(whole) == wanted
+
+
+@pytest.mark.parametrize(
+    ("init", "stage", "more", "said"),
+    [
+        ("corda", "sft", {}, "corda needs a pass over the data before training"),
+        ("eva", "sft", {}, "eva needs a pass over the data before training"),
+        ("loftq", "sft", {}, "loftq changes the base's weights itself"),
+        ("pissa", "dpo", {}, "with the adapter disabled, the reference would not be the base"),
+        ("olora", "kto", {}, "with the adapter disabled, the reference would not be the base"),
+        ("pissa", "sft", {"quantization": NF4}, "put back into quantized weights"),
+        ("olora", "sft", {"peft": {"use_dora": True}}, "which PEFT can't put back with use_dora"),
+    ],
+)
+def test_initialisations_that_cannot_be_right_are_refused(run_cli, small_recipe, init, stage, more, said):
+    peft = LORA | {"init_lora_weights": init} | more.get("peft", {})
+    result = run_cli("validate", small_recipe(stage, peft=peft, quantization=more.get("quantization")))
+    assert result.status == 1
+    assert "error[initialisation] peft.init_lora_weights: " in result.out
+    assert said in result.out

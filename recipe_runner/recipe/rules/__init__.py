@@ -44,6 +44,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "adapter-without-peft", adapter.adapter_needs_peft(base, peft)
     yield "adapter-base-differs", adapter.adapter_base(base)
     yield "adapter-config-differs", adapter.adapter_config(base, peft)
+    yield "initialisation", adapter.initialisation(recipe.stage, peft, quantized)
     yield "wrong-column-role", data.column_roles(dataset)
     yield "mixture-weight", data.mixture_weights(dataset)
     yield "wrong-source", data.source_files(dataset)

@@ -7,6 +7,7 @@ from typing import Any
 from recipe_runner.files import hash_weights, list_runs, read_status
 from recipe_runner.problems.problem import Found
 from recipe_runner.recipe.sections import ModelSection, UpstreamSection
+from recipe_runner.stages import Stage
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLACE = ("model", "adapter")
@@ -18,6 +19,33 @@ def locate_adapter(folder: Path) -> Path:
     """The adapter's folder in a run folder; any other folder is given back as it is."""
     inside = folder / "adapter"
     return inside if (inside / CONFIG).is_file() else folder
+
+
+def alters_base(peft: UpstreamSection) -> bool:
+    """Whether the adapter's initialisation takes a part out of the base's weights: the adapter fits that base only."""
+    return str(peft["init_lora_weights"]).lower().startswith(("pissa", "olora"))
+
+
+def initialisation(stage: Stage, peft: UpstreamSection, quantization: UpstreamSection) -> Found:
+    """Initialisations that can't be what they are called, or whose result could not be loaded right.
+
+    Source: PEFT 0.21, tuners/lora/layer.py, update_layer; peft_model.py, save_pretrained, which converts the result.
+    """
+    path, name = ("peft", "init_lora_weights"), str(peft["init_lora_weights"]).lower()
+    other = "take true, gaussian, orthogonal, or pissa and olora for sft and pretrain without quantization"
+    if name.startswith(("corda", "eva", "lora_ga")):
+        yield path, f"{name} needs a pass over the data before training, which is not made", other
+    elif name == "loftq":
+        yield (path, "loftq changes the base's weights itself: the adapter would fit no other base", other)
+    elif alters_base(peft):
+        found = f"{name} takes a part of the base's weights into the adapter"
+        if stage.reference:
+            yield path, f"{found}: with the adapter disabled, the reference would not be the base", other
+        elif quantization:
+            yield path, f"{found}: put back into quantized weights, the result would not be what was trained", other
+        elif peft["use_dora"] or (peft["use_rslora"] and (peft["rank_pattern"] or peft["alpha_pattern"])):
+            mixed = "use_dora" if peft["use_dora"] else "use_rslora with rank_pattern or alpha_pattern"
+            yield path, f"{found}, which PEFT can't put back with {mixed}", "take one of them"
 
 
 def adapter_folder(model: ModelSection) -> Found:
