@@ -162,7 +162,10 @@ def find_problems(
     if counted.ends and not stops.intersection(counted.ends):
         found = f"turns end with {' '.join(counted.ends)}, but generation stops at {' '.join(sorted(stops))} only"
         fix = f"set training.eos_token: '{counted.ends[0]}', or the trained model will not stop"
-        yield at("end-of-turn-is-no-end", found, fix, "training", "eos_token")
+        if dataset.train_on:
+            yield at("end-of-turn-is-no-end", found, fix, "training", "eos_token")
+        else:  # TRL's configurations for preferences have no such key
+            yield at("end-of-turn-is-no-end", found, f"train it by stage sft first, and {fix}", "model", "name_or_path")
     if counted.rows_in_train:
         found = f"{counted.rows_in_train:,} of {counted.rows_kept:,} {split} rows are training rows, too"
         fix = "remove them from one of the two: what was trained on can't be held against the model"

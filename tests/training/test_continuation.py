@@ -104,7 +104,7 @@ OWN = """{% for m in messages %}{{ '[' + m['role'] + '] ' }}{% if m['role'] == '
 
 def test_the_chat_template_goes_on_to_the_next_stage(stage, tmp_path):
     (tmp_path / "own.jinja").write_text(OWN)
-    result, sft = stage("sft", training={"chat_template_path": "own.jinja"})
+    result, sft = stage("sft", training={"chat_template_path": "own.jinja", "eos_token": "<|end|>"})
     assert result.status == 0, result.err
     result, _ = stage("dpo", "-n", "1", "--rows-only", adapter=sft, command="preview")
     assert "[user] say 0<|end|>" in result.out
