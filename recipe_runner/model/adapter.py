@@ -1,14 +1,16 @@
 """A new adapter: its PEFT configuration, and whether its targets are modules of the model."""
 
+import copy
 import dataclasses
 import re
 import typing
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 from recipe_runner.problems.errors import UserError, first_line, user_error
@@ -40,39 +42,103 @@ def build_peft(section: Mapping[str, Any], task: str) -> PeftConfig | None:
         raise user_error("peft-refused", first_line(error), path=("peft",)) from error
 
 
-def check_targets(peft_config: Any, empty: torch.nn.Module, model_type: str) -> None:
-    """Checks on a model without weights that every target matches a module.
+def fit_adapter(peft_config: Any, empty: torch.nn.Module, model_type: str) -> PeftModel:
+    """Puts an adapter on a model without weights, and checks that every name in its configuration matches something.
 
-    PEFT errs only if no target at all matches: a Llama-style list silently adapts a part of Phi-3, which fuses its own.
+    PEFT errs only if no target at all matches: a Llama-style list silently adapts a part of Phi-3, which fuses its own;
+    a layer that is not there, or a misspelt name in a pattern, is left out without a word.
 
     Args:
         peft_config: The adapter.
-        empty: The base model on the meta device.
+        empty: The base model on the meta device; it becomes a part of what is returned.
         model_type: transformers' name of the architecture.
 
     Raises:
-        UserError: A target, or a module to save, matches nothing.
+        UserError: A name matches nothing, or PEFT refuses the adapter.
     """
-    modules = dict(empty.named_modules())
-    linear = sorted({name.split(".")[-1] for name, module in modules.items() if isinstance(module, torch.nn.Linear)})
-    targets = peft_config.target_modules
-    if targets is None and model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+    if peft_config.target_modules is None and model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         message = f"PEFT has no default targets for {model_type}"
         fix = "add 'target_modules: all-linear'"
         raise user_error("target-not-found", message, fix, path=("peft", "target_modules"))
-    wanted = [targets] if isinstance(targets, str) else [[name] for name in targets or ()]
-    for target in wanted:
-        if target == "all-linear":
+    modules = [name for name, _ in empty.named_modules()]
+    parameters = [name for name, _ in empty.named_parameters()]
+    tokens = empty.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    linear = sorted({name.split(".")[-1] for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear)})
+    _check_named(peft_config, modules, linear)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that match nothing, which are looked at here
+            fitted = get_peft_model(empty, copy.deepcopy(peft_config))  # PEFT writes into it
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
+        raise user_error("peft-refused", first_line(error), path=("peft",)) from error
+    inside = "base_model.model."
+    adapted = [name.removeprefix(inside) for name, m in fitted.named_modules() if isinstance(m, BaseTunerLayer)]
+    _check_adapted(peft_config, adapted, parameters, linear)
+    chosen = peft_config.trainable_token_indices or []
+    for index in chosen if isinstance(chosen, list) else [index for part in chosen.values() for index in part]:
+        if not 0 <= index < tokens:
+            message = f"there is no token {index}: the model has the tokens 0 to {tokens - 1}"
+            raise user_error("target-not-found", message, path=("peft", "trainable_token_indices"))
+    return fitted
+
+
+def _check_named(peft_config: Any, modules: list[str], linear: list[str]) -> None:
+    """Names of modules that exist, whatever the other fields say."""
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = getattr(peft_config, key) or []
+        if names == "all-linear":
             continue
-        alone = LoraConfig(target_modules=target, exclude_modules=peft_config.exclude_modules)
-        matches = [check_target_module_exists(alone, module) for module in modules]
-        if not any(match is True or isinstance(match, re.Match) for match in matches):
-            raise _no_match("target_modules", target if isinstance(target, str) else target[0], linear)
-    for name in peft_config.modules_to_save or []:
-        if not any(module == name or module.endswith(f".{name}") for module in modules):
-            raise _no_match("modules_to_save", name, linear)
+        for name in [names] if isinstance(names, str) else sorted(names):
+            if isinstance(names, str):
+                found = any(_matches(name, module, key) for module in modules)
+            else:
+                found = any(_is_called(module, name) for module in modules)
+            if not found:
+                raise _no_match(key, name, linear)
+    there = sorted({int(part) for module in modules for part in module.split(".") if part.isdigit()})
+    layers = peft_config.layers_to_transform
+    for layer in [layers] if isinstance(layers, int) else layers or []:
+        if layer not in there:
+            message = f"there is no layer {layer}; the model has layers {there[0]} to {there[-1]}"
+            raise user_error("target-not-found", message, path=("peft", "layers_to_transform"))
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(peft_config, key) or {}:
+            _matches(pattern, "", key)  # is it a regular expression?
 
 
-def _no_match(key: str, name: str, linear: list[str]) -> UserError:
-    message = f"'{name}' matches no module of the model; its linear modules: {', '.join(linear)}"
-    return user_error("target-not-found", message, suggest(name, linear), path=("peft", key))
+def _is_called(full: str, name: str) -> bool:
+    """Whether a name is that of a module or parameter, or its end."""
+    return full == name or full.endswith(f".{name}")
+
+
+def _check_adapted(peft_config: Any, adapted: list[str], parameters: list[str], linear: list[str]) -> None:
+    """Names in fields that work together: each must match something that all of them leave."""
+    names = sorted({module.split(".")[-1] for module in adapted})
+    targets = peft_config.target_modules or []
+    for name in [] if isinstance(targets, str) else sorted(targets):
+        if not any(_is_called(module, name) for module in adapted):
+            raise _no_match("target_modules", name, linear, "that exclude_modules and layers_to_transform leave")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(peft_config, key) or {}:
+            if not any(_matches(rf"(.*\.)?({pattern})", module, key) for module in adapted):
+                raise _no_match(key, pattern, names, "that is adapted")
+    for name in peft_config.target_parameters or []:
+        if not any(_is_called(parameter, name) for parameter in parameters):
+            ends = sorted({".".join(parameter.split(".")[-2:]) for parameter in parameters})
+            raise _no_match("target_parameters", name, ends, "of the model")
+
+
+def _matches(pattern: str, module: str, key: str) -> bool:
+    """Whether a regular expression matches the whole of a name, as PEFT takes it."""
+    try:
+        return re.fullmatch(pattern, module) is not None
+    except re.error as error:
+        message = f"'{pattern}' is not a regular expression: {error}"
+        raise user_error("wrong-form", message, "fix it", path=("peft", key)) from error
+
+
+def _no_match(key: str, name: str, choices: list[str], which: str = "") -> UserError:
+    kind = "parameter" if key == "target_parameters" else "module"
+    there = "there are" if which else "its linear modules"
+    message = f"'{name}' matches no {kind} {which or 'of the model'}; {there}: {', '.join(choices)}"
+    return user_error("target-not-found", message, suggest(name, choices), path=("peft", key))

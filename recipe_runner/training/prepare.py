@@ -1,12 +1,11 @@
 """Everything that a run needs before weights are loaded, the cheapest first."""
 
-import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.checks import find_problems
@@ -89,13 +88,13 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     if config.process_index == 0:
         print(f"Preparing {recipe.name} ...", flush=True)
     job, adapter = open_job(recipe, config, before)
-    peft_config, empty = _check_model(recipe, adapter)
+    peft_config, model = _check_model(recipe, adapter)
     data = prepare_data(job)
     problems = find_data_problems(recipe.model, recipe.dataset, job.tokenizer, data)
     raise_errors(problems)
     if warning := processes.find_default_config():
         problems.append(warning)
-    parameters = count_parameters(empty, peft_config)
+    parameters = count_parameters(model)
     return Prepared(config, precision, job.tokenizer, adapter, peft_config, parameters, data, tuple(problems))
 
 
@@ -127,7 +126,7 @@ def _load_tokenizer(
 
 
 def _check_model(recipe: Recipe, adapter: Path | None) -> tuple[PeftConfig | None, torch.nn.Module]:
-    """The adapter's configuration, checked against the base model without weights, which is also returned.
+    """The adapter's configuration, and the model without weights that it was put on.
 
     Raises:
         UserError: The adapter does not suit the model.
@@ -142,22 +141,18 @@ def _check_model(recipe: Recipe, adapter: Path | None) -> tuple[PeftConfig | Non
     asked = new_adapter.build_peft(recipe.peft.said, recipe.stage.task)
     if adapter:
         fitted = continuation.load_peft(adapter, name, recipe.peft)
-        continuation.check_fit(adapter, fitted, asked, build, f"{model_config.model_type}, {name}")
-        return continuation.load_peft(adapter, name, recipe.peft), build()
-    empty = build()
-    if asked:
-        new_adapter.check_targets(asked, empty, model_config.model_type)
-    return asked, empty
+        model = continuation.check_fit(adapter, fitted, asked, build, f"{model_config.model_type}, {name}")
+        return continuation.load_peft(adapter, name, recipe.peft), model
+    model = build()
+    return asked, new_adapter.fit_adapter(asked, model, model_config.model_type) if asked else model
 
 
-def count_parameters(empty: torch.nn.Module, peft_config: PeftConfig | None) -> tuple[int, int]:
-    """Numbers of parameters that are trained, and of all, by the base model on the meta device."""
-    if peft_config is not None:
-        with torch.device("meta"):
-            model = get_peft_model(empty, copy.deepcopy(peft_config))  # PEFT writes into it
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Numbers of parameters that are trained, and of all, by the model on the meta device, with its adapter."""
+    if isinstance(model, PeftModel):
         trained, total = model.get_nb_trainable_parameters()
         return int(trained), int(total)
-    total = sum(parameter.numel() for parameter in empty.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
     return total, total
 
 

@@ -19,7 +19,7 @@ def check(write_recipe, tiny_phi3):
         with recipe.placing_errors():
             config = base.load_model_config(recipe.model)
             peft_config = adapter.build_peft(recipe.peft.said, recipe.stage.task)
-            adapter.check_targets(peft_config, base.build_empty(config), config.model_type)
+            adapter.fit_adapter(peft_config, base.build_empty(config), config.model_type)
 
     return check
 
@@ -56,13 +56,13 @@ def test_modules_to_save_are_checked_too(check):
         check(target_modules="all-linear", modules_to_save=["embeddings"])
 
 
-def test_nested_configurations_of_peft_are_built(write_recipe):
+def test_nested_configurations_of_peft_are_built():
     from peft import EvaConfig
 
     from recipe_runner.model.adapter import build_peft
 
     peft = {"method": "lora", "init_lora_weights": "eva", "eva_config": {"rho": 1.5}}
-    config = build_peft(load_recipe(str(write_recipe(peft=peft))).peft.said, "CAUSAL_LM")
+    config = build_peft(peft, "CAUSAL_LM")
     assert isinstance(config.eva_config, EvaConfig)
     assert config.eva_config.rho == 1.5
 
@@ -206,3 +206,53 @@ def test_weights_that_are_meant_to_be_new_or_unused_are_named(run_recipe, altere
 def test_weights_that_are_meant_to_be_new(run_recipe, altered):
     model = {"name_or_path": str(altered({}, drop_norm)), "new_weights": ["model.norm"]}
     assert run_recipe(model=model, peft=LORA)[0].status == 0
+
+
+@pytest.mark.parametrize(
+    ("peft", "key", "said"),
+    [
+        ({"exclude_modules": ["qkv_porj"]}, "exclude_modules", "'qkv_porj' matches no module of the model"),
+        ({"exclude_modules": "layers.[0"}, "exclude_modules", "'layers.[0' is not a regular expression"),
+        ({"target_modules": "model.(["}, "target_modules", "'model.([' is not a regular expression"),
+        ({"target_modules": r".*\.k_proj"}, "target_modules", "matches no module of the model"),
+        ({"layers_to_transform": [0, 7], "target_modules": ["o_proj"]}, "layers_to_transform", "there is no layer 7"),
+        (
+            {"layers_to_transform": 7, "target_modules": ["o_proj"]},
+            "layers_to_transform",
+            "the model has layers 0 to 1",
+        ),
+        (
+            {"rank_pattern": {"o_porj": 2}},
+            "rank_pattern",
+            "'o_porj' matches no module that is adapted; there are: down",
+        ),
+        ({"alpha_pattern": {"embed_tokens": 2}}, "alpha_pattern", "'embed_tokens' matches no module that is adapted"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern", "is not a regular expression"),
+        (
+            {"target_parameters": ["mlp.gate_up"]},
+            "target_parameters",
+            "'mlp.gate_up' matches no parameter of the model",
+        ),
+        ({"modules_to_save": ["lm_haed"]}, "modules_to_save", "did you mean 'lm_head'?"),
+        ({"trainable_token_indices": [5, 60000]}, "trainable_token_indices", "there is no token 60000"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices", "there is no token -1"),
+        ({"target_modules": ["o_proj"], "exclude_modules": ["o_proj"]}, "", ""),
+    ],
+)
+def test_names_of_an_adapter_that_match_nothing_are_errors_at_their_key(run_recipe, peft, key, said, monkeypatch):
+    from recipe_runner.training import trainers
+
+    monkeypatch.setattr(trainers, "build_trainer", lambda *_: pytest.fail("the weights were loaded"))
+    result, folder = run_recipe(peft=LORA | peft)
+    assert (result.status, folder) == (1, None)
+    assert f"] peft.{key}: " in result.err if key else "error[peft-refused] peft: " in result.err
+    assert said in result.err
+    assert "Traceback" not in result.err
+
+
+def test_patterns_that_match_are_taken(run_recipe):
+    peft = LORA | {"rank_pattern": {"o_proj": 2, r"layers\.0\.mlp\.down_proj": 4}, "layers_to_transform": [0, 1]}
+    peft |= {"target_modules": ["o_proj", "down_proj"], "exclude_modules": ["layers.1.mlp.down_proj"]}
+    result, _ = run_recipe(peft=peft)
+    assert result.status == 0, result.err
+    assert "trainable" in result.out

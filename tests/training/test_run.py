@@ -359,7 +359,7 @@ BAD = {
     "wrong-row-shape": {"dataset": {"format": "chat", "train": {"source": "rows.jsonl"}}, "rows": [{"messages": 3}]},
     "empty-dataset": {"dataset": {"train": {"source": "rows.jsonl"}}, "rows": [{"instruction": "", "output": ""}]},
     "target-not-found": {"peft": {"method": "lora", "target_modules": ["c_proj", "o_proj"]}},
-    "peft-refused": {"peft": {"method": "lora", "loftq_config": {}, "init_lora_weights": "loftq"}},
+    "peft-refused": {"peft": {"method": "lora", "target_modules": ["o_proj"], "exclude_modules": ["o_proj"]}},
     "training-refused": {"training": {"lr_scheduler_type": "reduce_lr_on_plateau"}},
     "tracker-missing": {"training": {"report_to": ["wandb"]}},
     "output-not-writable": {"run": {"output_dir": "/proc/runs"}},
