@@ -1,5 +1,6 @@
 """`recipe-run new`: writes a new recipe."""
 
+import sys
 from pathlib import Path
 
 import click
@@ -29,10 +30,16 @@ def command(file: Path, model: str, form: str, stage: str | None, way: str, data
     if source:
         text = copy_shipped(file.stem, source)
     else:
-        model = model or click.prompt("Base model (hub id or folder)", default="microsoft/Phi-3-mini-4k-instruct")
-        form = form or click.prompt("Layout of the data", type=click.Choice(list(FORMATS)), default="chat")
-        way = way or click.prompt("Method", type=click.Choice(WAYS), default="qlora")
-        data = data or click.prompt("Data (hub id or file)")
+        try:
+            model = model or click.prompt("Base model (hub id or folder)", default="microsoft/Phi-3-mini-4k-instruct")
+            form = form or click.prompt("Layout of the data", type=click.Choice(list(FORMATS)), default="chat")
+            way = way or click.prompt("Method", type=click.Choice(WAYS), default="qlora")
+            data = data or click.prompt("Data (hub id or file)")
+        except click.Abort as error:
+            if sys.stdin.isatty():  # Ctrl-C
+                raise
+            needed = "there is nobody to ask: give --model, --format, --method and --data, or --from"
+            raise click.UsageError(needed) from error
         text = compose(file.stem, model, form, way, data)
     write_new(file, text)
     for problem in examine_recipe(file)[1]:

@@ -45,6 +45,7 @@ def check_recipes(
     """
     count, launch = 0, None
     problems: list[Problem] = []
+    bugs: list[Exception] = []
     if launch_file is not None:
         from recipe_runner.launch.configuration import find_launch, read_launch
 
@@ -60,7 +61,11 @@ def check_recipes(
             continue
         count += len(files)
         for file in files:
-            recipe, found = examine_recipe(file, overrides)
+            try:
+                recipe, found = examine_recipe(file, overrides)
+            except Exception as error:  # a bug of ours: the other files are reported first
+                bugs.append(error)
+                continue
             if fix and found:
                 from recipe_runner.recipe.fix import fix_file
 
@@ -81,4 +86,6 @@ def check_recipes(
     if form in ("text", "github"):
         counts = f"{count} recipe{'s' * (count != 1)}, {errors} error{'s' * (errors != 1)}"
         click.echo(f"{counts}, {warnings} warning{'s' * (warnings != 1)}", err=bool(errors))
+    if bugs:
+        raise bugs[0]
     return errors, warnings

@@ -33,6 +33,7 @@ MEANINGS = {"system_prompt": "system", "context": "input"}
 MEANINGS |= dict.fromkeys(("system", "history", "input", "label"), "")
 MEANINGS |= dict.fromkeys(("tools", "functions", "images", "image", "videos", "video", "audios", "audio"), "")
 MEANINGS |= dict.fromkeys(("kto_tag", "reasoning_content", "reasoning", "thinking", "weight"), "")
+TEXTS = (".json", ".jsonl", ".csv", ".txt")
 OTHER_NAMES = {"prompt": ("conversations",)}  # role -> columns that hold it in well-known data sets
 
 
@@ -74,6 +75,8 @@ def open_sources(dataset: DatasetSection) -> list[Source]:
 def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     """Opens one source and chooses its columns for the format."""
     name, suffix, place = section.source, Path(section.source).suffix, (*section.path, "source")
+    if suffix in TEXTS and (found := _look_at_begin(Path(name), suffix)):
+        raise user_error("unreadable-data", found, "fix the file", path=place)
     try:
         if suffix in BUILDERS:
             options: dict[str, Any] = {"sample_by": section.sample_by} if section.sample_by else {}
@@ -81,6 +84,7 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
                 names = pd.read_csv(name, nrows=0).columns
                 options |= {"features": Features({column: Value("string") for column in names}), "na_filter": False}
             rows = load_dataset(BUILDERS[suffix], data_files=glob.escape(name), split=section.split, **options)
+            rows.data.table.validate(full=True)  # pyarrow reads JSON without looking at its bytes
         else:
             rows = load_dataset(name, section.subset, split=section.split, revision=section.revision)
     except (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration) as error:
@@ -117,6 +121,9 @@ def order_rows(dataset: DatasetSection, sources: list[Source], seed: int) -> dic
         if min(len(rows) for rows in train) < 2:
             raise user_error("empty-dataset", "a source has one row: none can be held out", path=("dataset", "eval"))
         sizes = [max(1, round(len(rows) * dataset.fraction)) for rows in train]
+        if any(size >= len(rows) for size, rows in zip(sizes, train, strict=True)):
+            message = f"{dataset.fraction:g} of {min(map(len, train))} rows are all of them: none is left to train on"
+            raise user_error("empty-dataset", message, "hold out less", path=("dataset", "eval"))
         parts = [rows.train_test_split(size, seed=seed) for rows, size in zip(train, sizes, strict=True)]
         train, evaluation = [part["train"] for part in parts], [part["test"] for part in parts]
     weights = [source.weight for source in dataset.train if source.weight is not None]
@@ -207,6 +214,8 @@ def _explain_load_error(error: Exception, name: str, suffix: str, place: KeyPath
     """Says which line of a local file is at fault, or why a hub dataset can't be loaded."""
     if isinstance(error, StopIteration):  # datasets 5.2: a JSON file without rows
         return user_error("empty-dataset", f"{name} is empty", path=place)
+    if suffix in TEXTS and (found := _find_bad_bytes(Path(name))):
+        return user_error("unreadable-data", found, path=place)
     if suffix in (".json", ".jsonl") and (found := _find_bad_json(Path(name))):
         return user_error("unreadable-data", found, "fix the file", path=place)
     root: BaseException = error
@@ -217,6 +226,32 @@ def _explain_load_error(error: Exception, name: str, suffix: str, place: KeyPath
         return user_error("unreadable-data", f"cannot read {name}: {what}", path=place)
     hint = "check the id, subset and split, and the network; or use a local file"
     return user_error("dataset-unavailable", f"cannot load the dataset '{name}': {what}", hint, path=place)
+
+
+def _look_at_begin(file: Path, suffix: str) -> str:
+    """What keeps a file from being read at all; empty when nothing does.
+
+    pyarrow 25 ends the process (segmentation fault) where the first row of a JSON file is null.
+    """
+    with file.open("rb") as stream:
+        begin = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
+    if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return f"{file} is UTF-16; save it as UTF-8"
+    if suffix in (".json", ".jsonl") and begin.strip() and begin.lstrip()[:1] not in (b"{", b"["):
+        return f"{file}: the first row is not a JSON object"
+    return ""
+
+
+def _find_bad_bytes(file: Path) -> str:
+    """Where a text file is not UTF-8; empty when it is."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{line[error.start]:02x}"
+                return f"{file}: line {number}: {byte} is not UTF-8 (Latin-1 or cp1252?); save the file as UTF-8"
+    return ""
 
 
 def _find_bad_json(file: Path) -> str:

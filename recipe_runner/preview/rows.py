@@ -163,6 +163,8 @@ def take_row(opened: Opened, number: int) -> list[Row]:
 
 
 def _read_table(job: Job, order: np.ndarray, table: Any, tally: Tally, number: int) -> list[Row]:
+    if not len(table):
+        return []  # all of these rows are dropped
     lost = None if job.packing("train") else tally.columns["lost"][-1]
     rows = []
     for place, entry in enumerate(table.slice(0, number).to_pylist()):

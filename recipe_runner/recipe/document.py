@@ -148,6 +148,8 @@ class _Builder:
         elif isinstance(event, yaml.SequenceStartEvent):
             value = self.sequence(path)
         else:
+            if "\0" in event.value:  # no path, no name and no text of a recipe has one, and the system refuses it
+                raise user_error("yaml-syntax", "the value holds a NUL character", "remove it", mark, path)
             value = parse_scalar(event.value) if not event.style and event.tag is None else event.value
         if isinstance(value, float) and not math.isfinite(value):
             self.problem("not-finite", f"{event.value} is not a finite number", "write a number", mark, path)

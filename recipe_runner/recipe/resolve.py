@@ -19,6 +19,8 @@ from recipe_runner.recipe.rules.adapter import locate_adapter
 from recipe_runner.recipe.rules.data import is_file_source, looks_local
 from recipe_runner.stages import PIPELINE
 
+MAX_BASES = 50  # that extend each other: more is a mistake of a script
+
 
 @dataclass
 class _Draft:
@@ -73,6 +75,7 @@ def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | 
             del draft.values["extends"]  # merged: from here on the recipe must be whole
         problems = draft.problems + validate.check_values(draft.values, draft.place)
         values = _repaired(draft.values, problems)
+        values.pop("extends", None)  # meant by a typo: what it would bring is missing, and the rules can't be applied
         stages: list[Recipe] = []
         if not problems or not [p for p in validate.check_values(values, draft.place) if p.code != "removed-key"]:
             schema.fill_defaults(values)
@@ -151,6 +154,9 @@ def _extend(document: Document, file: Path, chain: list[Path]) -> _Draft:
         if base_file.resolve() in chain:
             message = f"{base_name} extends this recipe in turn"
             raise user_error("extends-cycle", message, "remove one 'extends'", mark, ("extends",))
+        if len(chain) > MAX_BASES:
+            message = f"{base_name} is the end of a chain of more than {MAX_BASES} recipes"
+            raise user_error("extends-cycle", message, "write the recipe out", mark, ("extends",))
         base = _extend(read_document(base_file), base_file, chain)
     except UserError as error:
         if error.problems[0].code in ("unreadable-file", "recipe-not-found"):
@@ -222,7 +228,7 @@ def _override(draft: _Draft, override: str) -> None:
 
 def _step(target: Any, part: str, mark: Mark, path: KeyPath, new: bool = False) -> str | int:
     """The key or index that a part of an override's path stands for."""
-    if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+    if isinstance(target, list) and part.isascii() and part.isdigit() and int(part) < len(target):
         return int(part)
     if isinstance(target, dict) and (new or part in target):
         return part

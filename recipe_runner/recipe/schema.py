@@ -145,9 +145,10 @@ def fill_defaults(values: dict[str, Any], schema: dict[str, Any] | None = None) 
                 values[key] = json.loads(json.dumps(entry["default"]))
             if isinstance(values.get(key), dict):
                 fill_defaults(values[key], entry)
-            elif isinstance(values.get(key), list) and "$ref" in entry:
+            elif isinstance(values.get(key), list):
                 for item in values[key]:
-                    fill_defaults(item, entry)
+                    if isinstance(item, dict):
+                        fill_defaults(item, entry)
     return values
 
 

@@ -83,7 +83,7 @@ def _is_new(found: Path | None, config: Any) -> bool:
 def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool) -> None:
     """Trains, from the last checkpoint of a resumed run."""
     checkpoint = _find_checkpoint(trainer, folder) if resumed else None
-    before = {number: signal.signal(number, interruption) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interruption) for number in SIGNALS}
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Finished:
@@ -133,6 +133,8 @@ def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Pat
     return result
 
 
+# Ctrl-C, a scheduler, a terminal that is closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 # What torch 2.13 says when a process of the group does not answer (gloo, NCCL, DeepSpeed over them).
 LOST = re.compile(r"timed? ?out|closed by peer|reset by peer|gloo|NCCL|ProcessGroup", re.IGNORECASE)
 
@@ -146,7 +148,10 @@ def _recorded(folder: Path, config: Any) -> Iterator[None]:
         _write_status(config, folder, "interrupted")
         raise
     except BaseException as error:
-        _write_status(config, folder, "failed", error=str(error) or type(error).__name__)
+        try:
+            _write_status(config, folder, "failed", error=str(error) or type(error).__name__)
+        except OSError as another:  # a full disk: what went wrong first is what is said
+            print(f"the status can't be written, either: {another}", file=sys.stderr)
         if isinstance(error, torch.OutOfMemoryError):
             fix = "lower per_device_train_batch_size (and raise gradient_accumulation_steps), or max_length"
             raise user_error("out-of-memory", str(error).splitlines()[0], fix) from error

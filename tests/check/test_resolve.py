@@ -158,3 +158,72 @@ def test_an_item_of_a_list_can_be_overridden(write_recipe):
 @pytest.mark.parametrize("text", ["a\x85b", "a\u2028b", "a\tb", "a\nb\n", " a ", "", "{a}", "# a", "é😀"])
 def test_every_text_survives_show(text):
     assert parse_document(dump_values({"k": text}), "f").values == {"k": text}
+
+
+def test_a_misspelt_extends_is_an_error_and_not_a_bug(run_cli, tmp_path):
+    (tmp_path / "mine.yaml").write_text("schema_version: 1\nname: mine\nextend: phi3_chat_qlora\n")
+    result = run_cli("validate", tmp_path / "mine.yaml")
+    assert result.status == 1
+    assert "mine.yaml:3:1: error[unknown-key] extend: unknown key; did you mean 'extends'?" in result.out
+
+
+@pytest.mark.parametrize("line", ['extends: "x\\0"', 'name: "x\\0"', '"key\\0": 1'])
+def test_a_nul_character_is_an_error_at_its_place(run_cli, tmp_path, line):
+    (tmp_path / "mine.yaml").write_text(f"schema_version: 1\n{line}\n")
+    result = run_cli("validate", tmp_path / "mine.yaml")
+    assert result.status == 1
+    assert "mine.yaml:2:" in result.out
+    assert "error[yaml-syntax]" in result.out
+    assert "NUL character" in result.out
+
+
+def test_a_long_chain_of_recipes_is_refused(run_cli, tmp_path):
+    for number in range(1200):
+        (tmp_path / f"c{number}.yaml").write_text(
+            f"schema_version: 1\nname: c{number}\nextends: ./c{number + 1}.yaml\n"
+        )
+    result = run_cli("validate", tmp_path / "c0.yaml")
+    assert result.status == 1
+    assert "error[extends-cycle] extends: ./c51.yaml is the end of a chain of more than 50 recipes" in result.out
+
+
+def test_sources_of_evaluation_data_in_a_list_have_defaults(write_recipe):
+    dataset = {"eval": [{"source": "someone/a"}, {"source": "someone/b", "split": "test"}]}
+    recipe = load_recipe(str(write_recipe(dataset=dataset, training={"eval_strategy": "steps"})))
+    assert [source.split for source in recipe.dataset.eval] == ["train", "test"]
+
+
+def test_an_index_that_is_no_ascii_number_is_an_unknown_key(run_cli, write_recipe):
+    recipe = write_recipe(dataset={"train": [{"source": "someone/a"}]})
+    result = run_cli("validate", recipe, "--set", "dataset.train.\u00b2.split=test")
+    assert result.status == 1
+    assert "error[bad-override]" in result.out
+
+
+def test_the_trouble_of_one_file_never_hides_that_of_another(run_cli, tmp_path, monkeypatch, write_recipe):
+    from recipe_runner.cli import validate
+
+    for name in ("a", "b", "c"):
+        write_recipe(name, folder=tmp_path, typo=1)
+    examine = validate.examine_recipe
+
+    def broken(file, overrides):
+        if file.stem == "b":
+            raise KeyError("stage")
+        return examine(file, overrides)
+
+    monkeypatch.setattr(validate, "examine_recipe", broken)
+    result = run_cli("validate", *(tmp_path / f"{name}.yaml" for name in "abc"))
+    assert result.status == 3
+    assert result.out.count("error[unknown-key] typo") == 2
+    assert "error[bug] KeyError" in result.err
+
+
+def test_new_without_anybody_to_ask_is_a_wrong_command_line(run_cli, tmp_path, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    result = run_cli("new", tmp_path / "mine.yaml")
+    assert result.status == 2
+    assert "give --model, --format, --method and --data" in result.err
+    assert not (tmp_path / "mine.yaml").exists()

@@ -347,3 +347,15 @@ def test_evaluation_rows_that_are_trained_on_are_told(preview):
     assert "eval rows are training rows, too" in result.out
     result, _ = preview(rows=rows, command="prepare", training={"eval_strategy": "steps"}, eval={"fraction": 0.25})
     assert "eval-rows-in-train" not in result.out
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_first_rows_may_all_be_unusable(run_recipe, stage):
+    good, bad = {
+        "sft": ({"instruction": "q", "output": "a"}, {"instruction": "q", "output": ""}),
+        "dpo": ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "", "rejected": "b"}),
+    }[stage]
+    rows = [bad] * 120 + [good] * 10
+    result, _ = run_recipe("-n", "2", "--rows-only", command="preview", stage=stage, rows=rows)
+    assert result.status == 0, result.err
+    assert "rows.jsonl row 121" in result.out

@@ -232,3 +232,34 @@ def test_a_column_is_left_out_by_null(load):
     assert [turn["content"] for turn in train[0]["prompt"]] == ["q"]
     train, _ = load(rows)
     assert [turn["content"] for turn in train[0]["prompt"]] == ["in version 3", "q\n\nmore"]
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "said"),
+    [
+        ("a.jsonl", b"null\n" + b'{"instruction": "q", "output": "a"}\n' * 3, "the first row is not a JSON object"),
+        ("a.jsonl", b"\n  7\n", "the first row is not a JSON object"),
+        ("a.json", b'"text"', "the first row is not a JSON object"),
+        (
+            "a.jsonl",
+            b'{"instruction": "q", "output": "a"}\n{"instruction": "caf\xe9", "output": "a"}\n',
+            "line 2: byte 0xe9",
+        ),
+        ("a.csv", b"instruction,output\nq,a\ncaf\xe9,a\n", "line 3: byte 0xe9 is not UTF-8 (Latin-1 or cp1252?)"),
+        ("a.txt", b"caf\xe9\n", "line 1: byte 0xe9 is not UTF-8"),
+        ("a.jsonl", '{"instruction": "q", "output": "a"}\n'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("a.csv", "instruction,output\nq,a\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    ],
+)
+def test_files_that_are_no_text_in_utf_8_are_one_clear_line(load, tmp_path, file, data, said):
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        load(train={"source": file}, rows=[], file="other.jsonl", **({"format": "text"} if file == "a.txt" else {}))
+    (problem,) = caught.value.problems
+    assert problem.code == "unreadable-data"
+    assert said in problem.message
+
+
+def test_a_fraction_that_leaves_nothing_to_train_on_is_refused(load):
+    with pytest.raises(UserError, match=r"0\.9 of 3 rows are all of them: none is left to train on"):
+        load(ROWS[:3], eval={"fraction": 0.9})
