@@ -49,7 +49,9 @@ def command(
         sets = [part for override in overrides for part in ("--set", override)]
         sys.exit(_start_processes(resolved, launch_file, given, ["train", recipe, *sets, "--resume", resume]))
     from recipe_runner.launch.configuration import launch_from_environment
+    from recipe_runner.launch.process import outlive_readers
 
+    outlive_readers()
     launch = launch_from_environment(os.environ)  # now: accelerate writes into the environment, too
     with resolved.placing_errors():
         if resolved.stages:

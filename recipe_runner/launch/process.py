@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any, TextIO
 
 # How often a thread of GNU OpenMP looks whether the others are done before it gives its core away. By default it looks
 # for some milliseconds, in which another program could compute; docs/log.md has the measurements.
@@ -48,6 +49,38 @@ def set_up_process(on_cpu: bool = False) -> None:
         logging.disable(logging.WARNING)
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (as long as the process)
     _silence_upstream()
+
+
+class _Unbroken:
+    """A stream that goes on when whoever reads it (`| head`) has gone: what would be written is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self._drop()
+
+    def _drop(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def outlive_readers() -> None:
+    """Lets a run go on to its end when nobody reads its output any more."""
+    if not isinstance(sys.stdout, _Unbroken):
+        sys.stdout, sys.stderr = _Unbroken(sys.stdout), _Unbroken(sys.stderr)
 
 
 def _silence_upstream() -> None:

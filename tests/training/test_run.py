@@ -266,16 +266,16 @@ def test_a_run_that_cannot_be_resumed_says_why(run_recipe, state, code):
     assert "error[not-a-run]" in run_recipe("--resume", folder.parent / "nowhere", peft=LORA)[0].err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_a_checkpoint_and_its_exit_status(write_recipe, tiny_phi3, tmp_path, number, code):
     training = {"max_steps": 100_000, "logging_steps": 1}
     recipe = write_recipe(model={"name_or_path": str(tiny_phi3)}, peft=LORA, training=training)
     process = subprocess.Popen(
-        [sys.executable, "-m", "recipe_runner", str(recipe)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
+        [sys.executable, "-m", "recipe_runner", str(recipe)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    assert "Preparing" in process.stdout.readline()
+    process.stdout.close()  # as `| head -1` does: the run goes on
+    process.stdout = None
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/tiny/*/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
