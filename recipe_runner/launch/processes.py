@@ -27,15 +27,19 @@ def check_launcher(launch: Launch | None, recipe: Recipe) -> None:
     problems = check_launch(launch, recipe) if launch else []
     if errors := [problem for problem in problems if problem.severity == "error"]:
         raise UserError(errors)
-    wanted, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if not is_on_cpu(recipe.training["use_cpu"]) and 0 < devices < wanted:
+    wanted, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+    if device_kind(recipe.training["use_cpu"]) != "cpu" and 0 < devices < wanted:
         message = f"{wanted} processes were started on this machine, which has {devices} GPUs"
         raise user_error("too-many-processes", message, f"--num_processes {devices}")
 
 
-def is_on_cpu(use_cpu: bool) -> bool:
-    """Whether this process trains on a CPU: asked for by the recipe or the launcher, or for want of a GPU."""
-    return bool(use_cpu) or is_told_cpu() or not torch.cuda.is_available()
+def device_kind(use_cpu: bool) -> str:
+    """The kind of device that this process trains on, by torch's name: cuda, mps, xpu, npu, ...; or cpu.
+
+    A CPU is asked for by the recipe or the launcher, or there is nothing else.
+    """
+    found = None if use_cpu or is_told_cpu() else torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found else "cpu"
 
 
 def join_processes(use_cpu: bool, timeout_seconds: int) -> dict[str, str]:
@@ -52,7 +56,7 @@ def join_processes(use_cpu: bool, timeout_seconds: int) -> dict[str, str]:
         UserError: The port of the first process is taken.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if not several or not is_on_cpu(use_cpu):
+    if not several or device_kind(use_cpu) != "cpu":
         return {}
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         return {"ddp_backend": "gloo"}

@@ -83,7 +83,7 @@ def _check_devices(launch: Launch) -> None:
     if values.get("use_cpu") or values.get("distributed_type", "NO") == "NO":
         return
     wanted = values.get("num_processes", 1) // values.get("num_machines", 1)
-    devices = torch.cuda.device_count()
+    devices = torch.accelerator.device_count()
     if wanted > devices:
         message = f"{launch.name} starts {wanted} processes on this machine, which has {devices} GPUs"
         fix = f"--num-processes {devices}" if devices > 1 else "take single_gpu" if devices else "take cpu or cpu_2proc"

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_bf16_available
 
 from recipe_runner.launch.process import WAITING, is_told_cpu
+from recipe_runner.launch.processes import device_kind
 from recipe_runner.problems.errors import user_error
 from recipe_runner.recipe.sections import UpstreamSection
 
@@ -61,13 +63,16 @@ def choose_precision(training: UpstreamSection, dtype: str | None, adapter: bool
     Raises:
         UserError: The recipe asks for a precision that the machine does not have.
     """
-    on_cpu = training["use_cpu"] or is_told_cpu()
-    gpu = torch.cuda.is_available() and not on_cpu
-    # Emulated bfloat16 (Turing, Volta) is slower than float32: it does not count.
-    has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    machine = torch.cuda.get_device_name(0) if gpu else "this CPU"
+    kind = device_kind(training["use_cpu"])
+    gpu = kind != "cpu"
+    if kind == "cuda":  # emulated bfloat16 (Turing, Volta) is slower than float32: it does not count
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # accelerate 1.15 knows the others: Apple from macOS 14, Intel by what the driver says
+        has_bf16 = gpu and is_bf16_available()
+    machine = describe_accelerator(kind) if gpu else "this CPU"
 
-    available = {"bf16": has_bf16 or bool(on_cpu), "fp16": gpu, "tf32": has_bf16}
+    told_cpu = training["use_cpu"] or is_told_cpu()
+    available = {"bf16": has_bf16 or bool(told_cpu), "fp16": gpu, "tf32": kind == "cuda" and has_bf16}
     for key in available:
         if training[key] and not available[key]:
             fix = "remove the key: the machine then decides"
@@ -92,12 +97,17 @@ def choose_precision(training: UpstreamSection, dtype: str | None, adapter: bool
     return Precision(dtype, bf16, bool(training["fp16"]), reason)
 
 
+def describe_accelerator(kind: str) -> str:
+    """The name of an accelerator, as far as torch knows one."""
+    return torch.cuda.get_device_name() if kind == "cuda" else f"this machine's {kind} device"
+
+
 def describe_device(config: Any) -> str:
     """The device a process trains on and how many processes there are, in a few words."""
     kind = config.distributed_state.distributed_type.value.lower()
     processes = describe_processes(config) + f" ({kind})" * (kind != "no")
-    if config.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(config.device)}; {processes}"
+    if config.device.type != "cpu":
+        return f"{describe_accelerator(config.device.type)}; {processes}"
     threads = torch.get_num_threads()
     waiting = [f", {name}={os.environ[name]}" for name in WAITING if name in os.environ and threads > 1]
     return f"CPU, {threads} thread{'s' * (threads != 1)}{''.join(waiting)}; {processes}"

@@ -110,7 +110,7 @@ def test_options_are_checked_like_the_file(run_cli):
 def test_more_processes_than_devices(run_cli, monkeypatch):
     import torch
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     err = run_cli("train", "phi3_chat_qlora", "--accelerate-config", "ddp").err
     assert "error[too-many-processes]" in err
     assert "starts 4 processes on this machine, which has 2 GPUs; --num-processes 2" in err
