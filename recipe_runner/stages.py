@@ -42,6 +42,7 @@ class Stage:
         adapter_rates: Learning rates of adapters.
         full_rates: Learning rates of full fine-tuning.
         measures: What the trainer logs of held-out data -> its name for people.
+        logged: All that it logs of held-out data beside the loss. Source: TRL 1.16, `_metrics` of its trainers.
         reference: Whether the trained model is compared with a reference model.
         packs: Whether packed rows are what is meant: its text has no documents that should stay apart.
         notes: Lines that a new recipe of this stage gets in `training`.
@@ -55,6 +56,7 @@ class Stage:
     adapter_rates: Rates
     full_rates: Rates
     measures: Mapping[str, str]
+    logged: tuple[str, ...]
     reference: bool = False
     packs: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -73,13 +75,38 @@ _REWARDS = {"eval_rewards/accuracies": "held-out pairs ranked right", "eval_rewa
 _GROUPED = "  train_sampling_strategy: group_by_length   # pairs can't be packed: less padding\n"
 _BETA = "  beta: 0.1                        # smaller: further from the reference model\n"
 
+_LANGUAGE_LOGGED = ("mean_token_accuracy", "entropy", "num_tokens", "aux_loss")
+_KTO_LOGGED: tuple[str, ...] = ("entropy", "num_tokens", "aux_loss", "kl")
+_KTO_LOGGED += tuple(f"{name}/{of}" for name in ("rewards", "logps", "logits") for of in ("chosen", "rejected"))
+_KTO_LOGGED += ("rewards/margins",)
+_DPO_LOGGED = (*(name for name in _KTO_LOGGED if name != "kl"), "rewards/accuracies", "mean_token_accuracy")
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(
-            "pretrain", "trl:SFTTrainer", "trl:SFTConfig", "tokens", "CAUSAL_LM", _ADAPTER, _FULL, _LANGUAGE, packs=True
+            "pretrain",
+            "trl:SFTTrainer",
+            "trl:SFTConfig",
+            "tokens",
+            "CAUSAL_LM",
+            _ADAPTER,
+            _FULL,
+            _LANGUAGE,
+            _LANGUAGE_LOGGED,
+            packs=True,
         ),
-        Stage("sft", "trl:SFTTrainer", "trl:SFTConfig", "tokens", "CAUSAL_LM", _ADAPTER, _FULL, _LANGUAGE),
+        Stage(
+            "sft",
+            "trl:SFTTrainer",
+            "trl:SFTConfig",
+            "tokens",
+            "CAUSAL_LM",
+            _ADAPTER,
+            _FULL,
+            _LANGUAGE,
+            _LANGUAGE_LOGGED,
+        ),
         Stage(
             "dpo",
             "trl:DPOTrainer",
@@ -89,6 +116,7 @@ STAGES: dict[str, Stage] = {
             _DPO_ADAPTER,
             _DPO_FULL,
             {"eval_loss": "held-out loss"} | _REWARDS,
+            _DPO_LOGGED,
             reference=True,
             notes={"first": _BETA, "batches": _GROUPED},
         ),
@@ -101,6 +129,7 @@ STAGES: dict[str, Stage] = {
             _KTO_ADAPTER,
             _KTO_FULL,
             {"eval_loss": "held-out loss", "eval_rewards/margins": _REWARDS["eval_rewards/margins"]},
+            _KTO_LOGGED,
             reference=True,
             notes={"first": _BETA},
         ),

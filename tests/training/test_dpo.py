@@ -169,3 +169,17 @@ def test_a_data_set_without_pairs_is_refused(dpo):
     assert result.status == 1
     assert "error[missing-column]" in result.err
     assert "for the role 'rejected'" in result.err
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
+def test_evaluations_measure_what_the_record_of_the_stage_says(run_recipe, stage):
+    """Upstream's names: a checkpoint may be chosen by them, and by no other."""
+    from recipe_runner.stages import STAGES
+
+    training = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "learning_rate": 1e-5}
+    result, folder = run_recipe(stage=stage, peft=LORA, training=training, dataset={"eval": {"fraction": 0.2}})
+    assert result.status == 0, result.err
+    (measured,) = [set(entry) for entry in metrics(folder) if "eval_loss" in entry]
+    timing = {"runtime", "samples_per_second", "steps_per_second", "loss", "aux_loss"}
+    names = {name.removeprefix("eval_") for name in measured if name.startswith("eval_")}
+    assert names | timing == {*STAGES[stage].logged} | timing

@@ -28,6 +28,8 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "eval-without-data", training.eval_without_data(trained, dataset)
     yield "eval-data-unused", training.eval_data_unused(trained, dataset)
     yield "best-model-schedule", training.best_model_schedule(trained)
+    yield "best-metric", training.best_metric(recipe.stage, trained)
+    yield "warmup-length", training.warmup_length(trained)
     yield "packing-without-length", training.packing_without_length(trained)
     yield "synced-reference", training.synced_reference(trained, peft)
     yield "packed-evaluation", training.packed_evaluation(recipe.stage, trained, dataset)

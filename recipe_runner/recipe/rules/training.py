@@ -3,6 +3,7 @@
 from typing import Any
 
 from recipe_runner.problems.problem import Found
+from recipe_runner.problems.words import suggest
 from recipe_runner.recipe.sections import DatasetSection, RunSection, UpstreamSection
 from recipe_runner.stages import Stage
 
@@ -44,6 +45,23 @@ def best_model_schedule(training: UpstreamSection) -> Found:
         if training["save_steps"] % steps:
             found = f"save_steps ({training['save_steps']}) is not a multiple of eval_steps ({steps})"
             yield path, found, "make it one"
+
+
+def best_metric(stage: Stage, training: UpstreamSection) -> Found:
+    """The best checkpoint is chosen by what evaluations measure; transformers looks for it after the first one."""
+    metric = training.said.get("metric_for_best_model")
+    known = ["loss", *stage.logged, "runtime", "samples_per_second", "steps_per_second"]
+    if metric and str(metric).removeprefix("eval_") not in known:
+        fix = suggest(str(metric), known) or f"measured: {', '.join(known)}"
+        yield ("training", "metric_for_best_model"), f"evaluations of stage {stage.name} do not measure '{metric}'", fix
+
+
+def warmup_length(training: UpstreamSection) -> Found:
+    """A warm-up as long as the training: the learning rate that the recipe asks for is never reached."""
+    warmup, steps = training["warmup_steps"] or 0, training["max_steps"]
+    if 1 < steps <= warmup:
+        found = f"a warm-up of {warmup:g} steps, and max_steps is {steps}: the learning rate is never reached"
+        yield ("training", "warmup_steps"), found, "make it shorter (below 1: a share of all steps)"
 
 
 def packing_without_length(training: UpstreamSection) -> Found:
