@@ -71,6 +71,10 @@ def fit_adapter(peft_config: Any, empty: torch.nn.Module, model_type: str) -> Pe
             fitted = get_peft_model(empty, copy.deepcopy(peft_config))  # PEFT writes into it
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
         raise user_error("peft-refused", first_line(error), path=("peft",)) from error
+    if not hasattr(fitted.get_output_embeddings(), "bias"):
+        message = "TRL 1.16 computes the loss from the head itself, and here tokens of a tied head would be trained"
+        fix = "remove the key, or train all tokens: modules_to_save: [embed_tokens], ensure_weight_tying: true"
+        raise user_error("peft-refused", message, fix, path=("peft", "trainable_token_indices"))
     inside = "base_model.model."
     adapted = [name.removeprefix(inside) for name, m in fitted.named_modules() if isinstance(m, BaseTunerLayer)]
     _check_adapted(peft_config, adapted, parameters, linear)
@@ -101,6 +105,11 @@ def _check_named(peft_config: Any, modules: list[str], linear: list[str]) -> Non
         if layer not in there:
             message = f"there is no layer {layer}; the model has layers {there[0]} to {there[-1]}"
             raise user_error("target-not-found", message, path=("peft", "layers_to_transform"))
+    lists = sorted({part[1] for module in modules if (part := re.search(r"(\w+)\.\d+(\.|$)", module))})
+    layer_lists = peft_config.layers_pattern or []
+    for pattern in [layer_lists] if isinstance(layer_lists, str) else layer_lists:
+        if pattern.rpartition(".")[2] not in lists:
+            raise _no_match("layers_pattern", pattern, lists, "of the model")
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(peft_config, key) or {}:
             _matches(pattern, "", key)  # is it a regular expression?

@@ -234,6 +234,11 @@ def test_weights_that_are_meant_to_be_new(run_recipe, altered):
             "'mlp.gate_up' matches no parameter of the model",
         ),
         ({"modules_to_save": ["lm_haed"]}, "modules_to_save", "did you mean 'lm_head'?"),
+        (
+            {"layers_pattern": ["layrs"], "layers_to_transform": [1], "target_modules": ["o_proj"]},
+            "layers_pattern",
+            "'layrs' matches no module of the model; there are: layers; did you mean",
+        ),
         ({"trainable_token_indices": [5, 60000]}, "trainable_token_indices", "there is no token 60000"),
         ({"trainable_token_indices": [-1]}, "trainable_token_indices", "there is no token -1"),
         ({"target_modules": ["o_proj"], "exclude_modules": ["o_proj"]}, "", ""),
@@ -256,3 +261,11 @@ def test_patterns_that_match_are_taken(run_recipe):
     result, _ = run_recipe(peft=peft)
     assert result.status == 0, result.err
     assert "trainable" in result.out
+
+
+def test_tokens_of_a_tied_head_are_refused_before_the_weights(run_recipe, altered):
+    """TRL 1.16: trl/trainer/utils.py, _fused_forward reads `lm_head.bias`, which PEFT's wrapper does not have."""
+    tied = {"name_or_path": str(altered({"tie_word_embeddings": True}))}
+    result, folder = run_recipe(model=tied, peft=LORA | {"trainable_token_indices": [5]})
+    assert (result.status, folder) == (1, None)
+    assert "error[peft-refused] peft.trainable_token_indices: TRL 1.16 computes the loss from the head" in result.err
