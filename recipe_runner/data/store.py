@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
@@ -146,6 +146,7 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
     """Prepares all splits into a new entry; a half-written entry never has the final name."""
     for leftover in (folder, *folder.parent.glob(f"{folder.name}.*.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
+    _drop_leftovers(folder.parent)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
@@ -163,6 +164,16 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _drop_leftovers(store: Path) -> None:
+    """Removes what killed processes left: half-written entries that nobody holds the lock of."""
+    for leftover in store.glob("*.partial"):
+        try:
+            with FileLock(store / f"{leftover.name.partition('.')[0]}.lock", timeout=0):
+                shutil.rmtree(leftover, ignore_errors=True)
+        except Timeout:
+            continue  # another process is writing it
 
 
 def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Tally:

@@ -359,3 +359,21 @@ def test_the_first_rows_may_all_be_unusable(run_recipe, stage):
     result, _ = run_recipe("-n", "2", "--rows-only", command="preview", stage=stage, rows=rows)
     assert result.status == 0, result.err
     assert "rows.jsonl row 121" in result.out
+
+
+def test_what_killed_preparations_left_is_removed_and_what_others_write_is_kept(preview):
+    from filelock import FileLock
+
+    from recipe_runner.data.store import store_folder
+
+    left, written = (store_folder() / f"{key}.123.partial" for key in ("a" * 32, "b" * 32))
+    for folder in (left, written):
+        folder.mkdir(parents=True)
+        (folder / "train.arrow").write_bytes(b"half")
+    with FileLock(store_folder() / f"{'b' * 32}.lock"):
+        rows = [{"instruction": "a row that", "output": "no other test has"}]
+        assert preview(command="prepare", rows=rows)[0].status == 0
+    assert not left.exists()
+    assert written.is_dir()
+    written.joinpath("train.arrow").unlink()
+    written.rmdir()
