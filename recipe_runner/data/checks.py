@@ -16,6 +16,8 @@ from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.recipe.sections import DatasetSection
 
+# What a chat template, which is a program, may raise for a row.
+REFUSALS = (TemplateError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 LOOKED_AT = 20  # turns of each role that are looked for in the rendered text
 
 
@@ -102,7 +104,7 @@ def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> 
     """The text that the template makes of turns; None when it refuses them, which `tokens` reports with the row."""
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except TemplateError:
+    except REFUSALS:
         return None
 
 
@@ -112,7 +114,7 @@ def count_common_tokens(
     """How many tokens of a conversation are those of its first turns; None when the template refuses them alone."""
     try:
         alone: Any = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-    except TemplateError:
+    except REFUSALS:
         return None
     return int(common_prefix_length(alone, input_ids))
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import TemplateError
 
 from recipe_runner.data.accounting import Tally
-from recipe_runner.data.checks import check_ends, count_rendered_roles, count_special_tokens
+from recipe_runner.data.checks import REFUSALS, check_ends, count_rendered_roles, count_special_tokens
 from recipe_runner.data.job import Job
 from recipe_runner.data.sources import read_rows
 from recipe_runner.data.tables import PACKED_TOGETHER, make_table, pack, with_documents
@@ -89,11 +88,11 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
     shape = shape_of(job.stage)
     try:
         return shape.tokenize(job, rows)
-    except (TemplateError, RuntimeError, ValueError, TypeError):
+    except REFUSALS:
         for row, (source, number) in zip(rows, order, strict=True):
             try:
                 shape.tokenize(job, [row])
-            except (TemplateError, RuntimeError, ValueError, TypeError) as error:
+            except REFUSALS as error:
                 opened = job.sources[source]
                 message = f"{opened.name}: row {number + 1} can't be rendered: {first_line(error)}"
                 raise user_error("row-refused", message, "fix or remove the row", path=opened.path) from error

@@ -8,6 +8,10 @@ from unittest import mock
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.sections import ModelSection
@@ -20,12 +24,20 @@ def load_model_config(model: ModelSection) -> PretrainedConfig:
     """Loads the configuration of the base model.
 
     Raises:
-        UserError: It can't be read, or the architecture is unknown.
+        UserError: It can't be read, or the architecture is unknown, or no language model that generates text.
     """
     try:
-        return AutoConfig.from_pretrained(model.name_or_path, **model.location)
-    except (OSError, ValueError, KeyError) as error:
-        raise user_error("model-config", first_line(error), path=PLACE) from error
+        config = AutoConfig.from_pretrained(model.name_or_path, **model.location)
+    except Exception as error:  # a file of the user's, read by code that is not ours: anything may come
+        raise user_error("model-config", f"config.json: {first_line(error)}", path=PLACE) from error
+    named = config.architectures if isinstance(config.architectures, list) else [config.architectures]
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    if not model.trust_remote_code and named[0] not in known:
+        message = f"config.json names the architecture {named[0]}, which is no language model that generates text"
+        fix = f"take a model with a head; for {config.model_type} it is"
+        fix += f" {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, 'not known here')}"
+        raise user_error("model-config", message, fix, path=PLACE)
+    return config
 
 
 def build_empty(model_config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
@@ -40,8 +52,9 @@ def build_empty(model_config: PretrainedConfig, trust_remote_code: bool = False)
             if architecture:
                 return architecture(model_config)  # not _from_config, which with ZeRO-3 wants to fill the weights
             return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise user_error("model-config", first_line(error), path=PLACE) from error
+    except Exception as error:  # of numbers in the user's file that make no model
+        message = f"config.json makes no model: {type(error).__name__}: {first_line(error)}"
+        raise user_error("model-config", message, path=PLACE) from error
 
 
 @contextlib.contextmanager

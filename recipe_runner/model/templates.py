@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import trl
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 PROBE = [
@@ -62,7 +61,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str | No
     for turns in (PROBE, [{"role": "system", "content": "Kurz."}, *PROBE]):
         try:
             texts.append(str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)))
-        except (TemplateError, TypeError):
+        except Exception:  # a template is a program, and this one may be made for other turns
             texts.append(None)
     return tuple(texts)
 

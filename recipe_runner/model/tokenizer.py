@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -50,12 +51,31 @@ def load_tokenizer(
     if not tokenizer.chat_template:
         fix = "use an instruct model, set training.chat_template_path, or dataset.template for plain text"
         raise user_error("no-chat-template", "the tokenizer has no chat template", fix, path=("dataset", "format"))
+    _check_template(tokenizer)
     if dataset.train_on == "assistant" and not has_generation_markers(tokenizer.chat_template):
         try:
             tokenizer.chat_template = get_training_chat_template(tokenizer)
         except ValueError as error:
             raise _no_generation_marks(tokenizer) from error
     return tokenizer
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that the chat template can be read, and renders a question and its answer.
+
+    Raises:
+        UserError: It fails. What it refuses by its own `raise_exception` is left to the rows.
+    """
+    try:
+        tokenizer.apply_chat_template(templates.PROBE[:2], tokenize=False)
+    except TemplateSyntaxError as error:
+        found = f"the chat template can't be read: line {error.lineno}: {error.message}"
+        raise user_error("template-broken", found, "fix it", path=("training", "chat_template_path")) from error
+    except Exception as error:  # a template is a program: anything may come
+        if type(error) is TemplateError:
+            return
+        found = f"the chat template fails on a question and its answer: {type(error).__name__}: {first_line(error)}"
+        raise user_error("template-broken", found, "fix it", path=("training", "chat_template_path")) from error
 
 
 def find_stops(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -67,6 +87,8 @@ def find_stops(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> set[s
         config: Any = GenerationConfig.from_pretrained(model.name_or_path, **model.location)
     except OSError:  # it has none: transformers makes it of the model's configuration
         config = AutoConfig.from_pretrained(model.name_or_path, **model.location)
+    except Exception as error:  # a file of the user's, read by code that is not ours: anything may come
+        raise user_error("model-config", f"generation_config.json: {first_line(error)}", path=PLACE) from error
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ids = [number for number in (*ids, tokenizer.eos_token_id) if isinstance(number, int) and number < len(tokenizer)]
     return {str(token) for token in tokenizer.convert_ids_to_tokens(ids)}
@@ -76,8 +98,9 @@ def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedToke
     """The tokenizer, with the recipe's chat template if it names a file."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **model.location)
-    except (OSError, ValueError) as error:
-        raise user_error("tokenizer-not-found", first_line(error), path=PLACE) from error
+    except Exception as error:  # files of the user's, read by code that is not ours: anything may come
+        told = f"the tokenizer can't be read: {first_line(error)}"
+        raise user_error("tokenizer-not-found", told, path=PLACE) from error
     if template is not None:
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     return tokenizer

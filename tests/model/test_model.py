@@ -269,3 +269,57 @@ def test_tokens_of_a_tied_head_are_refused_before_the_weights(run_recipe, altere
     result, folder = run_recipe(model=tied, peft=LORA | {"trainable_token_indices": [5]})
     assert (result.status, folder) == (1, None)
     assert "error[peft-refused] peft.trainable_token_indices: TRL 1.16 computes the loss from the head" in result.err
+
+
+ODD_FILES = {
+    "config.json": [
+        *("[]", "{}", "null", "nope", '{"model_type": "nosuch"}', '{"model_type": 3}'),
+        *(
+            {"architectures": names}
+            for names in (["Phi3Model"], ["BertModel"], ["NoSuch"], ["AutoTokenizer"], None, "x")
+        ),
+        *({"hidden_size": "x"}, {"hidden_size": 0}, {"num_hidden_layers": -1}, {"vocab_size": 10}),
+    ],
+    "tokenizer.json": ["{}", "[]", '{"version"'],
+    "tokenizer_config.json": ["[]", "nope"],
+    "generation_config.json": ["[]"],
+    "model.safetensors": ["", "half a header"],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [(file, content) for file, contents in ODD_FILES.items() for content in contents], ids=str
+)
+def test_odd_model_folders_are_one_line(run_recipe, altered, file, content):
+    """Whatever a file of the user's causes below us, it is no bug of ours, and the key is named."""
+    folder = altered(content if isinstance(content, dict) else None)
+    if isinstance(content, str):
+        (folder / file).write_text(content)
+    result, _ = run_recipe(model={"name_or_path": str(folder)}, peft=LORA)
+    assert result.status == 1, result.err
+    (line,) = [line for line in result.err.splitlines() if "error[" in line]
+    assert re.search(r"error\[[a-z-]+\] (model\.name_or_path|peft): ", line)
+
+
+BROKEN_TEMPLATES = {
+    "{% for m in messages %}{{ m.content }": "can't be read: line 1",
+    "{{ messages|nosuch }}": "can't be read: line 1: No filter named 'nosuch'",
+    "{{ 1 / 0 }}": "ZeroDivisionError",
+    "{{ messages + 1 }}": "TypeError",
+    "{{ nothing.there }}": "UndefinedError: 'nothing' is undefined",
+    "{{ messages[99].content }}": "UndefinedError",
+    "{{ ''.__class__.__mro__ }}": "SecurityError",
+    "{% include 'x' %}": "TypeError",
+    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}": "RecursionError",
+}
+
+
+@pytest.mark.parametrize("template", BROKEN_TEMPLATES)
+def test_templates_that_fail_are_one_line_that_says_how(run_recipe, tmp_path, template):
+    (tmp_path / "own.jinja").write_text(template)
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 4
+    training = {"chat_template_path": "own.jinja"}
+    result, folder = run_recipe(rows=rows, dataset={"format": "chat"}, training=training, peft=LORA)
+    assert (result.status, folder) == (1, None)
+    assert "error[template-broken] training.chat_template_path: the chat template" in result.err
+    assert BROKEN_TEMPLATES[template] in result.err
