@@ -237,7 +237,9 @@ def _look_at_begin(file: Path, suffix: str) -> str:
         begin = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
     if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return f"{file} is UTF-16; save it as UTF-8"
-    if suffix in (".json", ".jsonl") and begin.strip() and begin.lstrip()[:1] not in (b"{", b"["):
+    row = begin.lstrip()
+    row = row[1:].lstrip() if row[:1] == b"[" else row  # one list of rows
+    if suffix in (".json", ".jsonl") and row and row[:1] not in (b"{", b"]"):
         return f"{file}: the first row is not a JSON object"
     return ""
 

@@ -240,6 +240,8 @@ def test_a_column_is_left_out_by_null(load):
         ("a.jsonl", b"null\n" + b'{"instruction": "q", "output": "a"}\n' * 3, "the first row is not a JSON object"),
         ("a.jsonl", b"\n  7\n", "the first row is not a JSON object"),
         ("a.json", b'"text"', "the first row is not a JSON object"),
+        ("a.json", b'[null, {"instruction": "q", "output": "a"}]', "the first row is not a JSON object"),
+        ("a.json", b'[ [1], {"instruction": "q", "output": "a"}]', "the first row is not a JSON object"),
         (
             "a.jsonl",
             b'{"instruction": "q", "output": "a"}\n{"instruction": "caf\xe9", "output": "a"}\n',
