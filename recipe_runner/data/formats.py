@@ -212,7 +212,9 @@ def _prompt_turns(row: dict[str, Any], dataset: DatasetSection, where: str) -> l
     more = _text(row.get("input"), f"{where}: column 'input'")
     if not more.strip():
         return prompt
-    if not isinstance(row.get("prompt"), str):
+    if row.get("prompt") is None:
+        raise RowError(f"{where} has an input, and no prompt; name the column of the prompt: columns: {{prompt: NAME}}")
+    if not isinstance(row["prompt"], str):
         raise RowError(f"{where} has an input, but its prompt is no text that it could follow: it would be lost")
     return [{"role": "user", "content": _join(row["prompt"], more)}]
 

@@ -162,6 +162,8 @@ def test_the_input_of_a_pair_follows_its_prompt():
     given = {"prompt": "Say hi", "input": "kindly", "chosen": "Hello", "rejected": "Go", "system": "Help."}
     prompt = normalise_row(given, {"format": "preference"}, "row 1")["prompt"]
     assert [turn["content"] for turn in prompt] == ["Help.", "Say hi\n\nkindly"]
+    with pytest.raises(RowError, match="has an input, and no prompt; name the column of the prompt"):
+        normalise_row({key: given[key] for key in ("input", "chosen", "rejected")}, {"format": "preference"}, "row 1")
     with pytest.raises(RowError, match="has an input, but its prompt is no text"):
         normalise_row(given | {"prompt": [{"role": "user", "content": "Say hi"}]}, {"format": "preference"}, "row 1")
 
