@@ -12,3 +12,7 @@ for command in sys.argv[1:]:
     except UserError as error:
         if os.environ["RANK"] == "0":
             print(error, file=sys.stderr)
+
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)  # torch 2.13's threads may abort a process that ends in another order than the other one
