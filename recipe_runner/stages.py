@@ -81,32 +81,15 @@ _KTO_LOGGED += tuple(f"{name}/{of}" for name in ("rewards", "logps", "logits") f
 _KTO_LOGGED += ("rewards/margins",)
 _DPO_LOGGED = (*(name for name in _KTO_LOGGED if name != "kl"), "rewards/accuracies", "mean_token_accuracy")
 
+_SFT = Stage(
+    "sft", "trl:SFTTrainer", "trl:SFTConfig", "tokens", "CAUSAL_LM", _ADAPTER, _FULL, _LANGUAGE, _LANGUAGE_LOGGED
+)
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage(
-            "pretrain",
-            "trl:SFTTrainer",
-            "trl:SFTConfig",
-            "tokens",
-            "CAUSAL_LM",
-            _ADAPTER,
-            _FULL,
-            _LANGUAGE,
-            _LANGUAGE_LOGGED,
-            packs=True,
-        ),
-        Stage(
-            "sft",
-            "trl:SFTTrainer",
-            "trl:SFTConfig",
-            "tokens",
-            "CAUSAL_LM",
-            _ADAPTER,
-            _FULL,
-            _LANGUAGE,
-            _LANGUAGE_LOGGED,
-        ),
+        replace(_SFT, name="pretrain", packs=True),
+        _SFT,
         Stage(
             "dpo",
             "trl:DPOTrainer",

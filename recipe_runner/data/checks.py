@@ -1,7 +1,7 @@
 """Checks that the right tokens are learned: on masks, on the chat template, on what the data itself spells."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -120,16 +120,11 @@ def count_common_tokens(
 
 
 def find_problems(
-    dataset: DatasetSection, tokens: Mapping[str, Any], stops: set[str], counted: Accounting, split: str
+    dataset: DatasetSection, bos_token: str | None, stops: set[str], counted: Accounting, split: str
 ) -> Iterator[Problem]:
     """What a person should know of a prepared split, as errors and warnings at the recipe's keys.
 
-    Args:
-        dataset: The recipe's section.
-        tokens: The tokenizer's special tokens by name.
-        stops: Tokens at which generation stops.
-        counted: What became of the rows.
-        split: `train` or `eval`.
+    `stops` are the tokens at which generation stops.
     """
 
     def at(code: str, message: str, suggestion: str, *path: str) -> Problem:
@@ -173,7 +168,7 @@ def find_problems(
         fix = "remove them from one of the two: what was trained on can't be held against the model"
         yield as_warning(at("eval-rows-in-train", found, fix, "dataset", split))
     if counted.rows_with_two_bos:
-        found = f"{counted.rows_with_two_bos:,} {split} rows begin with two {tokens['bos_token']} tokens"
+        found = f"{counted.rows_with_two_bos:,} {split} rows begin with two {bos_token} tokens"
         problem = at("doubled-bos", found, "the tokenizer adds one: take it out of the text", "dataset", split)
         yield problem if counted.rows_with_two_bos > counted.rows_kept / 2 else as_warning(problem)
     if counted.rows_truncated > counted.rows_kept / 10:

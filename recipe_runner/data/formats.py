@@ -8,7 +8,6 @@ of messages). Each row also says why it can't be trained on, in `dropped` ('' wh
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,7 +55,7 @@ def normalise_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
 def _instruction_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     values = {role: _text(row.get(role), f"{where}: column '{role}'") for role in ("instruction", "input", "output")}
     dropped = next((f"with an empty {role}" for role in ("instruction", "output") if not values[role].strip()), "")
-    before = _context(row, dataset, where)
+    before = _context(row, dataset.system, where)
     if dataset.template is not None:
         if before:
             raise RowError(f"{where} has a system prompt or a history, but dataset.template has no place for them")
@@ -70,10 +69,10 @@ def _instruction_row(row: dict[str, Any], dataset: DatasetSection, where: str) -
     }
 
 
-def _context(row: dict[str, Any], dataset: DatasetSection, where: str) -> list[dict[str, str]]:
-    """What the model sees before a row's own turns: a system prompt (the row's, else the recipe's) and its history."""
+def _context(row: dict[str, Any], default: str | None, where: str) -> list[dict[str, str]]:
+    """What the model sees before a row's own turns: a system prompt (the row's, else the default) and its history."""
     system = _text(row.get("system"), f"{where}: column 'system'")
-    system = system if system.strip() else dataset.system or ""
+    system = system if system.strip() else default or ""
     turns = [{"role": "system", "content": system}] if system else []
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
@@ -89,7 +88,7 @@ def _with_context(
 ) -> list[dict[str, str]]:
     """A prompt in turns after what the model sees before it."""
     own_system = any(turn["role"] == "system" for turn in prompt[:1])
-    before = _context(row, replace(dataset, system=None) if own_system else dataset, where)
+    before = _context(row, None if own_system else dataset.system, where)
     if own_system and before and before[0]["role"] == "system":
         if before[0]["content"] != prompt[0]["content"]:
             raise RowError(f"{where} has a system turn, and another text in the column of the system prompt")
@@ -120,8 +119,8 @@ def _chat_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[
         raise RowError(f"{where}: expected a list of turns {{role, content}} or {{from, value}}, found {_kind(turns)}")
     messages = [_turn(turn, dataset, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
     learned = [_is_learned(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
-    added = len(_with_context(messages, row, dataset, where)) - len(messages)
-    messages, learned = _with_context(messages, row, dataset, where), [True] * added + learned
+    messages = _with_context(messages, row, dataset, where)
+    learned = [True] * (len(messages) - len(learned)) + learned
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     dropped = ""
     if not turns:

@@ -29,10 +29,13 @@ from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS
 
 # Columns whose names say that they change what the model should see or learn -> the role that takes them, if any.
-MEANINGS = {"system_prompt": "system", "context": "input"}
-MEANINGS |= dict.fromkeys(("system", "history", "input", "label"), "")
-MEANINGS |= dict.fromkeys(("tools", "functions", "images", "image", "videos", "video", "audios", "audio"), "")
-MEANINGS |= dict.fromkeys(("kto_tag", "reasoning_content", "reasoning", "thinking", "weight"), "")
+MEANINGS = {"system_prompt": "system", "context": "input"} | dict.fromkeys(
+    (
+        *("system", "history", "input", "label", "kto_tag", "weight", "reasoning_content", "reasoning", "thinking"),
+        *("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
+    ),
+    "",
+)
 TEXTS = (".json", ".jsonl", ".csv", ".txt")
 OTHER_NAMES = {"prompt": ("conversations",)}  # role -> columns that hold it in well-known data sets
 
@@ -75,9 +78,9 @@ def open_sources(dataset: DatasetSection) -> list[Source]:
 def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     """Opens one source and chooses its columns for the format."""
     name, suffix, place = section.source, Path(section.source).suffix, (*section.path, "source")
-    if suffix in TEXTS and (found := _look_at_begin(Path(name), suffix)):
-        raise user_error("unreadable-data", found, "fix the file", path=place)
     try:
+        if suffix in TEXTS and (found := _look_at_begin(Path(name), suffix)):
+            raise user_error("unreadable-data", found, "fix the file", path=place)
         if suffix in BUILDERS:
             options: dict[str, Any] = {"sample_by": section.sample_by} if section.sample_by else {}
             if suffix == ".csv":  # every cell is a text, as it is written: 01000, 1.50, NA, true
@@ -214,7 +217,7 @@ def _explain_load_error(error: Exception, name: str, suffix: str, place: KeyPath
     """Says which line of a local file is at fault, or why a hub dataset can't be loaded."""
     if isinstance(error, StopIteration):  # datasets 5.2: a JSON file without rows
         return user_error("empty-dataset", f"{name} is empty", path=place)
-    if suffix in TEXTS and (found := _find_bad_bytes(Path(name))):
+    if suffix in TEXTS and not isinstance(error, OSError) and (found := _find_bad_bytes(Path(name))):
         return user_error("unreadable-data", found, path=place)
     if suffix in (".json", ".jsonl") and (found := _find_bad_json(Path(name))):
         return user_error("unreadable-data", found, "fix the file", path=place)

@@ -33,12 +33,14 @@ def check_launcher(launch: Launch | None, recipe: Recipe) -> None:
         raise user_error("too-many-processes", message, f"--num_processes {devices}")
 
 
-def device_kind(use_cpu: bool) -> str:
-    """The kind of device that this process trains on, by torch's name: cuda, mps, xpu, npu, ...; or cpu.
+def asks_for_cpu(use_cpu: bool) -> bool:
+    """Whether the recipe or the launcher asks for a CPU."""
+    return bool(use_cpu) or is_told_cpu()
 
-    A CPU is asked for by the recipe or the launcher, or there is nothing else.
-    """
-    found = None if use_cpu or is_told_cpu() else torch.accelerator.current_accelerator(check_available=True)
+
+def device_kind(use_cpu: bool) -> str:
+    """The kind of device that this process trains on, by torch's name: cuda, mps, xpu, npu, ...; or cpu."""
+    found = None if asks_for_cpu(use_cpu) else torch.accelerator.current_accelerator(check_available=True)
     return found.type if found else "cpu"
 
 

@@ -69,7 +69,7 @@ def fit_adapter(peft_config: Any, empty: torch.nn.Module, model_type: str) -> Pe
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names that match nothing, which are looked at here
             fitted = get_peft_model(empty, copy.deepcopy(peft_config))  # PEFT writes into it
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise user_error("peft-refused", first_line(error), path=("peft",)) from error
     if not hasattr(fitted.get_output_embeddings(), "bias"):
         message = "TRL 1.16 computes the loss from the head itself, and here tokens of a tied head would be trained"

@@ -81,8 +81,8 @@ def refusing_other_weights(model: ModelSection) -> Iterator[None]:
         ):
             wrong = sorted(text for text in found if not any(f"{text}.".startswith(f"{name}.") for name in named))
             if wrong:
-                told = f"{', '.join(wrong[:SHOWN])}{', ...' * (len(wrong) > SHOWN)}"
-                message = f"{model.name_or_path}: {len(wrong):,} tensor(s) {what}: {told}"
+                shown = f"{', '.join(wrong[:SHOWN])}{', ...' * (len(wrong) > SHOWN)}"
+                message = f"{model.name_or_path}: {len(wrong):,} tensor(s) {what}: {shown}"
                 fix = "take the weights and the config.json of one model"
                 fix += f"; if it is meant, list {wrong[0].rpartition('.')[0]} in model.{key}" if key else ""
                 raise user_error("other-weights", message, fix, path=PLACE)

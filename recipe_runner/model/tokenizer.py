@@ -68,13 +68,12 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     try:
         tokenizer.apply_chat_template(templates.PROBE[:2], tokenize=False)
-    except TemplateSyntaxError as error:
-        found = f"the chat template can't be read: line {error.lineno}: {error.message}"
-        raise user_error("template-broken", found, "fix it", path=("training", "chat_template_path")) from error
     except Exception as error:  # a template is a program: anything may come
         if type(error) is TemplateError:
             return
         found = f"the chat template fails on a question and its answer: {type(error).__name__}: {first_line(error)}"
+        if isinstance(error, TemplateSyntaxError):
+            found = f"the chat template can't be read: line {error.lineno}: {error.message}"
         raise user_error("template-broken", found, "fix it", path=("training", "chat_template_path")) from error
 
 
@@ -99,8 +98,8 @@ def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **model.location)
     except Exception as error:  # files of the user's, read by code that is not ours: anything may come
-        told = f"the tokenizer can't be read: {first_line(error)}"
-        raise user_error("tokenizer-not-found", told, path=PLACE) from error
+        message = f"the tokenizer can't be read: {first_line(error)}"
+        raise user_error("tokenizer-not-found", message, path=PLACE) from error
     if template is not None:
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     return tokenizer

@@ -1,7 +1,7 @@
 """The sections of a resolved recipe, typed: the one border between YAML and functions that need a few of its values.
 
 The fields of `ModelSection`, `DatasetSection`, `SourceSection` and `RunSection` are the keys of the schema, which
-documents them; `test_sections.py` compares the two.
+documents them; `test_house.py` compares the two.
 """
 
 from collections.abc import Mapping, Sequence

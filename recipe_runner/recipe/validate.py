@@ -31,8 +31,8 @@ _BOUNDS = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "abo
 
 def check_values(values: dict[str, Any], place: Place) -> list[Problem]:
     """Checks the plain values of a recipe against its schema; `place` gives the mark of a key path."""
-    stage = values["stage"] if values.get("stage") in schema.choices("stage") else ""
-    errors = list(schema.validator(stage).iter_errors(values))
+    known = values["stage"] if values.get("stage") in schema.choices("stage") else ""
+    errors = list(schema.validator(known).iter_errors(values))
     refused = {tuple(error.absolute_path) for error in errors if error.validator == "not"}
     stage = str(values.get("stage"))
     found = [problem for error in errors for problem in _problems(error, tuple(error.absolute_path), place, stage)]

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
@@ -163,12 +163,8 @@ def put_aside_after(folder: Path, checkpoint: Path | None) -> None:
         if not (later / COMPLETE).is_file():
             shutil.rmtree(later)
         elif checkpoint and step_of(later) > step_of(checkpoint):
-            later.rename(next(free for free in _free_names(later) if not free.exists()))
-
-
-def _free_names(checkpoint: Path) -> Iterator[Path]:
-    names = (f"{checkpoint.name}{DAMAGED}{number or ''}" for number in itertools.count())
-    return (checkpoint.with_name(name) for name in names)
+            names = (later.with_name(f"{later.name}{DAMAGED}{number or ''}") for number in itertools.count())
+            later.rename(next(name for name in names if not name.exists()))
 
 
 def find_resumable(home: Path, values: Mapping[str, Any], resume: str) -> Path | None:

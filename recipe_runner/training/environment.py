@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from accelerate.utils import is_bf16_available
 
-from recipe_runner.launch.process import WAITING, is_told_cpu
-from recipe_runner.launch.processes import device_kind
+from recipe_runner.launch.process import WAITING
+from recipe_runner.launch.processes import asks_for_cpu, device_kind
 from recipe_runner.problems.errors import user_error
 from recipe_runner.recipe.sections import UpstreamSection
 
@@ -71,8 +71,11 @@ def choose_precision(training: UpstreamSection, dtype: str | None, adapter: bool
         has_bf16 = gpu and is_bf16_available()
     machine = describe_accelerator(kind) if gpu else "this CPU"
 
-    told_cpu = training["use_cpu"] or is_told_cpu()
-    available = {"bf16": has_bf16 or bool(told_cpu), "fp16": gpu, "tf32": kind == "cuda" and has_bf16}
+    available = {
+        "bf16": has_bf16 or asks_for_cpu(training["use_cpu"]),
+        "fp16": gpu,
+        "tf32": kind == "cuda" and has_bf16,
+    }
     for key in available:
         if training[key] and not available[key]:
             fix = "remove the key: the machine then decides"

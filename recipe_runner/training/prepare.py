@@ -164,7 +164,7 @@ def find_data_problems(
     found = [
         problem
         for split, prepared in data.splits.items()
-        for problem in find_problems(dataset, tokenizer.special_tokens_map, stops, prepared.accounting, split)
+        for problem in find_problems(dataset, tokenizer.bos_token, stops, prepared.accounting, split)
     ]
     return sort_problems(found)
 

@@ -32,14 +32,13 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     if alters_base(recipe.peft):
         set_seed(config.seed)  # the same part of the base's weights when the run is resumed
     try:
-        model: Any = name
-        if continued and peft_config:
-            with base.refusing_other_weights(recipe.model):
-                model = continuation.load_for_training(name, continued, peft_config, quantization, config)
         with (
             mock.patch.object(cls, "_prepare_dataset", lambda self, dataset, *rest: dataset),
             base.refusing_other_weights(recipe.model),
         ):
+            model: Any = name
+            if continued and peft_config:
+                model = continuation.load_for_training(name, continued, peft_config, quantization, config)
             trainer = cls(
                 model=model,
                 args=config,

@@ -54,12 +54,13 @@ def verify_saved(
     """
     trained = trainer.accelerator.unwrap_model(trainer.model)
     adapter = isinstance(trained, PeftModel)
-    state = gathered if gathered is not None else trained.state_dict()
     if adapter:
         state = get_peft_model_state_dict(trained, state_dict=gathered)
+    else:
+        state = gathered if gathered is not None else trained.state_dict()
     difference = _compare_tensors(_subtract(state, load_file(initial / WEIGHTS)) if initial else state, folder)
-    alone = not adapter or initial or gathered is not None or not _takes_a_second(trained.active_peft_config)
-    if not alone and difference == 0:
+    for_this_base = adapter and not initial and gathered is None
+    if difference == 0 and for_this_base and _takes_a_second(trained.active_peft_config):
         difference = _compare_logits(trained, trainer.args.device, rows, folder)
     if difference != 0:  # true for nan, too
         message = f"what was saved in {folder} differs from the trained model (by {difference:g})"

@@ -19,20 +19,31 @@ CONVERSATION = [
 
 
 @pytest.fixture
-def prepare(small_recipe, tiny_phi3):
-    """Prepares rows as a run does; returns the split, its tokenizer, and (rendered text, learned text) of each row."""
-    from recipe_runner.data import store
+def open_data(small_recipe, tiny_phi3):
+    """Opens the data of a small recipe as a run does."""
     from recipe_runner.training.config import build_config
     from recipe_runner.training.environment import choose_precision
     from recipe_runner.training.prepare import open_job
 
-    def prepare(rows, name_or_path=tiny_phi3, training=None, **dataset):
+    def open_data(rows, name_or_path=tiny_phi3, training=None, **dataset):
         model = {"name_or_path": str(name_or_path)}
         recipe = load_recipe(str(small_recipe(rows=rows, model=model, dataset=dataset, training=training)))
         precision = choose_precision(recipe.training, None, adapter=False, launcher="no")
         config = build_config(recipe.stage, recipe.training.said, recipe.model, recipe.run.seed, precision)
         with recipe.placing_errors():
-            job, _ = open_job(recipe, config)
+            return recipe, open_job(recipe, config)[0]
+
+    return open_data
+
+
+@pytest.fixture
+def prepare(open_data):
+    """Prepares rows as a run does; returns the split, its tokenizer, and (rendered text, learned text) of each row."""
+    from recipe_runner.data import store
+
+    def prepare(rows, *model, **options):
+        recipe, job = open_data(rows, *model, **options)
+        with recipe.placing_errors():
             split = store.prepare_data(job).splits["train"]
         tokenizer = job.tokenizer
         texts = [
@@ -185,21 +196,15 @@ def test_tokens_without_an_end_are_refused(prepare, tokenizer, tmp_path):
     assert split.dataset[0]["input_ids"][-1] == changed.convert_tokens_to_ids("<|end|>")
 
 
-def test_rows_of_a_trainer_that_tokenizes_itself_stay_whole(small_recipe, tiny_phi3):
+def test_rows_of_a_trainer_that_tokenizes_itself_stay_whole(open_data):
     """The shape `rows`: no stage has it yet, so a stage that differs in nothing else is made of `sft`."""
     from recipe_runner.data import store
     from recipe_runner.data.prepare import input_ids_of, shape_of
-    from recipe_runner.training.config import build_config
-    from recipe_runner.training.environment import choose_precision
-    from recipe_runner.training.prepare import open_job
 
     said = [{"instruction": f"Say {n}.", "output": f"it is {n}"} for n in (1, 2)] + [
         {"instruction": "Say all.", "output": ""}
     ]
-    recipe = load_recipe(str(small_recipe(rows=said, model={"name_or_path": str(tiny_phi3)})))
-    precision = choose_precision(recipe.training, None, adapter=False, launcher="no")
-    config = build_config(recipe.stage, recipe.training.said, recipe.model, recipe.run.seed, precision)
-    job, _ = open_job(recipe, config)
+    _, job = open_data(said)
     job = replace(job, stage=replace(job.stage, shape="rows"))
     split = store.prepare_data(job).splits["train"]
     assert split.dataset[:] == {
@@ -209,7 +214,7 @@ def test_rows_of_a_trainer_that_tokenizes_itself_stay_whole(small_recipe, tiny_p
     prompt = {"prompt_ids": job.tokenizer("<|user|>\nSay 1.<|end|>\n<|assistant|>\n")["input_ids"]}
     stored = Dataset.from_file(str(store.prepare_data(job).folder / "train.arrow"))[0]
     assert stored["prompt_ids"] == prompt["prompt_ids"] == input_ids_of(job.stage, prompt)
-    assert shape_of(job.stage).as_trained(stored, config) == {
+    assert shape_of(job.stage).as_trained(stored, job.config) == {
         "": (prompt["prompt_ids"], [-100] * len(prompt["prompt_ids"]))
     }
     counted = split.accounting

@@ -33,9 +33,10 @@ def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
         "chat_template": None,  # the tokenizer already has the training template: see `model/tokenizer.py`
         "completion_only_loss": job.dataset.train_on == "completion",
     }
+    if not any("muted" in row for row in rows):
+        return call_preparation(SFTTrainer, job, rows, COLUMNS, False, None, "", **attributes)
     whole = [{key: value for key, value in row.items() if key != "muted"} for row in rows]
-    table = call_preparation(SFTTrainer, job, whole, COLUMNS, False, None, "", **attributes)
-    return _mute(table, rows) if any("muted" in row for row in rows) else table
+    return _mute(call_preparation(SFTTrainer, job, whole, COLUMNS, False, None, "", **attributes), rows)
 
 
 def _mute(table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:

@@ -36,7 +36,7 @@ def initialisation(stage: Stage, peft: UpstreamSection, quantization: UpstreamSe
     if name.startswith(("corda", "eva", "lora_ga")):
         yield path, f"{name} needs a pass over the data before training, which is not made", other
     elif name == "loftq":
-        yield (path, "loftq changes the base's weights itself: the adapter would fit no other base", other)
+        yield path, "loftq changes the base's weights itself: the adapter would fit no other base", other
     elif alters_base(peft):
         found = f"{name} takes a part of the base's weights into the adapter"
         if stage.reference:
