@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.problems.errors import UserError, first_line, refused, user_error
 from recipe_runner.problems.words import suggest
 
 CONFIGS: dict[str, type[PeftConfig]] = {"lora": LoraConfig}  # method -> its class
@@ -35,11 +36,14 @@ def build_peft(section: Mapping[str, Any], task: str) -> PeftConfig | None:
             (hint for hint in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(hint)), None
         )
         if nested and isinstance(value, dict):
-            fields[key] = nested(**value)
+            try:
+                fields[key] = nested(**value)
+            except (ValueError, TypeError) as error:
+                raise user_error("peft-refused", first_line(error), path=("peft", key)) from error
     try:
         return cls(task_type=task, **fields)
     except (ValueError, TypeError, ImportError) as error:
-        raise user_error("peft-refused", first_line(error), path=("peft",)) from error
+        raise refused("peft", section, error) from error
 
 
 def fit_adapter(peft_config: Any, empty: torch.nn.Module, model_type: str) -> PeftModel:
@@ -64,26 +68,46 @@ def fit_adapter(peft_config: Any, empty: torch.nn.Module, model_type: str) -> Pe
     parameters = [name for name, _ in empty.named_parameters()]
     tokens = empty.get_input_embeddings().num_embeddings  # type: ignore[operator]
     linear = sorted({name.split(".")[-1] for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear)})
+    asked = {key for key, value in vars(peft_config).items() if value}
     _check_named(peft_config, modules, linear)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of names that match nothing, which are looked at here
             fitted = get_peft_model(empty, copy.deepcopy(peft_config))  # PEFT writes into it
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise user_error("peft-refused", first_line(error), path=("peft",)) from error
-    if not hasattr(fitted.get_output_embeddings(), "bias"):
+    except (ImportError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise refused("peft", asked, error) from error
+    _check_rank(peft_config, fitted)
+    head = fitted.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        message = "TRL 1.16 computes the loss from the head's own weights: an adapter on it would never be trained"
+        fix = "leave the head out, or train all of it: modules_to_save"
+        raise user_error("peft-refused", message, fix, path=("peft", "target_modules"))
+    if not hasattr(head, "bias"):
         message = "TRL 1.16 computes the loss from the head itself, and here tokens of a tied head would be trained"
         fix = "remove the key, or train all tokens: modules_to_save: [embed_tokens], ensure_weight_tying: true"
         raise user_error("peft-refused", message, fix, path=("peft", "trainable_token_indices"))
     inside = "base_model.model."
     adapted = [name.removeprefix(inside) for name, m in fitted.named_modules() if isinstance(m, BaseTunerLayer)]
     _check_adapted(peft_config, adapted, parameters, linear)
-    chosen = peft_config.trainable_token_indices or []
-    for index in chosen if isinstance(chosen, list) else [index for part in chosen.values() for index in part]:
-        if not 0 <= index < tokens:
-            message = f"there is no token {index}: the model has the tokens 0 to {tokens - 1}"
-            raise user_error("target-not-found", message, path=("peft", "trainable_token_indices"))
+    for key in ("trainable_token_indices", "alora_invocation_tokens"):
+        chosen = getattr(peft_config, key) or []
+        for index in chosen if isinstance(chosen, list) else [index for part in chosen.values() for index in part]:
+            if not 0 <= index < tokens:
+                message = f"there is no token {index}: the model has the tokens 0 to {tokens - 1}"
+                raise user_error("target-not-found", message, path=("peft", key))
     return fitted
+
+
+def _check_rank(peft_config: Any, fitted: PeftModel) -> None:
+    """A matrix has as many singular vectors as its smaller dimension."""
+    if not str(peft_config.init_lora_weights).startswith(("pissa", "olora", "mica")):
+        return
+    layers: dict[str, Any] = {name: m for name, m in fitted.named_modules() if isinstance(m, LoraLayer)}
+    for name, module in layers.items():
+        least, rank = min(module.get_base_layer().weight.shape), max(module.r.values())
+        if rank > least:
+            message = f"{peft_config.init_lora_weights} has no {rank} parts to take from {name}: it has {least}"
+            raise user_error("peft-refused", message, "lower it", path=("peft", "r"))
 
 
 def _check_named(peft_config: Any, modules: list[str], linear: list[str]) -> None:
@@ -105,6 +129,12 @@ def _check_named(peft_config: Any, modules: list[str], linear: list[str]) -> Non
         if layer not in there:
             message = f"there is no layer {layer}; the model has layers {there[0]} to {there[-1]}"
             raise user_error("target-not-found", message, path=("peft", "layers_to_transform"))
+    for first, last in peft_config.layer_replication or []:
+        if not there[0] <= first < last <= there[-1] + 1:
+            message = (
+                f"there are no layers {first} to {last} (excluded); the model has layers {there[0]} to {there[-1]}"
+            )
+            raise user_error("target-not-found", message, path=("peft", "layer_replication"))
     lists = sorted({part[1] for module in modules if (part := re.search(r"(\w+)\.\d+(\.|$)", module))})
     layer_lists = peft_config.layers_pattern or []
     for pattern in [layer_lists] if isinstance(layer_lists, str) else layer_lists:

@@ -7,6 +7,9 @@
 Anything else that reaches the command line is a bug in this project (exit status 3).
 """
 
+import re
+from collections.abc import Iterable
+
 from recipe_runner.problems.problem import KeyPath, Mark, Problem
 
 
@@ -32,6 +35,13 @@ def user_error(
 ) -> UserError:
     """Builds the error for one problem."""
     return UserError([Problem(code, message, mark, path, suggestion)])
+
+
+def refused(section: str, keys: Iterable[str], error: BaseException) -> UserError:
+    """Builds the error for what an upstream class says of a section, at the key that it names first, if any."""
+    message = first_line(error)
+    named = next((word for word in re.findall(r"\w+", message) if word in keys), None)
+    return user_error(f"{section}-refused", message, path=(section, named) if named else (section,))
 
 
 def first_line(error: BaseException) -> str:

@@ -26,6 +26,7 @@ _TYPES = {
     "boolean": "true or false",
     "null": "null",
 }
+_LONG = 300
 _BOUNDS = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
 
 
@@ -87,11 +88,10 @@ def _problems(error: Any, path: KeyPath, place: Place, stage: str) -> Iterator[P
         case "maxLength":
             yield problem("out-of-bounds", f"longer than {error.validator_value} characters")
         case "pattern":
-            yield problem(
-                "wrong-form",
-                f"{found} has the wrong form",
-                error.schema.get("description", f"expected {error.validator_value}"),
-            )
+            forms = f"expected {error.validator_value.strip('^$()').replace('|', ', ')}"
+            described = error.schema.get("description", forms)
+            hint = described if len(described) < _LONG else forms  # upstream's may be pages long
+            yield problem("wrong-form", f"{found} has the wrong form", hint)
         case _:
             yield problem("invalid-value", error.message)
 

@@ -1,5 +1,6 @@
 """The trainer's configuration: the recipe's `training` section, and what other sections own."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -7,7 +8,7 @@ from typing import Any
 
 from transformers.integrations import get_available_reporting_integrations
 
-from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.problems.errors import refused, user_error
 from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.stages import Stage, load_class
 from recipe_runner.training.environment import Precision
@@ -40,9 +41,22 @@ def build_config(
     try:
         config = cls(**{**section, **owned})
     except (ValueError, ImportError, TypeError) as error:
-        raise user_error("training-refused", first_line(error), path=("training",)) from error
+        raise refused("training", section, error) from error
     trackers = get_available_reporting_integrations()
     for tracker in set(config.report_to) - set(trackers):
         known = f"installed trackers: {', '.join(sorted(trackers)) or 'none'}"
         raise user_error("tracker-missing", f"'{tracker}' is not installed", known, path=("training", "report_to"))
     return config
+
+
+def count_steps(config: Any, rows: int) -> int:
+    """Optimizer steps of the run. Source: transformers/trainer.py 5.23, Trainer.set_initial_training_values."""
+    steps = math.ceil(config.num_train_epochs * steps_per_epoch(config, rows))
+    return config.max_steps if config.max_steps > 0 else steps
+
+
+def steps_per_epoch(config: Any, rows: int) -> int:
+    """Optimizer steps in which every row is seen once."""
+    round_ = math.floor if config.dataloader_drop_last else math.ceil
+    batches = round_(rows / (config.per_device_train_batch_size * config.world_size))
+    return max(math.ceil(batches / config.gradient_accumulation_steps), 1)

@@ -19,11 +19,13 @@ from recipe_runner.model import adapter as new_adapter
 from recipe_runner.model import base, continuation, hub
 from recipe_runner.model.tokenizer import find_stops, load_tokenizer
 from recipe_runner.problems.errors import UserError
-from recipe_runner.problems.problem import Problem, sort_problems
+from recipe_runner.problems.problem import Problem, as_warning, sort_problems
 from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules import check_steps
 from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
-from recipe_runner.training.config import build_config
+from recipe_runner.training.config import build_config, count_steps
 from recipe_runner.training.environment import Precision, choose_precision, describe_environment
+from recipe_runner.training.optimizer import check_optimizer
 from recipe_runner.training.resume import describe_batches
 
 
@@ -89,12 +91,20 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         print(f"Preparing {recipe.name} ...", flush=True)
     job, adapter = open_job(recipe, config, before)
     peft_config, model = _check_model(recipe, adapter)
+    check_optimizer(config, model)
     data = prepare_data(job)
     problems = find_data_problems(recipe.model, recipe.dataset, job.tokenizer, data)
+    if recipe.training["max_steps"] <= 0:  # else known, and said, before
+        problems += check_steps(recipe.training, count_steps(config, len(data.splits["train"].dataset)))
     raise_errors(problems)
     if warning := processes.find_default_config():
         problems.append(warning)
     parameters = count_parameters(model)
+    if recipe.peft and parameters[0] > parameters[1] - parameters[0]:
+        message = (
+            f"{parameters[0]:,} parameters are trained, and the model itself has {parameters[1] - parameters[0]:,}"
+        )
+        problems.append(as_warning(Problem("large-adapter", message, path=("peft",))))
     return Prepared(config, precision, job.tokenizer, adapter, peft_config, parameters, data, tuple(problems))
 
 

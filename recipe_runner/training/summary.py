@@ -1,6 +1,5 @@
 """The start-up summary, which is printed before the first step: what is trained, on what, how long, and where."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from recipe_runner.launch.processes import describe_launcher
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.sections import UpstreamSection
 from recipe_runner.stages import Stage
+from recipe_runner.training.config import count_steps, steps_per_epoch
 from recipe_runner.training.environment import describe_device, describe_processes
 from recipe_runner.training.prepare import Prepared
 
@@ -49,20 +49,8 @@ def describe_steps(config: Any, rows: int) -> str:
     return (
         f"{steps:,} of {batch} rows: {config.per_device_train_batch_size} per device"
         f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(config)};"
-        f" {steps / _steps_per_epoch(config, rows):.3g} epochs"
+        f" {steps / steps_per_epoch(config, rows):.3g} epochs"
     )
-
-
-def count_steps(config: Any, rows: int) -> int:
-    """Optimizer steps of the run. Source: transformers/trainer.py 5.23, Trainer.set_initial_training_values."""
-    steps = math.ceil(config.num_train_epochs * _steps_per_epoch(config, rows))
-    return config.max_steps if config.max_steps > 0 else steps
-
-
-def _steps_per_epoch(config: Any, rows: int) -> int:
-    round_ = math.floor if config.dataloader_drop_last else math.ceil
-    batches = round_(rows / (config.per_device_train_batch_size * config.world_size))
-    return max(math.ceil(batches / config.gradient_accumulation_steps), 1)
 
 
 def describe_method(peft: UpstreamSection, quantization: UpstreamSection) -> str:

@@ -1,6 +1,5 @@
 """TRL's trainer for a stage, and the three places where it is made to say what upstream keeps to itself."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +10,7 @@ from transformers import set_seed
 
 from recipe_runner.model import base, continuation
 from recipe_runner.model.quantization import build_quantization, keep_4bit_weights_trainable
-from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.problems.errors import first_line, refused, user_error
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs.folder import last_checkpoint
@@ -53,9 +52,7 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     except (OSError, SafetensorError) as error:
         raise user_error("model-not-loaded", first_line(error), path=("model", "name_or_path")) from error
     except (ImportError, ValueError, RuntimeError) as error:
-        raise user_error("training-refused", first_line(error), path=("training",)) from error
-    for create, key in (("create_optimizer", "optim"), ("create_scheduler", "lr_scheduler_type")):
-        setattr(trainer, create, _refusing(getattr(trainer, create), key))
+        raise refused("training", recipe.training.said, error) from error
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)
     if "seq_lengths" in prepared.train.dataset.column_names:
@@ -71,18 +68,6 @@ def _keep_length(trainer: Any) -> None:
     if "length" in trainer.train_dataset.column_names:
         trainer._set_signature_columns_if_needed()
         trainer._signature_columns.append("length")
-
-
-def _refusing(create: Callable[..., Any], key: str) -> Callable[..., Any]:
-    """Says at which key an optimizer or scheduler is refused: transformers makes them when training begins."""
-
-    def create_or_refuse(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return create(*args, **kwargs)
-        except (ImportError, ValueError, TypeError) as error:
-            raise user_error("training-refused", first_line(error), path=("training", key)) from error
-
-    return create_or_refuse
 
 
 def stop_on_non_finite(trainer: Any, folder: Path) -> None:

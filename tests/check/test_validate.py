@@ -131,7 +131,7 @@ def test_every_code_is_documented_and_every_documented_code_exists():
     assert all(f'"{code}"' in source for code in documented)
     assert len(rows) == len({code for code, *_ in rows})
     warnings = {code for code, meaning, _ in rows if meaning.startswith("warning: ")}
-    others = {"name-differs", "special-tokens-in-data", "many-truncated", "default-launch-config"}
+    others = {"name-differs", "special-tokens-in-data", "many-truncated", "large-adapter", "default-launch-config"}
     assert warnings == rules.WARNINGS | launch_rules.WARNINGS | others
 
 
@@ -265,6 +265,21 @@ def test_templates_that_would_lose_something_are_refused(run_cli, write_recipe, 
         ({"model": {"name_or_path": "./here", "revision": "v1"}}, "error[local-model]"),
         ({"training": {"max_steps": 3, "num_train_epochs": 2}}, "warning[ignored-key] training.num_train_epochs"),
         ({"training": {"packing_strategy": "wrapped"}}, "warning[ignored-key] training.packing_strategy"),
+        (
+            {"training": {"lr_scheduler_type": "constant", "warmup_steps": 5}},
+            "warning[ignored-key] training.warmup_steps",
+        ),
+        ({"training": {"optim": "sgd", "adam_beta1": 0.8}}, "warning[ignored-key] training.adam_beta1"),
+        ({"training": {"optim": "lion_32bit", "adam_epsilon": 1e-6}}, "warning[ignored-key] training.adam_epsilon"),
+        ({"training": {"optim_target_modules": ["mlp"]}}, "warning[ignored-key] training.optim_target_modules"),
+        ({"training": {"metric_for_best_model": "loss"}}, "warning[ignored-key] training.metric_for_best_model"),
+        (
+            {
+                "training": {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 5},
+                "dataset": {"eval": {"fraction": 0.2}},
+            },
+            "warning[never-evaluated] training.eval_steps",
+        ),
         ({"training": {"save_only_model": True}}, "error[removed-key]"),
         ({"name": "tiny\n"}, "error[wrong-form]"),
     ],

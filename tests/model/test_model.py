@@ -57,14 +57,13 @@ def test_modules_to_save_are_checked_too(check):
 
 
 def test_nested_configurations_of_peft_are_built():
-    from peft import EvaConfig
+    from peft.tuners.lora.config import VeloraConfig
 
     from recipe_runner.model.adapter import build_peft
 
-    peft = {"method": "lora", "init_lora_weights": "eva", "eva_config": {"rho": 1.5}}
-    config = build_peft(peft, "CAUSAL_LM")
-    assert isinstance(config.eva_config, EvaConfig)
-    assert config.eva_config.rho == 1.5
+    config = build_peft({"method": "lora", "velora_config": {"num_groups": 2}}, "CAUSAL_LM")
+    assert isinstance(config.velora_config, VeloraConfig)
+    assert config.velora_config.num_groups == 2
 
 
 @pytest.mark.parametrize(
@@ -241,7 +240,23 @@ def test_weights_that_are_meant_to_be_new(run_recipe, altered):
         ),
         ({"trainable_token_indices": [5, 60000]}, "trainable_token_indices", "there is no token 60000"),
         ({"trainable_token_indices": [-1]}, "trainable_token_indices", "there is no token -1"),
-        ({"target_modules": ["o_proj"], "exclude_modules": ["o_proj"]}, "", ""),
+        ({"target_modules": ["o_proj"], "exclude_modules": ["o_proj"]}, "target_modules", ""),
+        ({"target_modules": ["o_proj", "lm_head"]}, "target_modules", "an adapter on it would never be trained"),
+        ({"layers_to_transform": [1]}, "layers_to_transform", "cannot be used when `target_modules` is a str"),
+        ({"layer_replication": [[0, 5]]}, "layer_replication", "there are no layers 0 to 5 (excluded)"),
+        ({"layer_replication": [[-1, 1]]}, "layer_replication", "there are no layers -1 to 1 (excluded)"),
+        ({"alora_invocation_tokens": [60000]}, "alora_invocation_tokens", "there is no token 60000"),
+        ({"r": 512, "init_lora_weights": "olora"}, "r", "olora has no 512 parts to take from"),
+        ({"r": 512, "init_lora_weights": "pissa_niter_4"}, "r", "pissa_niter_4 has no 512 parts to take from"),
+        ({"init_lora_weights": "pissa_niter_100000"}, "init_lora_weights", "would iterate for hours"),
+        ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights", "expected gaussian, eva, olora"),
+        ({"velora_config": {"num_groups": -1}}, "velora_config", "num_groups"),
+        ({"rank_pattern": {"o_proj": 0}}, "rank_pattern.o_proj", "at least 1, found 0"),
+        ({"alpha_pattern": {"o_proj": -1}}, "alpha_pattern.o_proj", "above 0, found -1"),
+        ({"r": 10**30}, "r", "at most 100000"),
+        ({"use_qalora": True}, "use_qalora", "GPTQ weights only"),
+        ({"eva_config": {"rho": 2}}, "eva_config", "remove the key"),
+        ({"megatron_core": "megatron.core"}, "megatron_core", "remove the key"),
     ],
 )
 def test_names_of_an_adapter_that_match_nothing_are_errors_at_their_key(run_recipe, peft, key, said, monkeypatch):
@@ -250,9 +265,17 @@ def test_names_of_an_adapter_that_match_nothing_are_errors_at_their_key(run_reci
     monkeypatch.setattr(trainers, "build_trainer", lambda *_: pytest.fail("the weights were loaded"))
     result, folder = run_recipe(peft=LORA | peft)
     assert (result.status, folder) == (1, None)
-    assert f"] peft.{key}: " in result.err if key else "error[peft-refused] peft: " in result.err
+    assert f"] peft.{key}: " in result.err
     assert said in result.err
     assert "Traceback" not in result.err
+
+
+def test_an_adapter_larger_than_the_model_is_said(run_recipe):
+    result, _ = run_recipe(peft=LORA | {"r": 256})
+    assert result.status == 0, result.err
+    assert re.search(
+        r"warning\[large-adapter\] peft: [\d,]+ parameters are trained, and the model itself has", result.err
+    )
 
 
 def test_patterns_that_match_are_taken(run_recipe):
@@ -298,7 +321,7 @@ def test_odd_model_folders_are_one_line(run_recipe, altered, file, content):
     result, _ = run_recipe(model={"name_or_path": str(folder)}, peft=LORA)
     assert result.status == 1, result.err
     (line,) = [line for line in result.err.splitlines() if "error[" in line]
-    assert re.search(r"error\[[a-z-]+\] (model\.name_or_path|peft): ", line)
+    assert re.search(r"error\[[a-z-]+\] (model\.name_or_path|peft\.target_modules): ", line)
 
 
 BROKEN_TEMPLATES = {

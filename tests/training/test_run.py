@@ -442,18 +442,58 @@ def test_weights_that_cannot_be_loaded_are_one_line_and_a_failed_run(run_recipe,
 
 
 @pytest.mark.parametrize(
-    ("training", "key"),
+    ("training", "key", "message"),
     [
-        ({"optim": "lomo"}, "optim"),
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type"),
-        ({"lr_scheduler_kwargs": {"nonsense": 1}}, "lr_scheduler_type"),
+        ({"optim": "lomo"}, "optim", "lomo: You need to install `lomo_optim`"),
+        ({"optim_args": "beta1=0.8"}, "optim_args", "adamw_torch_fused has no option 'beta1'; options: none"),
+        ({"optim": "sgd", "optim_args": "momentm=0.9"}, "optim_args", "'momentm'; did you mean 'momentum'?"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,nesterov"}, "optim_args", "expected name=value, name=value"),
+        ({"optim": "sgd", "optim_args": "nesterov=true"}, "optim_args", "sgd: Nesterov momentum requires a momentum"),
+        ({"optim": "rmsprop_bnb", "optim_args": "alfa=0.9"}, "optim_args", "unexpected keyword argument 'alfa'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs", "takes: num_cycles, min_lr, min_lr_rate"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs", "takes: num_decay_steps"),
+        ({"lr_scheduler_kwargs": {"nonsense": 1}}, "lr_scheduler_kwargs", "linear takes: no options"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "high"}},
+            "lr_scheduler_kwargs",
+            "polynomial takes: lr_end, power",
+        ),
     ],
 )
-def test_an_optimizer_or_scheduler_that_cannot_be_had_is_said_at_its_key(run_recipe, training, key):
+def test_an_optimizer_or_schedule_that_cannot_be_had_is_said_at_its_key(run_recipe, training, key, message):
     result, folder = run_recipe(peft=LORA, training=training)
     assert result.status == 1, result.err
-    assert f"error[training-refused] training.{key}: " in result.err
-    assert status(folder)["status"] == "failed"
+    (line,) = [line for line in result.err.splitlines() if "error[" in line]
+    assert f"training.{key}: " in line
+    assert message in line
+    assert folder is None  # before the weights
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=true"},
+        {"optim": "ademamix", "optim_args": "beta3=0.99,t_alpha=10"},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}},
+    ],
+    ids=lambda training: training.get("optim", "schedule"),
+)
+def test_options_of_optimizer_and_schedule_are_taken(run_recipe, training):
+    assert run_recipe(peft=LORA, training=training)[0].status == 0
+
+
+def test_what_never_comes_in_the_steps_of_the_rows_is_said(run_recipe):
+    rows = [{"instruction": f"Say {n}.", "output": f"it is {n}"} for n in range(8)]
+    data = {"eval": {"fraction": 0.25}}
+    training = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "steps", "eval_steps": 50}
+    result, _ = run_recipe(rows=rows, peft=LORA, dataset=data, training=training)
+    assert result.status == 0, result.err
+    assert (
+        "warning[never-evaluated] training.eval_steps: the first evaluation would come after step 50, of " in result.err
+    )
+    result, _ = run_recipe(rows=rows, peft=LORA, dataset=data, training=training | {"warmup_steps": 100})
+    assert result.status == 1
+    assert "error[warmup-length] training.warmup_steps: a warm-up of 100 steps in " in result.err
 
 
 def test_an_attention_that_does_not_exist_is_said(run_recipe):

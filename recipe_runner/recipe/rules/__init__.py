@@ -1,14 +1,16 @@
 """What each section allows, but the whole does not: one file a subject, one small function a rule."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from recipe_runner.problems.problem import Found, Problem, as_warning
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules import adapter, data, model, packages, quantization, training
+from recipe_runner.recipe.sections import UpstreamSection
 
 # What may be meant: it is said, and never fails a run.
 WARNINGS = {
     "ignored-key",
+    "never-evaluated",
     "context-length",
     "unusual-learning-rate",
     "packed-evaluation",
@@ -29,7 +31,8 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "eval-data-unused", training.eval_data_unused(trained, dataset)
     yield "best-model-schedule", training.best_model_schedule(trained)
     yield "best-metric", training.best_metric(recipe.stage, trained)
-    yield "warmup-length", training.warmup_length(trained)
+    yield "warmup-length", training.warmup_length(trained, trained["max_steps"])
+    yield "never-evaluated", training.never_evaluated(trained, trained["max_steps"])
     yield "packing-without-length", training.packing_without_length(trained)
     yield "synced-reference", training.synced_reference(trained, peft)
     yield "packed-evaluation", training.packed_evaluation(recipe.stage, trained, dataset)
@@ -55,12 +58,20 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
 
 def check_rules(recipe: Recipe) -> list[Problem]:
     """Applies every rule to a recipe that passed the schema."""
-    problems = []
-    for code, found in apply_rules(recipe):
-        for path, message, suggestion in found:
-            problem = Problem(code, message, None, path, suggestion)
-            problems.append(as_warning(problem) if code in WARNINGS else problem)
-    return problems + check_name(recipe)
+    return _as_problems(apply_rules(recipe)) + check_name(recipe)
+
+
+def check_steps(trained: UpstreamSection, steps: int) -> list[Problem]:
+    """Applies the rules about the number of steps, once it is known."""
+    late = [("warmup-length", training.warmup_length(trained, steps))]
+    return _as_problems([*late, ("never-evaluated", training.never_evaluated(trained, steps))])
+
+
+def _as_problems(rules: Iterable[tuple[str, Found]]) -> list[Problem]:
+    problems = [
+        Problem(code, message, None, path, suggestion) for code, found in rules for path, message, suggestion in found
+    ]
+    return [as_warning(problem) if problem.code in WARNINGS else problem for problem in problems]
 
 
 def check_name(recipe: Recipe) -> list[Problem]:

@@ -11,6 +11,7 @@ from recipe_runner.stages import Stage
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLACE = ("model", "adapter")
+MOST_ITERATIONS = 999  # of PiSSA's fast decomposition: 4 to 64 are usual
 # Fields of the adapter's configuration that may differ: what only matters while training, or is checked with the model.
 _FREE = ("method", "lora_dropout", "target_modules")
 
@@ -37,6 +38,11 @@ def initialisation(stage: Stage, peft: UpstreamSection, quantization: UpstreamSe
         yield path, f"{name} needs a pass over the data before training, which is not made", other
     elif name == "loftq":
         yield path, "loftq changes the base's weights itself: the adapter would fit no other base", other
+    elif name.startswith("pissa_niter_") and int(name.removeprefix("pissa_niter_")) > MOST_ITERATIONS:
+        yield path, f"{name} would iterate for hours", f"take about 4, at most {MOST_ITERATIONS}"
+    elif peft["kasa_config"] is not None and stage.reference:
+        found = "KaSA takes a part out of the base's weights: the reference would not be the base"
+        yield ("peft", "kasa_config"), found, "remove the key"
     elif alters_base(peft):
         found = f"{name} takes a part of the base's weights into the adapter"
         if stage.reference:

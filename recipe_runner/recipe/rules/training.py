@@ -7,6 +7,11 @@ from recipe_runner.problems.words import suggest
 from recipe_runner.recipe.sections import DatasetSection, RunSection, UpstreamSection
 from recipe_runner.stages import Stage
 
+# transformers 5.23, trainer_optimizer.py: optimizers that are not given adam_beta1, adam_beta2 and adam_epsilon;
+# optimization.py: schedules that go by what evaluations measure, and so have no warm-up.
+_NOT_ADAM = ("adafactor", "adagrad", "adalomo", "galore", "grokadamw", "lomo", "rmsprop", "schedule_free_sgd", "sgd")
+_MEASURING = ("greedy", "reduce_lr_on_plateau")
+
 
 def precision_conflict(training: UpstreamSection) -> Found:
     """One mixed precision at a time."""
@@ -56,12 +61,21 @@ def best_metric(stage: Stage, training: UpstreamSection) -> Found:
         yield ("training", "metric_for_best_model"), f"evaluations of stage {stage.name} do not measure '{metric}'", fix
 
 
-def warmup_length(training: UpstreamSection) -> Found:
+def warmup_length(training: UpstreamSection, steps: int) -> Found:
     """A warm-up as long as the training: the learning rate that the recipe asks for is never reached."""
-    warmup, steps = training["warmup_steps"] or 0, training["max_steps"]
+    warmup = training["warmup_steps"] or 0
     if 1 < steps <= warmup:
-        found = f"a warm-up of {warmup:g} steps, and max_steps is {steps}: the learning rate is never reached"
+        found = f"a warm-up of {warmup:g} steps in {steps:,} steps of training: the learning rate is never reached"
         yield ("training", "warmup_steps"), found, "make it shorter (below 1: a share of all steps)"
+
+
+def never_evaluated(training: UpstreamSection, steps: int) -> Found:
+    """Evaluations that come after the end. Below 1, eval_steps is a share of all steps."""
+    first = training["eval_steps"] or training["logging_steps"]
+    if training["eval_strategy"] == "steps" and 0 < steps < first:
+        found = f"the first evaluation would come after step {first:,}, of {steps:,}: nothing is evaluated"
+        found += ", and no best checkpoint chosen" * bool(training["load_best_model_at_end"])
+        yield ("training", "eval_steps"), found, "make it smaller (below 1: a share of all steps)"
 
 
 def packing_without_length(training: UpstreamSection) -> Found:
@@ -107,12 +121,31 @@ def global_batch_size(training: UpstreamSection, run: RunSection) -> Found:
 
 def ignored_keys(training: UpstreamSection, dataset: DatasetSection) -> Found:
     """Fields that upstream does not look at, given the others (transformers' TrainingArguments, TRL's SFTConfig)."""
+    optim, scheduler, best = training["optim"], training["lr_scheduler_type"], training["load_best_model_at_end"]
+    best = best or training["save_strategy"] == "best" or scheduler in _MEASURING
     ignored: dict[str, Any] = {
         "num_train_epochs": training["max_steps"] > 0 and "max_steps is set",
         "eval_steps": training["eval_strategy"] != "steps" and "eval_strategy is not steps",
         "save_steps": training["save_strategy"] != "steps" and "save_strategy is not steps",
+        "save_total_limit": training["save_strategy"] == "no" and "save_strategy is no",
         "logging_steps": training["logging_strategy"] != "steps" and "logging_strategy is not steps",
         "packing_strategy": not (training["packing"] or training["eval_packing"]) and "packing is off",
+        "warmup_steps": scheduler in ("constant", *_MEASURING) and f"lr_scheduler_type is {scheduler}",
+        "lr_scheduler_kwargs": scheduler.startswith("constant") and f"lr_scheduler_type is {scheduler}",
+        "optim_target_modules": not optim.startswith(("galore", "apollo")) and f"optim is {optim}",
+        "adam_beta1": optim.startswith(_NOT_ADAM) and f"optim is {optim}",
+        "adam_beta2": optim.startswith(_NOT_ADAM) and f"optim is {optim}",
+        "adam_epsilon": (optim.startswith(_NOT_ADAM) or "lion" in optim) and f"optim is {optim}",
+        "metric_for_best_model": not best and "no best checkpoint is asked for: load_best_model_at_end",
+        "greater_is_better": not best and "no best checkpoint is asked for: load_best_model_at_end",
+        "gradient_checkpointing_kwargs": not training["gradient_checkpointing"] and "gradient_checkpointing is off",
+        "dataloader_persistent_workers": not training["dataloader_num_workers"] and "dataloader_num_workers is 0",
+        "precompute_ref_batch_size": not training["precompute_ref_log_probs"] and "precompute_ref_log_probs is off",
+        "ref_model_mixup_alpha": not training["sync_ref_model"] and "sync_ref_model is off",
+        "ref_model_sync_steps": not training["sync_ref_model"] and "sync_ref_model is off",
+        "f_alpha_divergence_coef": training["f_divergence_type"] != "alpha_divergence"
+        and "f_divergence_type is not alpha_divergence",
+        "discopop_tau": "discopop" not in str(training["loss_type"]) and "loss_type is not discopop",
     }
     if not dataset.has_eval:
         evaluating = ("eval_strategy", "eval_on_start")  # errors of their own: eval-without-data
