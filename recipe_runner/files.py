@@ -1,16 +1,35 @@
 """Files that are written whole or not at all, hashes of files, and the status files of runs."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Mark
 
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each weights file, evenly spaced: training changes nearly all of its bytes
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, or a quota
+
+
+def disk_full(number: int | None, file: Path, going_on: str) -> UserError:
+    """Builds the error for a file that could not be written for want of room.
+
+    Args:
+        number: The system's number, one of `FULL`.
+        file: The file, or a folder that it is in.
+        going_on: What to do once there is room.
+    """
+    folder = next(parent for parent in (file, *file.parents) if parent.is_dir())
+    disk = shutil.disk_usage(folder)
+    message = f"{file}: {os.strerror(number or errno.ENOSPC)}; {disk.free:,} of {disk.total:,} bytes are free there"
+    return user_error("disk-full", message, f"make room; {going_on}")
 
 
 def write_text(file: Path, text: str, encoding: str = "utf-8") -> None:
@@ -75,7 +94,13 @@ def write_status(run: Path, status: str, **details: Any) -> None:
     """Writes the status of a run: running, completed, failed or interrupted."""
     now = datetime.now(timezone.utc)
     times = {"started": started_at(run) or now.isoformat(), "updated": now.isoformat(timespec="seconds")}
-    write_json(run / "status.json", {"status": status, **times, **details})
+    value = {"status": status, **times, **details}
+    try:
+        write_json(run / "status.json", value)
+    except OSError:  # a full disk: over the old one there is room
+        with (run / "status.json").open("r+", encoding="utf-8") as stream:
+            stream.write(json.dumps(value | {"error": str(value.get("error", ""))[:1000]}))
+            stream.truncate()
 
 
 def read_status(run: Path) -> str:

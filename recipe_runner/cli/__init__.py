@@ -73,7 +73,10 @@ def main() -> NoReturn:
         sys.stderr.close()  # the reader (head, less) has gone: nothing is wrong
         sys.exit(0)
     except OSError as error:  # a file or folder that may not be read or written
-        _say_error(f"error[input-output] {error}")
+        from recipe_runner.files import FULL, disk_full
+
+        full = error.errno in FULL and error.filename
+        _say_error(str(disk_full(error.errno, Path(full), "run it again") if full else f"error[input-output] {error}"))
         sys.exit(EXIT_USER_ERROR)
     except Exception as error:  # the boundary: whatever else arrives here is a bug of ours
         sys.exit(_report_bug(error))

@@ -18,9 +18,11 @@ from datasets import (
     interleave_datasets,
     load_dataset,
 )
+from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 
 from recipe_runner.data.formats import RowError, normalise_row, says_something
+from recipe_runner.files import FULL, disk_full
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
 from recipe_runner.problems.words import suggest
@@ -224,6 +226,8 @@ def _explain_load_error(error: Exception, name: str, suffix: str, place: KeyPath
     root: BaseException = error
     while suffix in BUILDERS and (root.__cause__ or root.__context__):
         root = root.__cause__ or root.__context__ or root
+    if isinstance(root, OSError) and root.errno in FULL:
+        return disk_full(root.errno, Path(root.filename or HF_DATASETS_CACHE), "prepared data is kept there (HF_HOME)")
     what = first_line(root)
     if suffix in BUILDERS:
         return user_error("unreadable-data", f"cannot read {name}: {what}", path=place)

@@ -29,7 +29,7 @@ from recipe_runner.data.job import Job
 from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
 from recipe_runner.data.sources import order_rows
 from recipe_runner.data.tables import NUMBERS
-from recipe_runner.files import hash_file, write_json
+from recipe_runner.files import FULL, disk_full, hash_file, write_json
 from recipe_runner.recipe.rules.data import is_file_source
 
 CODE = Path(__file__).resolve().parent
@@ -161,8 +161,10 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
         files = {file.name: hash_file(file) for file in sorted(partial.iterdir())}
         write_json(partial / "manifest.json", {"files": files, "made_from": made_from})
         partial.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise disk_full(error.errno, folder.parent, "prepared data is kept there (HF_HOME)") from error
         raise
 
 

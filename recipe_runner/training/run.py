@@ -1,21 +1,19 @@
 """A run, from top to bottom: the cheapest failure first, then the weights, then training."""
 
 import contextlib
-import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 
 from recipe_runner.data.prepare import input_ids_of
 from recipe_runner.files import write_json, write_status
 from recipe_runner.launch.configuration import Launch
-from recipe_runner.problems.errors import Interrupted, UserError, first_line, user_error
+from recipe_runner.problems.errors import Interrupted, UserError
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs import folder as run_folder
@@ -23,6 +21,7 @@ from recipe_runner.runs.metrics import drop_metrics_after
 from recipe_runner.stages import Stage
 from recipe_runner.training import card, prepare, resume, summary, trainers, verify
 from recipe_runner.training.callbacks import Finished, Interruption, Recorder
+from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
 
 
@@ -53,7 +52,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
     assert folder is not None
     config.output_dir = str(folder / "checkpoints")
     lock = run_folder.lock_run(folder) if config.process_index == 0 else contextlib.nullcontext()
-    with lock, _recorded(folder, config):
+    with lock, _recorded(folder, config, recipe.training.said):
         if found:
             _write_status(config, folder, "running")
         if config.process_index == 0:
@@ -119,15 +118,25 @@ def _find_checkpoint(trainer: Any, folder: Path) -> Path | None:
 
 
 def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Path:
-    """Saves the adapter or the model, with tokenizer and chat template, and checks that it can be used."""
-    trainer.save_model(str(result))
+    """Saves the adapter or the model, with tokenizer and chat template, and checks that it can be used.
+
+    It gets its name when it is whole: what is half written (a full disk, a kill) is never taken for a result.
+    """
+    first, partial = trainer.is_world_process_zero(), result.with_name(f"{result.name}.partial")
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    if initial and trainer.is_world_process_zero():
-        save_converted(trainer.accelerator.unwrap_model(trainer.model), result, initial)
+    trainer.save_model(str(partial))
+    trainer.accelerator.wait_for_everyone()
     gathered = verify.gather_sharded(trainer)
-    if trainer.is_world_process_zero():
-        shutil.rmtree(result / "ref", ignore_errors=True)  # DPO's frozen copy of the adapter it began with
-        trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(result)  # where it stops
+    if first:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if initial:
+            save_converted(model, partial, initial)
+        shutil.rmtree(partial / "ref", ignore_errors=True)  # DPO's frozen copy of the adapter it began with
+        model.generation_config.save_pretrained(partial)  # where it stops
+        shutil.rmtree(result, ignore_errors=True)
+        partial.rename(result)
         tried = trainer.train_dataset.select(range(min(verify.ROWS, len(trainer.train_dataset))))
         verify.verify_saved(trainer, result, [input_ids_of(stage, row) for row in tried], gathered, initial)
     return result
@@ -135,12 +144,10 @@ def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Pat
 
 # Ctrl-C, a scheduler, a terminal that is closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
-# What torch 2.13 says when a process of the group does not answer (gloo, NCCL, DeepSpeed over them).
-LOST = re.compile(r"timed? ?out|closed by peer|reset by peer|gloo|NCCL|ProcessGroup", re.IGNORECASE)
 
 
 @contextlib.contextmanager
-def _recorded(folder: Path, config: Any) -> Iterator[None]:
+def _recorded(folder: Path, config: Any, said: Mapping[str, Any]) -> Iterator[None]:
     """Leaves the right status in the run folder, whatever happens."""
     try:
         yield
@@ -148,19 +155,13 @@ def _recorded(folder: Path, config: Any) -> Iterator[None]:
         _write_status(config, folder, "interrupted")
         raise
     except BaseException as error:
+        explained = explain(error, folder, config, said)
         try:
-            _write_status(config, folder, "failed", error=str(error) or type(error).__name__)
-        except OSError as another:  # a full disk: what went wrong first is what is said
+            _write_status(config, folder, "failed", error=str(explained or error) or type(error).__name__)
+        except OSError as another:  # what went wrong first is what is said
             print(f"the status can't be written, either: {another}", file=sys.stderr)
-        if isinstance(error, torch.OutOfMemoryError):
-            fix = "lower per_device_train_batch_size (and raise gradient_accumulation_steps), or max_length"
-            raise user_error("out-of-memory", str(error).splitlines()[0], fix) from error
-        if isinstance(error, OSError):
-            raise user_error("input-output", str(error), "check the disk; --resume continues the run") from error
-        if config.world_size > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
-            what = f"another process died, or hung for {config.ddp_timeout:,} s (training.ddp_timeout)"
-            fix = "its own message says why; --resume continues the run"
-            raise user_error("process-lost", f"{what}: {first_line(error)}", fix) from error
+        if explained:
+            raise explained from error
         raise
 
 

@@ -15,6 +15,7 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs.folder import last_checkpoint
 from recipe_runner.stages import load_class
+from recipe_runner.training.failures import is_out_of_memory
 from recipe_runner.training.packing import PackingCheck
 from recipe_runner.training.prepare import Prepared
 
@@ -47,11 +48,11 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
                 quantization_config=None if continued else quantization,
                 peft_config=None if continued else peft_config,
             )
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, SafetensorError) as error:
         raise user_error("model-not-loaded", first_line(error), path=("model", "name_or_path")) from error
     except (ImportError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise refused("training", recipe.training.said, error) from error
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)

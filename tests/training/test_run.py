@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES
+from conftest import EXAMPLES, HF_HOME
 from shared import CHAT, INT8, LORA, NF4, SHAREGPT, TEXT, losses, metrics, status, write_rows
 
 from recipe_runner.recipe.document import read_document
@@ -507,17 +507,64 @@ def test_pickled_weights_load_when_the_recipe_says_so(run_recipe, tiny_phi3, tmp
     assert run_recipe(model=model)[0].status == 0
 
 
-def test_a_full_disk_is_no_bug(run_recipe, monkeypatch):
-    from trl import SFTTrainer
+@pytest.fixture
+def limit_files():
+    """As a quota does: the system refuses files that become larger than a number of bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def full(*arguments, **options):
+
+def test_a_disk_without_room_for_prepared_data_is_said(run_recipe, limit_files, monkeypatch):
+    from recipe_runner.training import prepare
+
+    read = prepare.open_sources
+    monkeypatch.setattr(prepare, "open_sources", lambda *arguments: limit_files(2000) or read(*arguments))
+    result, folder = run_recipe(peft=LORA, rows=[{"instruction": f"Say {n}.", "output": "x" * n} for n in range(99)])
+    assert (result.status, folder) == (1, None), result.err
+    assert re.search(rf"error\[disk-full\] \S*{HF_HOME.name}\S*: File too large; ", result.err)
+
+
+@pytest.mark.parametrize(
+    ("sections", "limit", "file"),
+    [
+        ({"training": {"save_steps": 1, "optim": "adafactor"}}, 20_000, "checkpoints/checkpoint-1/"),  # safetensors
+        ({"peft": LORA, "training": {"save_steps": 1}}, 16_000, "checkpoints/checkpoint-1/"),  # tokenizers
+        ({"peft": LORA | {"r": 1}, "training": {"save_steps": 1}}, 10_500, "checkpoints/checkpoint-1/"),  # torch
+        ({"training": {"save_strategy": "no", "optim": "adafactor"}}, 20_000, "model.partial/"),
+    ],
+    ids=["weights", "tokenizer", "optimizer", "result"],
+)
+def test_a_disk_without_room_is_said_with_file_and_disk(run_recipe, limit_files, sections, limit, file, monkeypatch):
+    from recipe_runner.training import trainers
+
+    build = trainers.build_trainer
+    monkeypatch.setattr(trainers, "build_trainer", lambda *arguments: limit_files(limit) or build(*arguments))
+    result, folder = run_recipe(**sections)
+    assert result.status == 1, result.err
+    (line,) = [line for line in result.err.splitlines() if "error[" in line]
+    assert f"error[disk-full] {folder}/{file}" in line
+    assert re.search(r": File too large; [\d,]+ of [\d,]+ bytes are free there; make room; start the run again", line)
+    assert status(folder)["status"] == "failed"
+    assert "File too large" in status(folder)["error"]
+    assert not (folder / "model").exists()
+    assert not (folder / "adapter").exists()
+
+
+def test_a_status_is_written_where_a_disk_has_no_room_for_a_second_file(tmp_path, monkeypatch):
+    from recipe_runner import files
+
+    files.write_status(tmp_path, "running")
+    started = status(tmp_path)["started"]
+
+    def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", full)
-    result, folder = run_recipe(peft=LORA)
-    assert result.status == 1
-    assert "error[input-output] [Errno 28] No space left on device" in result.err
-    assert status(folder)["status"] == "failed"
+    monkeypatch.setattr(files, "write_text", full)
+    files.write_status(tmp_path, "failed", error="x" * 100_000)
+    assert (status(tmp_path)["status"], status(tmp_path)["started"]) == ("failed", started)
+    assert (tmp_path / "status.json").stat().st_size < 4096  # in the block that the old one has
 
 
 def test_out_of_memory_names_what_to_lower(run_recipe, monkeypatch):
@@ -532,6 +579,25 @@ def test_out_of_memory_names_what_to_lower(run_recipe, monkeypatch):
     assert result.status == 1
     assert "error[out-of-memory]" in result.err
     assert "per_device_train_batch_size" in result.err
+    assert status(folder)["status"] == "failed"
+
+
+def test_memory_that_a_cpu_does_not_have_is_said_as_that(run_recipe, monkeypatch):
+    import torch
+    from trl import SFTTrainer
+
+    monkeypatch.setattr(SFTTrainer, "training_step", lambda *_: torch.empty(1 << 60))
+    result, folder = run_recipe(peft=LORA)
+    assert result.status == 1
+    assert "error[out-of-memory] " in result.err
+    assert status(folder)["status"] == "failed"
+
+
+def test_what_upstream_refuses_at_the_first_step_is_no_bug(run_recipe):
+    """PEFT 0.21: tuners/lora/model.py, hooks of activated LoRA with gradient checkpointing."""
+    result, folder = run_recipe(peft=LORA | {"alora_invocation_tokens": [5]})
+    assert result.status == 1, result.err
+    assert "error[training-refused] training: Multiple invocations of PEFT forward hooks" in result.err
     assert status(folder)["status"] == "failed"
 
 
