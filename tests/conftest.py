@@ -144,3 +144,22 @@ def tiny_phi3(tmp_path_factory, tokenizer):
     from recipe_runner.model.tiny import write_tiny
 
     return write_tiny(Phi3Config(), tokenizer, tmp_path_factory.mktemp("models") / "tiny-phi3")
+
+
+@dataclass(frozen=True)
+class Mutants:
+    seed: str
+    count: int
+
+
+def pytest_addoption(parser):
+    parser.addoption("--mutants", choices=["sample", "all"], default="sample", help="how many broken copies are tried")
+    parser.addoption("--mutants-seed", default="1", help="which ones")
+
+
+@pytest.fixture
+def mutants(request):
+    """How many broken copies of a kind of file a test tries, and by which seed."""
+    sample, large = request.node.get_closest_marker("mutants").args
+    few = request.config.getoption("--mutants") == "sample"
+    return Mutants(request.config.getoption("--mutants-seed"), sample if few else large)

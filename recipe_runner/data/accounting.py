@@ -33,6 +33,7 @@ class Accounting:
         batches: Share of padding in batches of `random` rows and of rows `grouped` by length; `packed`: the share of
             packed rows that stays empty (which is not computed: bfd packing is padding-free).
         sources: Name, rows and tokens of each source of a mixture.
+        unused: Source -> its columns that no role takes.
         packed_rows: Rows after packing; 0 without.
         roles: Role -> rows that have a turn of it.
         lost_roles: Role -> turns looked at whose text the chat template does not render; out of `looked_at`.
@@ -56,6 +57,7 @@ class Accounting:
     max_length: int | None = None
     batches: dict[str, float] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
+    unused: dict[str, list[str]] = field(default_factory=dict)
     packed_rows: int = 0
     roles: dict[str, int] = field(default_factory=dict)
     lost_roles: dict[str, int] = field(default_factory=dict)
@@ -93,6 +95,13 @@ class Accounting:
             (source["name"], source["rows"] / self.rows_kept, source["tokens"] / self.tokens) for source in self.sources
         ]
         return "; ".join(f"{name} {rows:.0%} of rows, {tokens:.0%} of tokens" for name, rows, tokens in shares)
+
+    def describe_unused(self) -> str:
+        """Columns that are not used, in a line."""
+        named = (
+            ", ".join(f"'{column}'" for column in columns) + f" of {name}" for name, columns in self.unused.items()
+        )
+        return "; ".join(named)
 
 
 class Tally:

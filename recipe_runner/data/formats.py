@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from recipe_runner.problems.words import suggest
+from recipe_runner.problems.words import misspelt, suggest
 from recipe_runner.recipe.sections import DatasetSection
 
 CLASSIC = {
@@ -31,10 +31,11 @@ SHAREGPT_ROLES = {
 }
 KNOWN_ROLES = ("system", "user", "assistant", "tool", *SHAREGPT_ROLES)
 # Keys of a turn that say something, and have no place in a row of TRL's that is made here.
-LOST_KEYS = [
+LOST_KEYS = (
     *("tool_calls", "function_call", "tools", "reasoning_content", "reasoning", "thinking", "name"),
     *("images", "image", "videos", "video", "audios", "audio"),
-]
+)
+TURN_KEYS = ("role", "content", "from", "value", "weight", "train")  # that are read
 
 
 class RowError(Exception):
@@ -148,12 +149,13 @@ def _chat_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[
 
 def _is_learned(turn: dict[str, Any], where: str) -> bool:
     """Whether a turn may be in the loss: OpenAI's and axolotl's `weight: 0` and `train: false` say no."""
+    learned = True
     for key, values in (("weight", (0, 1)), ("train", (False, True))):
         if (value := turn.get(key)) is not None:
             if value not in values:
                 raise RowError(f"{where}: {key} is {value}, and can only be {values[0]} or {values[1]} here")
-            return bool(value)
-    return True
+            learned = learned and bool(value)
+    return learned
 
 
 def _turn(turn: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, str]:
@@ -167,6 +169,10 @@ def _turn(turn: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str
         if key not in dataset.ignore and says_something(turn.get(key)):
             fix = f"remove it, write it into the content, or list it in dataset.ignore: [{key}]"
             raise RowError(f"{where}: the key '{key}' has no place in this format, and would be lost; {fix}")
+    for key in turn.keys() - {*TURN_KEYS, *LOST_KEYS, *dataset.ignore}:
+        if (known := misspelt(key, TURN_KEYS + LOST_KEYS)) and says_something(turn[key]):
+            fix = f"write '{known}', or list it in dataset.ignore: [{key}]"
+            raise RowError(f"{where}: unknown key '{key}', did you mean '{known}'? It would be lost; {fix}")
     if not isinstance(content, str):
         raise RowError(f"{where}: expected a text as content, found {_kind(content)}")
     return {"role": SHAREGPT_ROLES.get(role, role), "content": content}

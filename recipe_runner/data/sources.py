@@ -25,7 +25,7 @@ from recipe_runner.data.formats import RowError, normalise_row, says_something
 from recipe_runner.files import FULL, disk_full
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
-from recipe_runner.problems.words import suggest
+from recipe_runner.problems.words import misspelt, suggest
 from recipe_runner.recipe.rules.data import BUILDERS
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS
@@ -50,11 +50,13 @@ class Source:
         section: What the recipe says of it.
         rows: Its rows, with the columns that are used, memory-mapped.
         columns: Role of a column -> its name in the data.
+        unused: Columns that no role takes.
     """
 
     section: SourceSection
     rows: Dataset
     columns: dict[str, str]
+    unused: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -99,7 +101,8 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     columns = choose_columns(section, dataset.format, rows.column_names)
     unused = [column for column in rows.column_names if column not in (*columns.values(), *dataset.ignore)]
     _refuse_lost_columns(section, dataset.format, rows.select_columns(unused))
-    return Source(section, rows.select_columns(list(dict.fromkeys(columns.values()))), columns)
+    used = rows.select_columns(list(dict.fromkeys(columns.values())))
+    return Source(section, used, columns, tuple(unused))
 
 
 def order_rows(dataset: DatasetSection, sources: list[Source], seed: int) -> dict[str, np.ndarray]:
@@ -201,16 +204,17 @@ def _refuse_lost_columns(section: SourceSection, form: str, unused: Dataset) -> 
     """
     roles = FORMATS[form].roles
     for name in unused.column_names:
-        role = MEANINGS.get(name)
-        if role is None or (name in section.columns and section.columns[name] is None):
+        known = name if name in MEANINGS else misspelt(name, tuple(MEANINGS))
+        if not known or (name in section.columns and section.columns[name] is None):
             continue
-        if name == "label" and unused.features["label"].dtype != "bool":
+        if known == "label" and unused.features[name].dtype != "bool":
             continue  # a class, of data for a classifier
         values = unused.data.column(name)
         texts = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
         if any(says_something(value) for value in (values.unique() if texts else values).to_pylist()):
+            role = MEANINGS[known] or known
             message = f"{section.source} has a column '{name}', which format {form} does not use: it would be lost"
-            fix = f"set columns: {{{role}: {name}}}, or" if role in roles else "remove it, or"
+            fix = f"set columns: {{{role}: {name}}}, or" if name != role and role in roles else "remove it, or"
             path = (*section.path, "columns") if section.columns else (*section.path, "source")
             raise user_error("unused-column", message, f"{fix} list it in dataset.ignore: [{name}]", path=path)
 

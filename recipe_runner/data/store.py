@@ -152,7 +152,8 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
     try:
         orders = order_rows(job.dataset, job.sources, job.seed)
         tallies = {split: _write_split(partial, split, order, job) for split, order in orders.items()}
-        accounting = {split: tally.finish() for split, tally in tallies.items()}
+        unused = {source.name: list(source.unused) for source in job.sources if source.unused}
+        accounting = {split: replace(tally.finish(), unused=unused) for split, tally in tallies.items()}
         if "eval" in tallies:
             trained, held_out = (np.concatenate(tallies[split].columns["hash"]) for split in ("train", "eval"))
             seen = int(np.isin(held_out, trained).sum())

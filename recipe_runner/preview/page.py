@@ -74,6 +74,7 @@ def _table(account: Accounting, facts: Facts | None) -> Iterator[str]:
         "batches": account.describe_batches(),
         "packed": f"into {account.packed_rows:,} rows" if account.packed_rows else "",
         "sources": account.describe_sources(),
+        "not used": account.describe_unused(),
         "steps": facts.steps if facts else "",
     }
     yield "<table>"

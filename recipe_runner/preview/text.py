@@ -116,6 +116,7 @@ def describe(split: str, account: Accounting) -> Iterator[str]:
         "batches": account.describe_batches(),
         "packed": f"{account.packed_rows:,} rows" if account.packed_rows else "",
         "sources": account.describe_sources(),
+        "not used": account.describe_unused(),
     }
     yield from (f"  {name:<11}{text}" for name, text in facts.items() if text)
     if account.histogram:

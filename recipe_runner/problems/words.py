@@ -2,6 +2,9 @@
 
 import difflib
 from collections.abc import Iterable
+from functools import lru_cache
+
+ALIKE = 0.85  # inputs and input, sytem and system; not height and weight
 
 
 def nearest(word: str, choices: Iterable[str]) -> list[str]:
@@ -9,6 +12,14 @@ def nearest(word: str, choices: Iterable[str]) -> list[str]:
     scored = [(difflib.SequenceMatcher(None, choice, word).ratio(), choice) for choice in choices]
     best = max((score for score, _ in scored), default=0)
     return [choice for score, choice in scored if score > best - 0.02] if best >= 0.6 else []
+
+
+@lru_cache(maxsize=1000)
+def misspelt(word: str, known: tuple[str, ...]) -> str:
+    """The known word that another one can hardly be anything else than; empty when there is none."""
+    alike = [(difflib.SequenceMatcher(None, choice, word.strip().lower()).ratio(), choice) for choice in known]
+    best, choice = max(alike, default=(0.0, ""))
+    return choice if best > ALIKE else ""
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:

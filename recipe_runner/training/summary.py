@@ -28,6 +28,7 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "lengths": accounting.describe_lengths(),
         "batches": accounting.describe_batches(),
         "sources": accounting.describe_sources(),
+        "not used": accounting.describe_unused(),
         "eval data": str(prepared.evaluation.accounting) if prepared.evaluation else "none",
         "steps": describe_steps(config, rows),
         "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g},"
