@@ -37,9 +37,24 @@ class Launch:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     marks: Mapping[KeyPath, Mark] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> str:
+        """Accelerate's distributed type."""
+        return str(self.values.get("distributed_type") or "NO")
+
+    @property
+    def processes(self) -> int:
+        """Processes on all machines together."""
+        return int(self.values.get("num_processes") or 1)
+
+    @property
+    def machines(self) -> int:
+        """Machines that take part."""
+        return int(self.values.get("num_machines") or 1)
+
     def fsdp(self, key: str, default: Any = None) -> Any:
         """A key of `fsdp_config`, with or without its prefix; None when FSDP is off."""
-        if self.values.get("distributed_type") != "FSDP":
+        if self.kind != "FSDP":
             return None
         section = self.values.get("fsdp_config") or {}
         return section.get(f"fsdp_{key}", section.get(key, default))
@@ -52,7 +67,7 @@ class Launch:
     @property
     def is_deepspeed(self) -> bool:
         """Whether DeepSpeed trains."""
-        return bool(self.values.get("distributed_type") == "DEEPSPEED")
+        return self.kind == "DEEPSPEED"
 
     @property
     def zero_stage(self) -> int:

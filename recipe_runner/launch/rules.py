@@ -48,14 +48,14 @@ def fsdp_quantized_storage(launch: Launch, quantization: UpstreamSection) -> Fou
     """
     storage = quantization["bnb_4bit_quant_storage"] or "uint8"  # what BitsAndBytesConfig makes of None
     compute = quantization["bnb_4bit_compute_dtype"] or "float32"
-    if launch.values.get("distributed_type") == "FSDP" and quantization["load_in_4bit"] and storage != compute:
+    if launch.kind == "FSDP" and quantization["load_in_4bit"] and storage != compute:
         found = f"FSDP shards 4-bit weights only if bnb_4bit_quant_storage ({storage}) is the compute dtype ({compute})"
         yield ("distributed_type",), found, f"set quantization.bnb_4bit_quant_storage: {compute} in the recipe"
 
 
 def sharded_8bit(launch: Launch, quantization: UpstreamSection) -> Found:
     """8-bit weights can't be sharded. Source: PEFT's documentation, "DeepSpeed" and "FSDP" (4-bit only)."""
-    sharded = "FSDP" if launch.values.get("distributed_type") == "FSDP" else "ZeRO-3" if launch.zero_stage == 3 else ""
+    sharded = "FSDP" if launch.kind == "FSDP" else "ZeRO-3" if launch.zero_stage == 3 else ""
     if sharded and quantization["load_in_8bit"]:
         yield (
             ("distributed_type",),
@@ -164,16 +164,15 @@ def saves_nothing(launch: Launch) -> Found:
 def one_process_only(launch: Launch) -> Found:
     """Processes that would train alone, or unsharded. Source: accelerate 1.15, commands/launch.py and state.py."""
     values = launch.values
-    count = values.get("num_processes", 1)
-    if values.get("distributed_type") in ("MULTI_CPU", "NO") and not values.get("mpirun_config") and count > 1:
-        found = f"{values['distributed_type']} starts one process, not {count} (accelerate 1.15)"
+    if launch.kind in ("MULTI_CPU", "NO") and not values.get("mpirun_config") and launch.processes > 1:
+        found = f"{launch.kind} starts one process, not {launch.processes} (accelerate 1.15)"
         yield ("distributed_type",), found, "take accelerate_configs/cpu_2proc.yaml or ddp.yaml as a start"
-    if values.get("distributed_type") == "FSDP" and values.get("use_cpu"):
+    if launch.kind == "FSDP" and values.get("use_cpu"):
         yield ("distributed_type",), "on a CPU accelerate 1.15 does not shard: it would be plain DDP", "take cpu_2proc"
 
 
 def machines(launch: Launch) -> Found:
     """Several machines share the processes evenly. Source: accelerate 1.15, launch.py, prepare_multi_gpu_env."""
-    count, processes = launch.values.get("num_machines", 1), launch.values.get("num_processes", 1)
-    if count > 1 and processes % count:
-        yield ("num_processes",), f"{processes} processes can't be shared by {count} machines", "make it a multiple"
+    if launch.processes % launch.machines:
+        found = f"{launch.processes} processes can't be shared by {launch.machines} machines"
+        yield ("num_processes",), found, "make it a multiple"

@@ -32,7 +32,7 @@ def launch_run(launch: Launch, options: Sequence[str], command: Sequence[str]) -
     arguments = ["--config_file", launch.name, *options, "--module", "recipe_runner", *command]
     parsed = launch_command_parser().parse_args(arguments)
     _check_devices(launch)
-    if launch.values.get("num_machines", 1) > 1 and not launch.values.get("main_process_ip"):
+    if launch.machines > 1 and not launch.values.get("main_process_ip"):
         raise user_error("launch-file", "several machines need the address of the first", "--main-process-ip ADDRESS")
     os.environ["RECIPE_RUN_LAUNCH"] = launch.name  # the plan names it
     # Who failed has said why; the launcher's own traceback and table say nothing more.
@@ -41,11 +41,11 @@ def launch_run(launch: Launch, options: Sequence[str], command: Sequence[str]) -
     # A signal reaches the processes through here; torch kills them 30 seconds later, in the middle of a long step.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")
     on_cpu = launch.values.get("use_cpu")
-    processes = launch.values.get("num_processes", 1)
+    processes = launch.processes
     threads = max(1, (os.cpu_count() or 1) // processes) if on_cpu else 1  # as torchrun does, but it warns
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
-        if launch.values["distributed_type"] == "NO":
+        if launch.kind == "NO":
             _become(parsed)
         launch_command(parsed)
     except ChildFailedError as error:
@@ -79,10 +79,9 @@ def _become(parsed: Namespace) -> NoReturn:
 
 def _check_devices(launch: Launch) -> None:
     """Each process needs a device of its own: two on one GPU are slower than one, or do not start at all."""
-    values = launch.values
-    if values.get("use_cpu") or values.get("distributed_type", "NO") == "NO":
+    if launch.values.get("use_cpu") or launch.kind == "NO":
         return
-    wanted = values.get("num_processes", 1) // values.get("num_machines", 1)
+    wanted = launch.processes // launch.machines
     devices = torch.accelerator.device_count()
     if wanted > devices:
         message = f"{launch.name} starts {wanted} processes on this machine, which has {devices} GPUs"

@@ -15,7 +15,6 @@ from recipe_runner.recipe.document import read_document
 from recipe_runner.recipe.library import shipped_recipes
 from recipe_runner.recipe.resolve import examine_recipe
 
-MUTANTS_OF_A_KIND = 300
 KEY = re.compile(r"^( *)([a-z_0-9]+):( *)([^#\n]*?)( *#.*)?$")
 FREE = {"description", "metadata", "license", "hardware", "tags"}  # people's words: anything goes
 
@@ -93,11 +92,12 @@ KINDS += [monstrous_value]
 
 
 @pytest.mark.parametrize("mutate", KINDS, ids=lambda kind: kind.__name__)
-def test_mutants_are_answered(mutate, tmp_path, report_figure):
-    chance = random.Random(mutate.__name__)
+@pytest.mark.mutants(2700, 10_000)
+def test_mutants_are_answered(mutate, tmp_path, mutants, report_figure):
+    chance, count = random.Random(f"{mutate.__name__} {mutants.seed}"), -(-mutants.count // len(KINDS))
     recipes = {file.stem: (file.read_text(), examine_recipe(file)[0].values) for file in shipped_recipes()}
     figures, slowest = Counter(), 0.0
-    for _ in range(MUTANTS_OF_A_KIND):
+    for _ in range(count):
         name = chance.choice(list(recipes))
         text, values = recipes[name]
         text = text.replace("../models", "/models").replace(
@@ -122,9 +122,12 @@ def test_mutants_are_answered(mutate, tmp_path, report_figure):
         else:
             figures["accepted with a warning"] += 1
     told = ", ".join(f"{count} {kind}" for kind, count in figures.most_common())
-    report_figure(f"{MUTANTS_OF_A_KIND} mutants by {mutate.__name__}: {told}; slowest {slowest * 1000:.0f} ms")
+    report_figure(
+        f"{count} mutants of recipes by {mutate.__name__} (seed {mutants.seed}): {told};"
+        f" slowest {slowest * 1000:.0f} ms"
+    )
     assert slowest < 2
-    assert sum(figures.values()) == MUTANTS_OF_A_KIND
+    assert sum(figures.values()) == count
 
 
 def test_a_valid_mutant_says_what_it_says(tmp_path):
