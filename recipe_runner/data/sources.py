@@ -20,6 +20,7 @@ from datasets import (
 )
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
+from datasets.utils import logging
 
 from recipe_runner.data.formats import RowError, normalise_row, says_something
 from recipe_runner.files import FULL, disk_full
@@ -76,6 +77,7 @@ def open_sources(dataset: DatasetSection) -> list[Source]:
         UserError: A source can't be read, has no rows, or lacks a column.
     """
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)  # what it says of a file that can't be read, we say with the line
     return [open_source(source, dataset) for source in dataset.sources]
 
 
@@ -278,7 +280,7 @@ def _find_bad_json(file: Path) -> str:
                 wrong = [index for index, row in enumerate(json.load(stream), 1) if not isinstance(row, dict)]
                 return f"{file}: item {wrong[0]} is not a JSON object" if wrong else ""
             for number, line in enumerate(stream, 1):
-                if line.strip() and not isinstance(json.loads(line), dict):
+                if line.strip() and not isinstance(json.loads(line.rstrip()), dict):
                     return f"{file}: line {number} is not a JSON object"
         except json.JSONDecodeError as error:
             return f"{file}: line {error.lineno if whole else number}, column {error.colno}: {error.msg}"

@@ -17,9 +17,11 @@ def nearest(word: str, choices: Iterable[str]) -> list[str]:
 @lru_cache(maxsize=1000)
 def misspelt(word: str, known: tuple[str, ...]) -> str:
     """The known word that another one can hardly be anything else than; empty when there is none."""
-    alike = [(difflib.SequenceMatcher(None, choice, word.strip().lower()).ratio(), choice) for choice in known]
+    word = word.strip().lower()
+    swapped = next((choice for choice in known if sorted(choice) == sorted(word)), "")
+    alike = [(difflib.SequenceMatcher(None, choice, word).ratio(), choice) for choice in known]
     best, choice = max(alike, default=(0.0, ""))
-    return choice if best > ALIKE else ""
+    return swapped or (choice if best > ALIKE else "")
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:

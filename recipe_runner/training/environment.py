@@ -100,9 +100,10 @@ def choose_precision(training: UpstreamSection, dtype: str | None, adapter: bool
     return Precision(dtype, bf16, bool(training["fp16"]), reason)
 
 
-def describe_accelerator(kind: str) -> str:
-    """The name of an accelerator, as far as torch knows one."""
-    return torch.cuda.get_device_name() if kind == "cuda" else f"this machine's {kind} device"
+def describe_accelerator(kind: str, index: int = 0) -> str:
+    """The name of an accelerator, where torch knows one (not of Apple's)."""
+    name = getattr(torch.get_device_module(kind), "get_device_name", None)
+    return str(name(index)) if name else f"this machine's {kind} device"
 
 
 def describe_device(config: Any) -> str:
@@ -134,11 +135,18 @@ def describe_environment(folder: Path) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "gpus": _list_accelerators(),
         "versions": versions,
         "launcher": {key: os.environ[key] for key in sorted(os.environ) if key.startswith("ACCELERATE_")},
         "git_commit": _git_commit(folder),
     }
+
+
+def _list_accelerators() -> list[str]:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return (
+        [describe_accelerator(found.type, index) for index in range(torch.accelerator.device_count())] if found else []
+    )
 
 
 def _git_commit(folder: Path) -> str | None:

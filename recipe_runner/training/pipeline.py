@@ -60,8 +60,8 @@ def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None) -> P
                     done = run_recipe(ready, str(resumed) if resumed else "never", launch)
                 runs[place] = StageRun(ready, done, "completed")
                 gc.collect()  # the model of this stage, before that of the next is loaded
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                if torch.accelerator.is_available():
+                    torch.accelerator.empty_cache()
         if main:
             report = write_report(recipe, folder, runs)
             write_pipeline_status(folder, "completed", runs)

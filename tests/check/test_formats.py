@@ -181,7 +181,17 @@ def test_keys_of_a_turn_that_would_be_lost_are_refused_unless_they_are_named(key
         assert not normalise_row(chat(ASK, ("assistant", "ho", (key, nothing))), CHAT, "row 1")["dropped"]
 
 
-@pytest.mark.parametrize("nothing_learned", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+@pytest.mark.parametrize("key", ["weigth", "weights", "trian", "Train", "tool_call", "reasonings", " name"])
+def test_a_key_of_a_turn_that_is_misspelt_is_refused(key):
+    with pytest.raises(RowError, match=rf"turn 2: unknown key '{key}', did you mean "):
+        normalise_row(chat(ASK, ("assistant", "ho", (key, "x"))), CHAT, "row 1")
+    assert normalise_row(chat(ASK, ("assistant", "ho", (key, "x"))), CHAT | {"ignore": [key]}, "row 1")
+    assert normalise_row(chat(ASK, ("assistant", "ho", ("id", "x"))), CHAT, "row 1")
+
+
+@pytest.mark.parametrize(
+    "nothing_learned", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}]
+)
 def test_turns_of_weight_0_are_not_learned(nothing_learned):
     silent = ("assistant", "oops", *nothing_learned.items())
     assert normalise_row(chat(ASK, silent, ASK, SAY), CHAT, "row 1")["muted"] == [0]

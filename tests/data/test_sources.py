@@ -141,6 +141,11 @@ def test_hub_datasets_are_asked_for_by_subset_split_and_revision(load, monkeypat
             "rows.jsonl: line 2, column 17: Expecting value",
         ),
         (
+            {"text": '{"instruction": "a", "output": "b"}\n{"instruction": "a"\n'},
+            "unreadable-data",
+            "rows.jsonl: line 2, column 20: Expecting ',' delimiter",
+        ),
+        (
             {"text": '{"instruction": "a", "output": "b"}\n[1, 2]\n'},
             "unreadable-data",
             "rows.jsonl: line 2 is not a JSON object",
@@ -205,6 +210,7 @@ LOST = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
     [
         *(("tools", [{"name": "weather"}]), ("tools", '[{"name": "weather"}]'), ("label", True), ("images", ["a.png"])),
         *(("system_prompt", "Be brief."), ("reasoning", "because"), ("weight", 0.5), ("history", [["a", "b"]])),
+        *(("Tools", [{"name": "weather"}]), ("sytem", "Be brief."), ("labels", True), ("contexts", "a story")),
     ],
 )
 def test_a_column_that_says_something_is_never_left_out_silently(load, column, value):
@@ -215,7 +221,10 @@ def test_a_column_that_says_something_is_never_left_out_silently(load, column, v
     assert problem.code == "unused-column"
     assert f"has a column '{column}', which format chat does not use" in problem.message
     assert f"dataset.ignore: [{column}]" in problem.suggestion
-    assert ("columns: {system: system_prompt}" in problem.suggestion) == (column == "system_prompt")
+    if column in ("system_prompt", "sytem"):
+        assert f"columns: {{system: {column}}}" in problem.suggestion
+    else:
+        assert problem.suggestion.startswith("remove it, or ")
     train, _ = load(rows, format="chat", ignore=[column])
     assert len(train) == 2
 

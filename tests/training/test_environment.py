@@ -20,6 +20,7 @@ def choose(write_recipe, monkeypatch):
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: device)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+        monkeypatch.setattr(torch.xpu, "get_device_name", lambda *_: "Some Arc")
         monkeypatch.setattr(environment, "is_bf16_available", lambda: has_bf16)
         recipe = load_recipe(str(write_recipe(training=training)))
         return environment.choose_precision(recipe.training, None, adapter, launcher)
@@ -32,7 +33,7 @@ def choose(write_recipe, monkeypatch):
     [
         ("cuda", True, "bfloat16 weights, bf16 mixed precision (Some GPU has bfloat16 units)"),
         ("cuda", False, "float32 weights, no mixed precision (Some GPU has no bfloat16 units)"),
-        ("xpu", True, "bfloat16 weights, bf16 mixed precision (this machine's xpu device has bfloat16 units)"),
+        ("xpu", True, "bfloat16 weights, bf16 mixed precision (Some Arc has bfloat16 units)"),
         ("mps", True, "bfloat16 weights, bf16 mixed precision (this machine's mps device has bfloat16 units)"),
         ("mps", False, "float32 weights, no mixed precision (this machine's mps device has no bfloat16 units)"),
         (None, True, "float32 weights, no mixed precision (a CPU)"),
@@ -66,3 +67,14 @@ def test_processes_join_over_gloo_on_a_cpu_only(monkeypatch):
     assert processes.join_processes(use_cpu=False, timeout_seconds=8) == {}
     assert processes.device_kind(use_cpu=False) == "xpu"
     assert processes.device_kind(use_cpu=True) == "cpu"
+
+
+def test_the_accelerators_of_any_maker_are_recorded(monkeypatch, tmp_path):
+    import torch
+
+    from recipe_runner.training.environment import describe_environment
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: SimpleNamespace(type="xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda index: f"Arc {index}")
+    assert describe_environment(tmp_path)["gpus"] == ["Arc 0", "Arc 1"]
