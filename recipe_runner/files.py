@@ -15,6 +15,7 @@ from recipe_runner.problems.problem import Mark
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each weights file, evenly spaced: training changes nearly all of its bytes
 
 
+STATUSES = ("running", "completed", "failed", "interrupted")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, or a quota
 
 
@@ -50,6 +51,15 @@ def write_text(file: Path, text: str, encoding: str = "utf-8") -> None:
 def write_json(file: Path, value: Any) -> None:
     """Writes a JSON file in one step."""
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is none that can be read."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_new(file: Path, text: str) -> None:
@@ -105,19 +115,13 @@ def write_status(run: Path, status: str, **details: Any) -> None:
 
 def read_status(run: Path) -> str:
     """The status of a run: running, completed, failed or interrupted; `damaged` when the folder is not whole."""
-    try:
-        status = json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
-        return str(status) if (run / "resolved.yaml").is_file() else "damaged"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "damaged"
+    status = read_object(run / "status.json").get("status")
+    return str(status) if status in STATUSES and (run / "resolved.yaml").is_file() else "damaged"
 
 
 def started_at(run: Path) -> str:
     """When a run was started, as its status says; empty when it does not."""
-    try:
-        return str(json.loads((run / "status.json").read_text(encoding="utf-8"))["started"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    return str(read_object(run / "status.json").get("started", ""))
 
 
 def list_runs(home: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """The result of a run, loaded for inference: a run folder, an adapter or a model -> model and tokenizer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from recipe_runner.files import read_status
+from recipe_runner.files import read_object, read_status
 from recipe_runner.model.quantization import keep_4bit_weights_trainable
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.rules.adapter import CONFIG
@@ -26,9 +25,9 @@ def find_result(folder: Path) -> Path:
     if (folder / "status.json").is_file():
         if (status := read_status(folder)) != "completed":
             raise user_error("run-not-completed", f"the run in {folder} is {status}", f"--resume {folder} continues it")
-        stages = json.loads((folder / "status.json").read_text(encoding="utf-8")).get("stages")
-        if stages:
-            return find_result(folder / stages[-1]["run"])
+        stages = read_object(folder / "status.json").get("stages")
+        if isinstance(stages, list) and stages and isinstance(stages[-1], dict):
+            return find_result(folder / str(stages[-1].get("run")))
         results = [folder / result_name(adapter) for adapter in (True, False)]
         folder = next((result for result in results if result.is_dir()), folder)
     if not any((folder / name).is_file() for name in (CONFIG, "config.json")):

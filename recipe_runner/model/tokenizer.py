@@ -100,8 +100,11 @@ def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedToke
     except Exception as error:  # files of the user's, read by code that is not ours: anything may come
         message = f"the tokenizer can't be read: {first_line(error)}"
         raise user_error("tokenizer-not-found", message, path=PLACE) from error
-    if template is not None:
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    try:
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8") if template else tokenizer.chat_template
+    except ValueError as error:
+        found = f"{template} is not UTF-8: {first_line(error)}"
+        raise user_error("template-broken", found, path=("training", "chat_template_path")) from error
     return tokenizer
 
 

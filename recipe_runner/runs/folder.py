@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from recipe_runner.files import hash_file, list_runs, read_status, write_json, write_status
-from recipe_runner.problems.errors import UserError, user_error
+from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.recipe.document import dump_values, parse_document
 from recipe_runner.stages import PIPELINE
 
@@ -210,7 +210,11 @@ def recipe_changes(folder: Path, values: Mapping[str, Any]) -> list[str]:
 
 
 def _read_resolved(folder: Path) -> dict[str, Any]:
-    return parse_document((folder / "resolved.yaml").read_text(encoding="utf-8"), "resolved.yaml").values
+    file = folder / "resolved.yaml"
+    try:
+        return parse_document(file.read_text(encoding="utf-8"), str(file)).values
+    except (OSError, ValueError, UserError) as error:
+        raise user_error("not-a-run", f"{file} is damaged: {first_line(error)}", "--resume never") from error
 
 
 def find_pipeline(home: Path, resume: str) -> Path | None:

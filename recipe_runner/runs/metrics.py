@@ -13,22 +13,34 @@ FILE = "metrics.jsonl"
 
 def append_metrics(run: Path, metrics: dict[str, Any]) -> None:
     """Adds a line."""
-    with (run / FILE).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"time": round(time.time(), 3), **metrics}) + "\n")
+    line = json.dumps({"time": round(time.time(), 3), **metrics}) + "\n"
+    with (run / FILE).open("ab+") as stream:
+        if end := stream.tell():
+            stream.seek(end - 1)
+            line = line if stream.read(1) == b"\n" else f"\n{line}"  # a disk was full, or the process killed
+        stream.write(line.encode())
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines, oldest first; without the last one if the run was killed while it wrote it."""
+    """All lines that can be read, oldest first: a run that is killed may leave one half written."""
     try:
-        lines = (run / FILE).read_text(encoding="utf-8").splitlines()
+        lines = (run / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return [entry for line in lines if (entry := _read_line(line))]
+
+
+def _read_line(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else {}
 
 
 def drop_metrics_after(run: Path, step: int) -> None:
-    """Removes the lines of steps that a resumed run trains again."""
-    kept = [entry for entry in read_metrics(run) if entry.get("step", 0) <= step]
+    """Removes the lines of steps that a resumed run trains again, and those that can't be read."""
+    kept = [entry for entry in read_metrics(run) if entry["step"] <= step]
     if kept or (run / FILE).exists():
         write_text(run / FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from recipe_runner.files import read_object
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.problems.errors import Interrupted, UserError, user_error
 from recipe_runner.recipe.recipe import Recipe
@@ -101,9 +101,8 @@ def _inspect(stages: Sequence[Recipe], folder: Path, files: list[dict[str, str]]
 
 def _changed_data(folder: Path, files: dict[str, str]) -> str:
     """Which data file differs from the one that a run was trained on; empty when none does, or it never began."""
-    try:
-        recorded = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["data_files"]
-    except (OSError, ValueError, KeyError):
+    recorded = read_object(folder / "environment.json").get("data_files")
+    if not isinstance(recorded, dict):
         return ""
     return next((f"{name} has changed" for name, digest in files.items() if recorded.get(name) != digest), "")
 

@@ -1,10 +1,10 @@
 """Resuming: does a run go on as it began, and was it spread over processes as now?"""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from recipe_runner.files import read_object
 from recipe_runner.problems.errors import user_error
 
 
@@ -30,17 +30,16 @@ def check_resumed(folder: Path, files: Mapping[str, str], config: Any) -> str:
     Raises:
         UserError: The data has changed, or a step would hold another number of rows.
     """
-    try:
-        before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""  # the run ended before it was written: there is nothing to compare with
-    recorded = before.get("data_files", {})
+    before = read_object(folder / "environment.json")
+    recorded, old, new = before.get("data_files"), before.get("processes"), describe_batches(config)
+    if not isinstance(recorded, dict) or not isinstance(old, dict) or old.keys() != new.keys():
+        message = f"{folder / 'environment.json'} is damaged: what the run began with can't be compared"
+        raise user_error("not-a-run", message, "start a new run: --resume never")
     if changed := [name for name, digest in files.items() if recorded.get(name, digest) != digest]:
         fix = "revert the change, or start a new run: --resume never"
         message = f"{changed[0]} is not what the run in {folder} began with"
         raise user_error("data-changed", message, fix, path=("dataset",))
-    old, new = before.get("processes"), describe_batches(config)
-    if not old or old == new:
+    if old == new:
         return ""
     told = f"{old['world_size']} processes and steps of {old['global_batch_size']} rows"
     now = f"{new['world_size']} and {new['global_batch_size']}"

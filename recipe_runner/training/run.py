@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from recipe_runner.data.prepare import input_ids_of
-from recipe_runner.files import write_json, write_status
+from recipe_runner.files import list_runs, read_status, write_json, write_status
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.problems.errors import Interrupted, UserError
 from recipe_runner.recipe.recipe import Recipe
@@ -43,6 +43,10 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
     config = prepared.config
     found = agree(found)
     resume.check_rows(len(prepared.train.dataset), config.world_size)
+    if resuming == "auto" and not found and config.process_index == 0:
+        for run in list_runs(recipe.home)[-1:]:
+            if read_status(run) == "damaged":
+                print(f"warning[not-a-run] {run} is damaged: passed over, a new run is started", file=sys.stderr)
     if found and (note := resume.check_resumed(found, prepared.data.files, config)):
         _say(config, note)
     for warning in prepared.warnings if config.process_index == 0 else ():

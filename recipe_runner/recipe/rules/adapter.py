@@ -1,10 +1,9 @@
 """Rules about `model.adapter`, the earlier run that training continues from. One small function a rule."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.files import hash_weights, list_runs, read_status
+from recipe_runner.files import hash_weights, list_runs, read_object, read_status
 from recipe_runner.problems.problem import Found
 from recipe_runner.recipe.sections import ModelSection, UpstreamSection
 from recipe_runner.stages import Stage
@@ -121,11 +120,8 @@ def adapter_config(model: ModelSection, peft: UpstreamSection) -> Found:
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The configuration of a local adapter; empty when there is none that can be used: `adapter_folder` says why."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path", ""), str | None):
+    config = read_object(folder / CONFIG)
+    if not isinstance(config.get("base_model_name_or_path", ""), str | None):
         return {}
     targets = config.get("target_modules")
     named = targets if isinstance(targets, list) else [targets or ""]
@@ -134,11 +130,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 def recorded_base(adapter: Path) -> str | None:
     """The hash of the base's weights that the run of an adapter recorded."""
-    try:
-        text = (adapter.parent / "environment.json").read_text(encoding="utf-8")
-        return json.loads(text)["base_model"]["weights"]  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not an adapter of ours, or copied out of its run folder
+    base = read_object(adapter.parent / "environment.json").get("base_model")  # of a run of ours
+    return base.get("weights") if isinstance(base, dict) else None
 
 
 def _as_set(value: Any) -> Any:

@@ -1,10 +1,10 @@
 """Rules about a recipe's base model: where it is, and what its architecture allows. One small function a rule."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from recipe_runner.files import read_object
 from recipe_runner.problems.problem import Found
 from recipe_runner.recipe.sections import ModelSection, UpstreamSection
 
@@ -72,8 +72,4 @@ def context_length(model: ModelSection, training: UpstreamSection) -> Found:
 
 def _local_config(model: ModelSection) -> dict[str, Any]:
     """The config.json of a local model; empty when there is none that can be read: training says why."""
-    try:
-        config = json.loads((model.folder / "config.json").read_text(encoding="utf-8")) if model.folder else {}
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+    return read_object(model.folder / "config.json") if model.folder else {}
