@@ -20,7 +20,7 @@ SYSTEM = re.compile(r"\(os error (\d+)\)")
 SHORT = re.compile(r"inline_container\.cc|PytorchStreamWriter")
 # What torch 2.13 says when a process of the group does not answer (gloo, NCCL, DeepSpeed over them).
 LOST = re.compile(r"timed? ?out|closed by peer|reset by peer|gloo|NCCL|ProcessGroup", re.IGNORECASE)
-REFUSALS = (ValueError, NotImplementedError, ImportError)  # by which upstream says that options don't go together
+REFUSALS = (ValueError, RuntimeError, ImportError)  # by which upstream says that values can't be, or don't go together
 
 
 def is_out_of_memory(error: BaseException) -> bool:

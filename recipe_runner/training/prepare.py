@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from recipe_runner.launch.configuration import Launch
 from recipe_runner.model import adapter as new_adapter
 from recipe_runner.model import base, continuation, hub
 from recipe_runner.model.tokenizer import find_stops, load_tokenizer
-from recipe_runner.problems.errors import UserError
+from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Problem, as_warning, sort_problems
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules import check_steps
@@ -93,6 +94,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     peft_config, model = _check_model(recipe, adapter)
     check_optimizer(config, model)
     data = prepare_data(job)
+    _check_tokens(recipe.model.name_or_path, data, model.get_input_embeddings().num_embeddings)
     problems = find_data_problems(recipe.model, recipe.dataset, job.tokenizer, data)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe.training, count_steps(config, len(data.splits["train"].dataset)))
@@ -135,7 +137,7 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _check_model(recipe: Recipe, adapter: Path | None) -> tuple[PeftConfig | None, torch.nn.Module]:
+def _check_model(recipe: Recipe, adapter: Path | None) -> tuple[PeftConfig | None, Any]:
     """The adapter's configuration, and the model without weights that it was put on.
 
     Raises:
@@ -155,6 +157,23 @@ def _check_model(recipe: Recipe, adapter: Path | None) -> tuple[PeftConfig | Non
         return continuation.load_peft(adapter, name, recipe.peft), model
     model = build()
     return asked, new_adapter.fit_adapter(asked, model, model_config.model_type) if asked else model
+
+
+def _check_tokens(name: str, data: PreparedData, known: int) -> None:
+    """Checks that the model has an embedding for every token: the tokenizer may have been given more since.
+
+    Raises:
+        UserError: It does not.
+    """
+    for prepared in data.splits.values():
+        rows = prepared.dataset.data
+        for column in (column for column in rows.column_names if column.endswith("_ids")):
+            highest = pc.max(pc.list_flatten(rows.column(column))).as_py()
+            if highest is not None and highest >= known:
+                message = f"{name}: the tokenizer made token {highest:,}, the model has the tokens 0 to {known - 1:,}"
+                raise user_error(
+                    "tokens-not-in-model", message, "take both of one model", path=("model", "name_or_path")
+                )
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -270,6 +270,17 @@ def test_names_of_an_adapter_that_match_nothing_are_errors_at_their_key(run_reci
     assert "Traceback" not in result.err
 
 
+def test_tokens_that_the_model_does_not_have_are_refused_before_the_weights(run_recipe, altered):
+    folder = altered(None)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|stop|>"}))
+    rows = [{"instruction": "a", "output": "b"}] * 4
+    result, run = run_recipe(rows=rows, model={"name_or_path": str(folder)}, peft=LORA, dataset={"template": "classic"})
+    assert (result.status, run) == (1, None), result.err
+    told = "the tokenizer made token 600, the model has the tokens 0 to 599"
+    assert f"error[tokens-not-in-model] model.name_or_path: {folder}: {told}" in result.err
+
+
 def test_an_adapter_larger_than_the_model_is_said(run_recipe):
     result, _ = run_recipe(peft=LORA | {"r": 256})
     assert result.status == 0, result.err
