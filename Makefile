@@ -8,7 +8,7 @@ QUICKSTART := smollm2_tickets_lora
 help: ## says what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
 
-.PHONY: help install model quickstart check format test test-browser lint schema bench clean
+.PHONY: help install model quickstart check format test mutants test-browser lint schema bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed ## the pinned versions, into .venv
@@ -42,6 +42,10 @@ check: install lint ## lint, types and the tests that need no training stack
 # Everything; two tests at a time, each with one thread (tests/conftest.py).
 test: install lint ## check, and every other test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# Half an hour; prints its seed.
+mutants: install ## thousands of broken recipes, data files, models, runs
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/try_mutants.py
 
 format: install ## formats the code
 	$(BIN)/ruff check --fix .
