@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     peft_config, model = _check_model(recipe, adapter)
     check_optimizer(config, model)
     data = prepare_data(job)
-    _check_tokens(recipe.model.name_or_path, data, model.get_input_embeddings().num_embeddings)
+    _check_tokens(recipe.model.name_or_path, data, model.config.get_text_config().vocab_size)
     problems = find_data_problems(recipe.model, recipe.dataset, job.tokenizer, data)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe.training, count_steps(config, len(data.splits["train"].dataset)))

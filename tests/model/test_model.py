@@ -297,6 +297,11 @@ def test_patterns_that_match_are_taken(run_recipe):
     assert "trainable" in result.out
 
 
+def test_chosen_tokens_are_trained(run_recipe):
+    result, _ = run_recipe(peft=LORA | {"trainable_token_indices": {"embed_tokens": [5, 7]}})
+    assert result.status == 0, result.err
+
+
 def test_tokens_of_a_tied_head_are_refused_before_the_weights(run_recipe, altered):
     """TRL 1.16: trl/trainer/utils.py, _fused_forward reads `lm_head.bias`, which PEFT's wrapper does not have."""
     tied = {"name_or_path": str(altered({"tie_word_embeddings": True}))}
