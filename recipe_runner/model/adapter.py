@@ -156,7 +156,9 @@ def _check_adapted(peft_config: Any, adapted: list[str], parameters: list[str], 
     targets = peft_config.target_modules or []
     for name in [] if isinstance(targets, str) else sorted(targets):
         if not any(_is_called(module, name) for module in adapted):
-            raise _no_match("target_modules", name, linear, "that exclude_modules, layers_to_transform and modules_to_save leave")
+            raise _no_match(
+                "target_modules", name, linear, "that exclude_modules, layers_to_transform and modules_to_save leave"
+            )
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(peft_config, key) or {}:
             if not any(_matches(rf"(.*\.)?({pattern})", module, key) for module in adapted):

@@ -68,8 +68,9 @@ def verify_saved(
 
 
 def _takes_a_second(config: Any) -> bool:
-    """Whether PEFT 0.21 loads a second adapter beside this one: not where it trains biases, or ties saved weights."""
-    return getattr(config, "bias", "none") == "none" and not getattr(config, "ensure_weight_tying", False)
+    """Whether PEFT 0.21 loads a second adapter beside this one: not where it trains biases, or changes the model."""
+    changes = ("ensure_weight_tying", "layer_replication")
+    return getattr(config, "bias", "none") == "none" and not any(getattr(config, name, None) for name in changes)
 
 
 def _subtract(state: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -95,7 +96,9 @@ def _compare_logits(trained: PeftModel, place: torch.device, rows: list[list[int
         parameters = dict(trained.named_parameters())
         for name, parameter in parameters.items():  # PEFT loads in float32; on a quantized base TRL trains in bfloat16
             if ".saved" in name:
-                parameter.data = parameter.data.to(parameters[name.replace(".saved", f".{active}")].dtype)
+                parameter.data = parameter.data.to(
+                    parameters.get(name.replace(".saved", f".{active}"), parameter).dtype
+                )
         for row in rows:
             batch = torch.tensor([row[:TOKENS]], device=place)
             logits = []

@@ -73,6 +73,15 @@ WAYS = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
     "bias": {"bias": "lora_only"},
+    "lora bias": {"lora_bias": True},
+    "kasa": {"kasa_config": {}},
+    "velora": {"velora_config": {}},
+    "monteclora": {"monteclora_config": {}},
+    "replicated layers": {"layer_replication": [[0, 2], [1, 2]]},
+    "parameters": {"target_modules": ["o_proj"], "target_parameters": ["down_proj.weight"], "lora_dropout": 0.0},
+    "tokens": {"trainable_token_indices": [5, 7, 9]},
+    "whole modules": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "random": {"init_lora_weights": False},
 }
 LOADS = """
 import json, sys, torch
@@ -86,6 +95,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter '\\w+'. \\d+ LoRA tensor")
 def test_what_was_saved_gives_the_same_logits_in_a_fresh_process(run_recipe, monkeypatch):
     """On the plain base, whatever the initialisation did to it while training."""
     import torch
@@ -104,7 +114,7 @@ def test_what_was_saved_gives_the_same_logits_in_a_fresh_process(run_recipe, mon
     monkeypatch.setattr(verify, "verify_saved", keep_logits)
     for way in WAYS.values():
         result, _ = run_recipe(peft=LORA | way, training={"learning_rate": 0.01})
-        assert result.status == 0, result.err
+        assert result.status == 0, (way, result.err)
     command = [sys.executable, "-c", LOADS, json.dumps(saved)]
     loaded = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     for name, before, after in zip(WAYS, trained, loaded, strict=True):
@@ -135,6 +145,7 @@ def test_a_resumed_run_of_an_adapter_that_alters_its_base_goes_on_the_same(run_r
         ("pissa", "dpo", {}, "with the adapter disabled, the reference would not be the base"),
         ("olora", "kto", {}, "with the adapter disabled, the reference would not be the base"),
         ("pissa", "sft", {"quantization": NF4}, "put back into quantized weights"),
+        ("pissa_niter_1000", "sft", {}, "would iterate for hours"),
         ("olora", "sft", {"peft": {"use_dora": True}}, "which PEFT can't put back with use_dora"),
     ],
 )
@@ -144,3 +155,11 @@ def test_initialisations_that_cannot_be_right_are_refused(run_cli, small_recipe,
     assert result.status == 1
     assert "error[initialisation] peft.init_lora_weights: " in result.out
     assert said in result.out
+
+
+@pytest.mark.parametrize("variant", [{"kasa_config": {}}, {"layer_replication": [[0, 2], [1, 2]]}])
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_variants_that_change_the_base_have_no_reference(run_cli, small_recipe, variant, stage):
+    result = run_cli("validate", small_recipe(stage, peft=LORA | variant))
+    assert result.status == 1
+    assert f"error[initialisation] peft.{next(iter(variant))}: it changes the base itself" in result.out

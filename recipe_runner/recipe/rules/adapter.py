@@ -39,10 +39,10 @@ def initialisation(stage: Stage, peft: UpstreamSection, quantization: UpstreamSe
         yield path, "loftq changes the base's weights itself: the adapter would fit no other base", other
     elif name.startswith("pissa_niter_") and int(name.removeprefix("pissa_niter_")) > MOST_ITERATIONS:
         yield path, f"{name} would iterate for hours", f"take about 4, at most {MOST_ITERATIONS}"
-    elif peft["kasa_config"] is not None and stage.reference:
-        found = "KaSA takes a part out of the base's weights: the reference would not be the base"
-        yield ("peft", "kasa_config"), found, "remove the key"
-    elif alters_base(peft):
+    for key in ("kasa_config", "layer_replication") if stage.reference else ():
+        if peft[key] is not None:
+            yield ("peft", key), "it changes the base itself: the reference would not be the base", "remove the key"
+    if alters_base(peft):
         found = f"{name} takes a part of the base's weights into the adapter"
         if stage.reference:
             yield path, f"{found}: with the adapter disabled, the reference would not be the base", other
