@@ -100,6 +100,17 @@ def choose_precision(training: UpstreamSection, dtype: str | None, adapter: bool
     return Precision(dtype, bf16, bool(training["fp16"]), reason)
 
 
+def check_offloading(training: UpstreamSection) -> None:
+    """Checks that there is an accelerator whose activations can be moved to the machine's memory.
+
+    Raises:
+        UserError: There is none, and the recipe asks for it.
+    """
+    if training["activation_offloading"] and device_kind(training["use_cpu"]) == "cpu":
+        message = "activations are moved from an accelerator to memory, and this run trains on a CPU"
+        raise user_error("training-refused", message, "remove the key", path=("training", "activation_offloading"))
+
+
 def describe_accelerator(kind: str, index: int = 0) -> str:
     """The name of an accelerator, where torch knows one (not of Apple's)."""
     name = getattr(torch.get_device_module(kind), "get_device_name", None)

@@ -80,7 +80,8 @@ def prepare_stages(stages: Sequence[Recipe], launch: Launch | None) -> list[dict
     for stage in stages:
         with stage.placing_errors():
             ready = prepare(stage, launch, tokenizer)
-            check_rows(len(ready.train.dataset), ready.config.world_size)
+            held_out = len(ready.evaluation.dataset) if ready.evaluation else None
+            check_rows(len(ready.train.dataset), held_out, ready.config)
         tokenizer = ready.tokenizer
         files.append(ready.data.files)
     return files

@@ -25,7 +25,7 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules import check_steps
 from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
 from recipe_runner.training.config import build_config, count_steps
-from recipe_runner.training.environment import Precision, choose_precision, describe_environment
+from recipe_runner.training.environment import Precision, check_offloading, choose_precision, describe_environment
 from recipe_runner.training.optimizer import check_optimizer
 from recipe_runner.training.resume import describe_batches
 
@@ -80,6 +80,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     precision = choose_precision(
         recipe.training, recipe.model.dtype, bool(recipe.peft), launch.precision if launch else "no"
     )
+    check_offloading(recipe.training)
     hub.find_model(recipe.model)
     training = dict(recipe.training.said)
     if size := recipe.run.global_batch_size:

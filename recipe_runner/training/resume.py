@@ -8,12 +8,23 @@ from recipe_runner.files import read_object
 from recipe_runner.problems.errors import user_error
 
 
-def check_rows(rows: int, processes: int) -> None:
-    """Checks that every process has a row of its own.
+def check_rows(rows: int, held_out: int | None, config: Any) -> None:
+    """Checks that every process has a row of its own, and a whole batch where others are dropped.
+
+    Args:
+        rows: Of the training data, after packing.
+        held_out: Rows of the evaluation data, if there is any.
+        config: The trainer's configuration.
 
     Raises:
-        UserError: There are more processes than rows.
+        UserError: There are too few rows.
     """
+    processes = config.world_size
+    sizes = [(rows, config.per_device_train_batch_size), (held_out, config.per_device_eval_batch_size)]
+    for there, device in sizes if config.dataloader_drop_last else ():
+        if there is not None and there < device * processes:
+            message = f"{there} rows (after packing) make no whole batch of {device * processes}: all would be dropped"
+            raise user_error("too-few-rows", message, "remove it", path=("training", "dataloader_drop_last"))
     if rows < processes:
         message = (
             f"{processes} processes, but {rows} rows to train on (after packing): some would train on repeated rows"

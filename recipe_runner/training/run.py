@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from recipe_runner.data.prepare import input_ids_of
 from recipe_runner.files import list_runs, read_status, write_json, write_status
 from recipe_runner.launch.configuration import Launch
-from recipe_runner.problems.errors import Interrupted, UserError
+from recipe_runner.problems.errors import Interrupted, UserError, user_error
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs import folder as run_folder
@@ -42,7 +42,8 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
     prepared = prepare.prepare(recipe, launch)
     config = prepared.config
     found = agree(found)
-    resume.check_rows(len(prepared.train.dataset), config.world_size)
+    held_out = len(prepared.evaluation.dataset) if prepared.evaluation else None
+    resume.check_rows(len(prepared.train.dataset), held_out, config)
     if resuming == "auto" and not found and config.process_index == 0:
         for run in list_runs(recipe.home)[-1:]:
             if read_status(run) == "damaged":
@@ -95,6 +96,9 @@ def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if not interruption.requested and trainer.state.global_step < trainer.state.max_steps:
+        message = f"training ended after {trainer.state.global_step:,} of {trainer.state.max_steps:,} steps"
+        raise user_error("training-stopped", message, "the log above may say why")
     if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
         message = f"Interrupted at step {trainer.state.global_step}; continue with: --resume {folder}"
         raise Interrupted(message, interruption.number)

@@ -601,6 +601,33 @@ def test_what_upstream_refuses_at_the_first_step_is_no_bug(run_recipe):
     assert status(folder)["status"] == "failed"
 
 
+def test_batches_that_would_all_be_dropped_are_refused(run_recipe):
+    rows = [{"instruction": f"Say {n}.", "output": "yes"} for n in range(8)]
+    for training, evaluation in (({"per_device_train_batch_size": 9}, {}), ({}, {"eval": {"fraction": 0.5}})):
+        training |= {"dataloader_drop_last": True, "eval_strategy": "epoch" if evaluation else "no"}
+        result, folder = run_recipe(rows=rows, peft=LORA, training=training, dataset=evaluation)
+        assert (result.status, folder) == (1, None), result.err
+        assert "error[too-few-rows] training.dataloader_drop_last: " in result.err
+        assert "rows (after packing) make no whole batch of " in result.err
+
+
+def test_a_run_that_stops_early_by_itself_is_not_complete(run_recipe, monkeypatch):
+    from trl import SFTTrainer
+
+    monkeypatch.setattr(SFTTrainer, "train", lambda self, **_: setattr(self.state, "max_steps", 4))
+    result, folder = run_recipe(peft=LORA)
+    assert result.status == 1
+    assert "error[training-stopped] training ended after 0 of 4 steps" in result.err
+    assert status(folder)["status"] == "failed"
+    assert not (folder / "adapter").exists()
+
+
+def test_activations_are_not_offloaded_from_a_cpu(run_recipe):
+    result, folder = run_recipe(peft=LORA, training={"activation_offloading": True})
+    assert (result.status, folder) == (1, None), result.err
+    assert "error[training-refused] training.activation_offloading: activations are moved from an acc" in result.err
+
+
 def test_a_new_recipe_trains(run_cli, tmp_path, tiny_phi3):
     data = write_rows(tmp_path / "rows.jsonl", CHAT * 5)
     file = tmp_path / "mine.yaml"
