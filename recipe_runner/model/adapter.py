@@ -89,12 +89,11 @@ def fit_adapter(peft_config: Any, empty: torch.nn.Module, model_type: str) -> Pe
     inside = "base_model.model."
     adapted = [name.removeprefix(inside) for name, m in fitted.named_modules() if isinstance(m, BaseTunerLayer)]
     _check_adapted(peft_config, adapted, parameters, linear)
-    for key in ("trainable_token_indices", "alora_invocation_tokens"):
-        chosen = getattr(peft_config, key) or []
-        for index in chosen if isinstance(chosen, list) else [index for part in chosen.values() for index in part]:
-            if not 0 <= index < tokens:
-                message = f"there is no token {index}: the model has the tokens 0 to {tokens - 1}"
-                raise user_error("target-not-found", message, path=("peft", key))
+    chosen = peft_config.trainable_token_indices or []
+    for index in chosen if isinstance(chosen, list) else [index for part in chosen.values() for index in part]:
+        if not 0 <= index < tokens:
+            message = f"there is no token {index}: the model has the tokens 0 to {tokens - 1}"
+            raise user_error("target-not-found", message, path=("peft", "trainable_token_indices"))
     return fitted
 
 

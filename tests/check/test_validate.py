@@ -271,6 +271,10 @@ def test_templates_that_would_lose_something_are_refused(run_cli, write_recipe, 
         ),
         ({"training": {"optim": "sgd", "adam_beta1": 0.8}}, "warning[ignored-key] training.adam_beta1"),
         ({"training": {"optim": "lion_32bit", "adam_epsilon": 1e-6}}, "warning[ignored-key] training.adam_epsilon"),
+        (
+            {"stage": "dpo", "dataset": {"format": "preference"}, "training": {"label_smoothing": 0.1}},
+            "warning[ignored-key] training.label_smoothing",
+        ),
         ({"training": {"optim_target_modules": ["mlp"]}}, "warning[ignored-key] training.optim_target_modules"),
         ({"training": {"metric_for_best_model": "loss"}}, "warning[ignored-key] training.metric_for_best_model"),
         (

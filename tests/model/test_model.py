@@ -245,7 +245,8 @@ def test_weights_that_are_meant_to_be_new(run_recipe, altered):
         ({"layers_to_transform": [1]}, "layers_to_transform", "cannot be used when `target_modules` is a str"),
         ({"layer_replication": [[0, 5]]}, "layer_replication", "there are no layers 0 to 5 (excluded)"),
         ({"layer_replication": [[-1, 1]]}, "layer_replication", "there are no layers -1 to 1 (excluded)"),
-        ({"alora_invocation_tokens": [60000]}, "alora_invocation_tokens", "there is no token 60000"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens", "learns only after these tokens"),
+        ({"trainable_token_indices": []}, "trainable_token_indices", "the value is empty"),
         ({"r": 512, "init_lora_weights": "olora"}, "r", "olora has no 512 parts to take from"),
         ({"r": 512, "init_lora_weights": "pissa_niter_4"}, "r", "pissa_niter_4 has no 512 parts to take from"),
         ({"init_lora_weights": "pissa_niter_100000"}, "init_lora_weights", "would iterate for hours"),
@@ -279,6 +280,15 @@ def test_tokens_that_the_model_does_not_have_are_refused_before_the_weights(run_
     assert (result.status, run) == (1, None), result.err
     told = "the tokenizer made token 600, the model has the tokens 0 to 599"
     assert f"error[tokens-not-in-model] model.name_or_path: {folder}: {told}" in result.err
+
+
+def test_what_upstream_refuses_at_the_first_step_is_no_bug(run_recipe, altered):
+    """torch 2.13 looks at the dropout of the configuration when it is needed."""
+    folder = altered({"attention_dropout": 1.5})
+    result, run = run_recipe(model={"name_or_path": str(folder)}, peft=LORA)
+    assert result.status == 1, result.err
+    assert "error[training-refused] training: dropout probability has to be between 0 and 1" in result.err
+    assert status(run)["status"] == "failed"
 
 
 def test_an_adapter_larger_than_the_model_is_said(run_recipe):

@@ -593,14 +593,6 @@ def test_memory_that_a_cpu_does_not_have_is_said_as_that(run_recipe, monkeypatch
     assert status(folder)["status"] == "failed"
 
 
-def test_what_upstream_refuses_at_the_first_step_is_no_bug(run_recipe):
-    """PEFT 0.21: tuners/lora/model.py, hooks of activated LoRA with gradient checkpointing."""
-    result, folder = run_recipe(peft=LORA | {"alora_invocation_tokens": [5]})
-    assert result.status == 1, result.err
-    assert "error[training-refused] training: Multiple invocations of PEFT forward hooks" in result.err
-    assert status(folder)["status"] == "failed"
-
-
 def test_batches_that_would_all_be_dropped_are_refused(run_recipe):
     rows = [{"instruction": f"Say {n}.", "output": "yes"} for n in range(8)]
     for training, evaluation in (({"per_device_train_batch_size": 9}, {}), ({}, {"eval": {"fraction": 0.5}})):

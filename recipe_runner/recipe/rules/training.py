@@ -10,6 +10,7 @@ from recipe_runner.stages import Stage
 # transformers 5.23, trainer_optimizer.py: optimizers that are not given adam_beta1, adam_beta2 and adam_epsilon;
 # optimization.py: schedules that go by what evaluations measure, and so have no warm-up.
 _NOT_ADAM = ("adafactor", "adagrad", "adalomo", "galore", "grokadamw", "lomo", "rmsprop", "schedule_free_sgd", "sgd")
+_SMOOTHED = {"aot", "aot_unpaired", "exo_pair", "robust"}  # TRL 1.16, DPOTrainer: losses that label_smoothing is for
 _MEASURING = ("greedy", "reduce_lr_on_plateau")
 
 
@@ -145,6 +146,8 @@ def ignored_keys(training: UpstreamSection, dataset: DatasetSection) -> Found:
         "ref_model_sync_steps": not training["sync_ref_model"] and "sync_ref_model is off",
         "f_alpha_divergence_coef": training["f_divergence_type"] != "alpha_divergence"
         and "f_divergence_type is not alpha_divergence",
+        "label_smoothing": not _SMOOTHED & set(training["loss_type"] or ())
+        and f"loss_type is none of {', '.join(sorted(_SMOOTHED))}",
         "discopop_tau": "discopop" not in str(training["loss_type"]) and "loss_type is not discopop",
     }
     if not dataset.has_eval:
