@@ -36,6 +36,7 @@ LOST_KEYS = (
     *("images", "image", "videos", "video", "audios", "audio"),
 )
 TURN_KEYS = ("role", "content", "from", "value", "weight", "train")  # that are read
+KNOWN_KEYS = frozenset(TURN_KEYS + LOST_KEYS)
 
 
 class RowError(Exception):
@@ -169,8 +170,8 @@ def _turn(turn: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str
         if key not in dataset.ignore and says_something(turn.get(key)):
             fix = f"remove it, write it into the content, or list it in dataset.ignore: [{key}]"
             raise RowError(f"{where}: the key '{key}' has no place in this format, and would be lost; {fix}")
-    for key in turn.keys() - {*TURN_KEYS, *LOST_KEYS, *dataset.ignore}:
-        if (known := misspelt(key, TURN_KEYS + LOST_KEYS)) and says_something(turn[key]):
+    for key in () if turn.keys() <= KNOWN_KEYS else turn.keys() - KNOWN_KEYS:
+        if (known := misspelt(key, TURN_KEYS + LOST_KEYS)) and key not in dataset.ignore and says_something(turn[key]):
             fix = f"write '{known}', or list it in dataset.ignore: [{key}]"
             raise RowError(f"{where}: unknown key '{key}', did you mean '{known}'? It would be lost; {fix}")
     if not isinstance(content, str):
