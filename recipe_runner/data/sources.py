@@ -32,8 +32,11 @@ from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS
 
 # Columns whose names say that they change what the model should see or learn -> the role that takes them, if any.
-MEANINGS = {"system_prompt": "system", "context": "input"} | dict.fromkeys(
+SYSTEM = ("system_prompt", "system_message", "sys_prompt")
+MEANINGS = {"context": "input", **dict.fromkeys(SYSTEM, "system")} | dict.fromkeys(
     (
+        *("chat_template_kwargs", "chat_history", "conversation_history", "chain_of_thought", "cot"),
+        *("sample_weight", "loss_weight", "image_url", "documents"),
         *("system", "history", "input", "label", "kto_tag", "weight", "reasoning_content", "reasoning", "thinking"),
         *("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
     ),

@@ -211,6 +211,7 @@ LOST = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
         *(("tools", [{"name": "weather"}]), ("tools", '[{"name": "weather"}]'), ("label", True), ("images", ["a.png"])),
         *(("system_prompt", "Be brief."), ("reasoning", "because"), ("weight", 0.5), ("history", [["a", "b"]])),
         *(("Tools", [{"name": "weather"}]), ("sytem", "Be brief."), ("labels", True), ("contexts", "a story")),
+        *(("system_message", "Be brief."), ("chat_template_kwargs", {"enable_thinking": False}), ("cot", "because")),
     ],
 )
 def test_a_column_that_says_something_is_never_left_out_silently(load, column, value):
@@ -221,7 +222,7 @@ def test_a_column_that_says_something_is_never_left_out_silently(load, column, v
     assert problem.code == "unused-column"
     assert f"has a column '{column}', which format chat does not use" in problem.message
     assert f"dataset.ignore: [{column}]" in problem.suggestion
-    if column in ("system_prompt", "sytem"):
+    if column in ("system_prompt", "sytem", "system_message"):
         assert f"columns: {{system: {column}}}" in problem.suggestion
     else:
         assert problem.suggestion.startswith("remove it, or ")
