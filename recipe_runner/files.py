@@ -12,6 +12,7 @@ from typing import Any
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Mark
 
+MOST_READ = 10_000_000  # bytes of a text that is read whole: configurations, templates, recipes of runs
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each weights file, evenly spaced: training changes nearly all of its bytes
 
 
@@ -53,11 +54,38 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_text(file: Path) -> str:
+    """The text of a file that somebody else may have made.
+
+    Raises:
+        OSError: It can't be read, is a device or a pipe (which would never end), or is larger than `MOST_READ`.
+        ValueError: It is not UTF-8.
+    """
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "a folder" if file.is_dir() else "not a regular file", str(file))
+    if file.stat().st_size > MOST_READ:
+        raise OSError(errno.EINVAL, f"larger than {MOST_READ:,} bytes", str(file))
+    return file.read_text(encoding="utf-8")
+
+
+def read_json(file: Path) -> Any:
+    """The value in a JSON file that somebody else may have made.
+
+    Raises:
+        OSError: As for `read_text`.
+        ValueError: It is not JSON.
+    """
+    try:
+        return json.loads(read_text(file))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty when there is none that can be read."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = read_json(file)
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 

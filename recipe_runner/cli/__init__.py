@@ -12,6 +12,7 @@ import click
 from recipe_runner import __version__
 from recipe_runner.cli.options import choose_colour
 from recipe_runner.problems.errors import Interrupted, UserError
+from recipe_runner.problems.words import make_visible
 
 EXIT_USER_ERROR, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
 WORD_SECONDS = 15  # a busy machine needs some to end a process that has torch loaded
@@ -59,7 +60,7 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":
-            click.echo(error, err=True)
+            click.echo(make_visible(str(error)), err=True)
         sys.exit(error.status)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)

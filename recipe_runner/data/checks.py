@@ -17,7 +17,16 @@ from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.recipe.sections import DatasetSection
 
 # What a chat template, which is a program, may raise for a row.
-REFUSALS = (TemplateError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
+REFUSALS = (
+    TemplateError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    MemoryError,
+)
 LOOKED_AT = 20  # turns of each role that are looked for in the rendered text
 
 

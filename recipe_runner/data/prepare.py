@@ -1,5 +1,6 @@
 """From rows to what the trainer is given, by TRL's own code, chunk by chunk, with every lost row and token counted."""
 
+import contextlib
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +14,11 @@ from recipe_runner.data.job import Job
 from recipe_runner.data.sources import read_rows
 from recipe_runner.data.tables import PACKED_TOGETHER, make_table, pack, with_documents
 from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.stages import Stage
 
 CHUNK = 5_000  # rows prepared at once: what bounds the memory
+CHUNK_SECONDS, ROW_SECONDS = 60, 10  # a chunk that takes longer is looked at row by row: templates may be endless
 CHECKED_ROWS = 100  # rows of a split whose masks are checked token by token
 
 
@@ -69,9 +72,9 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int, tally: T
         empty = pa.schema(list(shape.COLUMNS.items())).empty_table()
         return with_documents(make_table(empty, shape.COLUMNS, places), places, job.packing(split))
     usable = [rows[place] for place in places]
+    table = _tokenize(job, usable, part[places])  # first: it finds the rows that the template refuses
     tally.special += count_special_tokens(usable, job.tokenizer)
     count_rendered_roles(usable, job.tokenizer, tally)
-    table = _tokenize(job, usable, part[places])
     if start == 0:
         for name in shape.LEARNED:
             tally.ends |= check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
@@ -87,15 +90,20 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
     """
     shape = shape_of(job.stage)
     try:
-        return shape.tokenize(job, rows)
-    except REFUSALS:
+        with contextlib.nullcontext() if job.dataset.is_plain_text else time_limit(CHUNK_SECONDS):
+            return shape.tokenize(job, rows)
+    except (*REFUSALS, TooSlow) as failure:
         for row, (source, number) in zip(rows, order, strict=True):
             try:
-                shape.tokenize(job, [row])
-            except REFUSALS as error:
+                with time_limit(ROW_SECONDS):
+                    shape.tokenize(job, [row])
+            except (*REFUSALS, TooSlow) as error:
                 opened = job.sources[source]
                 message = f"{opened.name}: row {number + 1} can't be rendered: {first_line(error)}"
-                raise user_error("row-refused", message, "fix or remove the row", path=opened.path) from error
+                fix = "does the chat template come to an end?" if isinstance(error, TooSlow) else ""
+                raise user_error("row-refused", message, fix or "fix or remove the row", path=opened.path) from error
+        if isinstance(failure, TooSlow):
+            return shape.tokenize(job, rows)  # long rows, each of which comes to an end
         raise
 
 

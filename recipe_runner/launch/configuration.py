@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator
 
+from recipe_runner.files import read_json
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath, Mark, Problem, sort_problems
 from recipe_runner.problems.words import suggest
@@ -153,7 +154,7 @@ def _read_values(file: Path) -> tuple[dict[str, Any], Mapping[KeyPath, Mark], li
     mark = Mark(str(file))
     if file.suffix == ".json":
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
         except OSError as error:
             raise user_error("unreadable-file", str(error.strerror), "check the path", mark) from error
         except ValueError as error:
@@ -186,7 +187,7 @@ def _read_deepspeed(values: Mapping[str, Any], file: Path) -> tuple[dict[str, An
     if name is None:
         return {}, []
     try:
-        read = json.loads(Path(os.path.expanduser(str(name))).read_text(encoding="utf-8"))
+        read = read_json(Path(os.path.expanduser(str(name))))
     except OSError as error:
         return {}, [(f"the DeepSpeed file {name} can't be read: {error.strerror}", f"it is looked for in {Path.cwd()}")]
     except ValueError as error:

@@ -15,8 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 from recipe_runner.problems.errors import UserError, first_line, refused, user_error
+from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.problems.words import suggest
 
+PATTERN_SECONDS = 5  # of a regular expression on all names of a model: usual ones take some milliseconds
 CONFIGS: dict[str, type[PeftConfig]] = {"lora": LoraConfig}  # method -> its class
 
 
@@ -116,11 +118,11 @@ def _check_named(peft_config: Any, modules: list[str], linear: list[str]) -> Non
         if names == "all-linear":
             continue
         for name in [names] if isinstance(names, str) else sorted(names):
-            if isinstance(names, str):
-                found = any(_matches(name, module, key) for module in modules)
-            else:
-                found = any(_is_called(module, name) for module in modules)
-            if not found:
+            if not (
+                _matching(name, modules, key)
+                if isinstance(names, str)
+                else any(_is_called(module, name) for module in modules)
+            ):
                 raise _no_match(key, name, linear)
     there = sorted({int(part) for module in modules for part in module.split(".") if part.isdigit()})
     layers = peft_config.layers_to_transform
@@ -141,7 +143,7 @@ def _check_named(peft_config: Any, modules: list[str], linear: list[str]) -> Non
             raise _no_match("layers_pattern", pattern, lists, "of the model")
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(peft_config, key) or {}:
-            _matches(pattern, "", key)  # is it a regular expression?
+            _matching(rf"(.*\.)?({pattern})", modules, key)  # is it a regular expression, and one that comes to an end?
 
 
 def _is_called(full: str, name: str) -> bool:
@@ -160,7 +162,7 @@ def _check_adapted(peft_config: Any, adapted: list[str], parameters: list[str], 
             )
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(peft_config, key) or {}:
-            if not any(_matches(rf"(.*\.)?({pattern})", module, key) for module in adapted):
+            if not _matching(rf"(.*\.)?({pattern})", adapted, key):
                 raise _no_match(key, pattern, names, "that is adapted")
     for name in peft_config.target_parameters or []:
         if not any(_is_called(parameter, name) for parameter in parameters):
@@ -168,12 +170,14 @@ def _check_adapted(peft_config: Any, adapted: list[str], parameters: list[str], 
             raise _no_match("target_parameters", name, ends, "of the model")
 
 
-def _matches(pattern: str, module: str, key: str) -> bool:
-    """Whether a regular expression matches the whole of a name, as PEFT takes it."""
+def _matching(pattern: str, modules: list[str], key: str) -> list[str]:
+    """The names that a regular expression matches as a whole, as PEFT takes it."""
     try:
-        return re.fullmatch(pattern, module) is not None
-    except re.error as error:
-        message = f"'{pattern}' is not a regular expression: {error}"
+        with time_limit(PATTERN_SECONDS):
+            return [module for module in modules if re.fullmatch(pattern, module)]
+    except (re.error, TooSlow, RecursionError, OverflowError) as error:
+        what = "can't be used" if isinstance(error, TooSlow) else "is not a regular expression"
+        message = f"'{pattern}' {what}: {first_line(error)}"
         raise user_error("wrong-form", message, "fix it", path=("peft", key)) from error
 
 

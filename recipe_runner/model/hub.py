@@ -13,7 +13,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from recipe_runner.problems.errors import user_error
+from recipe_runner.files import read_json
+from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.sections import ModelSection
 
 # Why the hub did not give a configuration, first match wins: code, what happened, what to do.
@@ -36,9 +37,15 @@ def find_model(model: ModelSection) -> None:
     """
     name, place = model.name_or_path, ("model", "name_or_path")
     if model.folder:
-        if (model.folder / "config.json").is_file():
+        strange = [file for file in model.folder.glob("*") if file.exists() and not (file.is_file() or file.is_dir())]
+        if (model.folder / "config.json").is_file() and not strange:
+            try:
+                read_json(model.folder / "config.json")
+            except (OSError, ValueError) as error:
+                raise user_error("model-config", f"config.json: {first_line(error)}", path=place) from error
             return
-        what = "the folder has no config.json" if model.folder.is_dir() else "there is no such folder"
+        what = f"{strange[0].name} is a device or a pipe, not a file" if strange else ""
+        what = what or "the folder has no config.json" if model.folder.is_dir() else "there is no such folder"
         fix = "`make model` makes the demo model" if "SmolLM2-135M-Instruct" in name else ""
         raise user_error("model-not-found", f"{name}: {what}", fix, path=place)
     try:

@@ -7,12 +7,14 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from recipe_runner.files import write_new
+from recipe_runner.files import read_text, write_new
 from recipe_runner.model import templates
 from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
 
 PLACE = ("model", "name_or_path")
+TEMPLATE_SECONDS = 5  # for a question and its answer: usual templates take some milliseconds
 
 
 def load_tokenizer(
@@ -67,11 +69,13 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         UserError: It fails. What it refuses by its own `raise_exception` is left to the rows.
     """
     try:
-        tokenizer.apply_chat_template(templates.PROBE[:2], tokenize=False)
+        with time_limit(TEMPLATE_SECONDS):
+            tokenizer.apply_chat_template(templates.PROBE[:2], tokenize=False)
     except Exception as error:  # a template is a program: anything may come
         if type(error) is TemplateError:
             return
-        found = f"the chat template fails on a question and its answer: {type(error).__name__}: {first_line(error)}"
+        told = first_line(error) if isinstance(error, TooSlow) else f"{type(error).__name__}: {first_line(error)}"
+        found = f"the chat template fails on a question and its answer: {told}"
         if isinstance(error, TemplateSyntaxError):
             found = f"the chat template can't be read: line {error.lineno}: {error.message}"
         raise user_error("template-broken", found, "fix it", path=("training", "chat_template_path")) from error
@@ -101,9 +105,9 @@ def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedToke
         message = f"the tokenizer can't be read: {first_line(error)}"
         raise user_error("tokenizer-not-found", message, path=PLACE) from error
     try:
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8") if template else tokenizer.chat_template
-    except ValueError as error:
-        found = f"{template} is not UTF-8: {first_line(error)}"
+        tokenizer.chat_template = read_text(Path(template)) if template else tokenizer.chat_template
+    except (OSError, ValueError) as error:
+        found = f"{template} can't be read as text: {first_line(error)}"
         raise user_error("template-broken", found, path=("training", "chat_template_path")) from error
     return tokenizer
 

@@ -6,7 +6,7 @@ from html import escape
 from recipe_runner import __version__
 from recipe_runner.data.accounting import Accounting
 from recipe_runner.preview.rows import Facts, Row
-from recipe_runner.preview.text import make_visible
+from recipe_runner.problems.words import make_visible
 from recipe_runner.recipe.recipe import Recipe
 
 STYLE = """

@@ -11,6 +11,7 @@ import click
 from recipe_runner.data.accounting import Accounting
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.preview.rows import Facts, Piece, Row
+from recipe_runner.problems.words import make_visible
 from recipe_runner.problems.writers import write_text
 
 
@@ -31,7 +32,7 @@ def write_row(row: Row, colour: bool) -> str:
             if piece.start in heads:
                 lines.append(click.style(heads[piece.start], bold=True) if colour else heads[piece.start])
             if piece.start in turns:
-                role = f"  -- {turns[piece.start]}"
+                role = f"  -- {make_visible(turns[piece.start])}"
                 lines.append(click.style(role, fg="blue") if colour else role)
         marks = _close(last, colour) if last and not piece.supervised else ""
         marks += "[[" if piece.supervised and not last and not colour else ""
@@ -77,7 +78,7 @@ def _head(number: int, row: Row) -> str:
     span = row.labels[document.start : document.start + document.tokens]
     learned = sum(label != IGNORED for label in span)
     of = f" (document {number + 1})" if len(row.documents) > 1 else ""
-    return f"{document.source} row {document.row}{of}: {document.tokens:,} tokens, {learned:,} supervised"
+    return f"{make_visible(document.source)} row {document.row}{of}: {document.tokens:,} tokens, {learned:,} supervised"
 
 
 def _close(last: bool, colour: bool) -> str:
@@ -89,14 +90,6 @@ def _paint(piece: Piece, colour: bool) -> str:
     if not colour:
         return text
     return click.style(text, fg="green" if piece.supervised else "bright_black", bold=piece.special)
-
-
-def make_visible(text: str) -> str:
-    """Text with everything spelt out that a terminal would obey or hide: escapes, direction marks, NUL."""
-    return "".join(
-        character if character == "\n" or character.isprintable() or character == "\u200d" else ascii(character)[1:-1]
-        for character in text
-    )
 
 
 def write_facts(facts: Facts) -> str:
@@ -118,7 +111,7 @@ def describe(split: str, account: Accounting) -> Iterator[str]:
         "sources": account.describe_sources(),
         "not used": account.describe_unused(),
     }
-    yield from (f"  {name:<11}{text}" for name, text in facts.items() if text)
+    yield from (f"  {name:<11}{make_visible(text)}" for name, text in facts.items() if text)
     if account.histogram:
         yield from draw_histogram(account.histogram)
 

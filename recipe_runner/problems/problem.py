@@ -1,10 +1,16 @@
 """A problem in a recipe, in the data or in the environment, and how it is written down."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from recipe_runner.problems.words import make_visible
+
 KeyPath = tuple[str | int, ...]
+MOST_TOLD = 100  # problems of one kind at one place: nobody reads more
+MOST_CHARACTERS = 1000  # of a part of a message: what a recipe says may be a megabyte
+
 Found = Iterator[tuple[KeyPath, str, str]]  # what a rule yields: keys, what was found there, and what to do
 
 
@@ -43,10 +49,15 @@ class Problem:
     meant: Any = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        where = f"{self.mark}: " if self.mark else ""
-        key = f"{join_path(self.path)}: " if self.path else ""
-        hint = f"; {self.suggestion}" if self.suggestion else ""
-        return " ".join(f"{where}{self.severity}[{self.code}] {key}{self.message}{hint}".split("\n"))
+        where = f"{printable(str(self.mark))}: " if self.mark else ""
+        return f"{where}{self.severity}[{self.code}] {self.told}"
+
+    @property
+    def told(self) -> str:
+        """Key, message and suggestion, in one line that a terminal can print."""
+        key = f"{printable(join_path(self.path))}: " if self.path else ""
+        hint = f"; {printable(self.suggestion)}" if self.suggestion else ""
+        return f"{key}{printable(self.message)}{hint}"
 
     def as_json(self) -> dict[str, Any]:
         """The problem as a JSON object: file, line, column, severity, code, path, message, suggestion."""
@@ -61,6 +72,22 @@ class Problem:
             "message": self.message,
             "suggestion": self.suggestion,
         }
+
+
+def printable(text: str) -> str:
+    """A text for one line of a terminal, cut where it is very long."""
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[:MOST_CHARACTERS]}... ({len(text):,} characters)"
+    return make_visible(text.replace("\n", " "))
+
+
+def at_most(problems: Iterable[Problem], most: int = MOST_TOLD) -> list[Problem]:
+    """The first problems of a kind, the last of them saying that there are more."""
+    first = list(itertools.islice(problems, most + 1))
+    if len(first) > most:
+        last = first[most - 1]
+        first[most - 1 :] = [replace(last, message=f"{last.message} (the first {most} of this kind; there are more)")]
+    return first
 
 
 def sort_problems(problems: list[Problem]) -> list[Problem]:

@@ -1,23 +1,40 @@
-"""Words for people: the choice that a misspelt word was meant to be."""
+"""Words for people: texts that a terminal can print, and the choice that a misspelt word was meant to be."""
 
 import difflib
 from collections.abc import Iterable
 from functools import lru_cache
 
+LIKE = 0.6  # what people may have meant
 ALIKE = 0.85  # inputs and input, sytem and system; not height and weight
+LONGEST_WORD = 100  # of the names that are compared: comparing takes time by the square of their length
+
+
+def make_visible(text: str) -> str:
+    """Text with everything spelt out that a terminal would obey or hide: escapes, direction marks, NUL."""
+    return "".join(
+        character if character == "\n" or character.isprintable() or character == "\u200d" else ascii(character)[1:-1]
+        for character in text
+    )
 
 
 def nearest(word: str, choices: Iterable[str]) -> list[str]:
     """The choices that a word is most like: none, one, or several that are equally near."""
-    scored = [(difflib.SequenceMatcher(None, choice, word).ratio(), choice) for choice in choices]
+    if len(word) > LONGEST_WORD:
+        return []
+    matcher = difflib.SequenceMatcher(None, "", word)
+    scored = []
+    for choice in choices:
+        matcher.set_seq1(choice)
+        if matcher.real_quick_ratio() >= LIKE and matcher.quick_ratio() >= LIKE:  # bounds from above, and cheap
+            scored.append((matcher.ratio(), choice))
     best = max((score for score, _ in scored), default=0)
-    return [choice for score, choice in scored if score > best - 0.02] if best >= 0.6 else []
+    return [choice for score, choice in scored if score > best - 0.02] if best >= LIKE else []
 
 
 @lru_cache(maxsize=1000)
 def misspelt(word: str, known: tuple[str, ...]) -> str:
     """The known word that another one can hardly be anything else than; empty when there is none."""
-    word = word.strip().lower()
+    word = word.strip().lower()[:LONGEST_WORD]
     swapped = next((choice for choice in known if sorted(choice) == sorted(word)), "")
     alike = [(difflib.SequenceMatcher(None, choice, word).ratio(), choice) for choice in known]
     best, choice = max(alike, default=(0.0, ""))

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import click
 
 from recipe_runner import __version__
-from recipe_runner.problems.problem import Mark, Problem, join_path
+from recipe_runner.problems.problem import Mark, Problem
 
 
 def write_text(problems: Sequence[Problem]) -> str:
@@ -37,7 +37,7 @@ def write_github(problems: Sequence[Problem]) -> str:
         mark = problem.mark or Mark("")
         place = {"file": mark.file, "line": mark.line or 1, "col": mark.column or 1, "title": problem.code}
         properties = ",".join(f"{key}={_escape(str(value), ':,')}" for key, value in place.items())
-        lines.append(f"::{problem.severity} {properties}::{_escape(_tell(problem))}")
+        lines.append(f"::{problem.severity} {properties}::{_escape(problem.told)}")
     return "\n".join(lines)
 
 
@@ -54,7 +54,7 @@ def write_sarif(problems: Sequence[Problem]) -> str:
                 "ruleId": problem.code,
                 "ruleIndex": codes.index(problem.code),
                 "level": problem.severity,
-                "message": {"text": _tell(problem)},
+                "message": {"text": problem.told},
                 "locations": [{"physicalLocation": location}],
             }
         )
@@ -70,11 +70,6 @@ WRITERS: dict[str, Callable[[Sequence[Problem]], str]] = {
     "github": write_github,
     "sarif": write_sarif,
 }
-
-
-def _tell(problem: Problem) -> str:
-    key = f"{join_path(problem.path)}: " if problem.path else ""
-    return f"{key}{problem.message}" + (f"; {problem.suggestion}" if problem.suggestion else "")
 
 
 def _escape(text: str, more: str = "") -> str:

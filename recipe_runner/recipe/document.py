@@ -21,6 +21,7 @@ from recipe_runner.problems.problem import KeyPath, Mark, Problem
 MAX_BYTES = 1_000_000  # a recipe is a page of text; more is a mistaken path
 MAX_DEPTH = 50
 MAX_VALUES = 20_000  # aliases are expanded: this is what stops an alias bomb
+MAX_TEXT = 100_000  # characters of one value
 
 # Source: YAML 1.2.2, section 10.3.2 (core schema).
 _NULL = re.compile(r"null|Null|NULL|~|")
@@ -89,24 +90,46 @@ def parse_document(text: str, name: str) -> Document:
         UserError: The text is not one YAML mapping.
     """
     document = Document(name, text)
-    wanted = (yaml.NodeEvent, yaml.CollectionEndEvent, yaml.DocumentStartEvent)
     try:
-        events = [event for event in yaml.parse(text, Loader=_Loader) if isinstance(event, wanted)]
+        events = list(_parse_events(text, name))
     except yaml.MarkedYAMLError as error:
         raise UserError([_explain_syntax_error(error, name)]) from error
     except yaml.YAMLError as error:  # ReaderError
         raise user_error("yaml-syntax", str(error).splitlines()[0], "remove the character", Mark(name)) from error
-    starts = [event for event in events if isinstance(event, yaml.DocumentStartEvent)]
-    if len(starts) > 1:
-        place = _mark(name, starts[1].start_mark)
-        raise user_error("several-documents", "the file holds several YAML documents", "one recipe a file", place)
-    if len(events) < 2 or (isinstance(events[1], yaml.ScalarEvent) and not events[1].value):
+    if not events or (isinstance(events[0], yaml.ScalarEvent) and not events[0].value):
         place = Mark(name, 1, 1)
         raise user_error("empty-recipe", "the file is empty", "see `recipe-run show phi3_chat_qlora`", place)
-    if not isinstance(events[1], yaml.MappingStartEvent):
-        raise user_error("not-a-recipe", "the file holds no mapping", "", _mark(name, events[1].start_mark))
-    document.values = _Builder(document, iter(events[1:])).build(())
+    if not isinstance(events[0], yaml.MappingStartEvent):
+        raise user_error("not-a-recipe", "the file holds no mapping", "", _mark(name, events[0].start_mark))
+    document.values = _Builder(document, iter(events)).build(())
     return document
+
+
+def _parse_events(text: str, name: str) -> Iterator[Any]:
+    """The events of values. Bounds hold while libyaml reads: for deep nesting, its time grows with the square."""
+    depth = count = documents = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+        if documents > 1:
+            place = _mark(name, event.start_mark)
+            raise user_error("several-documents", "the file holds several YAML documents", "one recipe a file", place)
+        if isinstance(event, yaml.NodeEvent | yaml.CollectionEndEvent):
+            count += isinstance(event, yaml.NodeEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or count > MAX_VALUES:
+                _check_size(depth, count, _mark(name, event.start_mark))
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_TEXT:
+                message = f"a value of {len(event.value):,} characters; {MAX_TEXT:,} are allowed"
+                raise user_error("yaml-too-large", message, "", _mark(name, event.start_mark))
+            yield event
+
+
+def _check_size(depth: int, count: int, mark: Mark) -> None:
+    if depth > MAX_DEPTH:
+        raise user_error("yaml-too-large", f"nested deeper than {MAX_DEPTH} levels", "", mark)
+    if count > MAX_VALUES:
+        raise user_error("yaml-too-large", f"more than {MAX_VALUES:,} values, with aliases expanded", "", mark)
 
 
 def parse_scalar(text: str) -> Any:
@@ -120,6 +143,14 @@ def parse_scalar(text: str) -> Any:
     if _FLOAT.fullmatch(text):
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return text
+
+
+def paths_below(value: Any) -> Iterator[KeyPath]:
+    """The key paths of everything inside a value, from the outside to the inside."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield (key,)
+        yield from ((key, *below) for below in paths_below(entry))
 
 
 class _Builder:
@@ -139,7 +170,7 @@ class _Builder:
         self.count += 1
         if isinstance(event, yaml.AliasEvent):
             return self.alias(str(event.anchor), path, mark)
-        self.check_size(path, mark)
+        _check_size(len(path), self.count, mark)
         if event.tag not in (None, "!", "tag:yaml.org,2002:str"):
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             self.problem("yaml-tag", f"the tag '{tag}'", "write the value without a tag", mark, path)
@@ -163,6 +194,8 @@ class _Builder:
             mark = _mark(self.document.file, event.start_mark)
             key = self.value(event, (*path, "?"))
             self.document.value_marks.pop((*path, "?"), None)
+            if isinstance(key, dict | list):
+                raise user_error("non-string-key", "the key is a mapping or a list", "write a word", mark, path)
             if not isinstance(key, str):
                 self.problem("non-string-key", f"the key {key!r} is not a string", "put it in quotes", mark, path)
                 key = str(key)
@@ -187,19 +220,11 @@ class _Builder:
             raise user_error("yaml-alias", message, "write the value out", mark)
         source, value, size = self.anchors[anchor]
         self.count += size
-        self.check_size(path, mark)
-        for marks in (self.document.key_marks, self.document.value_marks):
-            below = {
-                old: place for old, place in marks.items() if len(old) > len(source) and old[: len(source)] == source
-            }
-            marks.update({(*path, *old[len(source) :]): place for old, place in below.items()})
+        for below in paths_below(value):
+            _check_size(len(path) + len(below), self.count, mark)
+            for marks in (self.document.key_marks, self.document.value_marks):
+                marks[(*path, *below)] = marks[(*source, *below)]
         return copy.deepcopy(value)
-
-    def check_size(self, path: KeyPath, mark: Mark) -> None:
-        if len(path) > MAX_DEPTH:
-            raise user_error("yaml-too-large", f"nested deeper than {MAX_DEPTH} levels", "", mark)
-        if self.count > MAX_VALUES:
-            raise user_error("yaml-too-large", f"more than {MAX_VALUES:,} values, with aliases expanded", "", mark)
 
     def problem(self, code: str, message: str, suggestion: str, mark: Mark, path: KeyPath) -> None:
         self.document.problems.append(Problem(code, message, mark, path, suggestion))

@@ -12,7 +12,7 @@ from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import KeyPath, Mark, Problem, join_path, sort_problems, value_at
 from recipe_runner.recipe import rules, schema, validate
 from recipe_runner.recipe.chain import chain, check_handover
-from recipe_runner.recipe.document import Document, parse_document, read_document
+from recipe_runner.recipe.document import Document, parse_document, paths_below, read_document
 from recipe_runner.recipe.library import SUFFIXES, find_recipe, find_shipped
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import locate_adapter
@@ -186,11 +186,11 @@ def _merge(base: _Draft, over: _Draft, path: KeyPath) -> None:
             base.key_marks[here], base.value_marks[here] = over.key_marks[here], over.value_marks[here]
             _merge(base, over, here)
             continue
-        target[key] = value
+        replaced, target[key] = target.get(key), value
         for marks, new in ((base.key_marks, over.key_marks), (base.value_marks, over.value_marks)):
-            for old in [old for old in marks if old[: len(here)] == here]:
-                del marks[old]
-            marks.update({mark: new[mark] for mark in new if mark[: len(here)] == here})
+            for below in paths_below(replaced):
+                marks.pop((*here, *below), None)
+            marks.update({(*here, *below): new[(*here, *below)] for below in ((), *paths_below(value))})
     base.value_marks[path] = over.value_marks[path]
 
 
@@ -215,11 +215,12 @@ def _override(draft: _Draft, override: str) -> None:
         path = (*path, _step(target, part, mark, path))
         target = target[path[-1]]
     path = (*path, _step(target, last, mark, path, new=True))
+    replaced = target.get(path[-1]) if isinstance(target, dict) else target[path[-1]]
     target[path[-1]] = document.values["value"]
     draft.problems += [replace(problem, mark=mark, path=path) for problem in document.problems]
     for marks in (draft.key_marks, draft.value_marks):
-        for old in [old for old in marks if len(old) > len(path) and old[: len(path)] == path]:
-            del marks[old]
+        for below in paths_below(replaced):
+            marks.pop((*path, *below), None)
         for depth in range(1, len(path) + 1):
             if depth == len(path) or path[:depth] not in marks:
                 marks[path[:depth]] = mark

@@ -1,9 +1,10 @@
 """Checks a recipe's values against the schema and turns what jsonschema finds into problems that name the fix."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from recipe_runner.problems.problem import KeyPath, Mark, Problem, join_path
+from recipe_runner.problems.problem import KeyPath, Mark, Problem, at_most, join_path
 from recipe_runner.problems.words import ask, nearest
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.document import parse_scalar
@@ -14,6 +15,8 @@ _SHAPES: dict[str | int, str] = {  # what people mean by a plain value
     "eval": "{fraction: 0.02} or {source: ...}",
     "peft": "{method: lora}",
 }
+
+MOST_ERRORS = 1000  # of one recipe: nobody reads more, and each takes time
 
 Place = Callable[[KeyPath, bool], Mark]  # (path, of the key rather than the value) -> mark
 
@@ -33,10 +36,12 @@ _BOUNDS = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "abo
 def check_values(values: dict[str, Any], place: Place) -> list[Problem]:
     """Checks the plain values of a recipe against its schema; `place` gives the mark of a key path."""
     known = values["stage"] if values.get("stage") in schema.choices("stage") else ""
-    errors = list(schema.validator(known).iter_errors(values))
+    errors = list(itertools.islice(schema.validator(known).iter_errors(values), MOST_ERRORS))
     refused = {tuple(error.absolute_path) for error in errors if error.validator == "not"}
     stage = str(values.get("stage"))
-    found = [problem for error in errors for problem in _problems(error, tuple(error.absolute_path), place, stage)]
+    found: list[Problem] = []
+    for error in errors:
+        found += at_most(_problems(error, tuple(error.absolute_path), place, stage))
     return [problem for problem in found if problem.code != "unknown-key" or problem.path not in refused]
 
 
@@ -85,6 +90,8 @@ def _problems(error: Any, path: KeyPath, place: Place, stage: str) -> Iterator[P
             )
         case "minItems" | "minLength" | "minProperties":
             yield problem("empty-value", "the value is empty", "fill it in or leave the key out")
+        case "maxItems":
+            yield problem("out-of-bounds", f"{len(value)} items, at most {error.validator_value} are allowed")
         case "maxLength":
             yield problem("out-of-bounds", f"longer than {error.validator_value} characters")
         case "pattern":

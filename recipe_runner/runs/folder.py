@@ -1,7 +1,6 @@
 """The folder of a run: what is in it, and how its status changes. Written by one process."""
 
 import itertools
-import json
 import os
 import re
 import shutil
@@ -11,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from recipe_runner.files import hash_file, list_runs, read_status, write_json, write_status
+from recipe_runner.files import hash_file, list_runs, read_json, read_status, read_text, write_json, write_status
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.recipe.document import dump_values, parse_document
 from recipe_runner.stages import PIPELINE
@@ -96,7 +95,7 @@ def vouch_for(checkpoint: Path) -> None:
 def find_damage(checkpoint: Path) -> str:
     """What is not as it was when the checkpoint was written; empty when everything is."""
     try:
-        hashes = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+        hashes = read_json(checkpoint / COMPLETE)
         for name, digest in hashes.items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
@@ -212,7 +211,7 @@ def recipe_changes(folder: Path, values: Mapping[str, Any]) -> list[str]:
 def _read_resolved(folder: Path) -> dict[str, Any]:
     file = folder / "resolved.yaml"
     try:
-        return parse_document(file.read_text(encoding="utf-8"), str(file)).values
+        return parse_document(read_text(file), str(file)).values
     except (OSError, ValueError, UserError) as error:
         raise user_error("not-a-run", f"{file} is damaged: {first_line(error)}", "--resume never") from error
 

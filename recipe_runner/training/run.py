@@ -14,6 +14,7 @@ from recipe_runner.data.prepare import input_ids_of
 from recipe_runner.files import list_runs, read_status, write_json, write_status
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.problems.errors import Interrupted, UserError, user_error
+from recipe_runner.problems.words import make_visible
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs import folder as run_folder
@@ -188,4 +189,4 @@ def agree(value: Any) -> Any:
 
 def _say(config: Any, text: str) -> None:
     if config.process_index == 0:
-        print(text, flush=True)
+        print(make_visible(text), flush=True)

@@ -27,7 +27,7 @@ def test_github_annotation_names_file_line_column_and_code(run_cli):
 
 def test_github_annotation_escapes_what_would_end_it():
     problem = Problem("a-code", "100%\nof it", Mark("a,b:c.yaml", 3, 1))
-    assert write_github([problem]) == "::error file=a%2Cb%3Ac.yaml,line=3,col=1,title=a-code::100%25%0Aof it"
+    assert write_github([problem]) == "::error file=a%2Cb%3Ac.yaml,line=3,col=1,title=a-code::100%25 of it"
 
 
 def test_sarif_log_holds_every_problem_at_its_place(run_cli):

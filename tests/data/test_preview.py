@@ -337,6 +337,19 @@ def test_a_row_that_the_template_refuses_is_named(preview, tmp_path):
     assert "rows.jsonl: row 9 can't be rendered: take turns" in result.err
 
 
+def test_a_row_for_which_the_template_does_not_end_is_named(preview, tmp_path, monkeypatch):
+    for name, seconds in {"CHUNK_SECONDS": 2, "ROW_SECONDS": 1}.items():
+        monkeypatch.setattr(f"recipe_runner.data.prepare.{name}", seconds)
+    template = tmp_path / "endless.jinja"
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    rule = f"{{% if 'again' in m.content %}}{loops}{{% endif %}}"
+    template.write_text(WITHOUT_SYSTEM.replace("%}<|{{", f"%}}{rule}<|{{{{", 1))
+    rows = [{"messages": [TURN, ANSWER]}] * 8 + [{"messages": [TURN, {**ANSWER, "content": "once again"}]}]
+    result, _ = preview(command="prepare", rows=rows, format="chat", training={"chat_template_path": str(template)})
+    assert result.status == 1
+    assert "rows.jsonl: row 9 can't be rendered: it takes more than 1 seconds; does the chat template" in result.err
+
+
 def test_evaluation_rows_that_are_trained_on_are_told(preview):
     rows = [{"instruction": f"say {n}", "output": f"it is {n}"} for n in range(6)]
     told = {"eval": {"source": "rows.jsonl"}}

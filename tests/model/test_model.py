@@ -1,6 +1,7 @@
 """The model before its weights: where it is, what the adapter matches, and bitsandbytes on a CPU."""
 
 import json
+import os
 import re
 
 import pytest
@@ -213,6 +214,9 @@ def test_weights_that_are_meant_to_be_new(run_recipe, altered):
         ({"exclude_modules": ["qkv_porj"]}, "exclude_modules", "'qkv_porj' matches no module of the model"),
         ({"exclude_modules": "layers.[0"}, "exclude_modules", "'layers.[0' is not a regular expression"),
         ({"target_modules": "model.(["}, "target_modules", "'model.([' is not a regular expression"),
+        ({"target_modules": "(.*)*(.*)*(.*)*x"}, "target_modules", "can't be used: it takes more than 0.5 seconds"),
+        ({"exclude_modules": "(.*)*(.*)*(.*)*x"}, "exclude_modules", "can't be used: it takes more than 0.5 seconds"),
+        ({"rank_pattern": {"(.*)*(.*)*(.*)*x": 2}}, "rank_pattern", "can't be used: it takes more than 0.5 seconds"),
         ({"target_modules": r".*\.k_proj"}, "target_modules", "matches no module of the model"),
         ({"layers_to_transform": [0, 7], "target_modules": ["o_proj"]}, "layers_to_transform", "there is no layer 7"),
         (
@@ -261,8 +265,10 @@ def test_weights_that_are_meant_to_be_new(run_recipe, altered):
     ],
 )
 def test_names_of_an_adapter_that_match_nothing_are_errors_at_their_key(run_recipe, peft, key, said, monkeypatch):
+    from recipe_runner.model import adapter
     from recipe_runner.training import trainers
 
+    monkeypatch.setattr(adapter, "PATTERN_SECONDS", 0.5)
     monkeypatch.setattr(trainers, "build_trainer", lambda *_: pytest.fail("the weights were loaded"))
     result, folder = run_recipe(peft=LORA | peft)
     assert (result.status, folder) == (1, None)
@@ -350,6 +356,23 @@ def test_odd_model_folders_are_one_line(run_recipe, altered, file, content):
     assert re.search(r"error\[[a-z-]+\] (model\.name_or_path|peft\.target_modules): ", line)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"])
+@pytest.mark.parametrize("what", ["device", "pipe", "deep"])
+def test_model_folders_with_what_is_no_file_or_too_deep_are_refused(run_recipe, altered, name, what):
+    folder = altered()
+    (folder / name).unlink(missing_ok=True)
+    if what == "device":
+        (folder / name).symlink_to("/dev/zero")
+    elif what == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    result, _ = run_recipe(model={"name_or_path": str(folder)}, peft=LORA)
+    assert result.status == 1
+    assert result.err.count("error[") == 1
+    assert f"{name} is a device or a pipe, not a file" in result.err or what == "deep"
+
+
 BROKEN_TEMPLATES = {
     "{% for m in messages %}{{ m.content }": "can't be read: line 1",
     "{{ messages|nosuch }}": "can't be read: line 1: No filter named 'nosuch'",
@@ -360,11 +383,15 @@ BROKEN_TEMPLATES = {
     "{{ ''.__class__.__mro__ }}": "SecurityError",
     "{% include 'x' %}": "TypeError",
     "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}": "RecursionError",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "RecursionError",
+    "{{ 'x' * 10 ** 12 }}": "MemoryError",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "it takes more than 0.5 seconds",
 }
 
 
 @pytest.mark.parametrize("template", BROKEN_TEMPLATES)
-def test_templates_that_fail_are_one_line_that_says_how(run_recipe, tmp_path, template):
+def test_templates_that_fail_are_one_line_that_says_how(run_recipe, tmp_path, template, monkeypatch):
+    monkeypatch.setattr("recipe_runner.model.tokenizer.TEMPLATE_SECONDS", 0.5)
     (tmp_path / "own.jinja").write_text(template)
     rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 4
     training = {"chat_template_path": "own.jinja"}

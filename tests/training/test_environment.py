@@ -1,5 +1,7 @@
 """Which precision a run takes, by what its device can do; devices that are not here are faked by torch's answers."""
 
+import os
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -78,3 +80,87 @@ def test_the_accelerators_of_any_maker_are_recorded(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda index: f"Arc {index}")
     assert describe_environment(tmp_path)["gpus"] == ["Arc 0", "Arc 1"]
+
+
+@pytest.fixture
+def git(tmp_path, monkeypatch):
+    """Runs git in a folder, with nobody's configuration, and makes a repository with a commit there first."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+
+    def git(folder, *command):
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "recipe.yaml").write_text("a: 1\n")
+            git(folder, "init", "--quiet")
+            git(folder, "add", ".")
+            git(folder, "-c", "user.name=n", "-c", "user.email=n@example.org", "commit", "--quiet", "-m", "one")
+        return subprocess.run(
+            ["git", "-C", folder, *command], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    return git
+
+
+def test_commit_and_changes_of_a_repository_are_recorded(git, tmp_path):
+    from recipe_runner.training.environment import describe_environment
+
+    commit = git(tmp_path / "mine", "rev-parse", "HEAD")
+    assert describe_environment(tmp_path / "mine")["git_commit"] == commit
+    (tmp_path / "mine" / "recipe.yaml").touch()
+    assert describe_environment(tmp_path / "mine")["git_commit"] == commit
+    (tmp_path / "mine" / "recipe.yaml").write_text("a: 2\n")
+    assert describe_environment(tmp_path / "mine")["git_commit"] == f"{commit}-dirty"
+    assert describe_environment(tmp_path)["git_commit"] is None
+
+
+@pytest.mark.parametrize("carrier", ["bare", "fsmonitor", "clean", "process", "hook", "submodule", "lazy fetch"])
+def test_nothing_that_a_strangers_repository_configures_is_run(git, tmp_path, carrier):
+    """Each carrier leaves a marker when it is run, as git itself does for all but the last; a name is still given."""
+    from recipe_runner.training.environment import describe_environment
+
+    marker, folder = tmp_path / "marker", tmp_path / "strange"
+    evil = f"echo run >> {marker}; cat"
+    git(folder, "status")
+    home = folder
+    if carrier == "bare":  # what a clone can carry: a folder that git takes for a repository
+        home = folder / "recipes"
+        home.mkdir()
+        git(home, "init", "--quiet", "--bare", ".")
+        for key, value in {"core.bare": "false", "core.worktree": "..", "core.fsmonitor": evil}.items():
+            git(home, "config", "--file", "config", key, value)
+    elif carrier == "submodule":
+        inside = folder / "inside"
+        git(inside, "status")
+        git(folder, "-c", "advice.addEmbeddedRepo=false", "add", "inside")
+        git(inside, "config", "core.fsmonitor", evil)
+    elif carrier == "hook":
+        hook = folder / ".git" / "hooks" / "post-index-change"
+        hook.parent.mkdir(exist_ok=True)
+        hook.write_text(f"#!/bin/sh\n{evil}\n")
+        hook.chmod(0o755)
+    elif carrier == "lazy fetch":
+        for key in ("url", "promisor"):
+            git(folder, "config", f"remote.origin.{key}", {"url": f"ext::sh -c {evil}", "promisor": "true"}[key])
+        git(folder, "config", "protocol.ext.allow", "always")
+        blob = git(folder, "rev-parse", "HEAD:recipe.yaml")
+        (folder / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+        (folder / "recipe.yaml").write_text("a: 3\n")
+    elif carrier == "fsmonitor":
+        git(folder, "config", "core.fsmonitor", evil)
+    else:
+        (folder / ".git" / "info").mkdir(exist_ok=True)
+        (folder / ".git" / "info" / "attributes").write_text("* filter=evil\n")
+        git(folder, "config", f"filter.evil.{carrier}", evil)
+        git(folder, "config", "filter.evil.required", "true")
+    (folder / "recipe.yaml").touch()
+    os.utime(folder / "recipe.yaml", (1, 1))  # git must look into the file
+    marker.unlink(missing_ok=True)
+    commit = describe_environment(home)["git_commit"]
+    assert not marker.exists()
+    assert commit is None if carrier == "bare" else len(commit.removesuffix("-dirty")) == 40
+    if carrier != "lazy fetch":
+        os.utime(folder / "recipe.yaml", (2, 2))
+        subprocess.run(["git", "-C", home, "describe", "--always", "--dirty"], capture_output=True)
+        subprocess.run(["git", "-C", home, "status"], capture_output=True)
+        assert marker.exists()  # the carrier works

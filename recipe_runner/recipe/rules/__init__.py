@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from recipe_runner.problems.problem import Found, Problem, as_warning
+from recipe_runner.problems.problem import Found, Problem, as_warning, at_most
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules import adapter, data, model, packages, quantization, training
 from recipe_runner.recipe.sections import UpstreamSection
@@ -68,9 +68,9 @@ def check_steps(trained: UpstreamSection, steps: int) -> list[Problem]:
 
 
 def _as_problems(rules: Iterable[tuple[str, Found]]) -> list[Problem]:
-    problems = [
-        Problem(code, message, None, path, suggestion) for code, found in rules for path, message, suggestion in found
-    ]
+    problems: list[Problem] = []
+    for code, found in rules:
+        problems += at_most(Problem(code, message, None, path, suggestion) for path, message, suggestion in found)
     return [as_warning(problem) if problem.code in WARNINGS else problem for problem in problems]
 
 

@@ -33,12 +33,12 @@ def column_roles(dataset: DatasetSection) -> Found:
 
 def mixture_weights(dataset: DatasetSection) -> Found:
     """Weights are relative to each other: all sources of a training mixture have one, or none."""
-    mixture = [source for source in dataset.train if len(source.path) > 2]  # written as a list
-    weighted = any(source.weight is not None for source in mixture)
+    mixture = {source.path for source in dataset.train if len(source.path) > 2}  # written as a list
+    weighted = any(source.weight is not None for source in dataset.train if source.path in mixture)
     for source in dataset.sources:
-        if source.weight is not None and source not in mixture:
+        if source.weight is not None and source.path not in mixture:
             yield (*source.path, "weight"), "a weight without a training mixture", "remove the key"
-        elif source.weight is None and weighted and source in mixture:
+        elif source.weight is None and weighted and source.path in mixture:
             yield source.path, "other sources of the mixture have a weight, this one has none", "add 'weight:'"
 
 
@@ -60,6 +60,9 @@ def source_files(dataset: DatasetSection) -> Found:
 def _local_source(file: Path, source: SourceSection, kinds: str) -> Found:
     if file.suffix not in BUILDERS:
         yield (*source.path, "source"), f"{file} has the suffix '{file.suffix}'", kinds
+    elif file.exists() and not file.is_file():
+        what = "a folder" if file.is_dir() else "a device or a pipe"
+        yield (*source.path, "source"), f"{file} is {what}, not a file", kinds
     elif not file.is_file():
         neighbours = [other.name for other in file.parent.glob("*")] if file.parent.is_dir() else []
         yield (*source.path, "source"), f"there is no file {file}", suggest(file.name, neighbours)
@@ -76,7 +79,7 @@ def template_use(dataset: DatasetSection, training: UpstreamSection) -> Found:
     if (file := training["chat_template_path"]) is not None:
         path = ("training", "chat_template_path")
         if not Path(file).is_file():
-            yield path, f"there is no file {file}", ""
+            yield path, f"{file} is not a file" if Path(file).exists() else f"there is no file {file}", ""
         if dataset.is_plain_text:
             yield path, "this dataset is plain text: the chat template would not be used", "remove it"
     if dataset.template is not None and dataset.system is not None:
