@@ -1,11 +1,12 @@
 """The command line: `recipe-run RECIPE` trains. One module a command, imported when it is asked for."""
 
 import importlib
+import io
 import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -26,6 +27,16 @@ class _Commands(click.Group):
         if args and args[0] not in (*COMMANDS, "-h", "--help", "--version"):
             args = ["train", *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command. click takes a pipe whose reader has gone, and a file that ends early, for other things."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader (head, less) has gone: nothing is wrong
+            sys.exit(0)
+        except EOFError as error:
+            raise RuntimeError(f"a file ended too early: {error}") from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*COMMANDS]  # `list` is the module of that command, once it is imported
@@ -52,6 +63,8 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Runs the command line and maps errors to exit status and one-line messages."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or file that is not in UTF-8
     try:
         status = cli.main(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -70,9 +83,6 @@ def main() -> NoReturn:
 
         _say_error(write_text(error.problems))
         sys.exit(EXIT_USER_ERROR)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader (head, less) has gone: nothing is wrong
-        sys.exit(0)
     except OSError as error:  # a file or folder that may not be read or written
         from recipe_runner.files import FULL, disk_full
 

@@ -7,6 +7,7 @@ of messages). Each row also says why it can't be trained on, in `dropped` ('' wh
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -32,10 +33,14 @@ SHAREGPT_ROLES = {
 KNOWN_ROLES = ("system", "user", "assistant", "tool", *SHAREGPT_ROLES)
 # Keys of a turn that say something, and have no place in a row of TRL's that is made here.
 LOST_KEYS = (
-    *("tool_calls", "function_call", "tools", "reasoning_content", "reasoning", "thinking", "name"),
-    *("images", "image", "videos", "video", "audios", "audio"),
+    *("tool_calls", "tool_call_id", "tool_responses", "tool_results", "function_call", "functions", "tools"),
+    *("reasoning_content", "reasoning_details", "reasoning", "thinking", "thought", "thoughts", "think"),
+    *("name", "refusal", "prefix", "context", "documents", "citations", "attachments"),
+    *("images", "image", "image_url", "videos", "video", "audios", "audio"),
+    *("mask", "loss_weight", "train_detail"),
 )
-TURN_KEYS = ("role", "content", "from", "value", "weight", "train")  # that are read
+SWITCHES = ("train", "training", "trainable", "loss")  # false: a turn is not learned (axolotl, ms-swift)
+TURN_KEYS = ("role", "content", "from", "value", "weight", *SWITCHES)  # that are read
 KNOWN_KEYS = frozenset(TURN_KEYS + LOST_KEYS)
 
 
@@ -56,7 +61,7 @@ def normalise_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
 
 def _instruction_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     values = {role: _text(row.get(role), f"{where}: column '{role}'") for role in ("instruction", "input", "output")}
-    dropped = next((f"with an empty {role}" for role in ("instruction", "output") if not values[role].strip()), "")
+    dropped = next((f"with an empty {role}" for role in ("instruction", "output") if _is_blank(values[role])), "")
     before = _context(row, dataset.system, where)
     if dataset.template is not None:
         if before:
@@ -135,12 +140,14 @@ def _chat_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[
             dropped = "that do not end with an assistant turn"
         elif not learned[-1]:
             dropped = "whose last turn has weight 0"
+        elif len(messages) == 1:
+            dropped = "without a turn before the answer"
         answers = [len(messages) - 1]
     elif not answers:
         dropped = "without an assistant turn"
     elif not any(learned[number] for number in answers):
         dropped = "whose assistant turns all have weight 0"
-    if not dropped and any(learned[number] and not messages[number]["content"].strip() for number in answers):
+    if not dropped and any(learned[number] and _is_blank(messages[number]["content"]) for number in answers):
         dropped = "with an empty answer"
     if dataset.train_on == "completion":
         return {"prompt": messages[:-1], "completion": messages[-1:], "dropped": dropped}
@@ -149,9 +156,9 @@ def _chat_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[
 
 
 def _is_learned(turn: dict[str, Any], where: str) -> bool:
-    """Whether a turn may be in the loss: OpenAI's and axolotl's `weight: 0` and `train: false` say no."""
+    """Whether a turn may be in the loss: OpenAI's `weight: 0` says no, and so do the switches of other tools."""
     learned = True
-    for key, values in (("weight", (0, 1)), ("train", (False, True))):
+    for key, values in (("weight", (0, 1)), *((switch, (False, True)) for switch in SWITCHES)):
         if (value := turn.get(key)) is not None:
             if value not in values:
                 raise RowError(f"{where}: {key} is {value}, and can only be {values[0]} or {values[1]} here")
@@ -209,6 +216,8 @@ def _preference_row(row: dict[str, Any], dataset: DatasetSection, where: str) ->
     if not dropped and any(turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
         dropped = "whose answer does not continue its prompt"
     prompt = _with_context(prompt, row, dataset, where)
+    for role, turns in (("chosen", chosen), ("rejected", rejected)):
+        _refuse_muted(row.get(role), len(turns), f"{where}: column '{role}'")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "dropped": dropped}
 
 
@@ -232,6 +241,7 @@ def _unpaired_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
     label = row.get("label")
     if not isinstance(label, bool):
         raise RowError(f"{where}: column 'label': expected true or false, found {_kind(label)}")
+    _refuse_muted(row.get("completion"), len(completion), f"{where}: column 'completion'")
     dropped = "" if prompt else "with an empty prompt"
     dropped = dropped if _says(completion) else "with an empty completion"
     if not dropped and completion[0]["role"] != "assistant":
@@ -250,13 +260,26 @@ def _turns(value: Any, role: str, dataset: DatasetSection, where: str) -> list[d
     return [_turn(turn, dataset, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
 
 
+def _refuse_muted(value: Any, answer: int, where: str) -> None:
+    """Refuses a turn that is not to be learned among the last ones, those of the answer: it would be learned."""
+    turns = value if isinstance(value, list) else [value]
+    for number, turn in list(enumerate(turns, 1))[len(turns) - answer :]:
+        if isinstance(turn, dict) and not _is_learned(turn, f"{where}, turn {number}"):
+            raise RowError(f"{where}, turn {number}: weight 0, but all turns of an answer are learned here; remove it")
+
+
 def _says(turns: list[dict[str, str]]) -> bool:
-    return bool(turns) and bool(turns[-1]["content"].strip())
+    return bool(turns) and not _is_blank(turns[-1]["content"])
+
+
+def _is_blank(text: str) -> bool:
+    """Whether a text shows nothing: spaces, and characters without width."""
+    return all(character.isspace() or unicodedata.category(character) in ("Cf", "Cc") for character in text)
 
 
 def _text_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     text = _text(row["text"], f"{where}: column 'text'")
-    return {"text": text, "dropped": "" if text.strip() else "with an empty text"}
+    return {"text": text, "dropped": "with an empty text" if _is_blank(text) else ""}
 
 
 def _text(value: Any, where: str) -> str:

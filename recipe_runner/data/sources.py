@@ -12,6 +12,7 @@ import pyarrow as pa
 from datasets import (
     Dataset,
     Features,
+    ReadInstruction,
     Value,
     concatenate_datasets,
     disable_progress_bars,
@@ -22,7 +23,8 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 
-from recipe_runner.data.formats import RowError, normalise_row, says_something
+from recipe_runner.data.formats import KNOWN_KEYS, RowError, normalise_row, says_something
+from recipe_runner.data.look import iterate_rows
 from recipe_runner.files import FULL, disk_full
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
@@ -55,12 +57,14 @@ class Source:
         rows: Its rows, with the columns that are used, memory-mapped.
         columns: Role of a column -> its name in the data.
         unused: Columns that no role takes.
+        names: All names that the data has: of columns, and of keys of turns.
     """
 
     section: SourceSection
     rows: Dataset
     columns: dict[str, str]
     unused: tuple[str, ...] = ()
+    names: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -81,7 +85,18 @@ def open_sources(dataset: DatasetSection) -> list[Source]:
     """
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)  # what it says of a file that can't be read, we say with the line
-    return [open_source(source, dataset) for source in dataset.sources]
+    sources = [open_source(source, dataset) for source in dataset.sources]
+    for number, name in enumerate(dataset.ignore):
+        place = ("dataset", "ignore", number)
+        if role := next(
+            (role for source in sources for role, column in source.columns.items() if column == name), None
+        ):
+            raise user_error("wrong-column-role", f"the column '{name}' is used, for the role '{role}'", path=place)
+        there = {key for source in sources for key in source.names}
+        if name not in there:
+            message = f"no source has a column or a key of a turn '{name}'"
+            raise user_error("missing-column", message, suggest(name, there) or "remove it", path=place)
+    return sources
 
 
 def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
@@ -93,8 +108,7 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
         if suffix in BUILDERS:
             options: dict[str, Any] = {"sample_by": section.sample_by} if section.sample_by else {}
             if suffix == ".csv":  # every cell is a text, as it is written: 01000, 1.50, NA, true
-                names = pd.read_csv(name, nrows=0).columns
-                options |= {"features": Features({column: Value("string") for column in names}), "na_filter": False}
+                options |= {"features": _csv_features(Path(name), place), "na_filter": False}
             rows = load_dataset(BUILDERS[suffix], data_files=glob.escape(name), split=section.split, **options)
             rows.data.table.validate(full=True)  # pyarrow reads JSON without looking at its bytes
         else:
@@ -107,7 +121,60 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     unused = [column for column in rows.column_names if column not in (*columns.values(), *dataset.ignore)]
     _refuse_lost_columns(section, dataset.format, rows.select_columns(unused))
     used = rows.select_columns(list(dict.fromkeys(columns.values())))
-    return Source(section, used, columns, tuple(unused))
+    if suffix in (".json", ".jsonl"):
+        used = _as_written(used, Path(name), section.split)
+    keys = {column: _turn_keys(used.features[column]) for column in used.column_names}
+    unused += [
+        f"{column}.{key}" for column in keys for key in keys[column] if key not in (*KNOWN_KEYS, *dataset.ignore)
+    ]
+    names = frozenset((*rows.column_names, *(key for column in keys.values() for key in column)))
+    return Source(section, used, columns, tuple(unused), names)
+
+
+def _csv_features(file: Path, place: KeyPath) -> Features:
+    """A text for each column of the header. pandas takes the first column for an index where rows have one field more.
+
+    Raises:
+        UserError: The first row has more fields than the header.
+    """
+    head = pd.read_csv(file, nrows=1, dtype=str)
+    if not isinstance(head.index, pd.RangeIndex):
+        fields = len(head.columns) + head.index.nlevels
+        message = f"{file}: row 1 has {fields} fields, the header has {len(head.columns)}"
+        raise user_error("unreadable-data", message, "quote texts with commas, or add the header's names", path=place)
+    return Features({column: Value("string") for column in head.columns})
+
+
+def _as_written(rows: Dataset, file: Path, split: str) -> Dataset:
+    """Columns of a JSON file without what pyarrow makes of them: texts that look like dates, 1 beside 2.5 as 1.0."""
+    changed = [name for name in rows.column_names if _retypes(rows.data.schema.field(name).type)]
+    if not changed:
+        return rows
+    cells: dict[str, list[Any]] = {name: [] for name in changed}
+    for row in iterate_rows(file):
+        for name in changed:
+            value = row.get(name)
+            cells[name].append(json.dumps(value) if isinstance(value, int | float) else value)
+    parts = ReadInstruction.from_spec(split).to_absolute({"train": len(cells[changed[0]])})
+    for name in changed:
+        column = [value for part in parts for value in cells[name][part.from_ : part.to]]
+        rows = rows.remove_columns(name).add_column(name, column)
+    return rows
+
+
+def _retypes(kind: pa.DataType) -> bool:
+    """Whether pyarrow's JSON reader may have made something else of what was written, somewhere in a column."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _retypes(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(pa.types.is_temporal(field.type) or _retypes(field.type) for field in kind)
+    return bool(pa.types.is_temporal(kind) or pa.types.is_floating(kind))
+
+
+def _turn_keys(feature: Any) -> list[str]:
+    """Keys of the turns of a column of turns."""
+    turns = getattr(feature, "feature", feature)
+    return list(turns) if isinstance(turns, dict) else []
 
 
 def order_rows(dataset: DatasetSection, sources: list[Source], seed: int) -> dict[str, np.ndarray]:
@@ -198,6 +265,10 @@ def choose_columns(section: SourceSection, form: str, available: list[str]) -> d
             message = f"{section.source} has no column '{column}' for the role '{role}'; {there}"
             hint = suggest(column, available) or f"set columns: {{{role}: NAME}}"
             raise user_error("missing-column", message, hint, path=(*section.path, "columns", role))
+        if shared := next((other for other in columns if other != role and columns[other] == column), None):
+            message = f"the roles '{role}' and '{shared}' have the same column '{column}'"
+            place = ("columns", role if role in given else shared)
+            raise user_error("wrong-column-role", message, "name another column", path=(*section.path, *place))
     return columns
 
 
@@ -235,6 +306,14 @@ def _explain_load_error(error: Exception, name: str, suffix: str, place: KeyPath
     root: BaseException = error
     while suffix in BUILDERS and (root.__cause__ or root.__context__):
         root = root.__cause__ or root.__context__ or root
+    if (
+        isinstance(root, OSError)
+        and root.errno not in FULL
+        and root.filename
+        and Path(str(root.filename)) != Path(name)
+    ):
+        message = f"{root.filename}: {root.strerror}"
+        raise user_error("input-output", message, "prepared data and Hugging Face's caches are kept there (HF_HOME)")
     if isinstance(root, OSError) and root.errno in FULL:
         return disk_full(root.errno, Path(root.filename or HF_DATASETS_CACHE), "prepared data is kept there (HF_HOME)")
     what = first_line(root)
@@ -272,6 +351,21 @@ def _find_bad_bytes(file: Path) -> str:
     return ""
 
 
+def _check_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file.
+
+    Raises:
+        ValueError: A key is there twice, or a text is no Unicode text.
+    """
+    for number, (key, value) in enumerate(pairs):
+        if any(key == other for other, _ in pairs[:number]):
+            raise ValueError(f"the key '{key}' is there twice")
+        for text in (key, value):
+            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"key '{key}': half a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return dict(pairs)
+
+
 def _find_bad_json(file: Path) -> str:
     """Where a JSON or JSON-lines file stops being one; empty when every row is an object."""
     with file.open(encoding="utf-8", errors="replace") as stream:
@@ -280,11 +374,17 @@ def _find_bad_json(file: Path) -> str:
         number = 0
         try:
             if whole:
-                wrong = [index for index, row in enumerate(json.load(stream), 1) if not isinstance(row, dict)]
+                wrong = [
+                    index
+                    for index, row in enumerate(json.load(stream, object_pairs_hook=_check_pairs), 1)
+                    if not isinstance(row, dict)
+                ]
                 return f"{file}: item {wrong[0]} is not a JSON object" if wrong else ""
             for number, line in enumerate(stream, 1):
-                if line.strip() and not isinstance(json.loads(line.rstrip()), dict):
+                if line.strip() and not isinstance(json.loads(line.rstrip(), object_pairs_hook=_check_pairs), dict):
                     return f"{file}: line {number} is not a JSON object"
         except json.JSONDecodeError as error:
             return f"{file}: line {error.lineno if whole else number}, column {error.colno}: {error.msg}"
+        except ValueError as error:
+            return f"{file}: {'' if whole else f'line {number}: '}{error}"
     return ""

@@ -114,8 +114,7 @@ def describe_origin(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "training": {key: getattr(job.config, key, None) for key in KEYS},
         "files": files,
-        "template": job.tokenizer.chat_template,
-        "tokenizer": _hash_tokenizer(job.tokenizer),
+        "tokenizer": hash_tokenizer(job.tokenizer),
         "versions": {name: importlib.metadata.version(name) for name in MADE_BY},
         "code": {str(file.relative_to(CODE)): hashlib.sha256(file.read_bytes()).hexdigest() for file in code_files()},
     }
@@ -126,11 +125,12 @@ def code_files() -> list[Path]:
     return sorted(CODE.rglob("*.py"))
 
 
-def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of vocabulary, merges, normalizer and special tokens."""
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of vocabulary, merges, normalizer, special tokens and chat template."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return hashlib.sha256(f"{type(tokenizer).__name__}{backend}{special}".encode("utf-8", "surrogatepass")).hexdigest()
+    parts = f"{type(tokenizer).__name__}{backend}{special}{tokenizer.chat_template}"
+    return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def is_whole(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 
 from recipe_runner.files import read_json
 from recipe_runner.problems.errors import UserError, first_line, user_error
-from recipe_runner.problems.problem import KeyPath, Mark, Problem, sort_problems
+from recipe_runner.problems.problem import KeyPath, Mark, Problem, at_most, sort_problems
 from recipe_runner.problems.words import suggest
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.document import read_document
@@ -129,10 +129,10 @@ def read_launch(file: Path) -> Launch:
             problems.append(Problem("launch-file", error.message, place(path), path))
             continue
         known = error.schema["properties"]
-        for key in error.instance:
-            if key not in known and f"fsdp_{key}" not in known:
-                at = (*path, key)
-                problems.append(Problem("launch-unknown-key", "unknown key", place(at), at, suggest(key, known)))
+        unknown = [(*path, key) for key in error.instance if key not in known and f"fsdp_{key}" not in known]
+        problems += at_most(
+            Problem("launch-unknown-key", "unknown key", place(at), at, suggest(str(at[-1]), known)) for at in unknown
+        )
     if problems:
         raise UserError(sort_problems(problems))
     section = values.get("deepspeed_config") or {}

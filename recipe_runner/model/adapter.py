@@ -161,9 +161,16 @@ def _check_adapted(peft_config: Any, adapted: list[str], parameters: list[str], 
                 "target_modules", name, linear, "that exclude_modules, layers_to_transform and modules_to_save leave"
             )
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(peft_config, key) or {}:
-            if not _matching(rf"(.*\.)?({pattern})", adapted, key):
+        values: dict[str, tuple[str, float]] = {}  # module -> the pattern that matches it, and its value
+        for pattern, value in (getattr(peft_config, key) or {}).items():
+            matched = _matching(rf"(.*\.)?({pattern})", adapted, key)
+            if not matched:
                 raise _no_match(key, pattern, names, "that is adapted")
+            for module in matched:
+                other, before = values.setdefault(module, (pattern, value))
+                if before != value:  # PEFT 0.21 takes the first, and sorts them when it saves the adapter
+                    message = f"'{other}' and '{pattern}' both match {module}, with {before} and {value}"
+                    raise user_error("wrong-form", message, "let one of them match it", path=("peft", key))
     for name in peft_config.target_parameters or []:
         if not any(_is_called(parameter, name) for parameter in parameters):
             ends = sorted({".".join(parameter.split(".")[-2:]) for parameter in parameters})

@@ -1,13 +1,14 @@
 """The base model before its weights: its configuration, and its modules on the meta device."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -28,9 +29,13 @@ def load_model_config(model: ModelSection) -> PretrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(model.name_or_path, **model.location)
+        if model.attn_implementation:
+            config._attn_implementation = model.attn_implementation
     except Exception as error:  # a file of the user's, read by code that is not ours: anything may come
         raise user_error("model-config", f"config.json: {first_line(error)}", path=PLACE) from error
-    named = config.architectures if isinstance(config.architectures, list) else [config.architectures]
+    named = [None] if config.architectures in (None, []) else config.architectures
+    if not isinstance(named, list) or not all(isinstance(name, str | None) for name in named):
+        raise user_error("model-config", f"config.json: architectures is {named!r}, not a list of names", path=PLACE)
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     if not model.trust_remote_code and named[0] not in known:
         message = f"config.json names the architecture {named[0]}, which is no language model that generates text"
@@ -53,8 +58,27 @@ def build_empty(model_config: PretrainedConfig, trust_remote_code: bool = False)
                 return architecture(model_config)  # not _from_config, which with ZeRO-3 wants to fill the weights
             return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     except Exception as error:  # of numbers in the user's file that make no model
+        if re.search(r"attn|attention", str(error), re.IGNORECASE) and model_config._attn_implementation:
+            raise user_error("model-config", first_line(error), path=("model", "attn_implementation")) from error
         message = f"config.json makes no model: {type(error).__name__}: {first_line(error)}"
         raise user_error("model-config", message, path=PLACE) from error
+
+
+def drop_idle_flags(config: GenerationConfig) -> None:
+    """Takes out of a generation configuration what has no effect in it, as a temperature without sampling.
+
+    Published ones have such flags; transformers 5.23 refuses to save them with any change, and a run makes one: the
+    tokens at which generation stops.
+
+    Raises:
+        ValueError: It could not be saved without them, either.
+    """
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        for name in re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE):
+            setattr(config, name, None)
+        config.validate(strict=True)
 
 
 @contextlib.contextmanager
@@ -79,6 +103,9 @@ def refusing_other_weights(model: ModelSection) -> Iterator[None]:
             ("have another shape", shapes.values(), "", ()),
             ("have no place in the model", loading_info.unexpected_keys, "unused_weights", model.unused_weights),
         ):
+            if idle := [name for name in named if not any(f"{text}.".startswith(f"{name}.") for text in found)]:
+                message = f"'{idle[0]}' names none of the tensors that {what.partition(',')[0]}"
+                raise user_error("other-weights", message, "remove it", path=("model", key))
             wrong = sorted(text for text in found if not any(f"{text}.".startswith(f"{name}.") for name in named))
             if wrong:
                 shown = f"{', '.join(wrong[:SHOWN])}{', ...' * (len(wrong) > SHOWN)}"

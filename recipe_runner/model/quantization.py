@@ -1,15 +1,48 @@
 """Quantized base models, and what bitsandbytes needs on a CPU."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
 
+from recipe_runner.problems.errors import user_error
+
 
 def build_quantization(section: Mapping[str, Any]) -> BitsAndBytesConfig | None:
     """The BitsAndBytesConfig of what `quantization` says; None when it says nothing."""
     return BitsAndBytesConfig(**section) if section else None
+
+
+def check_published(published: Mapping[str, Any] | None, section: Mapping[str, Any]) -> None:
+    """Checks what the recipe says of weights that were published quantized: transformers ignores it.
+
+    Args:
+        published: `quantization_config` of the model's configuration, if it has one.
+        section: `quantization` of the recipe.
+
+    Raises:
+        UserError: The weights are quantized otherwise.
+    """
+    if not published or not section:
+        return
+    asked = BitsAndBytesConfig(**section).to_dict()
+    keys = ["load_in_4bit", "load_in_8bit"]
+    keys += ["bnb_4bit_quant_type", "bnb_4bit_use_double_quant"] if asked["load_in_4bit"] else []
+    for key in keys:
+        if published.get(key) != asked[key]:
+            message = f"the weights are quantized already, with {key}: {json.dumps(published.get(key))}"
+            fix = "remove `quantization`, or take weights that are not quantized"
+            raise user_error("quantized-already", message, fix, path=("quantization", key))
+
+
+def describe_published(published: Mapping[str, Any] | None) -> str:
+    """How the published weights are quantized, in a few words; empty when they are not."""
+    if not published:
+        return ""
+    bits = "4-bit " if published.get("load_in_4bit") else "8-bit " if published.get("load_in_8bit") else ""
+    return f"{bits}{published.get('quant_method', 'quantized')}"
 
 
 def keep_4bit_weights_trainable(model: torch.nn.Module) -> int:

@@ -9,6 +9,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from recipe_runner.files import read_text, write_new
 from recipe_runner.model import templates
+from recipe_runner.model.base import drop_idle_flags, load_model_config
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
@@ -88,6 +89,7 @@ def find_stops(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> set[s
     """
     try:
         config: Any = GenerationConfig.from_pretrained(model.name_or_path, **model.location)
+        drop_idle_flags(config)
     except OSError:  # it has none: transformers makes it of the model's configuration
         config = AutoConfig.from_pretrained(model.name_or_path, **model.location)
     except Exception as error:  # a file of the user's, read by code that is not ours: anything may come
@@ -102,6 +104,7 @@ def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **model.location)
     except Exception as error:  # files of the user's, read by code that is not ours: anything may come
+        load_model_config(model)  # which transformers reads as well: is that one at fault?
         message = f"the tokenizer can't be read: {first_line(error)}"
         raise user_error("tokenizer-not-found", message, path=PLACE) from error
     try:

@@ -45,5 +45,6 @@ def refused(section: str, keys: Iterable[str], error: BaseException) -> UserErro
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what upstream says, or the error's name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what upstream says (and the next, where it ends with a colon), or the error's name."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {more[0]}" if first.endswith(":") and more else first

@@ -262,6 +262,14 @@ def dump_values(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
+def write_scalar(text: str) -> str:
+    """Writes a text as it stands behind a key: as it is where it reads back the same, else in quotes."""
+    plain = re.fullmatch(r"[\w./~][\w./~ -]*(?<! )", text) and text.isprintable()
+    if plain and parse_scalar(text) == text:
+        return text
+    return yaml.dump(text, default_style='"', allow_unicode=True, width=10**9).strip()
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes aliases out, and quotes what YAML 1.2 would not read as a string (PyYAML thinks in YAML 1.1)."""
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from recipe_runner.files import write_text
 from recipe_runner.problems.errors import UserError
 from recipe_runner.problems.problem import KeyPath, Problem, value_at
-from recipe_runner.recipe.document import Document, parse_document, read_document
+from recipe_runner.recipe.document import Document, parse_document, read_document, write_scalar
+from recipe_runner.recipe.schema import is_name
 
 CERTAIN = 0.8  # likeness (difflib's ratio) from which a typo is taken for one
 _OF_KEYS, _OF_VALUES = ("unknown-key", "renamed-key"), ("unknown-choice", "renamed-choice")
@@ -45,7 +46,7 @@ def apply_fixes(document: Document, problems: Sequence[Problem], stem: str) -> s
     for problem in problems:
         if problem.mark is None or problem.mark.file != document.file or not problem.mark.line:
             continue
-        if problem.code == "name-differs":
+        if problem.code == "name-differs" and is_name(stem):
             edits.append((document.value_marks[("name",)], str(document.values["name"]), stem))
         elif problem.code in _OF_VALUES and _is_certain(problem, old := value_at(document.values, problem.path)):
             edits.append((problem.mark, str(old), problem.meant))
@@ -54,9 +55,10 @@ def apply_fixes(document: Document, problems: Sequence[Problem], stem: str) -> s
             renamed.add((*problem.path[:-1], problem.meant))
     for mark, old, new in sorted(edits, reverse=True):  # from the end: a change moves what is behind it on the line
         line, start = lines[mark.line - 1], mark.column - 1
-        start += line[start : start + 1] in ("'", '"')
+        quoted = line[start : start + 1] in ("'", '"')
+        start += quoted
         if line.startswith(old, start):
-            lines[mark.line - 1] = line[:start] + new + line[start + len(old) :]
+            lines[mark.line - 1] = line[:start] + (new if quoted else write_scalar(new)) + line[start + len(old) :]
     text = "".join(lines)
     try:
         after = parse_document(text, document.file)

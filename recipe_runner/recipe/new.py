@@ -1,12 +1,30 @@
 """Writes a new recipe: valid, commented, ready to run."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from recipe_runner.recipe import schema
+from recipe_runner.recipe.document import write_scalar
 from recipe_runner.recipe.library import find_shipped
 from recipe_runner.recipe.resolve import load_recipe
 from recipe_runner.stages import FORMATS, STAGES
 
+# For editors: the whole schema, of the version that is developed.
+SCHEMA = "https://raw.githubusercontent.com/recipe-runner/recipe-runner/main/schema/recipe.bundle.schema.json"
+FEW = 500  # rows: below, several epochs of small steps
+# Role -> what else its column is called, in data of other tools.
+FAMILIAR = {
+    "messages": ("conversations", "conversation", "turns", "dialog", "dialogue"),
+    "instruction": ("question", "query", "prompt", "problem"),
+    "output": ("answer", "response", "completion", "target", "solution"),
+    "input": ("context",),
+    "prompt": ("question", "query", "instruction"),
+    "completion": ("answer", "response", "output"),
+    "label": ("kto_tag",),
+    "text": ("content", "document", "body", "article"),
+}
+Columns = Mapping[str, Sequence[Any]]  # of local data: name -> its cells in the first rows
 WAYS = ("qlora", "lora", "full")  # of tuning
 QUANTIZATION = """\
 quantization:                      # 4-bit NormalFloat weights under the adapter: QLoRA
@@ -29,8 +47,60 @@ def stage_for(form: str) -> str:
     return next(stage for stage in STAGES if form in schema.formats_of(stage))
 
 
-def compose(name: str, model: str, form: str, way: str, data: str) -> str:
-    """The text of a recipe for the stage that a format is for; `way` is what is tuned, `data` a hub id or file."""
+def guess_format(look: Columns) -> str | None:
+    """The first format whose columns are there, those of pairs and turns before those of plain texts."""
+    order = ("chat", "preference", "unpaired_preference", "instruction", "text")
+    return next((form for form in order if not find_columns(form, look, {})[1]), None)
+
+
+def find_columns(form: str, look: Columns, given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Maps the roles of a format to columns of local data.
+
+    Args:
+        form: The format.
+        look: Column -> its cells in the first rows.
+        given: Role -> column, as the person says.
+
+    Returns:
+        Role -> column; and the roles that must have one and have none.
+    """
+    layout = FORMATS[form]
+    columns, missing = dict(given), []
+    for role in (*layout.required, *layout.optional):
+        free = [column for column in look if column not in columns.values() and _suits(role, look[column])]
+        names = (role, *FAMILIAR.get(role, ()))
+        known = {column.strip().lower(): column for column in free}
+        if role in columns:
+            continue
+        if found := next((known[name] for name in names if name in known), None):
+            columns[role] = found
+        elif role in layout.required:
+            missing.append(role)
+    return columns, missing
+
+
+def _suits(role: str, cells: Sequence[Any]) -> bool:
+    """Whether the cells of a column can be what a role is for: lists of turns, true and false, texts."""
+    cells = [cell for cell in cells if cell is not None]
+    if role == "messages":
+        return bool(cells) and all(isinstance(cell, list) for cell in cells)
+    if role == "label":
+        return bool(cells) and all(isinstance(cell, bool) or str(cell).lower() in ("true", "false") for cell in cells)
+    return not any(isinstance(cell, list) for cell in cells) or role in ("prompt", "chosen", "rejected", "completion")
+
+
+def compose(name: str, model: str, form: str, way: str, data: str, columns: Mapping[str, str], rows: int | None) -> str:
+    """The text of a recipe for the stage that a format is for.
+
+    Args:
+        name: Its name.
+        model: Hub id or folder.
+        form: Format of the data.
+        way: What is tuned, of `WAYS`.
+        data: Hub id, or file as it is named from the recipe.
+        columns: Role -> column.
+        rows: How many there are, where that is known: batches and evaluations suit them.
+    """
     stage = STAGES[stage_for(form)]
     rates = stage.full_rates if way == "full" else stage.adapter_rates
     why = "all weights take small steps" if way == "full" else "adapters start from zero and take larger steps"
@@ -39,34 +109,43 @@ def compose(name: str, model: str, form: str, way: str, data: str) -> str:
     schedule = "  lr_scheduler_type: cosine\n  warmup_steps: 0.03               # below 1: a share of all steps\n"
     if stage.packs:
         schedule = "  # Left to the stage's defaults: warm-up over 1% of the steps, a cosine down to a tenth.\n"
+    few = rows is not None and rows < FEW
+    fraction, epochs, accumulation = (0.1, 3, 1) if few else (0.02, 1, 4)
+    evaluation = "  eval_strategy: steps\n  eval_steps: 100\n  save_steps: 100\n"
+    if rows is not None and rows * epochs / (4 * accumulation) < 10 * 100:
+        evaluation = f"  eval_strategy: steps\n  eval_steps: {1 / epochs / 2:.3g}" + " " * 18
+        evaluation += "# below 1: a share of all steps\n" + f"  save_steps: {1 / epochs / 2:.3g}\n"
+        evaluation += "  logging_steps: 5\n"
     return (
+        f"# yaml-language-server: $schema={SCHEMA}\n"
         f"# accelerate launch --no_python recipe-run {name}.yaml\n"
         "# What a key means: recipe-run explain training.learning_rate\n"
-        f"schema_version: 1\nname: {name}\n"
-        f"description: {way} of {Path(model).name} on {form} data.\n"
-        f"stage: {stage.name}\nmodel:\n  name_or_path: {_quote(model)}\n"
+        f"schema_version: 1\nname: {write_scalar(name)}\n"
+        f"description: {write_scalar(f'{way} of {Path(model).name} on {form} data.')}\n"
+        f"stage: {stage.name}\nmodel:\n  name_or_path: {write_scalar(model)}\n"
         f"{QUANTIZATION if way == 'qlora' else ''}{PEFT if way != 'full' else ''}"
-        f"dataset:\n{_describe_data(form, data)}"
-        "  eval: {fraction: 0.02}           # held out, by the seed\n"
+        f"dataset:\n{_describe_data(form, data, columns, rows)}"
+        f"  eval: {{fraction: {fraction}}}{' ' * (11 - len(str(fraction)) + 4)}# held out, by the seed\n"
         "training:\n"
         f"{stage.notes.get('first', '')}  learning_rate: {_write_rate(rates.usual)}              # {why}\n"
-        "  num_train_epochs: 1\n"
+        f"  num_train_epochs: {epochs}\n"
         "  per_device_train_batch_size: 4   # halve it when memory runs out ...\n"
-        "  gradient_accumulation_steps: 4   # ... and double this: rows in a step stay the same\n"
+        f"  gradient_accumulation_steps: {accumulation}   # ... and double this: rows in a step stay the same\n"
         "  max_length: 1024                 # tokens; longer rows are cut, and counted\n"
-        f"{packing if stage.packs else ''}{stage.notes.get('batches', '')}{schedule}"
-        "  eval_strategy: steps\n  eval_steps: 100\n  save_steps: 100\n  save_total_limit: 2\n"
+        f"{packing if stage.packs else ''}{stage.notes.get('batches', '')}{schedule}{evaluation}"
+        "  save_total_limit: 2\n"
         "run:\n  output_dir: runs\n  seed: 42\n"
     )
 
 
-def _describe_data(form: str, data: str) -> str:
+def _describe_data(form: str, data: str, columns: Mapping[str, str], rows: int | None) -> str:
     """The format, the source and its columns, as lines of the section `dataset`."""
     layout = FORMATS[form]
-    columns = f"    columns: {{{', '.join(f'{role}: {role}' for role in (*layout.required, *layout.optional))}}}"
+    names = ", ".join(f"{role}: {write_scalar(column)}" for role, column in columns.items())
+    count = f"  # {rows:,} row{'s' * (rows != 1)}" if rows is not None else ""
     return (
-        f"  format: {form:<25}# {layout.about}\n  train:\n    source: {_quote(data)}\n"
-        f"{columns:<34} # role: its name in the data\n{layout.note}"
+        f"  format: {form:<25}# {layout.about}\n  train:\n    source: {write_scalar(data)}{count}\n"
+        f"{f'    columns: {{{names}}}':<34} # role: its name in the data\n{layout.note}"
     )
 
 
@@ -77,16 +156,13 @@ def _write_rate(rate: float) -> str:
 def copy_shipped(name: str, source: str) -> str:
     """The text of a shipped recipe under another name, with the paths in it made absolute."""
     recipe = load_recipe(str(find_shipped(source)))
-    text = recipe.text.replace(f"name: {source}", f"name: {name}", 1)
+    text = recipe.text.replace(f"name: {source}", f"name: {write_scalar(name)}", 1)
     text = text.replace(f"recipes/{source}.yaml", f"{name}.yaml").replace(
         "launch recipe-run", "launch --no_python recipe-run"
     )
     schema_line, _, rest = text.partition("\n")
-    text = rest if schema_line.startswith("# yaml-language-server") else text  # its path is relative to the shelf
+    if schema_line.startswith("# yaml-language-server"):  # its path is relative to the shelf
+        text = f"# yaml-language-server: $schema={SCHEMA}\n{rest}"
     for word in sorted({word for word in text.split() if word.startswith(("../", "data/"))}, key=len, reverse=True):
         text = text.replace(word, str((recipe.file.parent / word).resolve()))
     return text
-
-
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'" if set(text) & set(" :#'\"{}[],&*!|>%@`") or not text else text

@@ -1,6 +1,7 @@
 """The recipe schema, and what can be asked of it: a validator, defaults, valid keys."""
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -62,6 +63,12 @@ def _unfold(part: Any, stage: str) -> Any:
         together.append(branches.get("then" if wanted == stage else "else", {}))
     unfolded = {key: _unfold(value, stage) for key, value in decided.items()}
     return unfolded | ({"allOf": found} if (found := [_unfold(item, stage) for item in together if item]) else {})
+
+
+def is_name(name: str) -> bool:
+    """Whether the schema takes a name for a recipe."""
+    entry = load()["properties"]["name"]
+    return len(name) <= entry["maxLength"] and re.search(entry["pattern"], name) is not None
 
 
 def choices(section: str, key: str = "") -> list[str]:

@@ -96,12 +96,14 @@ def find_damage(checkpoint: Path) -> str:
     """What is not as it was when the checkpoint was written; empty when everything is."""
     try:
         hashes = read_json(checkpoint / COMPLETE)
+        if "trainer_state.json" not in hashes:
+            return f"{COMPLETE} does not name its files"
         for name, digest in hashes.items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
             if hash_file(checkpoint / name) != digest:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"it can't be read: {error}"
     return ""
 

@@ -28,6 +28,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
+def is_damaged_pickle(error: BaseException) -> bool:
+    """Whether torch could not read a file that it had once written (`.bin`, `.pt`), whatever it raises then."""
+    frames = traceback.extract_tb(error.__traceback__)
+    files = {Path(frame.filename).name for frame in frames if "torch" in Path(frame.filename).parts}
+    return not isinstance(error, OSError) and bool(files & {"serialization.py", "_weights_only_unpickler.py"})
+
+
 def explain(error: BaseException, folder: Path, config: Any, said: Any) -> UserError | None:
     """What ended a run, as an error that says what to do; None for one that explains itself, or is a bug of ours.
 
@@ -48,6 +55,9 @@ def explain(error: BaseException, folder: Path, config: Any, said: Any) -> UserE
         if number in FULL:
             return disk_full(number, Path(file), going_on)
         return user_error("input-output", f"{file}: {os.strerror(number)}", f"check the disk; {going_on}")
+    if is_damaged_pickle(error) and not SHORT.search(str(error)):
+        message = f"a file of the checkpoint is damaged: {type(error).__name__}: {first_line(error)}"
+        return user_error("checkpoint-damaged", message, "start a new run: --resume never")
     if config.world_size > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
         what = f"another process died, or hung for {config.ddp_timeout:,} s (training.ddp_timeout)"
         fix = "its own message says why; --resume continues the run"

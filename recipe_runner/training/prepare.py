@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from recipe_runner.data.checks import find_problems
 from recipe_runner.data.job import Job
 from recipe_runner.data.sources import open_sources
-from recipe_runner.data.store import PreparedData, PreparedSplit, prepare_data
-from recipe_runner.files import hash_weights
+from recipe_runner.data.store import PreparedData, PreparedSplit, hash_tokenizer, prepare_data
+from recipe_runner.files import hash_file, hash_weights
 from recipe_runner.launch import processes
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.model import adapter as new_adapter
 from recipe_runner.model import base, continuation, hub
+from recipe_runner.model.quantization import check_published, describe_published
 from recipe_runner.model.tokenizer import find_stops, load_tokenizer
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Problem, as_warning, sort_problems
@@ -40,8 +41,10 @@ class Prepared:
         tokenizer: With the chat template that is trained with.
         adapter: The folder of the adapter that is trained further.
         peft_config: The adapter's configuration; None for full fine-tuning.
+        published: How the base's weights were published quantized; empty when they were not.
         parameters: Numbers of parameters that are trained, and of all; 4-bit weights count as what they stand for.
         data: All splits.
+        inputs: What else the run is made from, in words -> its hash.
         warnings: What a person should know.
     """
 
@@ -50,8 +53,10 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     adapter: Path | None
     peft_config: PeftConfig | None
+    published: str
     parameters: tuple[int, int]
     data: PreparedData
+    inputs: dict[str, str]
     warnings: tuple[Problem, ...]
 
     @property
@@ -93,9 +98,11 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         print(f"Preparing {recipe.name} ...", flush=True)
     job, adapter = open_job(recipe, config, before)
     peft_config, model = _check_model(recipe, adapter)
+    published = getattr(model.config, "quantization_config", None)
+    check_published(published, recipe.quantization.said)
     check_optimizer(config, model)
     data = prepare_data(job)
-    _check_tokens(recipe.model.name_or_path, data, model.config.get_text_config().vocab_size)
+    _check_tokens(recipe.model.name_or_path, job.tokenizer, data, model.config.get_text_config().vocab_size)
     problems = find_data_problems(recipe.model, recipe.dataset, job.tokenizer, data)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe.training, count_steps(config, len(data.splits["train"].dataset)))
@@ -108,7 +115,33 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
             f"{parameters[0]:,} parameters are trained, and the model itself has {parameters[1] - parameters[0]:,}"
         )
         problems.append(as_warning(Problem("large-adapter", message, path=("peft",))))
-    return Prepared(config, precision, job.tokenizer, adapter, peft_config, parameters, data, tuple(problems))
+    inputs = _hash_inputs(recipe.model, model.config, job.tokenizer, adapter)
+    return Prepared(
+        config,
+        precision,
+        job.tokenizer,
+        adapter,
+        peft_config,
+        describe_published(published),
+        parameters,
+        data,
+        inputs,
+        tuple(problems),
+    )
+
+
+def _hash_inputs(
+    model: ModelSection, model_config: Any, tokenizer: PreTrainedTokenizerBase, adapter: Path | None
+) -> dict[str, str]:
+    """What a run is made from beside its data, in words -> its hash (on the hub: the commit)."""
+    folder = model.folder
+    found = {
+        "the base model's weights": hash_weights(folder) if folder else getattr(model_config, "_commit_hash", None),
+        "the base model's config.json": hash_file(folder / "config.json") if folder else None,
+        "the tokenizer (or its chat template)": hash_tokenizer(tokenizer),
+        "the adapter that it continues from": hash_weights(adapter) if adapter else None,
+    }
+    return {name: digest for name, digest in found.items() if digest}
 
 
 def open_job(recipe: Recipe, config: Any, before: PreTrainedTokenizerBase | None = None) -> tuple[Job, Path | None]:
@@ -160,12 +193,23 @@ def _check_model(recipe: Recipe, adapter: Path | None) -> tuple[PeftConfig | Non
     return asked, new_adapter.fit_adapter(asked, model, model_config.model_type) if asked else model
 
 
-def _check_tokens(name: str, data: PreparedData, known: int) -> None:
+def _check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedData, known: int) -> None:
     """Checks that the model has an embedding for every token: the tokenizer may have been given more since.
 
     Raises:
         UserError: It does not.
     """
+    for which in ("pad", "eos", "bos"):
+        number = getattr(tokenizer, f"{which}_token_id")
+        if number is not None and number >= known:
+            token = getattr(tokenizer, f"{which}_token")
+            message = (
+                f"{name}: the {which} token {token} is token {number:,}, the model has the tokens 0 to {known - 1:,}"
+            )
+            fix = (
+                f"name a token of the model as {which}_token in tokenizer_config.json, or resize the model's embeddings"
+            )
+            raise user_error("tokens-not-in-model", message, fix, path=("model", "name_or_path"))
     for prepared in data.splits.values():
         rows = prepared.dataset.data
         for column in (column for column in rows.column_names if column.endswith("_ids")):
@@ -221,5 +265,6 @@ def describe_run(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "data": {name: asdict(split.accounting) for name, split in prepared.data.splits.items()},
         "dataset_fingerprint": prepared.data.key,
         "data_files": prepared.data.files,
+        "inputs": prepared.inputs,
         "warnings": [str(recipe.place(problem)) for problem in prepared.warnings],
     }

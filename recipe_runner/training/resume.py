@@ -32,14 +32,20 @@ def check_rows(rows: int, held_out: int | None, config: Any) -> None:
         raise user_error("too-few-rows", message, "take fewer processes, or more data", path=("dataset", "train"))
 
 
-def check_resumed(folder: Path, files: Mapping[str, str], config: Any) -> str:
-    """Checks that a run goes on as it began: on the same rows, in global batches of the same size.
+def check_resumed(folder: Path, files: Mapping[str, str], inputs: Mapping[str, str], config: Any) -> str:
+    """Checks that a run goes on as it began: the same model, on the same rows, in global batches of the same size.
+
+    Args:
+        folder: The run folder.
+        files: Data file -> its hash.
+        inputs: What else the run is made from, in words -> its hash.
+        config: The trainer's configuration.
 
     Returns:
         What is different and does no harm; empty when nothing is.
 
     Raises:
-        UserError: The data has changed, or a step would hold another number of rows.
+        UserError: Something that it is made from has changed, or a step would hold another number of rows.
     """
     before = read_object(folder / "environment.json")
     recorded, old, new = before.get("data_files"), before.get("processes"), describe_batches(config)
@@ -50,6 +56,11 @@ def check_resumed(folder: Path, files: Mapping[str, str], config: Any) -> str:
         fix = "revert the change, or start a new run: --resume never"
         message = f"{changed[0]} is not what the run in {folder} began with"
         raise user_error("data-changed", message, fix, path=("dataset",))
+    known = before.get("inputs")
+    if changed := [name for name, digest in inputs.items() if isinstance(known, dict) and known.get(name) != digest]:
+        message = f"{changed[0]} is not what the run in {folder} began with"
+        fix = "revert the change, or start a new run: --resume never"
+        raise user_error("model-changed", message, fix, path=("model", "name_or_path"))
     if old == new:
         return ""
     told = f"{old['world_size']} processes and steps of {old['global_batch_size']} rows"

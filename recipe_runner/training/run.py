@@ -49,7 +49,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         for run in list_runs(recipe.home)[-1:]:
             if read_status(run) == "damaged":
                 print(f"warning[not-a-run] {run} is damaged: passed over, a new run is started", file=sys.stderr)
-    if found and (note := resume.check_resumed(found, prepared.data.files, config)):
+    if found and (note := resume.check_resumed(found, prepared.data.files, prepared.inputs, config)):
         _say(config, note)
     for warning in prepared.warnings if config.process_index == 0 else ():
         print(recipe.place(warning), file=sys.stderr)
@@ -66,7 +66,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         _say(config, summary.describe_start(recipe, prepared, folder))
         trainer = trainers.build_trainer(recipe, prepared)
         initial = keep_initial(trainer, folder, found is not None) if alters_base(recipe.peft) else None
-        trainers.stop_on_non_finite(trainer, folder)
+        trainers.watch_gradients(trainer, folder)
         trainers.keep_dtypes_on_resume(trainer)
         interruption = Interruption(speaks=config.process_index == 0)
         trainer.add_callback(interruption)
@@ -100,6 +100,9 @@ def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool
     if not interruption.requested and trainer.state.global_step < trainer.state.max_steps:
         message = f"training ended after {trainer.state.global_step:,} of {trainer.state.max_steps:,} steps"
         raise user_error("training-stopped", message, "the log above may say why")
+    if not getattr(trainer, "learned", True) and not interruption.requested:
+        message = "every gradient was 0: nothing was learned"
+        raise user_error("nothing-learned", message, "are the base's weights whole? do weights of the loss cancel it?")
     if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
         message = f"Interrupted at step {trainer.state.global_step}; continue with: --resume {folder}"
         raise Interrupted(message, interruption.number)

@@ -20,7 +20,7 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
     unpaged = "; no GPU: states are not paged" if "paged" in config.optim.value and config.device.type == "cpu" else ""
     trained, total = prepared.parameters
     lines = {
-        "model": f"{model.name_or_path} ({describe_method(recipe.peft, recipe.quantization)})",
+        "model": f"{model.name_or_path} ({describe_method(recipe.peft, recipe.quantization, prepared.published)})",
         "adapter": f"continued from {model.adapter}" if prepared.adapter else "",
         "reference": describe_reference(recipe.stage, recipe.training, bool(recipe.peft), bool(model.adapter)),
         "trainable": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
@@ -54,10 +54,12 @@ def describe_steps(config: Any, rows: int) -> str:
     )
 
 
-def describe_method(peft: UpstreamSection, quantization: UpstreamSection) -> str:
+def describe_method(peft: UpstreamSection, quantization: UpstreamSection, published: str = "") -> str:
     """How the model is adapted, in a few words."""
     if not peft:
         return "full fine-tuning"
+    if published:
+        return f"{peft['method']} adapter on a base that was published as {published}"
     if not quantization:
         return f"{peft['method']} adapter"
     bits = "8-bit" if quantization["load_in_8bit"] else f"4-bit {quantization['bnb_4bit_quant_type']}"

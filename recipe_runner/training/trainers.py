@@ -15,7 +15,7 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs.folder import last_checkpoint
 from recipe_runner.stages import load_class
-from recipe_runner.training.failures import is_out_of_memory
+from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
 from recipe_runner.training.packing import PackingCheck
 from recipe_runner.training.prepare import Prepared
 
@@ -50,10 +50,14 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             )
     except (OSError, SafetensorError) as error:
         raise user_error("model-not-loaded", first_line(error), path=("model", "name_or_path")) from error
-    except (ImportError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
+    except Exception as error:  # weights are read by torch's unpickler, too, which raises anything
+        if is_damaged_pickle(error):
+            message = f"a file of the weights is damaged: {type(error).__name__}: {first_line(error)}"
+            raise user_error("model-not-loaded", message, "fetch it again", path=("model", "name_or_path")) from error
+        if is_out_of_memory(error) or not isinstance(error, ImportError | ValueError | RuntimeError):
             raise
         raise refused("training", recipe.training.said, error) from error
+    base.drop_idle_flags(trainer.accelerator.unwrap_model(trainer.model).generation_config)
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)
     if "seq_lengths" in prepared.train.dataset.column_names:
@@ -71,8 +75,10 @@ def _keep_length(trainer: Any) -> None:
         trainer._signature_columns.append("length")
 
 
-def stop_on_non_finite(trainer: Any, folder: Path) -> None:
+def watch_gradients(trainer: Any, folder: Path) -> None:
     """Ends the run before a loss or gradient that is not finite reaches the weights, and so the next checkpoint.
+
+    Notes in `trainer.learned` whether any gradient was other than zero; it is not there when no step was taken.
 
     transformers 5.23 replaces such losses in its log (logging_nan_inf_filter) and trains on. With float16 the gradient
     scaler deals with gradients that overflow, so only the loss is looked at.
@@ -97,6 +103,8 @@ def stop_on_non_finite(trainer: Any, folder: Path) -> None:
         norm = get_grad_norm(*args, **kwargs)
         if norm is not None and not trainer.args.fp16 and not torch.isfinite(torch.as_tensor(norm)).all():
             fail("gradient")
+        if norm is not None:
+            trainer.learned = bool(torch.as_tensor(norm) > 0) or getattr(trainer, "learned", False)
         return norm
 
     trainer.training_step, trainer._get_grad_norm = checked_step, checked_norm

@@ -1,6 +1,10 @@
 """`validate --fix` changes what is certain, and not a character more."""
 
+import json
+
 import pytest
+
+from recipe_runner.recipe.resolve import load_recipe
 
 HEAD = (
     "schema_version: 1\nname: t\nstage: sft\nmodel: {name_or_path: a/b}\n"
@@ -85,3 +89,44 @@ def test_an_error_of_the_base_is_not_mended_in_the_child(run_cli, tmp_path):
     before = base.read_text(), child.read_text()
     assert run_cli("validate", "--fix", child).status == 1
     assert (base.read_text(), child.read_text()) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "123",
+            "null",
+            "true",
+            "no",
+            "1e3",
+            "0x1f",
+            "2024",
+            "2024-01-01",
+            "1.5",
+            "~",
+            "a-b.c",
+            "x y",
+            "größe",
+            ".a",
+            "-x",
+        ),
+        *("a: b", "#x", "a#b", "[x]", "it's", 'say "x"', "&a", "x" * 101, "a, b", "{x}", "- x", "😀"),
+    ],
+)
+@pytest.mark.parametrize("written", ["other", "'other'", '"other"', "other # so far"])
+def test_a_fixed_name_is_valid_under_any_file_name(run_cli, tmp_path, name, written):
+    file = tmp_path / f"{name}.yaml"
+    source = "dataset: {format: text, train: {source: a/b}}\n"
+    file.write_text(f"schema_version: 1\nname: {written}\nstage: pretrain\nmodel: {{name_or_path: a/b}}\n{source}")
+    before = file.read_text()
+    run_cli("validate", "--fix", file)
+    result = run_cli("validate", "--format", "json", file)
+    problems = json.loads(result.out)
+    assert result.status == 0
+    if problems:
+        assert [problem["code"] for problem in problems] == ["name-differs"]
+        assert problems[0]["suggestion"].startswith("rename the file: ")
+        assert file.read_text() == before
+    else:
+        assert load_recipe(str(file)).name == name

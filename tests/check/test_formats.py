@@ -168,7 +168,13 @@ def test_the_input_of_a_pair_follows_its_prompt():
         normalise_row(given | {"prompt": [{"role": "user", "content": "Say hi"}]}, {"format": "preference"}, "row 1")
 
 
-@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "name", "images"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("tool_calls", "reasoning_content", "name", "images", "thought", "think", "reasoning_details", "refusal"),
+        *("attachments", "documents", "tool_responses", "tool_call_id", "mask", "loss_weight", "train_detail"),
+    ],
+)
 def test_keys_of_a_turn_that_would_be_lost_are_refused_unless_they_are_named(key):
     given = chat(ASK, ("assistant", "ho", (key, "something")))
     with pytest.raises(RowError, match=f"row 1, turn 2: the key '{key}' has no place .* dataset.ignore: \\[{key}\\]"):
@@ -190,7 +196,11 @@ def test_a_key_of_a_turn_that_is_misspelt_is_refused(key):
 
 
 @pytest.mark.parametrize(
-    "nothing_learned", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}]
+    "nothing_learned",
+    [
+        *({"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}),
+        *({"loss": False}, {"training": False}, {"trainable": False}, {"loss": 0}),
+    ],
 )
 def test_turns_of_weight_0_are_not_learned(nothing_learned):
     silent = ("assistant", "oops", *nothing_learned.items())
@@ -202,6 +212,34 @@ def test_turns_of_weight_0_are_not_learned(nothing_learned):
     with pytest.raises(RowError, match="train_on: all learns every turn"):
         normalise_row(chat(ASK, silent), CHAT | {"train_on": "all"}, "row 1")
     assert "muted" not in normalise_row(chat(ASK, ("assistant", "ho", ("weight", 1), ("train", None))), CHAT, "row 1")
+
+
+@pytest.mark.parametrize("switch", [{"weight": 0}, {"train": False}])
+def test_a_muted_turn_of_an_answer_that_is_judged_is_refused(switch):
+    """Only answers are learned there, and all of them: a muted turn may be in what comes before."""
+    silent = {"role": "assistant", "content": "oops", **switch}
+    ask, say = ({"role": role, "content": role} for role in ("user", "assistant"))
+    for answer in ([ask, silent], [silent], [ask, say, silent]):
+        pair = {"chosen": answer, "rejected": [ask, say], "prompt": None}
+        with pytest.raises(RowError, match=f"column 'chosen', turn {len(answer)}: weight 0"):
+            normalise_row(pair, {"format": "preference"}, "row 1")
+    before = {"chosen": [ask, silent, ask, say], "rejected": [ask, silent, ask, {**say, "content": "no"}]}
+    assert normalise_row(before, {"format": "preference"}, "row 1")["dropped"] == ""
+    judged = {"prompt": "q", "completion": [silent], "label": True}
+    with pytest.raises(RowError, match="column 'completion', turn 1: weight 0"):
+        normalise_row(judged, {"format": "unpaired_preference"}, "row 1")
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "\u200b", "\u200b\u2060 \ufeff", "\x00"])
+def test_texts_that_show_nothing_are_empty(blank):
+    assert normalise_row(row(output=blank), INSTRUCTION, "row 1")["dropped"] == "with an empty output"
+    assert normalise_row({"text": blank}, {"format": "text"}, "row 1")["dropped"] == "with an empty text"
+    assert normalise_row(row(output=f"{blank}\U0001fae8"), INSTRUCTION, "row 1")["dropped"] == ""
+
+
+def test_an_answer_to_nothing_is_dropped_where_only_the_answer_is_learned():
+    alone = normalise_row(chat(SAY), CHAT | {"train_on": "completion"}, "row 1")
+    assert alone["dropped"] == "without a turn before the answer"
 
 
 def test_a_weight_that_is_neither_0_nor_1_is_refused():

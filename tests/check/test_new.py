@@ -9,7 +9,7 @@ from recipe_runner.recipe.resolve import load_recipe
 
 @pytest.fixture
 def data(tmp_path):
-    rows = {"instruction": "a", "input": "", "output": "b", "text": "c"}
+    rows = {"instruction": "a", "input": "", "output": "b", "text": "c", "chosen": "d", "rejected": "e"}
     rows["messages"] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     file = tmp_path / "my rows.jsonl"
     write_rows(file, [rows] * 60)
@@ -70,3 +70,188 @@ def test_stage_and_layout_belong_together(run_cli, tmp_path):
     assert load_recipe(str(tmp_path / "pairs.yaml")).values["dataset"]["format"] == "preference"
     refused = run_cli("new", tmp_path / "odd.yaml", "--stage", "dpo", "--format", "chat", *options)
     assert (refused.status, "format chat is for stage sft" in refused.err) == (2, True)
+
+
+NAMES = [
+    *("123", "null", "true", "no", "1e3", "0x1f", "2024-01-01", "1.5", "a-b.c", "x" * 100, "Yes", "a.yaml", "0o7"),
+    *("x: y", "a b", "a#b", "größe", ".hidden", "-x", "a'b", 'a"b', "[x]", "x" * 101, "a\nb", "a\\b", "{}", "&a"),
+]
+FOLDERS = [
+    "plain",
+    "with space",
+    "a: b",
+    "#x",
+    "größe",
+    "null",
+    "[x]",
+    "it's",
+    'say "x"',
+    "*a",
+    "&a",
+    "{x}",
+    "a\tb",
+    "😀",
+]
+FILES = [
+    "123",
+    "x: y",
+    "null",
+    "a b",
+    "#x",
+    "[x]",
+    "größe",
+    "it's",
+    'q"q',
+    "&a",
+    "*a",
+    "!a",
+    "a,b",
+    "{x}",
+    "%x",
+    "@x",
+    "`x",
+    "😀",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_under_any_name_is_valid(run_cli, tmp_path, data, name):
+    file = tmp_path / f"{name}.yaml"
+    options = ["--format", "chat", "--method", "lora", "--model", "a/b", "--data", "my rows.jsonl"]
+    for how in (options, ["--from", "phi3_chat_qlora"]):
+        result = run_cli("new", file, *how)
+        if result.status:
+            assert (result.status, file.exists()) == (2, False)
+            assert "a recipe is named as its file: letters, digits" in result.err
+            assert name not in NAMES[:13]
+            continue
+        assert load_recipe(str(file)).name == name
+        assert run_cli("validate", "--strict", file).status == 0
+        file.unlink()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_written_for_any_data_and_model_is_valid(run_cli, tmp_path, name):
+    column = name.replace("\t", "")
+    write_rows(tmp_path / f"{name}.jsonl", [{"prompt": "a", column: "b"}] * 60)
+    folder = tmp_path / "models" / FOLDERS[FILES.index(name) % len(FOLDERS)]
+    folder.mkdir(parents=True)
+    file = tmp_path / "mine.yaml"
+    options = ["--format", "instruction", "--method", "qlora", "--model", f"models/{folder.name}"]
+    result = run_cli("new", file, *options, "--data", f"{name}.jsonl", "--column", f"output={column}")
+    assert result.status == 0, result.err
+    recipe = load_recipe(str(file))
+    assert recipe.dataset.train[0].source == str(tmp_path / f"{name}.jsonl")
+    assert recipe.dataset.train[0].columns == {"instruction": "prompt", "output": column}
+    assert recipe.model.name_or_path == str(folder)
+    assert run_cli("validate", "--strict", file).status == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "columns"),
+    [
+        (
+            {"question": "a", "answer": "b", "context": "c"},
+            "instruction",
+            "instruction: question, output: answer, input: context",
+        ),
+        ({"Question": "a", "Response": "b"}, "instruction", "instruction: Question, output: Response"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "chat", "messages: conversations"),
+        ({"id": 1, "document": "a"}, "text", "text: document"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "preference",
+            "chosen: chosen, rejected: rejected, prompt: prompt",
+        ),
+        (
+            {"query": "a", "response": "b", "label": True},
+            "unpaired_preference",
+            "prompt: query, completion: response, label: label",
+        ),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_layout_and_columns_are_those_of_the_data(monkeypatch, tmp_path, row, form, columns, suffix):
+    import csv
+    import json
+
+    from click.testing import CliRunner
+
+    from recipe_runner.cli import cli
+
+    if suffix == "csv" and form == "chat":
+        return  # a csv file has no lists
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        with file.open("w", newline="") as stream:
+            table = csv.DictWriter(stream, row)
+            table.writeheader()
+            table.writerows([row] * 59)
+    elif suffix == "json":
+        file.write_text(json.dumps([row] * 59))
+    else:
+        write_rows(file, [row] * 59)
+    arguments = ["new", "mine.yaml", "--model", "a/b", "--method", "lora", "--data", file.name]
+    result = CliRunner().invoke(cli, arguments, input="\n")
+    assert result.exit_code == 0, result.output
+    assert f"[{form}]" in result.output  # what is proposed
+    assert f"    columns: {{{columns}}}" in (tmp_path / "mine.yaml").read_text()
+    assert "# 59 rows" in (tmp_path / "mine.yaml").read_text()
+
+
+def test_data_without_a_column_for_a_role_is_refused_and_nothing_is_written(run_cli, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [{"a": "x", "text": "y"}])
+    options = ["--model", "a/b", "--method", "lora", "--data", "rows.jsonl", "--format", "instruction"]
+    result = run_cli("new", tmp_path / "mine.yaml", *options)
+    assert result.status == 1
+    assert (
+        "no column of the data is known for 'instruction', 'output' of format instruction; its columns: a, text"
+        in result.err
+    )
+    assert "--column instruction=NAME; or take --format text" in result.err
+    assert not (tmp_path / "mine.yaml").exists()
+    missing = run_cli("new", tmp_path / "mine.yaml", *options[:5], "nowhere.jsonl", "--format", "text")
+    assert (missing.status, "there is no file" in missing.err) == (1, True)
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_few_rows_are_evaluated_within_their_steps(run_cli, tmp_path):
+    """59 rows in batches of 16 are 4 steps: an evaluation every 100 would never come."""
+    options = ["--model", "a/b", "--method", "lora", "--format", "text"]
+    for count, epochs in ((59, 3), (3000, 1), (500_000, 1)):
+        write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * count)
+        file = tmp_path / f"of_{count}.yaml"
+        assert run_cli("new", file, *options, "--data", "rows.jsonl").status == 0
+        training = load_recipe(str(file)).training
+        batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+        steps = count * training["num_train_epochs"] / batch
+        every = training["eval_steps"] * (steps if training["eval_steps"] < 1 else 1)
+        assert training["num_train_epochs"] == epochs
+        assert 1 <= every <= steps / 2
+        assert training["eval_steps"] == training["save_steps"]
+
+
+def test_paths_are_seen_from_the_recipe(run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "model").mkdir()
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 60)
+    options = ["--model", "model", "--method", "lora", "--format", "text", "--data", "rows.jsonl"]
+    assert run_cli("new", "mine/x.yaml", *options).status == 0
+    recipe = load_recipe("mine/x.yaml")
+    assert recipe.dataset.train[0].source == str(tmp_path / "rows.jsonl")
+    assert recipe.model.name_or_path == str(tmp_path / "model")
+    assert str(tmp_path) not in (tmp_path / "mine" / "x.yaml").read_text()
+
+
+def test_editors_find_the_schema_from_anywhere(run_cli, tmp_path):
+    for how in (
+        ["--from", "phi3_chat_qlora"],
+        ["--model", "a/b", "--method", "lora", "--format", "text", "--data", "c/d"],
+    ):
+        file = tmp_path / f"x{len(how)}.yaml"
+        assert run_cli("new", file, *how).status == 0
+        line = file.read_text().splitlines()[0]
+        assert line.startswith("# yaml-language-server: $schema=https://")
+        assert line.endswith("/schema/recipe.bundle.schema.json")

@@ -275,6 +275,13 @@ def test_templates_that_would_lose_something_are_refused(run_cli, write_recipe, 
             {"stage": "dpo", "dataset": {"format": "preference"}, "training": {"label_smoothing": 0.1}},
             "warning[ignored-key] training.label_smoothing",
         ),
+        (
+            {"stage": "dpo", "dataset": {"format": "preference"}, "training": {"label_smoothing_factor": 0.2}},
+            "warning[ignored-key] training.label_smoothing_factor: has no effect: stage dpo has a loss of its own",
+        ),
+        ({"training": {"length_column_name": "n"}}, "warning[ignored-key] training.length_column_name"),
+        ({"training": {"bf16_full_eval": True}}, "warning[ignored-key] training.bf16_full_eval"),
+        ({"training": {"dataloader_prefetch_factor": 2}}, "warning[ignored-key] training.dataloader_prefetch_factor"),
         ({"training": {"optim_target_modules": ["mlp"]}}, "warning[ignored-key] training.optim_target_modules"),
         ({"training": {"metric_for_best_model": "loss"}}, "warning[ignored-key] training.metric_for_best_model"),
         (

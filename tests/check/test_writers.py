@@ -76,3 +76,21 @@ def test_warnings_fail_only_when_strict(run_cli, write_recipe):
     file = write_recipe(training={"max_steps": 3, "num_train_epochs": 2})
     assert run_cli("validate", file).status == 0
     assert run_cli("validate", "--strict", file).status == 1
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-8"])
+def test_a_terminal_that_is_not_in_utf_8_shows_escapes(write_recipe, encoding):
+    recipe = write_recipe(description="Größe \N{RETURN SYMBOL}")
+    command = [sys.executable, "-m", "recipe_runner", "show", str(recipe)]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert ("\N{RETURN SYMBOL}" if encoding == "utf-8" else "\\u23ce") in done.stdout.decode(encoding)
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    """As `| head -1` does; click alone would end with 1. Of one long text, Python 3.11 loses the error itself."""
+    code = "import click\n"
+    code += "def stop(*_, **__): raise BrokenPipeError(32, 'Broken pipe')\n"
+    code += "click.echo = stop\nfrom recipe_runner.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code, "show", "phi3_chat_qlora"], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

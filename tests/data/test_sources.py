@@ -275,3 +275,85 @@ def test_files_that_are_no_text_in_utf_8_are_one_clear_line(load, tmp_path, file
 def test_a_fraction_that_leaves_nothing_to_train_on_is_refused(load):
     with pytest.raises(UserError, match=r"0\.9 of 3 rows are all of them: none is left to train on"):
         load(ROWS[:3], eval={"fraction": 0.9})
+
+
+@pytest.mark.parametrize(
+    "text", ["instruction,output\nAdd 1,Yes, it is 1\nAdd 2,No\n", "instruction,output\nAdd,Yes, it,is\n"]
+)
+def test_a_csv_whose_rows_are_wider_than_its_header_is_refused(load, text):
+    """pandas takes the first column for an index: every text would be that of the next column."""
+    with pytest.raises(UserError) as caught:
+        load(text=text, file="a.csv")
+    (problem,) = caught.value.problems
+    assert problem.code == "unreadable-data"
+    assert f"row 1 has {text.splitlines()[1].count(',') + 1} fields, the header has 2" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("values", "written"),
+    [
+        ([1, 2.5, 3], ["1", "2.5", "3"]),
+        ([1.0, 2.5, None], ["1.0", "2.5", ""]),
+        (["2024-01-01", "2024-01-02"], ["2024-01-01", "2024-01-02"]),
+        (["2024-01-01 10:00:00", "2024-01-02T10:00:00Z"], ["2024-01-01 10:00:00", "2024-01-02T10:00:00Z"]),
+        (["10:00:00", "11:00:00"], ["10:00:00", "11:00:00"]),
+        ([True, False], ["true", "false"]),
+    ],
+)
+@pytest.mark.parametrize("file", ["rows.jsonl", "rows.json"])
+def test_cells_of_json_are_learned_as_they_are_written(load, values, written, file):
+    """pyarrow's reader makes dates of texts, and 1.0 of the 1 beside a fraction."""
+    rows = [{"instruction": "q", "output": value} for value in values]
+    train, _ = load(text=json.dumps(rows) if file.endswith("json") else None, rows=rows, file=file)
+    assert answers(train) == written
+    half, _ = load(rows, train={"source": "rows.jsonl", "split": "train[50%:]"})
+    assert answers(half) == written[round(len(written) / 2) :]
+
+
+def test_dates_inside_turns_stay_texts(load):
+    days = [f"2024-01-0{day}" for day in (1, 2)]
+    rows = [{"messages": [{"role": "user", "content": day}, {"role": "assistant", "content": day}]} for day in days]
+    train, _ = load(rows, format="chat", train_on="all")
+    assert [[turn["content"] for turn in row["messages"]] for row in train] == [[day, day] for day in days]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"instruction": "q", "output": "a", "output": "b"}\n', "line 1: the key 'output' is there twice"),
+        ('{"instruction": "q", "output": "\\ud83d"}\n', "line 1: key 'output': half a surrogate pair"),
+    ],
+)
+def test_json_that_means_two_things_or_nothing_is_refused_with_its_line(load, text, said):
+    with pytest.raises(UserError) as caught:
+        load(text=text)
+    assert said in caught.value.problems[0].message
+
+
+def test_two_roles_never_have_the_same_column(load):
+    with pytest.raises(UserError, match="the roles 'instruction' and 'output' have the same column 'output'"):
+        load(ROWS, train={"source": "rows.jsonl", "columns": {"instruction": "output"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("output", "'output' is used, for the role 'output'"),
+        ("nots", "no source has a column or a key of a turn 'nots'"),
+    ],
+)
+def test_what_is_ignored_is_there_and_not_used(load, name, said):
+    with pytest.raises(UserError) as caught:
+        load(ROWS, ignore=[name])
+    (problem,) = caught.value.problems
+    assert said in problem.message
+    assert problem.path == ("dataset", "ignore", 0)
+
+
+def test_keys_of_turns_that_nothing_reads_are_listed(write_recipe, tmp_path):
+    from recipe_runner.data.sources import open_sources
+
+    turns = [{"role": "user", "content": "q", "id": 3}, {"role": "assistant", "content": "a", "train": True}]
+    write_rows(tmp_path / "rows.jsonl", [{"messages": turns, "score": 1}] * 3)
+    recipe = load_recipe(str(write_recipe(dataset={"format": "chat", "train": {"source": "rows.jsonl"}})))
+    assert open_sources(recipe.dataset)[0].unused == ("score", "messages.id")

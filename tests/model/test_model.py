@@ -232,6 +232,11 @@ def test_weights_that_are_meant_to_be_new(run_recipe, altered):
         ({"alpha_pattern": {"embed_tokens": 2}}, "alpha_pattern", "'embed_tokens' matches no module that is adapted"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern", "is not a regular expression"),
         (
+            {"rank_pattern": {"o_proj": 4, "0.self_attn.o_proj": 2}},
+            "rank_pattern",
+            "both match model.layers.0.self_attn",
+        ),
+        (
             {"target_parameters": ["mlp.gate_up"]},
             "target_parameters",
             "'mlp.gate_up' matches no parameter of the model",
@@ -331,14 +336,26 @@ ODD_FILES = {
         *("[]", "{}", "null", "nope", '{"model_type": "nosuch"}', '{"model_type": 3}'),
         *(
             {"architectures": names}
-            for names in (["Phi3Model"], ["BertModel"], ["NoSuch"], ["AutoTokenizer"], None, "x")
+            for names in (
+                ["Phi3Model"],
+                ["BertModel"],
+                ["NoSuch"],
+                ["AutoTokenizer"],
+                None,
+                "x",
+                [],
+                [3],
+                "Phi3ForCausalLM",
+            )
         ),
         *({"hidden_size": "x"}, {"hidden_size": 0}, {"num_hidden_layers": -1}, {"vocab_size": 10}),
     ],
+    "adapter_config.json": ["{}"],  # of an adapter that would be loaded, too
+    "pytorch_model.bin": ["", "junk", "version https://git-lfs.github.com/spec/v1"],
     "tokenizer.json": ["{}", "[]", '{"version"'],
     "tokenizer_config.json": ["[]", "nope"],
     "generation_config.json": ["[]"],
-    "model.safetensors": ["", "half a header"],
+    "model.safetensors": ["", "half a header", "version https://git-lfs.github.com/spec/v1"],
 }
 
 
@@ -350,7 +367,10 @@ def test_odd_model_folders_are_one_line(run_recipe, altered, file, content):
     folder = altered(content if isinstance(content, dict) else None)
     if isinstance(content, str):
         (folder / file).write_text(content)
-    result, _ = run_recipe(model={"name_or_path": str(folder)}, peft=LORA)
+    safe = file != "pytorch_model.bin"
+    if not safe:
+        (folder / "model.safetensors").unlink()
+    result, _ = run_recipe(model={"name_or_path": str(folder), "use_safetensors": safe}, peft=LORA)
     assert result.status == 1, result.err
     (line,) = [line for line in result.err.splitlines() if "error[" in line]
     assert re.search(r"error\[[a-z-]+\] (model\.name_or_path|peft\.target_modules): ", line)
@@ -371,6 +391,87 @@ def test_model_folders_with_what_is_no_file_or_too_deep_are_refused(run_recipe, 
     assert result.status == 1
     assert result.err.count("error[") == 1
     assert f"{name} is a device or a pipe, not a file" in result.err or what == "deep"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("tokenizer_config.json", {"pad_token": "<pad>"}, "error[tokens-not-in-model] model.name_or_path: "),
+        ("tokenizer_config.json", {"eos_token": "<nope>"}, "the eos token <nope> is token 600, the model has"),
+        ("config.json", {"num_attention_heads": 3}, "error[model-config] model.name_or_path: config.json: "),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "config.json says that bitsandbytes has quantized the weights, and it has not",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_a_model_folder_whose_files_do_not_go_together_is_refused(run_recipe, altered, file, change, said, stage):
+    folder = altered()
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    result, run = run_recipe(stage=stage, model={"name_or_path": str(folder)}, peft=LORA)
+    assert (result.status, run) == (1, None)
+    assert said in result.err
+
+
+@pytest.mark.parametrize("peft", [LORA, None])
+def test_flags_without_effect_of_a_published_generation_configuration_are_left_out(run_recipe, altered, peft):
+    """Llama 2's has a temperature beside do_sample: false, which transformers refuses to save."""
+    folder = altered()
+    flags = {"temperature": 0.9, "top_p": 0.6, "do_sample": False, "repetition_penalty": 1.2}
+    (folder / "generation_config.json").write_text(json.dumps(flags))
+    result, run = run_recipe(model={"name_or_path": str(folder)}, peft=peft)
+    assert result.status == 0, result.err
+    saved = json.loads((run / ("adapter" if peft else "model") / "generation_config.json").read_text())
+    assert saved["repetition_penalty"] == 1.2
+    assert not {"temperature", "top_p"} & set(saved)
+
+
+def test_a_base_from_which_nothing_can_be_learned_fails(run_recipe, altered):
+    """As a download that was given its size and never filled."""
+
+    def empty(tensors):
+        for name in tensors:
+            tensors[name].zero_()
+
+    result, run = run_recipe(model={"name_or_path": str(altered(change=empty))}, peft=LORA)
+    assert result.status == 1
+    assert "error[nothing-learned] every gradient was 0: nothing was learned" in result.err
+    assert status(run)["status"] == "failed"
+
+
+def test_weights_that_were_published_quantized_are_named_as_they_are(run_recipe, tiny_phi3, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    published = AutoModelForCausalLM.from_pretrained(tiny_phi3, quantization_config=quantization)
+    published.save_pretrained(tmp_path / "published")
+    AutoTokenizer.from_pretrained(tiny_phi3).save_pretrained(tmp_path / "published")
+    model = {"name_or_path": str(tmp_path / "published")}
+    result, _ = run_recipe(model=model, peft=LORA)
+    assert result.status == 0, result.err
+    assert "(lora adapter on a base that was published as 4-bit bitsandbytes)" in result.out
+    for other, key in (({"load_in_8bit": True}, "load_in_4bit"), ({"load_in_4bit": True}, "bnb_4bit_quant_type")):
+        result, _ = run_recipe(model=model, peft=LORA, quantization=other)
+        assert result.status == 1
+        assert f"error[quantized-already] quantization.{key}: the weights are quantized already" in result.err
+
+
+def test_names_of_new_weights_that_name_nothing_are_refused(run_recipe, tiny_phi3):
+    for key, what in (("new_weights", "are missing"), ("unused_weights", "have no place in the model")):
+        result, _ = run_recipe(model={"name_or_path": str(tiny_phi3), key: ["nothing"]}, peft=LORA)
+        assert f"error[other-weights] model.{key}: 'nothing' names none of the tensors that {what}" in result.err
+
+
+def test_an_attention_that_the_machine_does_not_have_is_told_at_its_key(run_recipe, monkeypatch):
+    from recipe_runner.training import trainers
+
+    monkeypatch.setattr(trainers, "build_trainer", lambda *_: pytest.fail("the weights were loaded"))
+    for name in ("nope", "flash_attention_2"):
+        result, _ = run_recipe(model={"attn_implementation": name}, peft=LORA)
+        assert "error[model-config] model.attn_implementation: " in result.err
 
 
 BROKEN_TEMPLATES = {

@@ -202,6 +202,20 @@ def test_a_damaged_checkpoint_is_not_resumed_from(run_recipe, damage, said, name
     assert (whole / "checkpoints" / "checkpoint-6.damaged").is_dir()  # nothing is lost
 
 
+def test_a_checkpoint_that_is_vouched_for_by_nothing_is_not_resumed_from(run_recipe):
+    """An empty optimizer.pt below an empty list of files: torch would find the end of the file, as of a terminal."""
+    training = {"max_steps": 6, "save_steps": 2}
+    _, whole = run_recipe(peft=LORA, training=training)
+    (whole / "status.json").write_text('{"status": "running"}')
+    shutil.rmtree(whole / "adapter")
+    last = whole / "checkpoints" / "checkpoint-6"
+    (last / "optimizer.pt").write_bytes(b"")
+    (last / "complete").write_text("{}")
+    result, folder = run_recipe("--resume", "auto", peft=LORA, training=training)
+    assert (result.status, folder) == (0, whole), result.err
+    assert "checkpoint-6 is damaged (complete does not name its files); going on from" in result.err
+
+
 def test_a_run_without_an_intact_checkpoint_says_so(run_recipe):
     training = {"max_steps": 2, "save_steps": 2}
     _, whole = run_recipe(peft=LORA, training=training)
@@ -255,6 +269,68 @@ def test_resuming_with_another_recipe_is_refused_and_says_the_difference(run_rec
     assert "error[recipe-changed]" in result.err
     assert "training.learning_rate: 0.01 -> 0.5" in result.err
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.fixture
+def resume_changed(run_recipe, tiny_phi3, tmp_path, tokenizer):
+    """Changes something that a run was made from, and resumes it."""
+
+    def resume_changed(change, **sections):
+        base = shutil.copytree(tiny_phi3, tmp_path / "base")
+        (tmp_path / "own.jinja").write_text(tokenizer.chat_template)
+        sections |= {"model": {"name_or_path": str(base)}, "peft": LORA}
+        _, folder = run_recipe(**sections)
+        shutil.rmtree(folder / "adapter")
+        shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+        (folder / "status.json").write_text('{"status": "interrupted"}')
+        change(base)
+        return run_recipe("--resume", "auto", **sections)[0]
+
+    return resume_changed
+
+
+def _other_weights(base):
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def _other_configuration(base):
+    changed = json.loads((base / "config.json").read_text()) | {"rms_norm_eps": 0.1}
+    (base / "config.json").write_text(json.dumps(changed))
+
+
+def _other_tokenizer(base):
+    text = (base / "tokenizer.json").read_text()
+    vocabulary = json.loads(text)["model"]["vocab"]
+    one, other = (next(word for word, number in vocabulary.items() if number == wanted) for wanted in (300, 301))
+    swapped = json.loads(text)
+    swapped["model"]["vocab"] |= {one: 301, other: 300}
+    (base / "tokenizer.json").write_text(json.dumps(swapped))
+
+
+def _other_template(base):
+    (base.parent / "own.jinja").write_text((base.parent / "own.jinja").read_text().replace("<|user|>", "<|system|>"))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (_other_weights, "the base model's weights"),
+        (_other_configuration, "the base model's config.json"),
+        (_other_tokenizer, "the tokenizer (or its chat template)"),
+        (_other_template, "the tokenizer (or its chat template)"),
+    ],
+)
+def test_a_run_never_goes_on_from_another_model_than_it_began_with(resume_changed, change, what):
+    result = resume_changed(change, training={"save_steps": 2, "chat_template_path": "own.jinja"})
+    assert result.status == 1
+    assert f"error[model-changed] model.name_or_path: {what} is not what the run in " in result.err
+
+
+def test_a_run_whose_model_has_not_changed_goes_on(resume_changed):
+    assert resume_changed(lambda _: None, training={"save_steps": 2}).status == 0
 
 
 @pytest.mark.parametrize(("state", "code"), [("completed", "run-completed"), ("failed", "no-checkpoint")])

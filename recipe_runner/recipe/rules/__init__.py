@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from recipe_runner.problems.problem import Found, Problem, as_warning, at_most
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules import adapter, data, model, packages, quantization, training
+from recipe_runner.recipe.schema import is_name
 from recipe_runner.recipe.sections import UpstreamSection
 
 # What may be meant: it is said, and never fails a run.
@@ -38,7 +39,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "packed-evaluation", training.packed_evaluation(recipe.stage, trained, dataset)
     yield "paged-optimizer-on-cpu", training.paged_optimizer_on_cpu(trained, peft)
     yield "global-batch-size", training.global_batch_size(trained, run)
-    yield "ignored-key", training.ignored_keys(trained, dataset)
+    yield "ignored-key", training.ignored_keys(recipe.stage, trained, dataset)
     yield "unusual-learning-rate", training.learning_rate(recipe.stage, trained, peft)
     yield "missing-package", packages.missing_packages(base, trained)
     yield "remote-code-unpinned", model.remote_code_unpinned(base)
@@ -79,4 +80,7 @@ def check_name(recipe: Recipe) -> list[Problem]:
     if recipe.file.stem in (recipe.name, "recipe", "resolved"):  # a run folder keeps copies by those names
         return []
     message = f"the recipe is named '{recipe.name}', its file '{recipe.file.name}'"
-    return [as_warning(Problem("name-differs", message, None, ("name",), "give both the same name"))]
+    fix = "give both the same name"
+    if not is_name(recipe.file.stem):
+        fix = "rename the file: letters, digits, '.', '_' and '-'"
+    return [as_warning(Problem("name-differs", message, None, ("name",), fix))]

@@ -11,6 +11,7 @@ from recipe_runner.stages import Stage
 # optimization.py: schedules that go by what evaluations measure, and so have no warm-up.
 _NOT_ADAM = ("adafactor", "adagrad", "adalomo", "galore", "grokadamw", "lomo", "rmsprop", "schedule_free_sgd", "sgd")
 _SMOOTHED = {"aot", "aot_unpaired", "exo_pair", "robust"}  # TRL 1.16, DPOTrainer: losses that label_smoothing is for
+_OF_EVALUATION = ("bf16_full_eval", "fp16_full_eval", "include_for_metrics", "batch_eval_metrics")
 _MEASURING = ("greedy", "reduce_lr_on_plateau")
 
 
@@ -120,7 +121,7 @@ def global_batch_size(training: UpstreamSection, run: RunSection) -> Found:
         yield ("run", "global_batch_size"), found, "make it one"
 
 
-def ignored_keys(training: UpstreamSection, dataset: DatasetSection) -> Found:
+def ignored_keys(stage: Stage, training: UpstreamSection, dataset: DatasetSection) -> Found:
     """Fields that upstream does not look at, given the others (transformers' TrainingArguments, TRL's SFTConfig)."""
     optim, scheduler, best = training["optim"], training["lr_scheduler_type"], training["load_best_model_at_end"]
     best = best or training["save_strategy"] == "best" or scheduler in _MEASURING
@@ -141,6 +142,7 @@ def ignored_keys(training: UpstreamSection, dataset: DatasetSection) -> Found:
         "greater_is_better": not best and "no best checkpoint is asked for: load_best_model_at_end",
         "gradient_checkpointing_kwargs": not training["gradient_checkpointing"] and "gradient_checkpointing is off",
         "dataloader_persistent_workers": not training["dataloader_num_workers"] and "dataloader_num_workers is 0",
+        "dataloader_prefetch_factor": not training["dataloader_num_workers"] and "dataloader_num_workers is 0",
         "precompute_ref_batch_size": not training["precompute_ref_log_probs"] and "precompute_ref_log_probs is off",
         "ref_model_mixup_alpha": not training["sync_ref_model"] and "sync_ref_model is off",
         "ref_model_sync_steps": not training["sync_ref_model"] and "sync_ref_model is off",
@@ -148,11 +150,16 @@ def ignored_keys(training: UpstreamSection, dataset: DatasetSection) -> Found:
         and "f_divergence_type is not alpha_divergence",
         "label_smoothing": not _SMOOTHED & set(training["loss_type"] or ())
         and f"loss_type is none of {', '.join(sorted(_SMOOTHED))}",
+        "label_smoothing_factor": stage.reference and f"stage {stage.name} has a loss of its own",
+        "length_column_name": training["train_sampling_strategy"] != "group_by_length"
+        and "train_sampling_strategy is not group_by_length",
         "discopop_tau": "discopop" not in str(training["loss_type"]) and "loss_type is not discopop",
     }
     if not dataset.has_eval:
         evaluating = ("eval_strategy", "eval_on_start")  # errors of their own: eval-without-data
-        options = [key for key in training.said if key.startswith(("eval_", "per_device_eval"))]
+        options = [
+            key for key in training.said if key.startswith(("eval_", "per_device_eval")) or key in _OF_EVALUATION
+        ]
         ignored |= {key: "there is no evaluation data" for key in options if key not in evaluating}
     for key, reason in ignored.items():
         if key in training.said and reason:
