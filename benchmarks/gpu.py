@@ -1,0 +1,406 @@
+"""Training on a GPU: speed and memory of the shipped recipes with full-size random models, in Markdown.
+
+    python benchmarks/gpu.py speed  [--steps 20] [--minutes 8]   # recipes, variants; a plain TRL script, in turn
+    python benchmarks/gpu.py memory [--steps 4]                  # peak memory of set-ups of a 1B model
+
+A model is built from its configuration on the device, with random weights, so nothing is downloaded: time and memory
+don't depend on what a model knows. Rows are made of the shelf's own texts. Gradients are accumulated over two batches
+instead of the recipes' own number, which changes neither. A set-up that would start after --minutes is left out, and
+the table says so. `--tiny` takes two narrow layers: the same way on a CPU, as a test.
+
+Tokens are those of batches without padding. A step's time is the median after the first three. Model FLOPs of a token
+(arXiv 2204.02311, appendix B, without the attention): 2 for each weight of a matrix forward, 2 for the gradient of its
+input, and 2 for the gradient of the weight where it is trained; 2 more where DPO's reference passes. What activation
+checkpointing computes twice is not counted.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 3
+GIB = 2**30
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}  # data sheets: dense bf16
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+PHI3 = {
+    "model_type": "phi3",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "sliding_window": 2047,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 4000,
+}
+MODELS = {"Phi-3-mini": PHI3, "Llama-3.2-1B": LLAMA}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained: a shelf recipe with changed keys (section.key; None takes a key or a section away)."""
+
+    name: str
+    recipe: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    model: str = "Phi-3-mini"
+    sides: tuple[str, ...] = ("recipe",)
+
+
+PAIR = ("recipe", "trl")
+SPEED = (
+    Setup("chat, as shipped", "phi3_chat_qlora", sides=PAIR),
+    Setup("DPO, in random order", "phi3_dpo_qlora", {"training.train_sampling_strategy": None}, sides=PAIR),
+    Setup("DPO, as shipped (by length)", "phi3_dpo_qlora"),
+    Setup("chat, optimizer not paged", "phi3_chat_qlora", {"training.optim": "adamw_8bit"}),
+    Setup("chat, no double quantization", "phi3_chat_qlora", {"quantization.bnb_4bit_use_double_quant": False}),
+    Setup("chat, bf16 instead of NF4", "phi3_chat_qlora", {"quantization": None}),
+    Setup("chat, no checkpointing", "phi3_chat_qlora", {"training.activation_checkpointing": False}),
+    Setup("instruct, as shipped", "phi3_instruct_qlora"),
+    Setup("text, as shipped", "phi3_text_qlora"),
+)
+FULL: dict[str, Any] = {"quantization": None, "peft": None, "training.learning_rate": 1e-5}
+NO_CHECKPOINTING = {"training.activation_checkpointing": False}
+
+
+BATCH, LENGTH, OPTIMIZER = "training.per_device_train_batch_size", "training.max_length", "training.optim"
+MEMORY = tuple(
+    Setup(name, recipe, changes, "Llama-3.2-1B")
+    for name, recipe, changes in (
+        ("QLoRA r 64", "phi3_text_qlora", {}),
+        ("QLoRA, not double", "phi3_text_qlora", {"quantization.bnb_4bit_use_double_quant": False}),
+        ("QLoRA, length 512", "phi3_text_qlora", {LENGTH: 512}),
+        ("QLoRA, length 4096", "phi3_text_qlora", {LENGTH: 4096}),
+        ("QLoRA, batch 4", "phi3_text_qlora", {BATCH: 4}),
+        ("QLoRA, no checkpointing", "phi3_text_qlora", NO_CHECKPOINTING),
+        ("LoRA r 64", "phi3_text_qlora", {"quantization": None}),
+        ("LoRA, no checkpointing", "phi3_text_qlora", {"quantization": None, **NO_CHECKPOINTING}),
+        ("LoRA, batch 4, AdamW", "phi3_text_qlora", {"quantization": None, BATCH: 4, OPTIMIZER: "adamw_torch"}),
+        ("full bf16, AdamW", "phi3_text_qlora", FULL | {OPTIMIZER: "adamw_torch"}),
+        ("full bf16, 8-bit", "phi3_text_qlora", FULL | {OPTIMIZER: "adamw_8bit"}),
+        ("full bf16, Adafactor", "phi3_text_qlora", FULL | {OPTIMIZER: "adafactor"}),
+        ("full float32, AdamW", "phi3_text_qlora", FULL | {OPTIMIZER: "adamw_torch", "model.dtype": "float32"}),
+        ("full bf16, no checkpointing", "phi3_text_qlora", FULL | {OPTIMIZER: "adamw_torch"} | NO_CHECKPOINTING),
+        ("DPO QLoRA", "phi3_dpo_qlora", {}),
+        ("DPO LoRA", "phi3_dpo_qlora", {"quantization": None}),
+        ("DPO full", "phi3_dpo_qlora", FULL | {OPTIMIZER: "adamw_torch"}),
+        ("instruct QLoRA, not packed, batch 4", "phi3_instruct_qlora", {"training.packing": None, BATCH: 4}),
+    )
+)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("what", choices=["speed", "memory", "worker"])
+    arguments.add_argument("files", nargs="*", type=Path, help=argparse.SUPPRESS)
+    arguments.add_argument("--steps", type=int)
+    arguments.add_argument("--minutes", type=float, default=8)
+    arguments.add_argument("--only", default="", help="set-ups whose names hold this")
+    arguments.add_argument("--tiny", action="store_true", help="two narrow layers instead of the whole model")
+    options = arguments.parse_args()
+    if options.what == "worker":
+        for file in options.files:
+            work(file)
+        return
+    start = time.monotonic()
+    setups = [s for s in (SPEED if options.what == "speed" else MEMORY) if options.only in s.name]
+    steps = options.steps or (20 if options.what == "speed" else 4)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        weights = {model: build_model(model, folder / model, options.tiny) for model in {s.model for s in setups}}
+        write_rows(folder)
+        print(f"{device_name()}; {steps} steps, {time.monotonic() - start:.0f} s to build the models\n")
+        print("| set-up | by | tokens/s | MFU | allocated, GiB | reserved, GiB | first and last loss |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        jobs = [(setup, side, write_job(setup, side, steps, folder)) for setup in setups for side in setup.sides]
+        alone = [
+            job for job in jobs if job[0].sides == PAIR
+        ]  # a process each; others share one, by fours: less waiting
+        shared = [job for job in jobs if job[0].sides != PAIR]
+        groups = [[job] for job in alone] + [shared[i : i + 4] for i in range(0, len(shared), 4)]
+        for group in groups:
+            if time.monotonic() - start > options.minutes * 60:
+                print(f"| {group[0][0].name} | {group[0][1]} | left out: {options.minutes:g} minutes are over |||||")
+                continue
+            command = [sys.executable, __file__, "worker", *(str(file) for _, _, file in group)]
+            answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+            for setup, side, file in group:
+                print(row(setup, side, file, weights[setup.model], answer), flush=True)
+
+
+def row(setup: Setup, side: str, file: Path, weights: int, answer: subprocess.CompletedProcess[str]) -> str:
+    result = file.with_suffix(".result")
+    if not result.exists():
+        return f"| {setup.name} | {side} | failed: {' '.join(answer.stderr.split())[-600:]} |||||"
+    found = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in found:
+        return f"| {setup.name} | {side} | failed: {' '.join(found['error'].split())[-600:]} |||||"
+    forward = 4 if "dpo" in setup.recipe else 2
+    flops = (forward + 2) * weights + (2 * weights if "peft" in setup.changes else 6 * found["adapter"])
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name()), None)
+    used = f"{flops * found['tokens_per_second'] / peak:.1%}" if peak else "-"
+    memory = f"{found['allocated'] / GIB:.2f} | {found['reserved'] / GIB:.2f}"
+    left = f" ({found['before'] / GIB:.2f} GiB were in use before)" if found["before"] > 0.05 * GIB else ""
+    losses = f"{found['losses'][0]:.4f} {found['losses'][-1]:.4f}"
+    return f"| {setup.name} | {side} | {found['tokens_per_second']:,.0f} | {used} | {memory} | {losses}{left} |"
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def build_model(model: str, folder: Path, tiny: bool) -> int:
+    """Writes a random model of a configuration; returns the number of weights in its matrices."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    facts = MODELS[model] | (TINY | {"num_key_value_heads": 2} if tiny else {}) | {"eos_token_id": 0, "pad_token_id": 0}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts), dtype=torch.bfloat16)
+    built.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return sum(layer.weight.numel() for layer in built.modules() if isinstance(layer, torch.nn.Linear))
+
+
+def build_tokenizer() -> Any:
+    """Byte pairs of the shelf's texts, with Phi-3's chat template as TRL has it for training."""
+    import trl
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts(), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    template = Path(trl.__file__).parent / "chat_templates" / "phi3_training.jinja"
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def texts() -> list[str]:
+    file = ROOT / "recipes" / "data" / "handbook_train.jsonl"
+    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(folder: Path) -> None:
+    """Rows for each format, of lengths as in the data sets that the recipes name: some hundred tokens a turn."""
+    chance, known = random.Random(1), texts()
+
+    def some(least: int, most: int) -> str:
+        return " ".join(chance.choices(known, k=chance.randint(least, most)))
+
+    def turn(role: str, least: int, most: int) -> dict[str, str]:
+        return {"role": role, "content": some(least, most)}
+
+    def talk() -> list[dict[str, str]]:
+        return [turn(*part) for _ in range(chance.randint(1, 3)) for part in (("user", 1, 3), ("assistant", 2, 8))]
+
+    rows = {
+        "phi3_chat_qlora": [{"messages": talk()} for _ in range(400)],
+        "phi3_instruct_qlora": [{"instruction": some(1, 2), "input": "", "output": some(1, 5)} for _ in range(800)],
+        "phi3_text_qlora": [{"text": some(20, 60)} for _ in range(300)],
+        "phi3_dpo_qlora": [{"prompt": some(1, 3), "chosen": some(2, 8), "rejected": some(2, 8)} for _ in range(400)],
+    }
+    for recipe, lines in rows.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{recipe}.jsonl").write_text(text, encoding="utf-8")
+
+
+def write_job(setup: Setup, side: str, steps: int, folder: Path) -> Path:
+    """The shelf's recipe with the set-up's changes, on local rows and a local model."""
+    recipe = yaml.safe_load((ROOT / "recipes" / f"{setup.recipe}.yaml").read_text(encoding="utf-8"))
+    recipe["model"] = {"name_or_path": str(folder / setup.model), "dtype": "bfloat16", "attn_implementation": "sdpa"}
+    columns = recipe["dataset"]["train"]["columns"]
+    recipe["dataset"]["train"] = {"source": str(folder / f"{setup.recipe}.jsonl"), "columns": columns}
+    recipe["dataset"].pop("eval", None)
+    kept = ("eval_strategy", "eval_steps", "eval_packing", "save_steps", "save_total_limit", "num_train_epochs")
+    recipe["training"] = {key: value for key, value in recipe["training"].items() if key not in kept}
+    recipe["training"] |= {"gradient_accumulation_steps": 2, "max_steps": steps, "logging_steps": 1}
+    recipe["training"]["save_strategy"] = "no"
+    for key, value in setup.changes.items():
+        section, _, name = key.partition(".")
+        place = recipe[section] if name else recipe
+        if value is None:
+            place.pop(name or section, None)
+        else:
+            place[name or section] = value
+    job = folder / f"{''.join(c if c.isalnum() else '_' for c in setup.name)}_{side}"
+    recipe["name"] = job.name
+    recipe["run"] = {"output_dir": str(job), "seed": 42}
+    file = job.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def work(file: Path) -> None:
+    """Trains what a file says, in this process, and writes what it took beside it."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    gc.collect()
+    before = 0
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = time.monotonic()
+    try:
+        train = train_plainly if file.stem.endswith("_trl") else train_recipe
+        adapter = train(file)
+        (metrics,) = file.with_suffix("").rglob("metrics.jsonl")
+        logged = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        steps = [entry for entry in logged if "loss" in entry]
+        pairs = list(zip(steps[WARM_UP:], steps[WARM_UP + 1 :], strict=False)) or [(steps[0], steps[-1])]
+        speeds = [(b["num_tokens"] - a["num_tokens"]) / (b["time"] - a["time"]) for a, b in pairs]
+        found: dict[str, Any] = {
+            "tokens_per_second": statistics.median(speeds),
+            "losses": [entry["loss"] for entry in steps],
+            "adapter": adapter,
+            "before": before,
+            "allocated": torch.cuda.max_memory_allocated() if cuda else 0,
+            "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
+            "seconds": time.monotonic() - start,
+        }
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"}
+    file.with_suffix(".result").write_text(json.dumps(found), encoding="utf-8")
+
+
+def train_recipe(file: Path) -> int:
+    """As `recipe-run FILE`; returns the number of the adapter's weights."""
+    import contextlib
+    import io
+
+    from recipe_runner.cli import main as recipe_run
+
+    sys.argv = ["recipe-run", str(file)]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            recipe_run()
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(said.getvalue()) from None
+    return count_weights(file.with_suffix(""))
+
+
+def count_weights(folder: Path) -> int:
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.rglob("adapter/adapter_model.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safetensors has no iterator)
+                shape = tensors.get_slice(name).get_shape()
+                total += shape[0] * (shape[1] if len(shape) > 1 else 1)
+    return total
+
+
+def train_plainly(file: Path) -> int:
+    """What one would write with TRL alone."""
+    from recipe_runner.launch.process import set_up_process
+
+    set_up_process()  # the same warnings are quiet on both sides
+    import torch
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, TrainerCallback
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    from recipe_runner.model.quantization import keep_4bit_weights_trainable
+
+    folder = file.with_suffix("")
+
+    class Log(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"time": time.time(), **logs}) + "\n")
+
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    dpo = recipe["stage"] == "dpo"
+    config_class, trainer_class = (DPOConfig, DPOTrainer) if dpo else (SFTConfig, SFTTrainer)
+    quantization, adapter = copy.deepcopy(recipe.get("quantization")), copy.deepcopy(recipe.get("peft"))
+    rows = load_dataset("json", data_files=recipe["dataset"]["train"]["source"], split="train")
+    special = {} if dpo else {"assistant_only_loss": recipe["stage"] == "sft"}
+    training = {
+        "bf16": torch.cuda.is_available(),
+        "learning_rate": float(recipe["training"].pop("learning_rate")),
+    } | recipe["training"]
+    folder.mkdir()
+    trainer = trainer_class(
+        recipe["model"]["name_or_path"],
+        args=config_class(
+            str(folder),
+            seed=42,
+            data_seed=42,
+            model_init_kwargs={"dtype": "bfloat16", "attn_implementation": "sdpa"},
+            report_to="none",
+            disable_tqdm=True,
+            **special,
+            **training,
+        ),
+        train_dataset=rows,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **{k: v for k, v in adapter.items() if k != "method"})
+        if adapter
+        else None,
+        quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+    )
+    if quantization:
+        keep_4bit_weights_trainable(trainer.model)  # a bug of bitsandbytes on some CPUs: not what is compared
+    trainer.add_callback(Log())
+    trainer.train()
+    trainer.save_model(str(folder / "adapter"))
+    return count_weights(folder)
+
+
+if __name__ == "__main__":
+    main()
