@@ -123,7 +123,7 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     used = rows.select_columns(list(dict.fromkeys(columns.values())))
     if suffix in (".json", ".jsonl"):
         used = _as_written(used, Path(name), section.split)
-    keys = {column: _turn_keys(used.features[column]) for column in used.column_names}
+    keys = {column: _turn_keys(used, column) for column in used.column_names}
     unused += [
         f"{column}.{key}" for column in keys for key in keys[column] if key not in (*KNOWN_KEYS, *dataset.ignore)
     ]
@@ -156,10 +156,11 @@ def _as_written(rows: Dataset, file: Path, split: str) -> Dataset:
             value = row.get(name)
             cells[name].append(json.dumps(value) if isinstance(value, int | float) else value)
     parts = ReadInstruction.from_spec(split).to_absolute({"train": len(cells[changed[0]])})
-    for name in changed:
-        column = [value for part in parts for value in cells[name][part.from_ : part.to]]
-        rows = rows.remove_columns(name).add_column(name, column)
-    return rows
+    written = Dataset.from_dict(
+        {name: [value for part in parts for value in cells[name][part.from_ : part.to]] for name in changed}
+    )
+    kept = [name for name in rows.column_names if name not in changed]
+    return concatenate_datasets([rows.select_columns(kept), written], axis=1) if kept else written
 
 
 def _retypes(kind: pa.DataType) -> bool:
@@ -171,10 +172,15 @@ def _retypes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_temporal(kind) or pa.types.is_floating(kind))
 
 
-def _turn_keys(feature: Any) -> list[str]:
-    """Keys of the turns of a column of turns."""
-    turns = getattr(feature, "feature", feature)
-    return list(turns) if isinstance(turns, dict) else []
+def _turn_keys(rows: Dataset, column: str) -> list[str]:
+    """Keys of the turns of a column of turns: of all rows where the column has one type, else of the first thousand."""
+    turns = getattr(rows.features[column], "feature", rows.features[column])
+    if isinstance(turns, dict):
+        return list(turns)
+    if isinstance(turns, Value):
+        return []
+    cells = [cell for cell in rows[:1000][column] if isinstance(cell, list)]
+    return list(dict.fromkeys(key for cell in cells for turn in cell if isinstance(turn, dict) for key in turn))
 
 
 def order_rows(dataset: DatasetSection, sources: list[Source], seed: int) -> dict[str, np.ndarray]:

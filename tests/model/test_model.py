@@ -289,8 +289,8 @@ def test_tokens_that_the_model_does_not_have_are_refused_before_the_weights(run_
     rows = [{"instruction": "a", "output": "b"}] * 4
     result, run = run_recipe(rows=rows, model={"name_or_path": str(folder)}, peft=LORA, dataset={"template": "classic"})
     assert (result.status, run) == (1, None), result.err
-    told = "the tokenizer made token 600, the model has the tokens 0 to 599"
-    assert f"error[tokens-not-in-model] model.name_or_path: {folder}: {told}" in result.err
+    assert "error[tokens-not-in-model] model.name_or_path: " in result.err
+    assert "the eos token <|stop|> is token 600, the model has the tokens 0 to 599" in result.err
 
 
 def test_what_upstream_refuses_at_the_first_step_is_no_bug(run_recipe, altered):
@@ -398,7 +398,7 @@ def test_model_folders_with_what_is_no_file_or_too_deep_are_refused(run_recipe, 
     [
         ("tokenizer_config.json", {"pad_token": "<pad>"}, "error[tokens-not-in-model] model.name_or_path: "),
         ("tokenizer_config.json", {"eos_token": "<nope>"}, "the eos token <nope> is token 600, the model has"),
-        ("config.json", {"num_attention_heads": 3}, "error[model-config] model.name_or_path: config.json: "),
+        ("config.json", {"num_attention_heads": "3"}, "error[model-config] model.name_or_path: config.json: "),
         (
             "config.json",
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},

@@ -575,7 +575,7 @@ def test_what_never_comes_in_the_steps_of_the_rows_is_said(run_recipe):
 def test_an_attention_that_does_not_exist_is_said(run_recipe):
     result, _ = run_recipe(peft=LORA, model={"attn_implementation": "nonsense"})
     assert result.status == 1, result.err
-    assert "error[training-refused] training: " in result.err
+    assert "error[model-config] model.attn_implementation: " in result.err
 
 
 def test_pickled_weights_load_when_the_recipe_says_so(run_recipe, tiny_phi3, tmp_path):
