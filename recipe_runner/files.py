@@ -34,6 +34,19 @@ def disk_full(number: int | None, file: Path, going_on: str) -> UserError:
     return user_error("disk-full", message, f"make room; {going_on}")
 
 
+def hide_home(text: str) -> str:
+    """A text that may be shown to others: `~` for the person's home."""
+    return text.replace(f"{Path.home()}/", "~/")
+
+
+def share_path(path: str) -> str:
+    """A path without the name of the person's home: from the current folder on, so that it can be opened from here."""
+    home, here = Path.home(), Path.cwd()
+    if not Path(path).is_relative_to(home):
+        return path
+    return os.path.relpath(path, here) if here.is_relative_to(home) else hide_home(path)
+
+
 def write_text(file: Path, text: str, encoding: str = "utf-8") -> None:
     """Writes a file in one step: a reader sees the old text or the new one, never a part. A link stays a link."""
     target = file.resolve()
@@ -49,9 +62,10 @@ def write_text(file: Path, text: str, encoding: str = "utf-8") -> None:
         raise
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Writes a JSON file in one step."""
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(file: Path, value: Any, shared: bool = False) -> None:
+    """Writes a JSON file in one step; `shared`: one that may be shown to others."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(file, hide_home(text) if shared else text)
 
 
 def read_text(file: Path) -> str:

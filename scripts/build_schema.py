@@ -82,6 +82,10 @@ def bundle(recipe: dict[str, Any], upstream: dict[str, dict[str, Any]]) -> dict[
         reference = kept.get("$ref")
         if isinstance(reference, str) and reference.startswith("upstream/"):
             kept["$ref"] = f"#/$defs/{Path(reference).name.removesuffix('.schema.json')}"
+        if kept.get("not") == {}:  # other validators show what is refused, and editors errorMessage
+            instead = f"; use '{node['x-replaced-by']}'" if "x-replaced-by" in node else ""
+            kept["errorMessage"] = f"{node['description']}{instead}"
+            kept["not"] = {"description": kept["errorMessage"]}
         return kept
 
     whole = rewrite(recipe)

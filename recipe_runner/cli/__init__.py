@@ -13,7 +13,7 @@ import click
 from recipe_runner import __version__
 from recipe_runner.cli.options import choose_colour
 from recipe_runner.problems.errors import Interrupted, UserError
-from recipe_runner.problems.words import make_visible
+from recipe_runner.problems.words import make_visible, suggest
 
 EXIT_USER_ERROR, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
 WORD_SECONDS = 15  # a busy machine needs some to end a process that has torch loaded
@@ -25,6 +25,8 @@ class _Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in (*COMMANDS, "-h", "--help", "--version"):
+            if meant := _misspelt_command(args[0]):
+                raise click.UsageError(f"there is no command and no recipe '{args[0]}'; {meant}", ctx)
             args = ["train", *args]
         return super().parse_args(ctx, args)
 
@@ -46,6 +48,13 @@ class _Commands(click.Group):
             return None
         command: click.Command = importlib.import_module(f"recipe_runner.cli.{cmd_name}").command
         return command
+
+
+def _misspelt_command(word: str) -> str:
+    """What a word that is no recipe may have meant; empty where it is a recipe, or no command is like it."""
+    from recipe_runner.recipe.library import is_recipe
+
+    return "" if word.startswith("-") or is_recipe(word) else suggest(word, COMMANDS)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from recipe_runner.cli.options import choose_colour, load_to_run, recipe_argument, set_option
-from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.errors import UserError, user_error
 
 
 @click.command(name="preview")
@@ -33,7 +33,13 @@ def command(recipe: str, overrides: tuple[str, ...], template: Path | None, **op
 
     Supervised tokens are green; without colour (NO_COLOR, a pipe) they stand in [[double brackets]].
     """
-    resolved = load_to_run(recipe, overrides)
+    try:
+        resolved = load_to_run(recipe, overrides)
+    except UserError as error:
+        key = ("training", "chat_template_path")
+        if not template or {problem.path for problem in error.problems if problem.severity == "error"} != {key}:
+            raise
+        resolved = load_to_run(recipe, (*overrides, f"{'.'.join(key)}=null"))  # it is the file that is to be written
     with resolved.placing_errors():
         if resolved.stages:
             fix = "preview one of them: " + ", ".join(str(stage.file) for stage in resolved.stages)

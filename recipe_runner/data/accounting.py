@@ -41,6 +41,8 @@ class Accounting:
         rows_with_special_tokens: Rows whose text spells special tokens of the tokenizer.
         rows_with_two_bos: Rows that begin with two beginning-of-sequence tokens.
         ends: Tokens that end rows, of the first ones.
+        changed_texts: Rows whose text is not what the model's own chat template makes of them.
+        change: How the text of the first of them differs.
         rows_in_train: Of evaluation rows: those that are training rows, too, token by token.
     """
 
@@ -65,6 +67,8 @@ class Accounting:
     rows_with_special_tokens: int = 0
     rows_with_two_bos: int = 0
     ends: list[str] = field(default_factory=list)
+    changed_texts: int = 0
+    change: str = ""
     rows_in_train: int = 0
 
     def __str__(self) -> str:
@@ -110,6 +114,7 @@ class Tally:
     def __init__(self, limit: int | None, source_names: list[str]) -> None:
         self.limit, self.source_names = limit, source_names
         self.read, self.packed_rows, self.special, self.two_bos = 0, 0, 0, 0
+        self.changed_texts, self.change = 0, ""
         self.ends: set[str] = set()
         self.dropped: Counter[str] = Counter()
         self.roles: Counter[str] = Counter()
@@ -170,6 +175,8 @@ class Tally:
             looked_at=dict(self.looked_at),
             rows_with_special_tokens=self.special,
             rows_with_two_bos=self.two_bos,
+            changed_texts=self.changed_texts,
+            change=self.change,
             ends=sorted(self.ends),
         )
 

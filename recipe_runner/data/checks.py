@@ -1,5 +1,6 @@
 """Checks that the right tokens are learned: on masks, on the chat template, on what the data itself spells."""
 
+import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from recipe_runner.data.accounting import Accounting, Tally
+from recipe_runner.data.job import Replaced
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Problem, as_warning
@@ -27,6 +29,7 @@ REFUSALS = (
     AttributeError,
     MemoryError,
 )
+SHOWN = 60  # characters of a difference between two texts
 LOOKED_AT = 20  # turns of each role that are looked for in the rendered text
 
 
@@ -106,13 +109,45 @@ def count_rendered_roles(rows: list[dict[str, Any]], tokenizer: PreTrainedTokeni
             rendered = _render(turns, tokenizer)
             for turn in turns if rendered is not None else []:
                 tally.looked_at[turn["role"]] += 1
-                tally.lost_roles[turn["role"]] += turn["content"].strip() not in (rendered or "")
+                text = turn["content"].strip()
+                forms = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])  # `tojson` is usual
+                tally.lost_roles[turn["role"]] += not any(form in (rendered or "") for form in forms)
 
 
-def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str | None:
+def compare_templates(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, own: str, tally: Tally) -> None:
+    """Counts rows whose text is not what the model's own template makes of them, and keeps the first difference."""
+    for row in rows:
+        turns = turns_of(row)
+        if change := find_change(_render(turns, tokenizer, own) or "", _render(turns, tokenizer) or ""):
+            tally.changed_texts += 1
+            tally.change = tally.change or change
+
+
+def find_change(own: str, other: str) -> str:
+    """Where two renderings of a row differ, for a message; empty where they do not."""
+    if own == other:
+        return ""
+    begin = _count_common(own, other)
+    end = _count_common(own[begin:][::-1], other[begin:][::-1])
+    before, after = (repr(shorten_middle(text[begin : len(text) - end])) for text in (own, other))
+    return f"{after} instead of {before}"
+
+
+def _count_common(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def shorten_middle(text: str) -> str:
+    """A text of at most `SHOWN` characters, its middle left out."""
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 :]}"
+
+
+def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> str | None:
     """The text that the template makes of turns; None when it refuses them, which `tokens` reports with the row."""
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+        return str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False))
     except REFUSALS:
         return None
 
@@ -129,11 +164,16 @@ def count_common_tokens(
 
 
 def find_problems(
-    dataset: DatasetSection, bos_token: str | None, stops: set[str], counted: Accounting, split: str
+    dataset: DatasetSection,
+    bos_token: str | None,
+    stops: set[str],
+    counted: Accounting,
+    split: str,
+    replaced: Replaced | None = None,
 ) -> Iterator[Problem]:
     """What a person should know of a prepared split, as errors and warnings at the recipe's keys.
 
-    `stops` are the tokens at which generation stops.
+    `stops` are the tokens at which generation stops; `replaced` is the model's own template, where there is another.
     """
 
     def at(code: str, message: str, suggestion: str, *path: str) -> Problem:
@@ -147,7 +187,8 @@ def find_problems(
         yield at("too-many-dropped", found, fix, "dataset", "max_dropped")
     for role, turns in counted.lost_roles.items():
         if turns and turns == counted.looked_at[role]:
-            found = f"the chat template renders nothing of the role '{role}', which {counted.roles[role]:,} rows have"
+            rows = f"{counted.roles[role]:,} {split} rows"
+            found = f"the chat template renders nothing of the role '{role}', which {rows} have"
             if role != "system":
                 yield at(
                     "role-not-rendered", found, "use a template that does (training.chat_template_path)", "dataset"
@@ -161,6 +202,17 @@ def find_problems(
                     "system",
                 )
                 yield problem if dataset.system else as_warning(problem)
+    if counted.changed_texts and replaced:
+        found = (
+            f"{replaced.name} stands in for the model's own chat template, to mark the answers, and changes the text of"
+        )
+        found += f" {counted.changed_texts:,} {split} rows: {counted.change}"
+        if replaced.known:
+            fix = "the result is saved with it; or set training.chat_template_path"
+            yield as_warning(at("template-changes-text", found, fix, "dataset", "train_on"))
+        else:
+            fix = "set training.chat_template_path to a template with marks, or train_on: completion or all"
+            yield at("no-generation-marks", found, fix, "dataset", "train_on")
     if counted.rows_with_special_tokens:
         found = f"{counted.rows_with_special_tokens:,} {split} rows spell special tokens of the tokenizer in their text"
         fix = "the model reads them as the real ones; look at them, and fix or remove the rows"

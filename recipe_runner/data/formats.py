@@ -176,6 +176,8 @@ def _turn(turn: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str
     for key in LOST_KEYS:
         if key not in dataset.ignore and says_something(turn.get(key)):
             fix = f"remove it, write it into the content, or list it in dataset.ignore: [{key}]"
+            if not isinstance(content, str):
+                fix = "a turn without a text as content can't be trained on: write a text, or remove the row"
             raise RowError(f"{where}: the key '{key}' has no place in this format, and would be lost; {fix}")
     for key in () if turn.keys() <= KNOWN_KEYS else turn.keys() - KNOWN_KEYS:
         if (known := misspelt(key, TURN_KEYS + LOST_KEYS)) and key not in dataset.ignore and says_something(turn[key]):

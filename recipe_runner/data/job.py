@@ -14,6 +14,21 @@ from recipe_runner.stages import Stage
 
 
 @dataclass(frozen=True)
+class Replaced:
+    """A chat template of the model's that another one, which marks the assistant's tokens, stands in for.
+
+    Attributes:
+        own: The model's template.
+        name: What replaces it, for messages.
+        known: Whether TRL knows the model's template by its source; else both were seen to render the same text.
+    """
+
+    own: str
+    name: str
+    known: bool
+
+
+@dataclass(frozen=True)
 class Job:
     """What is needed to make rows that the trainer is given.
 
@@ -24,6 +39,7 @@ class Job:
         sources: The sources, opened.
         tokenizer: With the chat template that is trained with.
         config: The trainer's configuration, of the stage's class.
+        replaced: The model's own chat template, where another is trained with.
     """
 
     stage: Stage
@@ -32,6 +48,7 @@ class Job:
     sources: list[Source]
     tokenizer: PreTrainedTokenizerBase
     config: Any
+    replaced: Replaced | None = None
 
     @property
     def limit(self) -> int | None:

@@ -9,7 +9,13 @@ import numpy as np
 import pyarrow as pa
 
 from recipe_runner.data.accounting import Tally
-from recipe_runner.data.checks import REFUSALS, check_ends, count_rendered_roles, count_special_tokens
+from recipe_runner.data.checks import (
+    REFUSALS,
+    check_ends,
+    compare_templates,
+    count_rendered_roles,
+    count_special_tokens,
+)
 from recipe_runner.data.job import Job
 from recipe_runner.data.sources import read_rows
 from recipe_runner.data.tables import PACKED_TOGETHER, make_table, pack, with_documents
@@ -75,6 +81,8 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int, tally: T
     table = _tokenize(job, usable, part[places])  # first: it finds the rows that the template refuses
     tally.special += count_special_tokens(usable, job.tokenizer)
     count_rendered_roles(usable, job.tokenizer, tally)
+    if job.replaced:
+        compare_templates(usable, job.tokenizer, job.replaced.own, tally)
     if start == 0:
         for name in shape.LEARNED:
             tally.ends |= check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
@@ -101,10 +109,28 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
                 opened = job.sources[source]
                 message = f"{opened.name}: row {number + 1} can't be rendered: {first_line(error)}"
                 fix = "does the chat template come to an end?" if isinstance(error, TooSlow) else ""
-                raise user_error("row-refused", message, fix or "fix or remove the row", path=opened.path) from error
+                fix = fix or _find_system(job, row) or "fix or remove the row"
+                raise user_error("row-refused", message, fix, path=opened.path) from error
         if isinstance(failure, TooSlow):
             return shape.tokenize(job, rows)  # long rows, each of which comes to an end
         raise
+
+
+def _find_system(job: Job, row: dict[str, Any]) -> str:
+    """What to do where a row is refused for its system turn alone (Gemma, Mistral); empty where that is not why."""
+    turns = {role: [turn for turn in cell if turn["role"] != "system"] for role, cell in row.items() if _is_turns(cell)}
+    if all(len(turns[role]) == len(row[role]) for role in turns):
+        return ""
+    try:
+        shape_of(job.stage).tokenize(job, [row | turns])
+    except REFUSALS:
+        return ""
+    remedy = "remove dataset.system, and write" if job.dataset.system is not None else "write"
+    return f"the chat template takes no system turn: {remedy} its text into the first user turn"
+
+
+def _is_turns(cell: Any) -> bool:
+    return isinstance(cell, list) and all(isinstance(turn, dict) and "role" in turn for turn in cell)
 
 
 def input_ids_of(stage: Stage, row: dict[str, Any]) -> list[int]:

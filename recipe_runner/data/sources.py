@@ -28,7 +28,8 @@ from recipe_runner.data.look import iterate_rows
 from recipe_runner.files import FULL, disk_full
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
-from recipe_runner.problems.words import misspelt, suggest
+from recipe_runner.problems.words import misspelt, nearest, suggest
+from recipe_runner.recipe.new import Columns, find_columns
 from recipe_runner.recipe.rules.data import BUILDERS
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS
@@ -44,6 +45,7 @@ MEANINGS = {"context": "input", **dict.fromkeys(SYSTEM, "system")} | dict.fromke
     ),
     "",
 )
+FEW_ROWS = 20  # that say what a column holds
 TEXTS = (".json", ".jsonl", ".csv", ".txt")
 OTHER_NAMES = {"prompt": ("conversations",)}  # role -> columns that hold it in well-known data sets
 
@@ -117,7 +119,10 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
         raise _explain_load_error(error, name, suffix, place) from error
     if not len(rows):
         raise user_error("empty-dataset", f"{name} has no rows", path=place)
-    columns = choose_columns(section, dataset.format, rows.column_names)
+    if suffix == ".json" and (key := _find_wrapping(rows, section, dataset.format)):
+        fix = f"make that list the file: jq .{key} {Path(name).name} > rows.json"
+        raise user_error("unreadable-data", f"{name} is one object; its rows are the list '{key}'", fix, path=place)
+    columns = choose_columns(section, dataset.format, rows[:FEW_ROWS])
     unused = [column for column in rows.column_names if column not in (*columns.values(), *dataset.ignore)]
     _refuse_lost_columns(section, dataset.format, rows.select_columns(unused))
     used = rows.select_columns(list(dict.fromkeys(columns.values())))
@@ -138,6 +143,10 @@ def _csv_features(file: Path, place: KeyPath) -> Features:
         UserError: The first row has more fields than the header.
     """
     head = pd.read_csv(file, nrows=1, dtype=str)
+    marks = {";": "semicolons", "\t": "tabs", "|": "bars"}
+    if len(head.columns) == 1 and (mark := next((mark for mark in marks if mark in head.columns[0]), None)):
+        message = f"{file}: its columns are between {marks[mark]}, and are read between commas"
+        raise user_error("unreadable-data", message, "save it with commas", path=place)
     if not isinstance(head.index, pd.RangeIndex):
         fields = len(head.columns) + head.index.nlevels
         message = f"{file}: row 1 has {fields} fields, the header has {len(head.columns)}"
@@ -251,13 +260,28 @@ def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray)
     return rows
 
 
-def choose_columns(section: SourceSection, form: str, available: list[str]) -> dict[str, str]:
+def _find_wrapping(rows: Dataset, section: SourceSection, form: str) -> str:
+    """The key under which a JSON file of one object has its rows; empty where it is no such file."""
+    roles = FORMATS[form].roles
+    if len(rows) > 1 or {*roles, *section.columns.values(), "conversations"} & set(rows.column_names):
+        return ""
+    first: dict[str, Any] = rows[0]
+    lists = [key for key, value in first.items() if isinstance(value, list) and isinstance((value or [0])[0], dict)]
+    return lists[0] if lists else ""
+
+
+def choose_columns(section: SourceSection, form: str, head: Columns) -> dict[str, str]:
     """Maps each role of the format to a column that the data has.
 
+    Args:
+        section: The source.
+        form: The format.
+        head: Column -> its cells in the first rows.
+
     Raises:
-        UserError: A column is missing; the message lists those there are.
+        UserError: Columns are missing; the message lists those there are, and says which may be meant.
     """
-    given = section.columns
+    given, available = section.columns, list(head)
     columns = {role: given.get(role) or role for role in FORMATS[form].required}
     if form == "chat" and "messages" not in given and "messages" not in available and "conversations" in available:
         columns["messages"] = "conversations"  # ShareGPT's name
@@ -265,12 +289,17 @@ def choose_columns(section: SourceSection, form: str, available: list[str]) -> d
         names = (role, *OTHER_NAMES.get(role, ()))
         if column := given.get(role, next((name for name in names if name in available), None)):
             columns[role] = column
+    if missing := [role for role, column in columns.items() if column not in available]:
+        there = f"its columns: {', '.join(available)}"
+        told = " and ".join(f"no column '{columns[role]}' for the role '{role}'" for role in missing)
+        right = {role: column for role, column in columns.items() if role not in missing and role in given}
+        meant = find_columns(form, head, right)[0]
+        meant |= {role: near[0] for role in missing if (near := nearest(columns[role], available))}
+        wanted = ", ".join(f"{role}: {meant.get(role, 'NAME')}" for role in missing)
+        at: KeyPath = (*section.path, "columns", missing[0])
+        message, fix = f"{section.source} has {told}; {there}", f"set columns: {{{wanted}}}"
+        raise user_error("missing-column", message, fix, path=at)
     for role, column in columns.items():
-        if column not in available:
-            there = f"its columns: {', '.join(available)}"
-            message = f"{section.source} has no column '{column}' for the role '{role}'; {there}"
-            hint = suggest(column, available) or f"set columns: {{{role}: NAME}}"
-            raise user_error("missing-column", message, hint, path=(*section.path, "columns", role))
         if shared := next((other for other in columns if other != role and columns[other] == column), None):
             message = f"the roles '{role}' and '{shared}' have the same column '{column}'"
             place = ("columns", role if role in given else shared)

@@ -115,6 +115,7 @@ def describe_origin(job: Job) -> dict[str, Any]:
         "training": {key: getattr(job.config, key, None) for key in KEYS},
         "files": files,
         "tokenizer": hash_tokenizer(job.tokenizer),
+        "replaced": asdict(job.replaced) if job.replaced else None,
         "versions": {name: importlib.metadata.version(name) for name in MADE_BY},
         "code": {str(file.relative_to(CODE)): hashlib.sha256(file.read_bytes()).hexdigest() for file in code_files()},
     }

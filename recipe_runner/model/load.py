@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -36,10 +36,20 @@ def find_result(folder: Path) -> Path:
     return folder
 
 
+def find_base(config: PeftConfig, result: Path) -> str:
+    """The base of an adapter: where its configuration says, seen from here; else where its run found it."""
+    name = config.base_model_name_or_path or ""
+    recorded = read_object(result.parent / "environment.json").get("base_model")
+    if name and not Path(name).is_dir() and isinstance(recorded, dict):
+        place = Path(str(recorded.get("name_or_path"))).expanduser()
+        return str(place) if place.is_dir() else name
+    return name
+
+
 def load_result(folder: Path, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     """Loads a result for inference: in evaluation mode, with the tokenizer it was saved with, padding on the left.
 
-    The base of an adapter is loaded as the adapter's configuration names it; `model.disable_adapter()` gives it back.
+    The base of an adapter is loaded from where `find_base` finds it; `model.disable_adapter()` gives it back.
 
     Args:
         folder: A run folder, an adapter or a model.
@@ -49,10 +59,17 @@ def load_result(folder: Path, **options: Any) -> tuple[Any, PreTrainedTokenizerB
         UserError: There is no result, or it can't be loaded.
     """
     result = find_result(folder)
-    cls = AutoPeftModelForCausalLM if (result / CONFIG).is_file() else AutoModelForCausalLM
     try:
-        model = cls.from_pretrained(str(result), **options)
         tokenizer = AutoTokenizer.from_pretrained(str(result), padding_side="left")
+        if (result / CONFIG).is_file():
+            config = PeftConfig.from_pretrained(str(result))
+            place = find_base(config, result)
+            base: Any = AutoModelForCausalLM.from_pretrained(place, revision=config.revision, **options)
+            if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+                base.resize_token_embeddings(len(tokenizer))  # as PEFT's AutoPeftModel does
+            model: Any = PeftModel.from_pretrained(base, str(result))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(str(result), **options)
         if (result / GENERATION_CONFIG_NAME).is_file():  # of an adapter, PEFT leaves it out
             model.generation_config = GenerationConfig.from_pretrained(str(result))
     except torch.OutOfMemoryError:

@@ -16,6 +16,16 @@ PROBE = [
 OUTPUT = re.compile(r"\{\{-?\s*(?P<expression>[^{}]*?\bcontent\b[^{}]*?)\s*-?\}\}")
 
 
+def find_marked(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A template that marks the assistant's tokens and renders the same text as the tokenizer's, and what it is.
+
+    One of TRL's, else the tokenizer's own with marks put in; empty where neither is to be had.
+    """
+    if file := find_equivalent(tokenizer):
+        return file.read_text(encoding="utf-8"), f"TRL's {file.name}"
+    return mark_generation(tokenizer) or "", "a copy with {% generation %} marks"
+
+
 def find_equivalent(tokenizer: PreTrainedTokenizerBase) -> Path | None:
     """The training template of TRL's that renders the same text as the tokenizer's own template, if there is one.
 

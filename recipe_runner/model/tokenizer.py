@@ -7,10 +7,11 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from recipe_runner.data.job import Replaced
 from recipe_runner.files import read_text, write_new
 from recipe_runner.model import templates
 from recipe_runner.model.base import drop_idle_flags, load_model_config
-from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
 
@@ -23,8 +24,11 @@ def load_tokenizer(
     dataset: DatasetSection,
     training: UpstreamSection,
     before: PreTrainedTokenizerBase | None = None,
-) -> PreTrainedTokenizerBase:
+) -> tuple[PreTrainedTokenizerBase, Replaced | None]:
     """Loads the tokenizer with the chat template that is trained with, which is also the one saved with the result.
+
+    Where the assistant's tokens are wanted and the model's own template does not mark them, that is TRL's training
+    version of it, or one that renders the same text: `templates.find_marked`.
 
     Args:
         model: The base model.
@@ -32,6 +36,9 @@ def load_tokenizer(
         training: For `chat_template_path` and `eos_token`.
         before: The tokenizer of what is trained further: its chat template and end-of-sequence token go on, unless the
             recipe says otherwise.
+
+    Returns:
+        The tokenizer; and the template of the model that was replaced, if it was.
 
     Raises:
         UserError: The tokenizer can't be loaded, or its template can't mark the assistant's tokens.
@@ -50,17 +57,34 @@ def load_tokenizer(
         message = "the tokenizer has no end-of-sequence token: the model would not learn to stop"
         raise user_error("no-eos-token", message, "set training.eos_token", path=PLACE)
     if dataset.is_plain_text:
-        return tokenizer
+        return tokenizer, None
     if not tokenizer.chat_template:
         fix = "use an instruct model, set training.chat_template_path, or dataset.template for plain text"
         raise user_error("no-chat-template", "the tokenizer has no chat template", fix, path=("dataset", "format"))
     _check_template(tokenizer)
-    if dataset.train_on == "assistant" and not has_generation_markers(tokenizer.chat_template):
-        try:
-            tokenizer.chat_template = get_training_chat_template(tokenizer)
-        except ValueError as error:
-            raise _no_generation_marks(tokenizer) from error
-    return tokenizer
+    return _mark(tokenizer) if dataset.train_on == "assistant" else (tokenizer, None)
+
+
+def _mark(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, Replaced | None]:
+    """Gives a tokenizer a chat template that marks the assistant's tokens; returns also what it replaces.
+
+    Raises:
+        UserError: No such template is known.
+    """
+    own = str(tokenizer.chat_template)
+    if has_generation_markers(own):
+        return tokenizer, None
+    try:
+        tokenizer.chat_template = get_training_chat_template(tokenizer)
+        return tokenizer, Replaced(own, "TRL's training version", known=True)
+    except ValueError as error:
+        found, name = templates.find_marked(tokenizer)
+        if not found:
+            message = "the chat template has no {% generation %} marks, and TRL does not know it"
+            fix = "set training.chat_template_path to a template with the marks, or train_on: completion or all"
+            raise user_error("no-generation-marks", message, fix, path=("dataset", "train_on")) from error
+        tokenizer.chat_template = found
+        return tokenizer, Replaced(own, name, known=False)
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -115,17 +139,6 @@ def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedToke
     return tokenizer
 
 
-def _no_generation_marks(tokenizer: PreTrainedTokenizerBase) -> UserError:
-    """Says which template would serve: one of TRL's, or the tokenizer's own with a patch."""
-    message = "the chat template has no {% generation %} marks, and TRL does not know it"
-    own = "set training.chat_template_path to a template with the marks, or train_on: completion or all"
-    if (file := templates.find_equivalent(tokenizer)) or templates.mark_generation(tokenizer):
-        which = f"TRL's {file.name} renders the same text" if file else "a patched copy of it marks the answers"
-        write = "recipe-run preview RECIPE --write-template chat.jinja"
-        own = f"{which}: `{write}`, then set training.chat_template_path: chat.jinja"
-    return user_error("no-generation-marks", message, own, path=("dataset", "train_on"))
-
-
 def write_training_template(model: ModelSection, template: str | None, file: Path) -> None:
     """Writes the chat template that marks the assistant's tokens, for `training.chat_template_path`.
 
@@ -135,13 +148,4 @@ def write_training_template(model: ModelSection, template: str | None, file: Pat
     tokenizer = _read_tokenizer(model, template)
     if not tokenizer.chat_template:
         raise user_error("no-chat-template", "the tokenizer has no chat template", path=PLACE)
-    text = str(tokenizer.chat_template)
-    if not has_generation_markers(text):
-        try:
-            text = str(get_training_chat_template(tokenizer))
-        except ValueError as error:
-            found = templates.find_equivalent(tokenizer)
-            text = found.read_text(encoding="utf-8") if found else templates.mark_generation(tokenizer) or ""
-            if not text:
-                raise _no_generation_marks(tokenizer) from error
-    write_new(file, text)
+    write_new(file, str(_mark(tokenizer)[0].chat_template))

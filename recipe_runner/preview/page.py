@@ -76,6 +76,7 @@ def _table(account: Accounting, facts: Facts | None) -> Iterator[str]:
         "sources": account.describe_sources(),
         "not used": account.describe_unused(),
         "steps": facts.steps if facts else "",
+        "template": facts.template if facts else "",
     }
     yield "<table>"
     yield from (f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in lines.items() if text)

@@ -19,7 +19,7 @@ from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.training.config import build_config
 from recipe_runner.training.environment import choose_precision
 from recipe_runner.training.prepare import find_data_problems, open_job
-from recipe_runner.training.summary import describe_steps
+from recipe_runner.training.summary import describe_steps, describe_template
 
 SPARE = 50  # rows read beyond those asked for, in case some are dropped
 
@@ -104,6 +104,7 @@ class Facts:
     accounts: dict[str, Accounting]
     problems: list[Problem]
     steps: str
+    template: str
     stored: str
 
 
@@ -229,11 +230,12 @@ def account(opened: Opened) -> Facts:
     job = opened.job
     data = store.prepare_data(job)
     accounts = {split: prepared.accounting for split, prepared in data.splits.items()}
-    problems = find_data_problems(opened.model, job.dataset, job.tokenizer, data)
+    problems = find_data_problems(opened.model, job, data)
     size = sum(file.stat().st_size for file in data.folder.iterdir())
     made = f"made in {data.seconds:.1f} s" if data.made_now else f"found in {data.seconds:.1f} s"
     steps = describe_steps(job.config, len(data.splits["train"].dataset))
-    return Facts(accounts, problems, steps, f"{data.folder} ({size / 1e6:,.1f} MB, {made})")
+    template = describe_template(job.replaced, accounts["train"])
+    return Facts(accounts, problems, steps, template, f"{data.folder} ({size / 1e6:,.1f} MB, {made})")
 
 
 def as_json(row: Row) -> dict[str, Any]:

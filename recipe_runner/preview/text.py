@@ -95,7 +95,8 @@ def _paint(piece: Piece, colour: bool) -> str:
 def write_facts(facts: Facts) -> str:
     """The accounting of all splits, and what it warns about; errors end the command, and are said there."""
     lines = [line for split, account in facts.accounts.items() for line in describe(split, account)]
-    lines += [f"  {'steps':<11}{facts.steps}", f"  {'prepared':<11}{facts.stored}"]
+    more = {"steps": facts.steps, "template": facts.template, "prepared": facts.stored}
+    lines += [f"  {name:<11}{text}" for name, text in more.items() if text]
     warnings = [problem for problem in facts.problems if problem.severity == "warning"]
     return "\n".join(lines) + (f"\n{write_text(warnings)}" if warnings else "")
 

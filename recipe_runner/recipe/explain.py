@@ -71,10 +71,12 @@ def _keys(stage: str) -> dict[str, tuple[dict[str, Any], str]]:
             for key in [*section["properties"], *(key for key in bounds if key not in section["properties"])]:
                 documented = section["properties"].get(key, {})
                 keys[f"{name}.{key}"] = {**documented, **bounds.get(key, {})}, _origin(section) if documented else ""
+    source = schema.resolve("#/$defs/source")["properties"]
     for name in ("train", "eval"):
-        for key, entry in schema.resolve("#/$defs/source")["properties"].items():
+        keys[f"dataset.{name}"] = {**keys[f"dataset.{name}"][0], "properties": source}, ""
+        for key, entry in source.items():
             keys[f"dataset.{name}.{key}"] = entry, ""
-    for key, entry in schema.load()["$defs"]["source"]["properties"]["columns"]["properties"].items():
+    for key, entry in source["columns"]["properties"].items():
         keys[f"dataset.train.columns.{key}"] = entry, ""
     keys["dataset.eval.fraction"] = (
         schema.resolve("#/$defs/dataset")["properties"]["eval"]["then"]["properties"]["fraction"],

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.words import ask, nearest
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -23,10 +24,17 @@ def find_recipe(name: str) -> Path:
     Raises:
         UserError: There is no such file and no shipped recipe of that name.
     """
+    return Path(name) if _is_path(name) else find_shipped(name)
+
+
+def is_recipe(name: str) -> bool:
+    """Whether a name is written as the path of a recipe, or is a shipped recipe's."""
+    return _is_path(name) or any(file.stem == name for file in shipped_recipes())
+
+
+def _is_path(name: str) -> bool:
     path = Path(name)
-    if path.suffix in SUFFIXES or len(path.parts) > 1 or path.is_file():
-        return path
-    return find_shipped(name)
+    return path.suffix in SUFFIXES or len(path.parts) > 1 or path.is_file()
 
 
 def find_shipped(name: str) -> Path:
@@ -38,10 +46,10 @@ def find_shipped(name: str) -> Path:
     shipped = {file.stem: file for file in shipped_recipes()}
     if name in shipped:
         return shipped[name]
-    names = ", ".join(sorted(shipped))
-    raise user_error(
-        "recipe-not-found", f"there is no file and no shipped recipe '{name}'", f"shipped recipes: {names}"
-    )
+    beside = [file for suffix in SUFFIXES if (file := f"{name}{suffix}") and Path(file).is_file()]
+    near = beside or [known for known in shipped if name.lower() in known] or nearest(name, shipped)
+    fix = ask(near) or f"shipped recipes: {', '.join(shipped)}"
+    raise user_error("recipe-not-found", f"there is no file and no shipped recipe '{name}'", fix)
 
 
 def shipped_recipes() -> list[Path]:

@@ -17,7 +17,7 @@ FEW = 500  # rows: below, several epochs of small steps
 FAMILIAR = {
     "messages": ("conversations", "conversation", "turns", "dialog", "dialogue"),
     "instruction": ("question", "query", "prompt", "problem"),
-    "output": ("answer", "response", "completion", "target", "solution"),
+    "output": ("answer", "response", "reply", "completion", "target", "solution"),
     "input": ("context",),
     "prompt": ("question", "query", "instruction"),
     "completion": ("answer", "response", "output"),

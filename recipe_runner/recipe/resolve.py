@@ -276,8 +276,9 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
         if looks_local(model["adapter"]) or local.is_dir() or model["adapter"].count("/") != 1:
             model["adapter"] = str(locate_adapter(local))
     for path, source in _source_values(values["dataset"]):
-        if is_file_source(source["source"]):
-            source["source"] = str(absolute((*path, "source"), source["source"]))
+        local = absolute((*path, "source"), source["source"])
+        if is_file_source(source["source"]) or local.exists():
+            source["source"] = str(local)
     if isinstance(training.get("chat_template_path"), str):
         where = ("training", "chat_template_path")
         training["chat_template_path"] = str(absolute(where, training["chat_template_path"]))

@@ -43,7 +43,9 @@ class Recorder(TrainerCallback):
         """Marks a whole checkpoint, then deletes old ones."""
         args.distributed_state.wait_for_everyone()
         if args.process_index == 0:
-            vouch_for(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (checkpoint / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with the path of the base
+            vouch_for(checkpoint)
             rotate_checkpoints(self.folder, self.limit, state.best_model_checkpoint)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.data.accounting import Accounting
-from recipe_runner.files import write_text
+from recipe_runner.files import hide_home, write_text
 from recipe_runner.recipe.document import dump_values
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.runs.metrics import measure_series
@@ -26,7 +26,8 @@ def write_card(
     for name, key in (("Training loss", "loss"), ("Evaluation loss", "eval_loss")):
         if series := measure_series(history, key):
             (first, before), (last, after) = series[0], series[-1]
-            facts.append(f"{name}: {before:.4f} at step {first}, {after:.4f} at step {last}")
+            begun = f"{before:.4f} at step {first}, " * (first != last)
+            facts.append(f"{name}: {begun}{after:.4f} at step {last}")
     packages = ("trl", "transformers", "peft", "datasets", "torch")
     facts.append("Versions: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
     for place, weights in ((folder, result.name), (result, ".")):
@@ -39,7 +40,7 @@ def write_card(
             "## Recipe\n\nAs it was run, with everything resolved:\n",
             f"```yaml\n{dump_values(dict(recipe.values))}```\n",
         ]
-        write_text(place / "README.md", "\n".join(parts))
+        write_text(place / "README.md", hide_home("\n".join(parts)))
 
 
 def _usage(base: str, kind: str, weights: str) -> str:

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.checks import find_problems
-from recipe_runner.data.job import Job
+from recipe_runner.data.job import Job, Replaced
 from recipe_runner.data.sources import open_sources
 from recipe_runner.data.store import PreparedData, PreparedSplit, hash_tokenizer, prepare_data
 from recipe_runner.files import hash_file, hash_weights
@@ -44,6 +44,7 @@ class Prepared:
         published: How the base's weights were published quantized; empty when they were not.
         parameters: Numbers of parameters that are trained, and of all; 4-bit weights count as what they stand for.
         data: All splits.
+        replaced: The model's own chat template, where another is trained with.
         inputs: What else the run is made from, in words -> its hash.
         warnings: What a person should know.
     """
@@ -57,6 +58,7 @@ class Prepared:
     parameters: tuple[int, int]
     data: PreparedData
     inputs: dict[str, str]
+    replaced: Replaced | None
     warnings: tuple[Problem, ...]
 
     @property
@@ -103,7 +105,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     check_optimizer(config, model)
     data = prepare_data(job)
     _check_tokens(recipe.model.name_or_path, job.tokenizer, data, model.config.get_text_config().vocab_size)
-    problems = find_data_problems(recipe.model, recipe.dataset, job.tokenizer, data)
+    problems = find_data_problems(recipe.model, job, data)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe.training, count_steps(config, len(data.splits["train"].dataset)))
     raise_errors(problems)
@@ -126,6 +128,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         parameters,
         data,
         inputs,
+        job.replaced,
         tuple(problems),
     )
 
@@ -152,8 +155,8 @@ def open_job(recipe: Recipe, config: Any, before: PreTrainedTokenizerBase | None
     """
     adapter = continuation.find_adapter(recipe.model, recipe.peft)
     sources = open_sources(recipe.dataset)
-    tokenizer = _load_tokenizer(recipe.model, recipe.dataset, recipe.training, adapter, before)
-    return Job(recipe.stage, recipe.dataset, recipe.run.seed, sources, tokenizer, config), adapter
+    tokenizer, replaced = _load_tokenizer(recipe.model, recipe.dataset, recipe.training, adapter, before)
+    return Job(recipe.stage, recipe.dataset, recipe.run.seed, sources, tokenizer, config, replaced), adapter
 
 
 def _load_tokenizer(
@@ -162,13 +165,13 @@ def _load_tokenizer(
     training: UpstreamSection,
     adapter: Path | None,
     before: PreTrainedTokenizerBase | None,
-) -> PreTrainedTokenizerBase:
+) -> tuple[PreTrainedTokenizerBase, Replaced | None]:
     """The tokenizer, with the chat template of the recipe, else of the adapter that is trained further."""
     saved = continuation.read_tokenizer(adapter) if adapter else before
-    tokenizer = load_tokenizer(model, dataset, training, saved)
+    tokenizer, replaced = load_tokenizer(model, dataset, training, saved)
     if adapter and saved is not None:
         continuation.check_tokenizer(saved, tokenizer, model.name_or_path)
-    return tokenizer
+    return tokenizer, replaced
 
 
 def _check_model(recipe: Recipe, adapter: Path | None) -> tuple[PeftConfig | None, Any]:
@@ -230,15 +233,13 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return total, total
 
 
-def find_data_problems(
-    model: ModelSection, dataset: DatasetSection, tokenizer: PreTrainedTokenizerBase, data: PreparedData
-) -> list[Problem]:
+def find_data_problems(model: ModelSection, job: Job, data: PreparedData) -> list[Problem]:
     """What was found in the data of all splits: errors and warnings."""
-    stops = find_stops(model, tokenizer)
+    stops, bos_token = find_stops(model, job.tokenizer), job.tokenizer.bos_token
     found = [
         problem
         for split, prepared in data.splits.items()
-        for problem in find_problems(dataset, tokenizer.bos_token, stops, prepared.accounting, split)
+        for problem in find_problems(job.dataset, bos_token, stops, prepared.accounting, split, job.replaced)
     ]
     return sort_problems(found)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.files import read_object
+from recipe_runner.files import hide_home, read_object
 from recipe_runner.problems.errors import user_error
 
 
@@ -52,7 +52,7 @@ def check_resumed(folder: Path, files: Mapping[str, str], inputs: Mapping[str, s
     if not isinstance(recorded, dict) or not isinstance(old, dict) or old.keys() != new.keys():
         message = f"{folder / 'environment.json'} is damaged: what the run began with can't be compared"
         raise user_error("not-a-run", message, "start a new run: --resume never")
-    if changed := [name for name, digest in files.items() if recorded.get(name, digest) != digest]:
+    if changed := [name for name, digest in files.items() if recorded.get(hide_home(name), digest) != digest]:
         fix = "revert the change, or start a new run: --resume never"
         message = f"{changed[0]} is not what the run in {folder} began with"
         raise user_error("data-changed", message, fix, path=("dataset",))

@@ -62,7 +62,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         if found:
             _write_status(config, folder, "running")
         if config.process_index == 0:
-            write_json(folder / "environment.json", prepare.describe_run(recipe, prepared))
+            write_json(folder / "environment.json", prepare.describe_run(recipe, prepared), shared=True)
         _say(config, summary.describe_start(recipe, prepared, folder))
         trainer = trainers.build_trainer(recipe, prepared)
         initial = keep_initial(trainer, folder, found is not None) if alters_base(recipe.peft) else None
@@ -145,6 +145,7 @@ def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Pat
         model = trainer.accelerator.unwrap_model(trainer.model)
         if initial:
             save_converted(model, partial, initial)
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths; the recipe says it all
         shutil.rmtree(partial / "ref", ignore_errors=True)  # DPO's frozen copy of the adapter it began with
         model.generation_config.save_pretrained(partial)  # where it stops
         shutil.rmtree(result, ignore_errors=True)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from recipe_runner.data.accounting import Accounting
+from recipe_runner.data.job import Replaced
 from recipe_runner.launch.processes import describe_launcher
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.sections import UpstreamSection
@@ -27,6 +29,7 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "data": f"{accounting}{packed}",
         "lengths": accounting.describe_lengths(),
         "batches": accounting.describe_batches(),
+        "template": describe_template(prepared.replaced, accounting),
         "sources": accounting.describe_sources(),
         "not used": accounting.describe_unused(),
         "eval data": str(prepared.evaluation.accounting) if prepared.evaluation else "none",
@@ -52,6 +55,13 @@ def describe_steps(config: Any, rows: int) -> str:
         f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(config)};"
         f" {steps / steps_per_epoch(config, rows):.3g} epochs"
     )
+
+
+def describe_template(replaced: Replaced | None, accounting: Accounting) -> str:
+    """Which chat template is trained with, where it is not the model's own."""
+    if not replaced or accounting.changed_texts:
+        return ""  # a warning says how the text changes
+    return f"{replaced.name} stands in for the model's own: it marks the answers, and changes no row's text"
 
 
 def describe_method(peft: UpstreamSection, quantization: UpstreamSection, published: str = "") -> str:

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import set_seed
 
+from recipe_runner.files import share_path
 from recipe_runner.model import base, continuation
 from recipe_runner.model.quantization import build_quantization, keep_4bit_weights_trainable
 from recipe_runner.problems.errors import first_line, refused, user_error
@@ -58,6 +59,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             raise
         raise refused("training", recipe.training.said, error) from error
     base.drop_idle_flags(trainer.accelerator.unwrap_model(trainer.model).generation_config)
+    for adapter in getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).values():
+        adapter.base_model_name_or_path = share_path(name)
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)
     if "seq_lengths" in prepared.train.dataset.column_names:

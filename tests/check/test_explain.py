@@ -1,5 +1,6 @@
 """`recipe-run explain`: every key of the schema and every error code has an answer."""
 
+import json
 import re
 
 import pytest
@@ -70,3 +71,39 @@ def test_an_unknown_name_suggests_the_nearest(run_cli):
     result = run_cli("explain", "training.packing_stratgy")
     assert result.status == 1
     assert "did you mean 'training.packing_strategy'?" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["valdate", "x.yaml"], 2, "there is no command and no recipe 'valdate'; did you mean 'validate'?"),
+        (["previw"], 2, "did you mean 'preview'?"),
+        (["chat"], 1, "no shipped recipe 'chat'; did you mean 'phi3_chat_qlora'?"),
+        (["phi3_chat_qlra"], 1, "did you mean 'phi3_chat_qlora'?"),
+        (["mine"], 1, "did you mean 'mine.yaml'?"),
+        (["validate", "mine"], 1, "did you mean 'mine.yaml'?"),
+        (["zzz"], 1, "shipped recipes: phi3_chat_qlora, "),
+    ],
+    ids=str,
+)
+def test_a_name_that_is_not_there_gets_the_nearest(run_cli, tmp_path, monkeypatch, arguments, status, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("")
+    result = run_cli(*arguments)
+    assert (result.status, said in result.out + result.err) == (status, True), result.err
+
+
+def test_a_source_lists_its_keys(run_cli):
+    assert (
+        "keys: source, subset, split, revision, columns, sample_by, limit, weight"
+        in run_cli("explain", "dataset.train").out
+    )
+
+
+def test_other_validators_say_what_replaces_a_renamed_key():
+    import jsonschema
+
+    bundle = json.loads((shelf() / "schema" / "recipe.bundle.schema.json").read_text())
+    recipe = {"schema_version": 1, "name": "a", "stage": "sft", "training": {"max_seq_length": 5}}
+    found = list(jsonschema.Draft202012Validator(bundle).iter_errors(recipe))
+    assert any("use 'max_length'" in error.message for error in found)

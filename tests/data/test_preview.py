@@ -1,8 +1,10 @@
 """`recipe-run preview` and `prepare`: what is shown is what is trained on; what is prepared is used, and made again."""
 
+import copy
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -185,7 +187,7 @@ def test_a_role_that_the_template_does_not_render_is_told(preview, tmp_path):
     training = {"chat_template_path": str(template)}
     result, _ = preview(rows=CHAT, format="chat", training=training)
     assert "warning[system-prompt-lost] dataset" in result.out
-    assert "renders nothing of the role 'system', which 12 rows have" in result.out
+    assert "renders nothing of the role 'system', which 12 train rows have" in result.out
     own, _ = preview(command="prepare", rows=CHAT, format="chat", training=training, system="Be kind.")
     assert (own.status, "error[system-prompt-lost]" in own.err) == (1, True)
     template.write_text(WITHOUT_SYSTEM.replace("'system'", "'user'"))
@@ -214,18 +216,74 @@ def test_two_beginnings_are_refused(preview, tokenizer, tiny_phi3, tmp_path):
 CHATML = "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
 
 
-def test_a_template_without_marks_is_patched_when_asked(preview, tmp_path):
+def test_a_template_without_marks_gets_them(preview, tmp_path):
     plain, marked = tmp_path / "plain.jinja", tmp_path / "marked.jinja"
     plain.write_text(CHATML)
-    training = {"chat_template_path": str(plain)}
-    refused, _ = preview(rows=CHAT, format="chat", training=training)
-    assert refused.status == 1
-    write = f"recipe-run preview {tmp_path / 'tiny.yaml'} --write-template chat.jinja"
-    assert f"a patched copy of it marks the answers: `{write}`" in refused.err
+    learned = ["it is 1<|end|>", "still 1 \u05e9\u05dc\u05d5\u05dd<|end|>"]
+    training = {"chat_template_path": str(plain), "eos_token": "<|end|>"}
+    shown, _ = preview("-n", "1", rows=CHAT, format="chat", training=training)
+    assert shown.status == 0, shown.err
+    assert re.findall(r"\[\[(.*?)\]\]", shown.out) == learned
+    said = "a copy with {% generation %} marks stands in for the model's own: it marks the answers, and changes no row"
+    assert said in shown.out
+    assert said in preview(command="train", rows=CHAT, format="chat", training=training | {"max_length": 512})[0].out
     written, _ = preview("--write-template", marked, rows=CHAT, format="chat", training=training)
     assert written.status == 0, written.err
-    shown, _ = preview("-n", "1", rows=CHAT, format="chat", training={"chat_template_path": str(marked)})
-    assert re.findall(r"\[\[(.*?)\]\]", shown.out) == ["it is 1<|end|>", "still 1 \u05e9\u05dc\u05d5\u05dd<|end|>"]
+    shown, _ = preview("-n", "1", rows=CHAT, format="chat", training=training | {"chat_template_path": str(marked)})
+    assert re.findall(r"\[\[(.*?)\]\]", shown.out) == learned
+
+
+def test_a_template_is_written_to_the_file_that_the_recipe_names(preview, tmp_path):
+    file = tmp_path / "marked.jinja"
+    options = {"rows": CHAT, "format": "chat", "training": {"chat_template_path": "marked.jinja"}}
+    assert preview(**options)[0].status == 1
+    assert preview("--write-template", file, **options)[0].status == 0
+    assert preview(**options)[0].status == 0
+
+
+def read_trls(name):
+    import trl
+
+    return (Path(trl.__file__).parent / "chat_templates" / name).read_text()
+
+
+def test_a_template_that_stands_in_renders_the_same_text(preview, tmp_path):
+    """Of every row, not only of those on which it was chosen."""
+    file = tmp_path / "t.jinja"
+    file.write_text("{% if messages[0]['content'] == 'odd' %}ODD{% endif %}" + read_trls("phi3.jinja"))
+    odd = [{"messages": [{"role": "user", "content": "odd"}, {"role": "assistant", "content": "even"}]}]
+    options = {"format": "chat", "training": {"chat_template_path": str(file)}}
+    shown, _ = preview(rows=CHAT, **options)
+    assert shown.status == 0, shown.err
+    assert "TRL's phi3_5_training.jinja stands in for the model's own" in shown.out
+    refused, _ = preview(rows=[*CHAT, *odd], **options)
+    assert refused.status == 1
+    assert "error[no-generation-marks] dataset.train_on: TRL's phi3_5_training.jinja stands in" in refused.err
+    assert "changes the text of 1 train rows: '' instead of 'ODD'" in refused.err
+
+
+def test_what_trls_training_version_changes_is_said(run_recipe, tokenizer, tmp_path):
+    from transformers import Qwen3Config
+
+    from recipe_runner.model.tiny import write_tiny
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = read_trls("qwen3.jinja")
+    model = {"name_or_path": str(write_tiny(Qwen3Config(), tokenizer, tmp_path / "qwen3"))}
+    shown, _ = run_recipe(command="preview", rows=CHAT, dataset={"format": "chat"}, model=model)
+    assert "warning[template-changes-text] dataset.train_on: TRL's training version stands in" in shown.out + shown.err
+    assert "'<think>\\n\\n</think>\\n\\n' instead of ''" in shown.out + shown.err
+
+
+def test_turns_that_a_template_writes_as_json_are_rendered(preview, tmp_path):
+    file = tmp_path / "t.jinja"
+    content = "{{ m.content | tojson if m.role == 'user' else m.content }}<|end|>"
+    file.write_text(WITHOUT_SYSTEM.replace("{{ m.content }}<|end|>{% endif %}", content + "{% endif %}"))
+    turns = [{"role": "user", "content": 'a "quoted"\n caf\u00e9'}, {"role": "assistant", "content": "b"}]
+    shown, _ = preview(rows=[{"messages": turns}] * 3, format="chat", training={"chat_template_path": str(file)})
+    assert "not-rendered" not in shown.out + shown.err
+    assert r""""a \"quoted\"\n caf""" in shown.out
 
 
 def store():

@@ -127,7 +127,7 @@ def test_hub_datasets_are_asked_for_by_subset_split_and_revision(load, monkeypat
         (
             {"rows": [{"instruction": "a", "ouput": "b"}]},
             "missing-column",
-            "columns: instruction, ouput; did you mean 'ouput'?",
+            "columns: instruction, ouput; set columns: {output: ouput}",
         ),
         ({"rows": [{"a": 1}], "format": "chat"}, "missing-column", "no column 'messages' for the role 'messages'"),
         (
@@ -357,3 +357,69 @@ def test_keys_of_turns_that_nothing_reads_are_listed(write_recipe, tmp_path):
     write_rows(tmp_path / "rows.jsonl", [{"messages": turns, "score": 1}] * 3)
     recipe = load_recipe(str(write_recipe(dataset={"format": "chat", "train": {"source": "rows.jsonl"}})))
     assert open_sources(recipe.dataset)[0].unused == ("score", "messages.id")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "instruction;output\nx;y\n", "its columns are between semicolons, and are read between commas"),
+        ("a.csv", "instruction\toutput\nx\ty\n", "its columns are between tabs, and are read between commas"),
+        ("a.json", '{"data": [{"instruction": "x", "output": "y"}]}', "its rows are the list 'data'; make that list"),
+        ("a.json", '{"v": 1, "rows": [{"instruction": "x"}]}', "its rows are the list 'rows'; make that list the file"),
+        (
+            "a.jsonl",
+            '{"question": "x", "reply": "y"}\n' * 3,
+            "no column 'instruction' for the role 'instruction' and no column 'output' for the role 'output'; its columns: "
+            "question, reply; set columns: {instruction: question, output: reply}",
+        ),
+    ],
+)
+def test_files_of_another_layout_are_told_from_missing_columns(write_recipe, tmp_path, name, content, said):
+    from recipe_runner.data.sources import open_sources
+
+    (tmp_path / name).write_text(content)
+    recipe = load_recipe(str(write_recipe(dataset={"train": {"source": name}})))
+    with pytest.raises(UserError) as caught:
+        open_sources(recipe.dataset)
+    assert said in str(caught.value.problems[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.tsv", "a.tsv: columns between tabs are not read; save it as .csv, with commas"),
+        ("a.jsonl.gz", "a.jsonl.gz is compressed; unpack it (gunzip), and name what is inside"),
+        ("data", "data is a folder, not a file; name a file in it: "),
+        ("./data", "data is a folder, not a file; name a file in it: "),
+        ("A.JSONL", "A.JSONL has the suffix '.JSONL'; rename it to A.jsonl; "),
+    ],
+)
+def test_files_beside_the_recipe_that_are_not_read_are_told(run_cli, write_recipe, tmp_path, monkeypatch, name, said):
+    place, elsewhere = tmp_path / "recipes", tmp_path / "elsewhere"
+    for folder in (place, elsewhere, place / "data"):
+        folder.mkdir()
+    (place / "data" / "rows.jsonl").write_text("{}")
+    if not (place / name).exists():
+        (place / name).write_text("{}")
+    monkeypatch.chdir(elsewhere)
+    result = run_cli("validate", write_recipe(folder=place, dataset={"train": {"source": name}}))
+    assert (result.status, said in result.out) == (1, True), result.out
+
+
+def test_a_template_without_system_turns_says_where_to_put_them(write_recipe, tmp_path, run_recipe):
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    )
+    (tmp_path / "t.jinja").write_text(template)
+    training = {"chat_template_path": str(tmp_path / "t.jinja"), "eos_token": "<|end|>"}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": [{"role": "system", "content": "s"}, *turns]}] * 3
+    options = {"command": "preview", "training": training}
+    told, _ = run_recipe(rows=rows, dataset={"format": "chat"}, **options)
+    fix = (
+        "can't be rendered: roles must alternate; the chat template takes no system turn: write its text into the first"
+    )
+    assert (told.status, fix in told.err) == (1, True), told.err
+    told, _ = run_recipe(rows=[{"messages": turns}] * 3, dataset={"format": "chat", "system": "s"}, **options)
+    assert "takes no system turn: remove dataset.system, and write its text into the first user turn" in told.err

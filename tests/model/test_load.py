@@ -146,3 +146,33 @@ def test_a_template_with_a_token_that_the_vocabulary_lacks_is_named(run_recipe, 
         "error[template-token-missing] training.chat_template_path: the chat template ends a turn with <|im_end|>"
         in result.err
     )
+
+
+@pytest.mark.parametrize("peft", [LORA, None])
+def test_what_is_shared_does_not_name_the_home(completed, tmp_path, monkeypatch, tiny_phi3, peft):
+    """And the adapter loads: by PEFT from the folder where the run was started, by us from any."""
+    from peft import AutoPeftModelForCausalLM
+
+    from recipe_runner.model.load import load_result
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    base = shutil.copytree(tiny_phi3, tmp_path / "base")
+    folder = completed(model={"name_or_path": str(base)}, peft=peft, training={"save_steps": 2})
+    result = folder / ("adapter" if peft else "model")
+    shared = [
+        folder / "environment.json",
+        folder / "README.md",
+        *result.iterdir(),
+        *folder.glob("checkpoints/*/*.json"),
+    ]
+    assert len(shared) > 10
+    assert [file for file in shared if str(tmp_path).encode() in file.read_bytes()] == []
+    assert "~/base" in (folder / "README.md").read_text()
+    if peft:
+        assert json.loads((result / "adapter_config.json").read_text())["base_model_name_or_path"] == "../base"
+        AutoPeftModelForCausalLM.from_pretrained(result)
+    monkeypatch.chdir("/")
+    load_result(folder)

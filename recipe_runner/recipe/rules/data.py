@@ -10,6 +10,7 @@ from recipe_runner.stages import FORMATS
 
 # Suffix of a local data file -> the builder of `datasets` that reads it.
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+COMPRESSED = {".gz": "gunzip", ".zip": "unzip", ".zst": "unzstd", ".xz": "unxz", ".bz2": "bunzip2"}
 
 
 def looks_local(name: str) -> bool:
@@ -47,7 +48,7 @@ def source_files(dataset: DatasetSection) -> Found:
     kinds = f"local files end with {', '.join(BUILDERS)}"
     for source in dataset.sources:
         name, place = source.source, (*source.path, "source")
-        if is_file_source(name):
+        if is_file_source(name) or Path(name).is_absolute():
             yield from _local_source(Path(name), source, kinds)
         elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
             yield place, f"'{name}' is neither a local file nor a hub id", kinds
@@ -58,14 +59,23 @@ def source_files(dataset: DatasetSection) -> Found:
 
 
 def _local_source(file: Path, source: SourceSection, kinds: str) -> Found:
-    if file.suffix not in BUILDERS:
-        yield (*source.path, "source"), f"{file} has the suffix '{file.suffix}'", kinds
+    place, suffix = (*source.path, "source"), file.suffix.lower()
+    if file.is_dir():
+        inside = sorted(other.name for other in file.iterdir() if other.suffix in BUILDERS)
+        fix = f"name a file in it: {source.source}/{inside[0]}" if inside else kinds
+        yield place, f"{file} is a folder, not a file", fix
     elif file.exists() and not file.is_file():
-        what = "a folder" if file.is_dir() else "a device or a pipe"
-        yield (*source.path, "source"), f"{file} is {what}, not a file", kinds
-    elif not file.is_file():
+        yield place, f"{file} is a device or a pipe, not a file", kinds
+    elif suffix in COMPRESSED:
+        yield place, f"{file} is compressed", f"unpack it ({COMPRESSED[suffix]}), and name what is inside"
+    elif suffix == ".tsv":
+        yield place, f"{file}: columns between tabs are not read", "save it as .csv, with commas"
+    elif file.suffix not in BUILDERS:
+        renamed = f"rename it to {file.stem}{suffix}; " * (suffix in BUILDERS)
+        yield place, f"{file} has the suffix '{file.suffix}'", f"{renamed}{kinds}"
+    elif not file.exists():
         neighbours = [other.name for other in file.parent.glob("*")] if file.parent.is_dir() else []
-        yield (*source.path, "source"), f"there is no file {file}", suggest(file.name, neighbours)
+        yield place, f"there is no file {file}", suggest(file.name, neighbours)
     for key in ("subset", "revision"):
         if getattr(source, key) is not None:
             yield (*source.path, key), f"a local file has no {key}", "remove the key"
