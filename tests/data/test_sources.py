@@ -369,8 +369,8 @@ def test_keys_of_turns_that_nothing_reads_are_listed(write_recipe, tmp_path):
         (
             "a.jsonl",
             '{"question": "x", "reply": "y"}\n' * 3,
-            "no column 'instruction' for the role 'instruction' and no column 'output' for the role 'output'; its columns: "
-            "question, reply; set columns: {instruction: question, output: reply}",
+            "no column 'instruction' for the role 'instruction' and no column 'output' for the role 'output'; its "
+            "columns: question, reply; set columns: {instruction: question, output: reply}",
         ),
     ],
 )
