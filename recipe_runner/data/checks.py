@@ -152,15 +152,30 @@ def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, tem
         return None
 
 
-def count_common_tokens(
-    turns: list[dict[str, str]], input_ids: list[int], tokenizer: PreTrainedTokenizerBase
+def find_turn(
+    turns: list[dict[str, str]], number: int, input_ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> int | None:
-    """How many tokens of a conversation are those of its first turns; None when the template refuses them alone."""
+    """Where a turn of a conversation begins, in tokens; None when the template refuses the turns before it alone.
+
+    After as many tokens as the turns before it have alone. A template may render these otherwise when they are alone
+    (Qwen3's gives the last answer a `<think>` block): then after the last end of a turn before the turn's own text,
+    which begins where another text in its place makes a difference.
+    """
+    changed = [*turns[:number], turns[number] | {"content": f"#{turns[number]['content']}"}, *turns[number + 1 :]]
     try:
-        alone: Any = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        alone: Any = tokenizer.apply_chat_template(turns[:number], tokenize=True, return_dict=False)
+        same = int(common_prefix_length(alone, input_ids))
+        if same == len(alone):
+            return same
+        other: Any = tokenizer.apply_chat_template(changed, tokenize=True, return_dict=False)
     except REFUSALS:
         return None
-    return int(common_prefix_length(alone, input_ids))
+    text = int(common_prefix_length(other, input_ids))
+    ends = [place for place in range(same, text) if input_ids[place] == tokenizer.eos_token_id]
+    begin = ends[-1] + 1 if ends else same
+    while ends and begin < text and not str(tokenizer.decode(input_ids[begin : begin + 1])).strip():
+        begin += 1  # the line break after the end of a turn
+    return begin
 
 
 def find_problems(

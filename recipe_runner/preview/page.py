@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator
 from html import escape
+from pathlib import Path
 
 from recipe_runner import __version__
 from recipe_runner.data.accounting import Accounting
+from recipe_runner.files import hide_home
 from recipe_runner.preview.rows import Facts, Row
 from recipe_runner.problems.words import make_visible
 from recipe_runner.recipe.recipe import Recipe
 
 STYLE = """
 :root { color-scheme: light dark; --learned: #b7ebc6; --ink: #1b1f24; --quiet: #6a737d; --line: #d0d7de;
-  --bar: #2f81f7; }
+  --bar: #2f81f7; --bad: #cf222e; --good: #1a7f37; --warn: #8a5c00; }
 @media (prefers-color-scheme: dark) {
-  :root { --learned: #1d572f; --ink: #e6edf3; --quiet: #9aa4af; --line: #373e47; } body { background: #0d1117; }
+  :root { --learned: #1d572f; --ink: #e6edf3; --quiet: #9aa4af; --line: #373e47; --bad: #ff7b72; --good: #56d364;
+    --warn: #e3b341; } body { background: #0d1117; }
 }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 60rem; margin: 0 auto; padding: 1rem; }
@@ -21,17 +24,17 @@ h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5re
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .3rem .5rem .3rem 0;
   border-top: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
 th { font-weight: normal; color: var(--quiet); width: 8.5rem; }
-svg { width: 100%; height: auto; display: block; margin-top: .8rem; }
+figure { margin: .8rem 0 0; } svg { width: 100%; height: auto; display: block; }
 .axis { display: flex; justify-content: space-between; color: var(--quiet); font-size: .85rem; }
-.limit { color: #cf222e; border-left: 2px dashed; padding-left: .3rem; }
+.limit { color: var(--bad); border-left: 2px dashed; padding-left: .3rem; }
 details { border-top: 1px solid var(--line); padding: .4rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.6 ui-monospace, monospace; margin: .5rem 0; }
 mark { background: var(--learned); color: inherit; } .special { font-weight: bold; } .quiet { color: var(--quiet); }
 .turn, .document, .cut { display: block; color: var(--quiet); font: 13px/1.6 system-ui, sans-serif; }
-.document { border-top: 1px dashed var(--quiet); margin-top: .4rem; } .cut { border-top: 2px solid #cf222e; }
+.document { border-top: 1px dashed var(--quiet); margin-top: .4rem; } .cut { border-top: 2px solid var(--bad); }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
-.rejected { color: #cf222e; } .chosen { color: #1a7f37; } .pair > div { min-width: 0; }
-.error { color: #cf222e; } .warning { color: #9a6700; }
+.rejected { color: var(--bad); } .chosen { color: var(--good); } .pair > div { min-width: 0; }
+.error { color: var(--bad); } .warning { color: var(--warn); }
 """
 
 
@@ -50,16 +53,27 @@ def write_page(recipe: Recipe, facts: Facts, rows: list[Row]) -> str:
         f"{escape(problem.message)}; {escape(problem.suggestion)}</p>"
         for problem in facts.problems
     ]
-    for split, account in facts.accounts.items():
-        parts += [f"<h2>{split} data</h2>", *_table(account, facts if split == "train" else None)]
-        parts += _histogram(account)
     parts.append(
-        f"<h2>{len(rows)} rows as the model sees them</h2>"
+        f"<h2>{len(rows)} row{'s' * (len(rows) != 1)} as the model sees {'them' if len(rows) != 1 else 'it'}</h2>"
         "<p>Tokens in the loss are <mark>marked</mark>; <span class='special'>special tokens</span> are bold;"
         " &crarr; is a line break.</p>"
     )
     parts += [_row(number, row) for number, row in enumerate(rows, 1)]
-    return "\n".join([*parts, "</body></html>\n"])
+    for split, account in facts.accounts.items():
+        parts += [f"<h2>{split} data</h2>", *_table(account, facts if split == "train" else None)]
+        parts += _histogram(account)
+    return _shorten_paths("\n".join([*parts, "</body></html>\n"]), recipe)
+
+
+def _shorten_paths(text: str, recipe: Recipe) -> str:
+    """The page with files named as from the recipe, or by their last name: it is made to be shown to others."""
+    named: list[str | None] = [source.source for source in recipe.dataset.sources]
+    named += [recipe.model.name_or_path, recipe.model.adapter, recipe.training["chat_template_path"]]
+    for path in sorted({name for name in named if name and Path(name).is_absolute()}, key=len, reverse=True):
+        beside = Path(path).is_relative_to(recipe.file.resolve().parent)
+        shown = str(Path(path).relative_to(recipe.file.resolve().parent)) if beside else Path(path).name
+        text = text.replace(escape(path), escape(shown))
+    return hide_home(text)
 
 
 def _table(account: Accounting, facts: Facts | None) -> Iterator[str]:
@@ -88,7 +102,10 @@ def _histogram(account: Accounting) -> Iterator[str]:
     counts, edges = account.histogram["counts"], account.histogram["edges"]
     width, height = 700, 160
     least, reach = edges[0], max(edges[-1] - edges[0], 1)
+    most = f"{max(counts):,} row{'s' * (max(counts) != 1)}"
+    yield f'<figure><figcaption class="axis">{most}</figcaption>'
     yield f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="rows by length in tokens">'
+    yield f'<line x1="0" y1="1" x2="{width}" y2="1" stroke="var(--line)"/>'  # the height of the tallest bar
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         x, bar = (low - least) / reach * width, count / max(counts) * height
         yield (
@@ -102,7 +119,7 @@ def _histogram(account: Accounting) -> Iterator[str]:
         cut = f'<span class="limit">max_length {account.max_length:,}</span>'
         dashes = 'stroke="#cf222e" stroke-width="2" stroke-dasharray="6"'
         yield f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}" {dashes}/>'
-    yield f'</svg><div class="axis"><span>{least:,}</span>{cut}<span>{edges[-1]:,} tokens</span></div>'
+    yield f'</svg><div class="axis"><span>{least:,}</span>{cut}<span>{edges[-1]:,} tokens</span></div></figure>'
 
 
 def _row(number: int, row: Row) -> str:

@@ -196,10 +196,10 @@ def _read_sequence(
 
 
 def _find_turns(job: Job, turns: list[dict[str, str]], input_ids: list[int], start: int) -> tuple[tuple[str, int], ...]:
-    """Where each turn begins: after as many tokens as the turns before it have, rendered alone."""
+    """Where each turn begins."""
     found = []
     for count in range(len(turns)):
-        begins = 0 if not count else checks.count_common_tokens(turns[:count], input_ids, job.tokenizer)
+        begins = 0 if not count else checks.find_turn(turns, count, input_ids, job.tokenizer)
         if begins is None or begins >= len(input_ids):
             break  # the template does not render a part of this conversation, or it is cut before
         found.append((turns[count]["role"], start + begins))

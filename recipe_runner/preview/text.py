@@ -11,8 +11,11 @@ import click
 from recipe_runner.data.accounting import Accounting
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.preview.rows import Facts, Piece, Row
+from recipe_runner.problems import words
 from recipe_runner.problems.words import make_visible
 from recipe_runner.problems.writers import write_text
+
+SHOWN, MENTIONED = 3, 12  # documents of a packed row: with their text, with a line
 
 
 def write_row(row: Row, colour: bool) -> str:
@@ -25,7 +28,9 @@ def write_row(row: Row, colour: bool) -> str:
     if len(row.documents) > 1:
         lines.append(f"{len(row.documents)} documents packed into {len(row.input_ids)} tokens")
     line, last = "", False
-    for piece in row.pieces:
+    more = row.documents[SHOWN:]
+    pieces = row.pieces if not more else [piece for piece in row.pieces if piece.start < more[0].start]
+    for piece in pieces:
         if piece.start in heads or piece.start in turns:
             lines.append(line + _close(last, colour))
             line, last = "", False
@@ -39,6 +44,9 @@ def write_row(row: Row, colour: bool) -> str:
         line += marks + _paint(piece, colour)
         last = piece.supervised
     lines.append(line + _close(last, colour))
+    if more:
+        lines += [_head(number, row) for number in range(SHOWN, min(len(row.documents), MENTIONED))]
+        lines.append(f"  -- the text of {len(more)} more documents is left out here: --html FILE shows it")
     if lost := sum(document.lost for document in row.documents):
         lines.append(f"  -- cut here at max_length: {lost:,} tokens are lost")
     return "\n".join(line for line in lines if line) + "\n"
@@ -96,7 +104,7 @@ def write_facts(facts: Facts) -> str:
     """The accounting of all splits, and what it warns about; errors end the command, and are said there."""
     lines = [line for split, account in facts.accounts.items() for line in describe(split, account)]
     more = {"steps": facts.steps, "template": facts.template, "prepared": facts.stored}
-    lines += [f"  {name:<11}{text}" for name, text in more.items() if text]
+    lines.append(words.write_facts(more))
     warnings = [problem for problem in facts.problems if problem.severity == "warning"]
     return "\n".join(lines) + (f"\n{write_text(warnings)}" if warnings else "")
 
@@ -112,7 +120,7 @@ def describe(split: str, account: Accounting) -> Iterator[str]:
         "sources": account.describe_sources(),
         "not used": account.describe_unused(),
     }
-    yield from (f"  {name:<11}{make_visible(text)}" for name, text in facts.items() if text)
+    yield words.write_facts(facts)
     if account.histogram:
         yield from draw_histogram(account.histogram)
 

@@ -1,7 +1,10 @@
 """Words for people: texts that a terminal can print, and the choice that a misspelt word was meant to be."""
 
 import difflib
-from collections.abc import Iterable
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 LIKE = 0.6  # what people may have meant
@@ -15,6 +18,20 @@ def make_visible(text: str) -> str:
         character if character == "\n" or character.isprintable() or character == "\u200d" else ascii(character)[1:-1]
         for character in text
     )
+
+
+def write_facts(facts: Mapping[str, str]) -> str:
+    """Facts with a name, one a line; on a terminal, long ones go on below, broken at words. Empty ones are left out."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    return "\n".join(_write_fact(name, make_visible(text), width) for name, text in facts.items() if text)
+
+
+def _write_fact(name: str, text: str, width: int) -> str:
+    first = f"  {name:<11}"
+    if len(first) + len(text) <= width or not width:
+        return first + text
+    lines = textwrap.wrap(text, max(width - len(first), 30), break_long_words=False, break_on_hyphens=False)
+    return first + f"\n{' ' * len(first)}".join(lines)
 
 
 def nearest(word: str, choices: Iterable[str]) -> list[str]:

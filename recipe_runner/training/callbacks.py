@@ -3,15 +3,19 @@
 import os
 import signal
 import sys
+import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from transformers import TrainerCallback
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from recipe_runner.runs.folder import rotate_checkpoints, vouch_for
 from recipe_runner.runs.metrics import append_metrics
+from recipe_runner.stages import Stage
 
 
 class Finished(Exception):
@@ -47,6 +51,83 @@ class Recorder(TrainerCallback):
             (checkpoint / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with the path of the base
             vouch_for(checkpoint)
             rotate_checkpoints(self.folder, self.limit, state.best_model_checkpoint)
+
+
+class Lines(TrainerCallback):
+    """Says what is logged in a line of columns, and logs the first and the last step whatever `logging_steps` is.
+
+    Tokens a second are those since the line before, without the time of evaluations; `left` is the time that the steps
+    to come take, if they take as long as those of this run did.
+    """
+
+    COLUMNS: ClassVar = {"step": 8, "loss": 10, "margin": 10, "rate": 11, "tokens/s": 10, "left": 10}
+
+    def __init__(self, stage: Stage) -> None:
+        self.measures, self.pairs = stage.measures, "eval_rewards/margins" in stage.measures
+        self.evaluated, self.told = 0.0, False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins to measure."""
+        self.began, self.first = time.monotonic(), state.global_step
+        self.last, self.tokens = self.began, 0 if not state.global_step else None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Has the first and the last step logged."""
+        if args.logging_strategy == "steps" and state.global_step in (1, state.max_steps):
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Says it."""
+        logs = logs or {}
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            self._say_step(state, logs)
+        elif "eval_loss" in logs:
+            self.evaluated += logs.get("eval_runtime", 0)
+            found = "; ".join(f"{name} {logs[key]:.4g}" for key, name in self.measures.items() if key in logs)
+            tqdm.write(textwrap.fill(found, 78, initial_indent=f"{state.global_step:>8}  ", subsequent_indent=" " * 10))
+        elif "train_runtime" in logs:
+            steps, taken = state.global_step - self.first, timedelta(seconds=round(logs["train_runtime"]))
+            tqdm.write(f"  {steps:,} step{'s' * (steps != 1)} in {taken}; mean loss {logs['train_loss']:.4g}")
+
+    def _say_step(self, state: Any, logs: dict[str, Any]) -> None:
+        now, tokens, done = time.monotonic(), logs.get("num_tokens"), state.global_step - self.first
+        cells = {"step": f"{state.global_step:,}", "loss": f"{logs['loss']:.4f}"}
+        if self.pairs:
+            cells["margin"] = f"{logs.get('rewards/margins', 0):.4f}"
+        cells["rate"] = f"{logs.get('learning_rate', 0):.2e}"
+        speed = ""
+        if tokens is not None and self.tokens is not None:
+            speed = f"{(tokens - self.tokens) / max(now - self.last - self.evaluated, 1e-3):,.0f}"
+        left = (now - self.began) / max(done, 1) * (state.max_steps - state.global_step)
+        cells |= {"tokens/s": speed, "left": str(timedelta(seconds=round(left)))}
+        if not self.told:
+            tqdm.write("".join(f"{name:>{self.COLUMNS[name]}}" for name in cells))
+        tqdm.write("".join(f"{cell:>{self.COLUMNS[name]}}" for name, cell in cells.items()))
+        self.told, self.last, self.tokens, self.evaluated = True, now, tokens, 0.0
+
+
+class Bar(ProgressCallback):
+    """transformers' bar, on a terminal, without its dictionaries."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Makes the bar, which goes when training is over."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.leave = False
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves it to `Lines`."""
+
+
+def say_progress(trainer: Any, stage: Stage) -> None:
+    """Puts `Lines`, and on a terminal `Bar`, in the place of transformers' output."""
+    wanted = trainer.pop_callback(ProgressCallback)
+    trainer.pop_callback(PrinterCallback)
+    trainer.add_callback(Lines(stage))
+    if wanted and sys.stderr.isatty():
+        trainer.add_callback(Bar())
 
 
 ECHO_SECONDS = 5  # a launcher passes a signal on within about a second

@@ -21,7 +21,7 @@ from recipe_runner.runs import folder as run_folder
 from recipe_runner.runs.metrics import drop_metrics_after
 from recipe_runner.stages import Stage
 from recipe_runner.training import card, prepare, resume, summary, trainers, verify
-from recipe_runner.training.callbacks import Finished, Interruption, Recorder
+from recipe_runner.training.callbacks import Finished, Interruption, Recorder, say_progress
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
 
@@ -71,6 +71,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         interruption = Interruption(speaks=config.process_index == 0)
         trainer.add_callback(interruption)
         trainer.add_callback(Recorder(folder, config))
+        say_progress(trainer, recipe.stage)
         _train(trainer, folder, interruption, found is not None)
         result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)), recipe.stage, initial)
         if config.process_index == 0:

@@ -6,6 +6,7 @@ from typing import Any
 from recipe_runner.data.accounting import Accounting
 from recipe_runner.data.job import Replaced
 from recipe_runner.launch.processes import describe_launcher
+from recipe_runner.problems.words import write_facts
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.sections import UpstreamSection
 from recipe_runner.stages import Stage
@@ -43,15 +44,16 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         * (config.world_size > 1),
         "run folder": str(folder),
     }
-    return "\n".join(f"  {key:<11}{text}" for key, text in lines.items() if text)
+    return write_facts(lines)
 
 
 def describe_steps(config: Any, rows: int) -> str:
     """Steps, epochs and batch size, in a line."""
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     steps = count_steps(config, rows)
+    size = f"{batch:,} rows" if batch <= rows else f"all {rows:,} rows" if rows > 1 else "the one row"
     return (
-        f"{steps:,} of {batch} rows: {config.per_device_train_batch_size} per device"
+        f"{steps:,} of {size}: {'up to ' * (batch > rows)}{config.per_device_train_batch_size} per device"
         f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(config)};"
         f" {steps / steps_per_epoch(config, rows):.3g} epochs"
     )

@@ -94,3 +94,18 @@ def test_a_reader_that_stops_reading_is_no_error():
     code += "click.echo = stop\nfrom recipe_runner.cli import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code, "show", "phi3_chat_qlora"], capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_facts_are_broken_at_words_on_a_terminal(monkeypatch):
+    import sys
+
+    from recipe_runner.problems.words import write_facts
+
+    monkeypatch.setenv("COLUMNS", "60")
+    facts = {"data": "word " * 30, "empty": "", "path": f"/{'x' * 100}"}
+    assert [len(line) for line in write_facts(facts).splitlines()] == [13 + 150, 13 + 101]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    lines = write_facts(facts).splitlines()
+    assert max(len(line) for line in lines[:-1]) <= 60
+    assert lines[1].startswith(" " * 13 + "word")
+    assert lines[-1].endswith("x" * 100)

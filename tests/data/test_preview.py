@@ -448,3 +448,12 @@ def test_what_killed_preparations_left_is_removed_and_what_others_write_is_kept(
     assert written.is_dir()
     written.joinpath("train.arrow").unlink()
     written.rmdir()
+
+
+def test_a_packed_row_of_many_documents_is_shortened(preview):
+    rows = [{"text": f"document {number}"} for number in range(40)]
+    shown, _ = preview("-n", "1", rows=rows, format="text", training=PACKED | {"max_length": 128}, command="preview")
+    first = shown.out.split("train data")[0]
+    assert "document 2" in first.replace("[[", "")
+    assert first.count(" supervised") == 12
+    assert re.search(r"-- the text of \d\d more documents is left out here: --html FILE shows it", first)

@@ -716,3 +716,33 @@ def test_packages_that_a_recipe_needs_and_this_machine_lacks_are_told(run_cli):
     assert len(lines) == len(expected) == 3
     for line, (place, code, message) in zip(lines, expected, strict=True):
         assert line.startswith(f"{file}:{place}: warning[{code}] {message}")
+
+
+def test_progress_is_a_table_with_the_first_and_the_last_step(run_recipe):
+    held_out = {"eval": {"fraction": 0.25}}
+    training = {"max_steps": 5, "logging_steps": 100, "eval_strategy": "steps", "eval_steps": 3}
+    result, folder = run_recipe(peft=LORA, dataset=held_out, training=training)
+    assert result.status == 0, result.err
+    lines = [line.split() for line in result.out.splitlines()]
+    begin = lines.index(["step", "loss", "rate", "tokens/s", "left"])
+    table = lines[begin + 1 : begin + 6]
+    assert [row[0] for row in table] == ["1", "3", "5", "5", "5"]
+    assert [row[1] for row in table][1:4:2] == ["held-out", "held-out"]
+    assert float(table[0][2]) > float(table[2][2])  # the rate falls
+    assert table[2][4] == "0:00:00"
+    assert table[4][1:3] == ["steps", "in"]
+    assert "{'loss'" not in result.out + result.err
+    card = (folder / "README.md").read_text()
+    assert re.search(r"Training loss: [\d.]+ at step 1, [\d.]+ at step 5\n", card)
+
+
+def test_one_step_has_one_loss(run_recipe):
+    _, folder = run_recipe(peft=LORA, training={"max_steps": 1})
+    assert re.search(r"Training loss: [\d.]+ at step 1\n", (folder / "README.md").read_text())
+
+
+def test_a_batch_larger_than_the_data_is_said_as_it_is(run_recipe):
+    rows = [{"instruction": "a", "output": "b"}] * 3
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1}
+    result, _ = run_recipe(rows=rows, peft=LORA, training=batch)
+    assert "steps      1 of all 3 rows: up to 2 per device x 4 accumulated x 1 process; 1 epochs" in result.out
