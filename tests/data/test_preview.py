@@ -262,7 +262,9 @@ def test_a_template_that_stands_in_renders_the_same_text(preview, tmp_path):
     assert "changes the text of 1 train rows: '' instead of 'ODD'" in refused.err
 
 
-def test_what_trls_training_version_changes_is_said(run_recipe, tokenizer, tmp_path):
+@pytest.fixture
+def qwen3(tokenizer, tmp_path):
+    """A tiny model with Qwen3's template, which writes a `<think>` block into the last answer only."""
     from transformers import Qwen3Config
 
     from recipe_runner.model.tiny import write_tiny
@@ -270,10 +272,23 @@ def test_what_trls_training_version_changes_is_said(run_recipe, tokenizer, tmp_p
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = read_trls("qwen3.jinja")
-    model = {"name_or_path": str(write_tiny(Qwen3Config(), tokenizer, tmp_path / "qwen3"))}
+    return str(write_tiny(Qwen3Config(), tokenizer, tmp_path / "qwen3"))
+
+
+def test_what_trls_training_version_changes_is_said(run_recipe, qwen3):
+    model = {"name_or_path": qwen3}
     shown, _ = run_recipe(command="preview", rows=CHAT, dataset={"format": "chat"}, model=model)
     assert "warning[template-changes-text] dataset.train_on: TRL's training version stands in" in shown.out + shown.err
     assert "'<think>\\n\\n</think>\\n\\n' instead of ''" in shown.out + shown.err
+
+
+def test_headings_are_before_their_turns_where_a_template_writes_earlier_turns_otherwise(run_recipe, qwen3):
+    options = {"rows": CHAT, "dataset": {"format": "chat", "train_on": "completion"}, "model": {"name_or_path": qwen3}}
+    shown, _ = run_recipe("-n", "1", "--rows-only", command="preview", **options)
+    assert shown.status == 0, shown.err
+    heads = re.findall(r"  -- (\w+)\n(<\|im_start\|>)?(\w+)", shown.out)
+    assert [(role, spelt) for role, _, spelt in heads][-3:] == [("assistant",) * 2, ("user",) * 2, ("assistant",) * 2]
+    assert all(start for _, start, _ in heads[-3:])
 
 
 def test_turns_that_a_template_writes_as_json_are_rendered(preview, tmp_path):
@@ -457,3 +472,38 @@ def test_a_packed_row_of_many_documents_is_shortened(preview):
     assert "document 2" in first.replace("[[", "")
     assert first.count(" supervised") == 12
     assert re.search(r"-- the text of \d\d more documents is left out here: --html FILE shows it", first)
+
+
+def luminance(colour):
+    """Of #rrggbb, from 0 to 1. Source: WCAG 2.2, relative luminance."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one, other):
+    dark, light = sorted(map(luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_text_has_contrast_in_light_and_dark():
+    from recipe_runner.preview.page import STYLE
+
+    light, dark = re.findall(r":root \{(.*?)\}", STYLE, flags=re.DOTALL)
+    for style, paper in ((light, "#ffffff"), (dark, "#0d1117")):
+        colours = dict(re.findall(r"--(\w+): (#\w{6})", style))
+        for name in ("ink", "quiet", "bad", "good", "warn"):
+            assert contrast(colours[name], paper) >= 4.5, name
+        assert contrast(colours["ink"], colours["learned"]) >= 4.5
+    assert "color: #" not in STYLE  # every text has one of these
+
+
+def test_the_page_shows_rows_first_and_no_absolute_path(run_recipe, tmp_path):
+    rows = [{"instruction": f"question {number}", "output": "answer"} for number in range(6)]
+    result, _ = run_recipe("-n", "1", "--html", tmp_path / "p.html", command="preview", rows=rows)
+    assert result.status == 0, result.err
+    page = (tmp_path / "p.html").read_text()
+    order = ["1 row as the model sees it", "rows.jsonl row 1: ", "<h2>train data</h2>", ">6 rows</figcaption>"]
+    assert [page.index(text) for text in order] == sorted(page.index(text) for text in order)
+    assert str(tmp_path) not in page
+    assert "tiny-phi3; recipe-run" in page
