@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from recipe_runner.launch.configuration import Launch
     from recipe_runner.recipe.recipe import Recipe
 
 recipe_argument = click.argument("recipe")
@@ -23,6 +24,25 @@ launch_option = click.option(
     metavar="FILE|NAME",
     help="Launch configuration of accelerate: a file, or the name of a shipped one (deepspeed_zero3).",
 )
+
+
+def read_checked_launch(launch_file: str, given: Sequence[str], recipe: "Recipe") -> "Launch":
+    """A launch configuration, with options of the command line (`--num_processes=2`), checked against a recipe.
+
+    Raises:
+        UserError: It can't be read, or contradicts the recipe.
+    """
+    from recipe_runner.launch.configuration import change_launch, find_launch, read_launch
+    from recipe_runner.launch.rules import check_launch
+    from recipe_runner.problems.errors import UserError
+
+    launch = change_launch(read_launch(find_launch(launch_file)), given)
+    problems = check_launch(launch, recipe)
+    if any(problem.severity == "error" for problem in problems):
+        raise UserError(problems)
+    for problem in problems:
+        click.echo(problem, err=True)
+    return launch
 
 
 def choose_colour() -> bool | None:

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from recipe_runner.cli.options import choose_colour, load_to_run, recipe_argument, set_option
+from recipe_runner.cli.options import (
+    choose_colour,
+    launch_option,
+    load_to_run,
+    read_checked_launch,
+    recipe_argument,
+    set_option,
+)
 from recipe_runner.problems.errors import UserError, user_error
 
 
@@ -21,6 +28,8 @@ from recipe_runner.problems.errors import UserError, user_error
 @click.option("--html", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to FILE.")
 @click.option("--rows-only", is_flag=True, help="Leave out the accounting, which reads all rows.")
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
+@launch_option
+@click.option("--num-processes", type=click.IntRange(1), help="Count steps for so many processes.")
 @click.option(
     "--write-template",
     "template",
@@ -28,7 +37,14 @@ from recipe_runner.problems.errors import UserError, user_error
     type=click.Path(dir_okay=False, path_type=Path),
     help="Only write the chat template with {% generation %} marks to FILE (.jinja).",
 )
-def command(recipe: str, overrides: tuple[str, ...], template: Path | None, **options: Any) -> None:
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    template: Path | None,
+    launch_file: str | None,
+    num_processes: int | None,
+    **options: Any,
+) -> None:
     """Show what the model will see, and which tokens it learns: rows, then what becomes of all rows. Loads no weights.
 
     Supervised tokens are green; without colour (NO_COLOR, a pipe) they stand in [[double brackets]].
@@ -53,6 +69,10 @@ def command(recipe: str, overrides: tuple[str, ...], template: Path | None, **op
             return
         from recipe_runner.preview import preview_recipe
 
+        processes = num_processes or 1
+        if launch_file is not None:  # of any machine: none of its processes is started
+            given = [f"--num_processes={num_processes}"] if num_processes else []
+            processes = read_checked_launch(launch_file, given, resolved).processes
         colour = choose_colour() is None and sys.stdout.isatty()
-        for part in preview_recipe(resolved, colour=colour, **options):
+        for part in preview_recipe(resolved, colour=colour, processes=processes, **options):
             click.echo(part)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from recipe_runner.cli.options import launch_option, load_to_run, recipe_argument, set_option
-from recipe_runner.problems.errors import UserError
+from recipe_runner.cli.options import launch_option, load_to_run, read_checked_launch, recipe_argument, set_option
 from recipe_runner.recipe.recipe import Recipe
 
 
@@ -73,15 +72,7 @@ def _start_processes(recipe: Recipe, launch_file: str, options: Sequence[str], a
     Raises:
         UserError: They contradict each other, or the processes can't be started.
     """
-    from recipe_runner.launch.configuration import change_launch, find_launch, read_launch
-    from recipe_runner.launch.rules import check_launch
-
-    launch = change_launch(read_launch(find_launch(launch_file)), options)
-    problems = check_launch(launch, recipe)
-    if any(problem.severity == "error" for problem in problems):
-        raise UserError(problems)
-    for problem in problems:
-        click.echo(problem, err=True)
+    launch = read_checked_launch(launch_file, options, recipe)
     from recipe_runner.launch.start import launch_run
 
     return launch_run(launch, options, arguments)

@@ -85,13 +85,12 @@ def check_processes(config: Any) -> None:
         raise user_error("one-process-only", message, "launch with one of accelerate_configs/, or with torchrun")
 
 
-def derive_accumulation(size: int, device: int) -> int:
+def derive_accumulation(size: int, device: int, processes: int) -> int:
     """Steps of accumulation that make a global batch of `size` rows from batches of `device` rows on every process.
 
     Raises:
         UserError: They don't divide.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
     if size % (device * processes):
         message = f"{size} rows can't be shared evenly by {processes} processes of {device} rows each"
         fix = "lower training.per_device_train_batch_size, or change the number of processes"

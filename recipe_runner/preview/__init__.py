@@ -25,6 +25,7 @@ def preview_recipe(
     rows_only: bool = False,
     force: bool = False,
     colour: bool = False,
+    processes: int = 1,
 ) -> Iterator[str]:
     """Shows rows as the model sees them, then what became of all rows.
 
@@ -36,6 +37,7 @@ def preview_recipe(
         html: Write a page with everything to this file.
         rows_only: Leave the accounting out, which reads all rows.
         force: Overwrite the page.
+        processes: How many a run would have: for the number of steps.
         colour: Mark supervised tokens by colour instead of brackets.
 
     Yields:
@@ -46,7 +48,7 @@ def preview_recipe(
     """
     if html and html.exists() and not force:
         raise user_error("file-exists", "the file is there already", "choose another name, or --force", Mark(str(html)))
-    opened = rows.open_preview(recipe)
+    opened = rows.open_preview(recipe, processes)
     shown = rows.take_row(opened, row) if row is not None else rows.take_rows(opened, number)
     if form == "json":
         yield json.dumps([rows.as_json(entry) for entry in shown], ensure_ascii=False, indent=1)
@@ -68,7 +70,7 @@ def prepare_recipe(recipe: Recipe) -> Iterator[str]:
     Raises:
         UserError: The recipe, the data or the environment is at fault.
     """
-    facts = _account(recipe, rows.open_preview(recipe))
+    facts = _account(recipe, rows.open_preview(recipe, 1))
     yield text.write_facts(facts)
     raise_errors(facts.problems)
 

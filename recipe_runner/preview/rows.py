@@ -18,7 +18,7 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.training.config import build_config
 from recipe_runner.training.environment import choose_precision
-from recipe_runner.training.prepare import find_data_problems, open_job
+from recipe_runner.training.prepare import accumulate, find_data_problems, open_job
 from recipe_runner.training.summary import describe_steps, describe_template
 
 SPARE = 50  # rows read beyond those asked for, in case some are dropped
@@ -94,6 +94,7 @@ class Opened:
 
     job: Job
     model: ModelSection
+    processes: int
     orders: dict[str, np.ndarray]
 
 
@@ -108,17 +109,17 @@ class Facts:
     stored: str
 
 
-def open_preview(recipe: Recipe) -> Opened:
-    """Opens data, tokenizer and template; no weights.
+def open_preview(recipe: Recipe, processes: int) -> Opened:
+    """Opens data, tokenizer and template, as a run on a number of processes would; no weights.
 
     Raises:
         UserError: One of them is at fault.
     """
     hub.find_model(recipe.model)
     precision = choose_precision(recipe.training, recipe.model.dtype, bool(recipe.peft), launcher="no")
-    config = build_config(recipe.stage, recipe.training.said, recipe.model, recipe.run.seed, precision)
+    config = build_config(recipe.stage, accumulate(recipe, processes), recipe.model, recipe.run.seed, precision)
     job, _ = open_job(recipe, config)
-    return Opened(job, recipe.model, sources.order_rows(job.dataset, job.sources, job.seed))
+    return Opened(job, recipe.model, processes, sources.order_rows(job.dataset, job.sources, job.seed))
 
 
 def take_rows(opened: Opened, number: int) -> list[Row]:
@@ -233,7 +234,7 @@ def account(opened: Opened) -> Facts:
     problems = find_data_problems(opened.model, job, data)
     size = sum(file.stat().st_size for file in data.folder.iterdir())
     made = f"made in {data.seconds:.1f} s" if data.made_now else f"found in {data.seconds:.1f} s"
-    steps = describe_steps(job.config, len(data.splits["train"].dataset))
+    steps = describe_steps(job.config, len(data.splits["train"].dataset), opened.processes)
     template = describe_template(job.replaced, accounts["train"])
     return Facts(accounts, problems, steps, template, f"{data.folder} ({size / 1e6:,.1f} MB, {made})")
 

@@ -196,7 +196,12 @@ def find_resumable(home: Path, values: Mapping[str, Any], resume: str) -> Path |
                 "not-a-run", f"{resume} is not a complete run folder", "name one with status.json, resolved.yaml"
             )
         if status == "completed":
-            raise user_error("run-completed", f"the run in {folder} is complete", "start a new one: --resume never")
+            fix = "start a new one (--resume never)"
+            if (folder / result_name(True)).is_dir():
+                fix += f", or train its adapter further: --set model.adapter={folder}"
+            elif (folder / result_name(False)).is_dir():
+                fix += f", or train its model further: --set model.name_or_path={folder / result_name(False)}"
+            raise user_error("run-completed", f"the run in {folder} is complete", fix)
         if last_checkpoint(folder) is None:
             raise user_error("no-checkpoint", f"the run in {folder} has no complete checkpoint", "--resume never")
     if changes := recipe_changes(folder, values):

@@ -49,14 +49,14 @@ def build_config(
     return config
 
 
-def count_steps(config: Any, rows: int) -> int:
+def count_steps(config: Any, rows: int, processes: int) -> int:
     """Optimizer steps of the run. Source: transformers/trainer.py 5.23, Trainer.set_initial_training_values."""
-    steps = math.ceil(config.num_train_epochs * steps_per_epoch(config, rows))
+    steps = math.ceil(config.num_train_epochs * steps_per_epoch(config, rows, processes))
     return config.max_steps if config.max_steps > 0 else steps
 
 
-def steps_per_epoch(config: Any, rows: int) -> int:
+def steps_per_epoch(config: Any, rows: int, processes: int) -> int:
     """Optimizer steps in which every row is seen once."""
     round_ = math.floor if config.dataloader_drop_last else math.ceil
-    batches = round_(rows / (config.per_device_train_batch_size * config.world_size))
+    batches = round_(rows / (config.per_device_train_batch_size * processes))
     return max(math.ceil(batches / config.gradient_accumulation_steps), 1)

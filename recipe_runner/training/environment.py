@@ -120,7 +120,7 @@ def describe_accelerator(kind: str, index: int = 0) -> str:
 def describe_device(config: Any) -> str:
     """The device a process trains on and how many processes there are, in a few words."""
     kind = config.distributed_state.distributed_type.value.lower()
-    processes = describe_processes(config) + f" ({kind})" * (kind != "no")
+    processes = describe_processes(config.world_size) + f" ({kind})" * (kind != "no")
     if config.device.type != "cpu":
         return f"{describe_accelerator(config.device.type)}; {processes}"
     threads = torch.get_num_threads()
@@ -128,9 +128,9 @@ def describe_device(config: Any) -> str:
     return f"CPU, {threads} thread{'s' * (threads != 1)}{''.join(waiting)}; {processes}"
 
 
-def describe_processes(config: Any) -> str:
+def describe_processes(count: int) -> str:
     """The number of processes, with its noun."""
-    return f"{config.world_size} process{'es' * (config.world_size != 1)}"
+    return f"{count} process{'es' * (count != 1)}"
 
 
 def describe_environment(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Everything that a run needs before weights are loaded, the cheapest first."""
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     )
     check_offloading(recipe.training)
     hub.find_model(recipe.model)
-    training = dict(recipe.training.said)
-    if size := recipe.run.global_batch_size:
-        device = recipe.training["per_device_train_batch_size"]
-        training["gradient_accumulation_steps"] = processes.derive_accumulation(size, device)
+    training = accumulate(recipe, int(os.environ.get("WORLD_SIZE", 1)))
     training = processes.join_processes(recipe.training["use_cpu"], recipe.training["ddp_timeout"]) | training
     config = build_config(recipe.stage, training, recipe.model, recipe.run.seed, precision)
     processes.check_processes(config)
@@ -107,7 +105,9 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     _check_tokens(recipe.model.name_or_path, job.tokenizer, data, model.config.get_text_config().vocab_size)
     problems = find_data_problems(recipe.model, job, data)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
-        problems += check_steps(recipe.training, count_steps(config, len(data.splits["train"].dataset)))
+        problems += check_steps(
+            recipe.training, count_steps(config, len(data.splits["train"].dataset), config.world_size)
+        )
     raise_errors(problems)
     if warning := processes.find_default_config():
         problems.append(warning)
@@ -131,6 +131,15 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         job.replaced,
         tuple(problems),
     )
+
+
+def accumulate(recipe: Recipe, count: int) -> dict[str, Any]:
+    """The recipe's `training`, with the accumulation that `run.global_batch_size` takes on a number of processes."""
+    training = dict(recipe.training.said)
+    if size := recipe.run.global_batch_size:
+        device = recipe.training["per_device_train_batch_size"]
+        training["gradient_accumulation_steps"] = processes.derive_accumulation(size, device, count)
+    return training
 
 
 def _hash_inputs(

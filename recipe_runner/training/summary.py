@@ -34,7 +34,7 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "sources": accounting.describe_sources(),
         "not used": accounting.describe_unused(),
         "eval data": str(prepared.evaluation.accounting) if prepared.evaluation else "none",
-        "steps": describe_steps(config, rows),
+        "steps": describe_steps(config, rows, config.world_size),
         "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g},"
         f" {config.lr_scheduler_type.value}{unpaged}",
         "precision": str(prepared.precision),
@@ -47,15 +47,15 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
     return write_facts(lines)
 
 
-def describe_steps(config: Any, rows: int) -> str:
+def describe_steps(config: Any, rows: int, processes: int) -> str:
     """Steps, epochs and batch size, in a line."""
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    steps = count_steps(config, rows)
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    steps = count_steps(config, rows, processes)
     size = f"{batch:,} rows" if batch <= rows else f"all {rows:,} rows" if rows > 1 else "the one row"
     return (
         f"{steps:,} of {size}: {'up to ' * (batch > rows)}{config.per_device_train_batch_size} per device"
-        f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(config)};"
-        f" {steps / steps_per_epoch(config, rows):.3g} epochs"
+        f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(processes)};"
+        f" {steps / steps_per_epoch(config, rows, processes):.3g} epochs"
     )
 
 
