@@ -6,13 +6,13 @@ import re
 import typing
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 from recipe_runner.problems.errors import UserError, first_line, refused, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
@@ -46,6 +46,31 @@ def build_peft(section: Mapping[str, Any], task: str) -> PeftConfig | None:
         return cls(task_type=task, **fields)
     except (ValueError, TypeError, ImportError) as error:
         raise refused("peft", section, error) from error
+
+
+def check_new_tokens(peft_config: Any, empty: Any) -> None:
+    """Checks that the embeddings of new tokens, in and out, are trained and saved whole.
+
+    Raises:
+        UserError: One of them is not in `modules_to_save`.
+    """
+    wanted = [empty.get_input_embeddings(), empty.get_output_embeddings()]
+    names = [name for name, module in empty.named_modules() if any(module is layer for layer in wanted)]
+    saved = [name.rpartition(".")[2] for name in names]
+    if missing := [name for name in saved if name not in (peft_config.modules_to_save or ())]:
+        message = f"model.add_tokens makes new rows of {' and '.join(missing)}, which the adapter would not train"
+        fix = f"write modules_to_save: [{', '.join(saved)}]"
+        raise user_error("new-tokens", message, fix, path=("peft", "modules_to_save"))
+
+
+def saves_embeddings(peft_config: Any) -> Literal["auto"] | bool:
+    """What PEFT's `save_embedding_layers` must be.
+
+    PEFT 0.21 saves the embeddings of a vocabulary that has grown under three names when `modules_to_save` has them.
+    """
+    targets = peft_config.target_modules
+    targeted = isinstance(targets, str) or set(targets or ()) & set(EMBEDDING_LAYER_NAMES)
+    return "auto" if targeted or not peft_config.modules_to_save else False
 
 
 def fit_adapter(peft_config: Any, empty: torch.nn.Module, model_type: str) -> PeftModel:

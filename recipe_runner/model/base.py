@@ -8,11 +8,20 @@ from unittest import mock
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    set_seed,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION, is_kernels_available
+from trl.trainer.utils import create_model_from_path
 
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.sections import ModelSection
@@ -31,8 +40,13 @@ def load_model_config(model: ModelSection) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(model.name_or_path, **model.location)
         if model.attn_implementation:
             config._attn_implementation = model.attn_implementation
+        if model.experts_implementation:
+            config._experts_implementation = model.experts_implementation
     except Exception as error:  # a file of the user's, read by code that is not ours: anything may come
         raise user_error("model-config", f"config.json: {first_line(error)}", path=PLACE) from error
+    if model.use_kernels and not is_kernels_available():
+        message = f"the package kernels ({KERNELS_MIN_VERSION} or newer, below {KERNELS_MAX_VERSION}) is not installed"
+        raise user_error("model-config", message, "pip install it, or remove the key", path=("model", "use_kernels"))
     named = [None] if config.architectures in (None, []) else config.architectures
     if not isinstance(named, list) or not all(isinstance(name, str | None) for name in named):
         raise user_error("model-config", f"config.json: architectures is {named!r}, not a list of names", path=PLACE)
@@ -58,10 +72,37 @@ def build_empty(model_config: PretrainedConfig, trust_remote_code: bool = False)
                 return architecture(model_config)  # not _from_config, which with ZeRO-3 wants to fill the weights
             return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     except Exception as error:  # of numbers in the user's file that make no model
+        if re.search("experts.implementation", str(error)):
+            raise user_error("model-config", first_line(error), path=("model", "experts_implementation")) from error
         if re.search(r"attn|attention", str(error), re.IGNORECASE) and model_config._attn_implementation:
             raise user_error("model-config", first_line(error), path=("model", "attn_implementation")) from error
         message = f"config.json makes no model: {type(error).__name__}: {first_line(error)}"
         raise user_error("model-config", message, path=PLACE) from error
+
+
+def load_base(name: str, tokens: int, quantization: BitsAndBytesConfig | None, config: Any) -> Any:
+    """Loads the base as TRL does, with an embedding for every token.
+
+    Source: trl/trainer/sft_trainer.py 1.16.0, SFTTrainer.__init__. Rows for new tokens are drawn around the mean of the
+    others (transformers' resize_token_embeddings), by the run's seed.
+
+    Args:
+        name: Its id or folder.
+        tokens: Tokens of the tokenizer; a model may have more rows.
+        quantization: Of its weights.
+        config: The trainer's configuration, whose `model_init_kwargs` are used up: TRL warns of them with a model.
+    """
+    options = dict(config.model_init_kwargs, trust_remote_code=config.trust_remote_code)
+    if quantization:
+        options["quantization_config"] = quantization
+    if config.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    loaded: Any = create_model_from_path(name, **options)
+    config.model_init_kwargs = None
+    if tokens > loaded.get_input_embeddings().weight.shape[0]:
+        set_seed(config.seed)
+        loaded.resize_token_embeddings(tokens)
+    return loaded
 
 
 def drop_idle_flags(config: GenerationConfig) -> None:

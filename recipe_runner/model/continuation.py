@@ -9,7 +9,6 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
-from trl.trainer.utils import create_model_from_path
 
 from recipe_runner.model.hub import download_adapter
 from recipe_runner.problems.errors import first_line, user_error
@@ -130,20 +129,13 @@ def check_tokenizer(saved: PreTrainedTokenizerBase, tokenizer: PreTrainedTokeniz
 
 
 def load_for_training(
-    base: str, folder: Path, peft_config: PeftConfig, quantization: BitsAndBytesConfig | None, config: Any
+    loaded: Any, folder: Path, peft_config: PeftConfig, quantization: BitsAndBytesConfig | None, config: Any
 ) -> PeftModel:
-    """Loads the base as TRL does, and the adapter on it, trainable.
+    """Puts the adapter on the loaded base, trainable.
 
     TRL takes an adapter that was trained before only as a PeftModel; `DPOTrainer` then keeps a frozen copy of it as the
     reference ("ref"). Source: trl/trainer/dpo_trainer.py 1.16.0, DPOTrainer.__init__.
     """
-    options = dict(config.model_init_kwargs, trust_remote_code=config.trust_remote_code)
-    if quantization:
-        options["quantization_config"] = quantization
-    if config.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        options["device_map"] = None
-    loaded = create_model_from_path(base, **options)
-    config.model_init_kwargs = None  # done: TRL would warn
     plugin = config.deepspeed_plugin
     casts = quantization is not None or plugin is None or plugin.zero_stage != 3  # as in TRL, for a new adapter
     return PeftModel.from_pretrained(

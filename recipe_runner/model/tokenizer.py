@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from recipe_runner.data.job import Replaced
@@ -131,12 +131,27 @@ def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedToke
         load_model_config(model)  # which transformers reads as well: is that one at fault?
         message = f"the tokenizer can't be read: {first_line(error)}"
         raise user_error("tokenizer-not-found", message, path=PLACE) from error
+    _add_tokens(tokenizer, model)
     try:
         tokenizer.chat_template = read_text(Path(template)) if template else tokenizer.chat_template
     except (OSError, ValueError) as error:
         found = f"{template} can't be read as text: {first_line(error)}"
         raise user_error("template-broken", found, path=("training", "chat_template_path")) from error
     return tokenizer
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, model: ModelSection) -> None:
+    """Gives the tokenizer the recipe's new tokens.
+
+    Raises:
+        UserError: It has one of them already.
+    """
+    for key, special in (("add_tokens", False), ("add_special_tokens", True)):
+        tokens = list(getattr(model, key))
+        if there := [token for token in tokens if token in tokenizer.get_vocab()]:
+            message = f"the tokenizer has '{there[0]}' already, as token {tokenizer.get_vocab()[there[0]]:,}"
+            raise user_error("new-tokens", message, "take it out", path=("model", key))
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in tokens], special)
 
 
 def write_training_template(model: ModelSection, template: str | None, file: Path) -> None:

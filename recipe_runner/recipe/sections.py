@@ -44,6 +44,10 @@ class ModelSection:
     adapter: str | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
+    add_tokens: Sequence[str] = ()
+    add_special_tokens: Sequence[str] = ()
+    experts_implementation: str | None = None
+    use_kernels: bool = False
     new_weights: Sequence[str] = ()
     unused_weights: Sequence[str] = ()
 
@@ -51,6 +55,11 @@ class ModelSection:
     def folder(self) -> Path | None:
         """The model's folder; None for a model on the hub."""
         return Path(self.name_or_path) if Path(self.name_or_path).is_absolute() else None
+
+    @property
+    def adds_tokens(self) -> bool:
+        """Whether the tokenizer gets more tokens than it has."""
+        return bool(self.add_tokens or self.add_special_tokens)
 
     @property
     def location(self) -> dict[str, Any]:
@@ -111,6 +120,7 @@ class RunSection:
     output_dir: str
     seed: int
     global_batch_size: int | None = None
+    early_stopping: Mapping[str, Any] | None = None
 
 
 def read_dataset(section: Mapping[str, Any]) -> DatasetSection:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
 from recipe_runner.runs.folder import rotate_checkpoints, vouch_for
 from recipe_runner.runs.metrics import append_metrics
@@ -106,6 +106,34 @@ class Lines(TrainerCallback):
             tqdm.write("".join(f"{name:>{self.COLUMNS[name]}}" for name in cells))
         tqdm.write("".join(f"{cell:>{self.COLUMNS[name]}}" for name, cell in cells.items()))
         self.told, self.last, self.tokens, self.evaluated = True, now, tokens, 0.0
+
+
+class EarlyStop(EarlyStoppingCallback):
+    """transformers' early stopping, which says why, and goes on counting in a run that is resumed."""
+
+    def __init__(self, patience: int, threshold: float) -> None:
+        super().__init__(patience, threshold)
+        self.stopped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts the evaluations before the checkpoint of a resumed run: transformers 5.23 begins anew at 0."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self.key = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        best, self.early_stopping_patience_counter = None, 0
+        for value in (entry[self.key] for entry in state.log_history if self.key in entry):
+            better = best is None or (value > best if args.greater_is_better else value < best)
+            improved = best is None or (better and abs(value - best) > self.early_stopping_threshold)
+            self.early_stopping_patience_counter = 0 if improved else self.early_stopping_patience_counter + 1
+            best = value if better else best
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Stops, and says why."""
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if control.should_training_stop and not self.stopped:
+            self.stopped = self.early_stopping_patience_counter >= self.early_stopping_patience
+            if self.stopped and state.is_world_process_zero:
+                told = f"{self.early_stopping_patience} evaluations without a better {self.key}"
+                tqdm.write(f"  Stopped early: {told} than {state.best_metric:.4g}")
 
 
 class Bar(ProgressCallback):

@@ -26,6 +26,10 @@ def build_config(
     init = {"revision": model.revision, "use_safetensors": model.use_safetensors, "dtype": precision.dtype}
     if model.attn_implementation:
         init["attn_implementation"] = model.attn_implementation
+    if model.experts_implementation:
+        init["experts_implementation"] = model.experts_implementation
+    if model.use_kernels:
+        init["use_kernels"] = True
     section = {key: value for key, value in training.items() if key != "chat_template_path"}  # is the tokenizer's
     owned = {
         "output_dir": os.devnull,  # replaced once the run folder exists

@@ -91,13 +91,15 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     check_offloading(recipe.training)
     hub.find_model(recipe.model)
     training = accumulate(recipe, int(os.environ.get("WORLD_SIZE", 1)))
+    if recipe.run.early_stopping:
+        training.setdefault("metric_for_best_model", "loss")
     training = processes.join_processes(recipe.training["use_cpu"], recipe.training["ddp_timeout"]) | training
     config = build_config(recipe.stage, training, recipe.model, recipe.run.seed, precision)
     processes.check_processes(config)
     if config.process_index == 0:
         print(f"Preparing {recipe.name} ...", flush=True)
     job, adapter = open_job(recipe, config, before)
-    peft_config, model = _check_model(recipe, adapter)
+    peft_config, model = _check_model(recipe, adapter, len(job.tokenizer))
     published = getattr(model.config, "quantization_config", None)
     check_published(published, recipe.quantization.said)
     check_optimizer(config, model)
@@ -183,7 +185,7 @@ def _load_tokenizer(
     return tokenizer, replaced
 
 
-def _check_model(recipe: Recipe, adapter: Path | None) -> tuple[PeftConfig | None, Any]:
+def _check_model(recipe: Recipe, adapter: Path | None, tokens: int) -> tuple[PeftConfig | None, Any]:
     """The adapter's configuration, and the model without weights that it was put on.
 
     Raises:
@@ -192,8 +194,12 @@ def _check_model(recipe: Recipe, adapter: Path | None) -> tuple[PeftConfig | Non
     model_config = base.load_model_config(recipe.model)
 
     def build() -> torch.nn.Module:
-        empty: torch.nn.Module = base.build_empty(model_config, recipe.model.trust_remote_code)
-        return empty
+        empty = base.build_empty(model_config, recipe.model.trust_remote_code)
+        if recipe.model.adds_tokens and tokens > empty.get_input_embeddings().num_embeddings:
+            with torch.device("meta"):
+                empty.resize_token_embeddings(tokens, mean_resizing=False)
+        checked: torch.nn.Module = empty
+        return checked
 
     name = recipe.model.name_or_path
     asked = new_adapter.build_peft(recipe.peft.said, recipe.stage.task)
@@ -202,6 +208,8 @@ def _check_model(recipe: Recipe, adapter: Path | None) -> tuple[PeftConfig | Non
         model = continuation.check_fit(adapter, fitted, asked, build, f"{model_config.model_type}, {name}")
         return continuation.load_peft(adapter, name, recipe.peft), model
     model = build()
+    if recipe.model.adds_tokens and asked:
+        new_adapter.check_new_tokens(asked, model)
     return asked, new_adapter.fit_adapter(asked, model, model_config.model_type) if asked else model
 
 

@@ -21,7 +21,7 @@ from recipe_runner.runs import folder as run_folder
 from recipe_runner.runs.metrics import drop_metrics_after
 from recipe_runner.stages import Stage
 from recipe_runner.training import card, prepare, resume, summary, trainers, verify
-from recipe_runner.training.callbacks import Finished, Interruption, Recorder, say_progress
+from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, Recorder, say_progress
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
 
@@ -72,7 +72,10 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         trainer.add_callback(interruption)
         trainer.add_callback(Recorder(folder, config))
         say_progress(trainer, recipe.stage)
-        _train(trainer, folder, interruption, found is not None)
+        early = EarlyStop(**recipe.run.early_stopping) if recipe.run.early_stopping else None
+        if early:
+            trainer.add_callback(early)
+        _train(trainer, folder, interruption, found is not None, early)
         result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)), recipe.stage, initial)
         if config.process_index == 0:
             card.write_card(recipe, folder, result, prepared.train.accounting, trainer.state.log_history)
@@ -86,7 +89,7 @@ def _is_new(found: Path | None, config: Any) -> bool:
     return found is None and config.process_index == 0
 
 
-def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool) -> None:
+def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool, early: EarlyStop | None) -> None:
     """Trains, from the last checkpoint of a resumed run."""
     checkpoint = _find_checkpoint(trainer, folder) if resumed else None
     before = {number: signal.signal(number, interruption) for number in SIGNALS}
@@ -98,13 +101,14 @@ def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if not interruption.requested and trainer.state.global_step < trainer.state.max_steps:
+    whole = trainer.state.global_step >= trainer.state.max_steps or bool(early and early.stopped)
+    if not interruption.requested and not whole:
         message = f"training ended after {trainer.state.global_step:,} of {trainer.state.max_steps:,} steps"
         raise user_error("training-stopped", message, "the log above may say why")
     if not getattr(trainer, "learned", True) and not interruption.requested:
         message = "every gradient was 0: nothing was learned"
         raise user_error("nothing-learned", message, "are the base's weights whole? do weights of the loss cancel it?")
-    if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
+    if interruption.requested and not whole:
         message = f"Interrupted at step {trainer.state.global_step}; continue with: --resume {folder}"
         raise Interrupted(message, interruption.number)
 

@@ -1,5 +1,6 @@
 """TRL's trainer for a stage, and the three places where it is made to say what upstream keeps to itself."""
 
+import functools
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,6 +11,7 @@ from transformers import set_seed
 
 from recipe_runner.files import share_path
 from recipe_runner.model import base, continuation
+from recipe_runner.model.adapter import saves_embeddings
 from recipe_runner.model.quantization import build_quantization, keep_4bit_weights_trainable
 from recipe_runner.problems.errors import first_line, refused, user_error
 from recipe_runner.recipe.recipe import Recipe
@@ -38,15 +40,18 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             base.refusing_other_weights(recipe.model),
         ):
             model: Any = name
+            if continued or recipe.model.adds_tokens:
+                tokens = len(prepared.tokenizer) if recipe.model.adds_tokens else 0
+                model = base.load_base(name, tokens, quantization, config)
             if continued and peft_config:
-                model = continuation.load_for_training(name, continued, peft_config, quantization, config)
+                model = continuation.load_for_training(model, continued, peft_config, quantization, config)
             trainer = cls(
                 model=model,
                 args=config,
                 train_dataset=prepared.train.dataset,
                 eval_dataset=prepared.evaluation.dataset if prepared.evaluation else None,
                 processing_class=prepared.tokenizer,
-                quantization_config=None if continued else quantization,
+                quantization_config=quantization if model is name else None,
                 peft_config=None if continued else peft_config,
             )
     except (OSError, SafetensorError) as error:
@@ -59,8 +64,11 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             raise
         raise refused("training", recipe.training.said, error) from error
     base.drop_idle_flags(trainer.accelerator.unwrap_model(trainer.model).generation_config)
-    for adapter in getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).values():
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    for adapter in getattr(trained, "peft_config", {}).values():
         adapter.base_model_name_or_path = share_path(name)
+        saved = saves_embeddings(adapter)
+        trained.save_pretrained = functools.partial(trained.save_pretrained, save_embedding_layers=saved)
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)
     if "seq_lengths" in prepared.train.dataset.column_names:

@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from recipe_runner.model.adapter import saves_embeddings
 from recipe_runner.problems.errors import user_error
 from recipe_runner.recipe.rules.adapter import WEIGHTS
 
@@ -55,7 +56,9 @@ def verify_saved(
     trained = trainer.accelerator.unwrap_model(trainer.model)
     adapter = isinstance(trained, PeftModel)
     if adapter:
-        state = get_peft_model_state_dict(trained, state_dict=gathered)
+        state = get_peft_model_state_dict(
+            trained, gathered, save_embedding_layers=saves_embeddings(trained.active_peft_config)
+        )
     else:
         state = gathered if gathered is not None else trained.state_dict()
     difference = _compare_tensors(_subtract(state, load_file(initial / WEIGHTS)) if initial else state, folder)
@@ -87,7 +90,9 @@ def _subtract(state: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) 
 def _compare_logits(trained: PeftModel, place: torch.device, rows: list[list[int]], folder: Path) -> float:
     """A difference of logits `(batch, sequence, vocabulary)` that is more than the noise of two passes; 0 for none."""
     device = "cpu" if place.type == "cpu" else str(place)  # safetensors knows no cpu:0
-    trained.eval()
+    base = trained.get_base_model()
+    mixed = bool(getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False))
+    trained.eval()  # TRL trains whole modules on a quantized base in bfloat16, between layers in float32
     active = trained.active_adapter
     loaded = trained.load_adapter(str(folder), adapter_name="saved", torch_device=device)
     try:
@@ -104,7 +109,7 @@ def _compare_logits(trained: PeftModel, place: torch.device, rows: list[list[int
             logits = []
             for adapter in (active, active, active, "saved"):
                 trained.set_adapter(adapter)
-                with torch.no_grad():
+                with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=mixed):
                     logits.append(trained(input_ids=batch).logits.float())
             differences = [float((logits[0] - other).abs().max()) for other in logits[1:]]
             noise = max(differences[:-1])  # kernels of a GPU may differ in the last bits from pass to pass

@@ -76,6 +76,21 @@ def adapter_folder(model: ModelSection) -> Found:
         yield PLACE, f"the run in {folder.parent} is {read_status(folder.parent)}", f"--resume {folder.parent}"
 
 
+def new_tokens(stage: Stage, model: ModelSection, peft: UpstreamSection) -> Found:
+    """The embeddings of new tokens are trained, and are those of the reference, too."""
+    key = "add_tokens" if model.add_tokens else "add_special_tokens"
+    if not model.adds_tokens:
+        return
+    if both := sorted(set(model.add_tokens) & set(model.add_special_tokens)):
+        yield ("model", "add_special_tokens"), f"'{both[0]}' is in add_tokens, too", "name it once"
+    if peft and not peft["modules_to_save"] and not model.adapter:
+        fix = "add the model's embeddings and head, for most models modules_to_save: [embed_tokens, lm_head]"
+        yield ("peft",), f"model.{key} makes new embeddings, and the adapter would not train them", fix
+    if stage.reference and not peft:
+        found = "the reference is loaded without the new tokens"
+        yield ("model", key), found, "add them in a stage sft before, or train an adapter"
+
+
 def adapter_needs_peft(model: ModelSection, peft: UpstreamSection) -> Found:
     """A recipe that trains an adapter says so, also when it continues from one."""
     if model.adapter and not peft:

@@ -35,6 +35,8 @@ def missing_packages(model: ModelSection, training: UpstreamSection) -> Found:
         for prefix, package in _OPTIMIZERS.items()
         if (optim := training["optim"]).startswith(prefix)
     ]
+    if model.use_kernels:
+        wanted.append((("model", "use_kernels"), "use_kernels", "kernels"))
     trackers = training.said.get("report_to") or []
     for tracker in [trackers] if isinstance(trackers, str) else trackers:
         wanted.append((("training", "report_to"), tracker, _TRACKERS.get(tracker)))

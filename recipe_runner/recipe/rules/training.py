@@ -54,6 +54,18 @@ def best_model_schedule(training: UpstreamSection) -> Found:
             yield path, found, "make it one"
 
 
+def early_stopping(training: UpstreamSection, run: RunSection) -> Found:
+    """It looks at evaluations, and the last weights are not the best ones: which are kept must be said."""
+    if not run.early_stopping:
+        return
+    path = ("run", "early_stopping")
+    if training["eval_strategy"] == "no":
+        yield path, "nothing is evaluated, so nothing can stop improving", "set dataset.eval and training.eval_strategy"
+    if "load_best_model_at_end" not in training.said:
+        fix = "set training.load_best_model_at_end: true for the best ones, or false for the last"
+        yield path, "the weights at the end are not the best ones, and the recipe does not say which it wants", fix
+
+
 def best_metric(stage: Stage, training: UpstreamSection) -> Found:
     """The best checkpoint is chosen by what evaluations measure; transformers looks for it after the first one."""
     metric = training.said.get("metric_for_best_model")
