@@ -4,6 +4,7 @@ transformers 5.23 makes both when training begins, and says nothing of options t
 """
 
 import inspect
+import sys
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,16 @@ from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.problems.words import suggest
 
 TRIED_STEPS = 1000  # of a schedule whose number of steps is not known yet
+
+
+def forget_modules() -> None:
+    """Takes from bitsandbytes the embeddings that it was told to update in 32 bits: it would keep them from run to run.
+
+    bitsandbytes 0.50, optim/optimizer.py: GlobalOptimManager; transformers 5.23 registers them. Of a pipeline on a GPU,
+    every stage had the embeddings of those before it in memory.
+    """
+    if bitsandbytes := sys.modules.get("bitsandbytes"):
+        bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
 
 
 def check_optimizer(config: Any, model: Any) -> None:

@@ -24,6 +24,7 @@ from recipe_runner.training import card, prepare, resume, summary, trainers, ver
 from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, Recorder, say_progress
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
+from recipe_runner.training.optimizer import forget_modules
 
 
 def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> Path:
@@ -80,6 +81,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         if config.process_index == 0:
             card.write_card(recipe, folder, result, prepared.train.accounting, trainer.state.log_history)
         _write_status(config, folder, "completed", step=trainer.state.global_step)
+        forget_modules()
         _say(config, f"Completed: {result}")
     return folder
 

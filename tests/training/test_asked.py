@@ -173,3 +173,26 @@ def test_resuming_a_completed_run_says_how_to_train_it_further(run_recipe, run_c
     again = run_cli("train", tmp_path / "tiny.yaml", "--resume", folder)
     assert again.status == 1
     assert f"further: --set {key}={folder}" in again.err
+
+
+def test_no_run_leaves_its_embeddings_in_memory(run_recipe):
+    """As bitsandbytes 0.50 would; when it does no more, `forget_modules` can go: look at `registered`."""
+    import gc
+
+    from bitsandbytes.optim import GlobalOptimManager
+    from torch import nn
+
+    registered, register = [], GlobalOptimManager.register_module_override
+
+    def count(self, module, *rest):
+        registered.append(module)
+        return register(self, module, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GlobalOptimManager, "register_module_override", count)
+        result, _ = run_recipe(training={"optim": "adamw_8bit"})
+    assert result.status == 0, result.err
+    assert len(registered) == 1
+    assert isinstance(registered[0], nn.Embedding)
+    kept = GlobalOptimManager.get_instance().module_weight_config_triple
+    assert kept == [], gc.get_referrers(registered[0])
