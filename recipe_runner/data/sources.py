@@ -106,7 +106,7 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     name, suffix, place = section.source, Path(section.source).suffix, (*section.path, "source")
     try:
         if suffix in TEXTS and (found := _look_at_begin(Path(name), suffix)):
-            raise user_error("unreadable-data", found, "fix the file", path=place)
+            raise user_error("unreadable-data", found, path=place)
         if suffix in BUILDERS:
             options: dict[str, Any] = {"sample_by": section.sample_by} if section.sample_by else {}
             if suffix == ".csv":  # every cell is a text, as it is written: 01000, 1.50, NA, true
@@ -370,7 +370,7 @@ def _look_at_begin(file: Path, suffix: str) -> str:
     row = begin.lstrip()
     row = row[1:].lstrip() if row[:1] == b"[" else row  # one list of rows
     if suffix in (".json", ".jsonl") and row and row[:1] not in (b"{", b"]"):
-        return f"{file}: the first row is not a JSON object"
+        return f"{file}: the first row is not a JSON object; fix the file"
     return ""
 
 
