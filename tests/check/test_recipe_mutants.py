@@ -30,7 +30,8 @@ def misspell_key(lines, chance):
     number = chance.choice(key_lines(lines))
     match = KEY.match(lines[number])
     key, at = match[2], chance.randrange(len(match[2]))
-    typo = chance.choice([key[:at] + key[at + 1 :], key[:at] + key[at] + key[at:], key[:at] + "q" + key[at + 1 :]])
+    other = "q" if key[at] != "q" else "z"
+    typo = chance.choice([key[:at] + key[at + 1 :], key[:at] + key[at] + key[at:], key[:at] + other + key[at + 1 :]])
     lines[number] = lines[number].replace(f"{key}:", f"{typo or 'q'}:", 1)
     return number
 
