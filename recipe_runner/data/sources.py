@@ -88,13 +88,13 @@ def open_sources(dataset: DatasetSection) -> list[Source]:
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)  # what it says of a file that can't be read, we say with the line
     sources = [open_source(source, dataset) for source in dataset.sources]
+    used = {column: role for source in reversed(sources) for role, column in reversed(source.columns.items())}
+    there = {key for source in sources for key in source.names}
     for number, name in enumerate(dataset.ignore):
         place = ("dataset", "ignore", number)
-        if role := next(
-            (role for source in sources for role, column in source.columns.items() if column == name), None
-        ):
-            raise user_error("wrong-column-role", f"the column '{name}' is used, for the role '{role}'", path=place)
-        there = {key for source in sources for key in source.names}
+        if name in used:
+            message = f"the column '{name}' is used, for the role '{used[name]}'"
+            raise user_error("wrong-column-role", message, path=place)
         if name not in there:
             message = f"no source has a column or a key of a turn '{name}'"
             raise user_error("missing-column", message, suggest(name, there) or "remove it", path=place)

@@ -69,9 +69,10 @@ def _shorten_paths(text: str, recipe: Recipe) -> str:
     """The page with files named as from the recipe, or by their last name: it is made to be shown to others."""
     named: list[str | None] = [source.source for source in recipe.dataset.sources]
     named += [recipe.model.name_or_path, recipe.model.adapter, recipe.training["chat_template_path"]]
+    folder = recipe.file.resolve().parent
     for path in sorted({name for name in named if name and Path(name).is_absolute()}, key=len, reverse=True):
-        beside = Path(path).is_relative_to(recipe.file.resolve().parent)
-        shown = str(Path(path).relative_to(recipe.file.resolve().parent)) if beside else Path(path).name
+        beside = Path(path).is_relative_to(folder)
+        shown = str(Path(path).relative_to(folder)) if beside else Path(path).name
         text = text.replace(escape(path), escape(shown))
     return hide_home(text)
 
@@ -117,7 +118,7 @@ def _histogram(account: Accounting) -> Iterator[str]:
     if account.max_length and least <= account.max_length <= edges[-1]:
         x = (account.max_length - least) / reach * width
         cut = f'<span class="limit">max_length {account.max_length:,}</span>'
-        dashes = 'stroke="#cf222e" stroke-width="2" stroke-dasharray="6"'
+        dashes = 'stroke="var(--bad)" stroke-width="2" stroke-dasharray="6"'
         yield f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}" {dashes}/>'
     yield f'</svg><div class="axis"><span>{least:,}</span>{cut}<span>{edges[-1]:,} tokens</span></div></figure>'
 

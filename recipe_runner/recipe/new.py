@@ -66,12 +66,10 @@ def find_columns(form: str, look: Columns, given: Mapping[str, str]) -> tuple[di
     """
     layout = FORMATS[form]
     columns, missing = dict(given), []
-    for role in (*layout.required, *layout.optional):
+    for role in (role for role in (*layout.required, *layout.optional) if role not in given):
         free = [column for column in look if column not in columns.values() and _suits(role, look[column])]
         names = (role, *FAMILIAR.get(role, ()))
         known = {column.strip().lower(): column for column in free}
-        if role in columns:
-            continue
         if found := next((known[name] for name in names if name in known), None):
             columns[role] = found
         elif role in layout.required:

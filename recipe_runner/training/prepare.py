@@ -31,6 +31,8 @@ from recipe_runner.training.environment import Precision, check_offloading, choo
 from recipe_runner.training.optimizer import check_optimizer
 from recipe_runner.training.resume import describe_batches
 
+BASE, ADAPTER = "the base model's weights", "the adapter that it continues from"  # of what a run is made from
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -150,10 +152,10 @@ def _hash_inputs(
     """What a run is made from beside its data, in words -> its hash (on the hub: the commit)."""
     folder = model.folder
     found = {
-        "the base model's weights": hash_weights(folder) if folder else getattr(model_config, "_commit_hash", None),
+        BASE: hash_weights(folder) if folder else getattr(model_config, "_commit_hash", None),
         "the base model's config.json": hash_file(folder / "config.json") if folder else None,
         "the tokenizer (or its chat template)": hash_tokenizer(tokenizer),
-        "the adapter that it continues from": hash_weights(adapter) if adapter else None,
+        ADAPTER: hash_weights(adapter) if adapter else None,
     }
     return {name: digest for name, digest in found.items() if digest}
 
@@ -274,10 +276,10 @@ def raise_errors(problems: list[Problem]) -> None:
 def describe_run(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """What `environment.json` holds: versions and hardware, precision, what became of the data."""
     base, adapter = recipe.model, prepared.adapter
-    weights = hash_weights(base.folder) if base.folder else None
+    weights = prepared.inputs.get(BASE) if base.folder else None
     return describe_environment(recipe.file.parent) | {
         "base_model": {"name_or_path": base.name_or_path, "weights": weights},
-        "adapter": {"folder": str(adapter), "weights": hash_weights(adapter)} if adapter else None,
+        "adapter": {"folder": str(adapter), "weights": prepared.inputs.get(ADAPTER)} if adapter else None,
         "processes": describe_batches(prepared.config),
         "precision": str(prepared.precision),
         "data": {name: asdict(split.accounting) for name, split in prepared.data.splits.items()},

@@ -63,11 +63,12 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
         if is_out_of_memory(error) or not isinstance(error, ImportError | ValueError | RuntimeError):
             raise
         raise refused("training", recipe.training.said, error) from error
-    base.drop_idle_flags(trainer.accelerator.unwrap_model(trainer.model).generation_config)
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    for adapter in getattr(trained, "peft_config", {}).values():
-        adapter.base_model_name_or_path = share_path(name)
-        saved = saves_embeddings(adapter)
+    base.drop_idle_flags(trained.generation_config)
+    if peft_config:
+        for adapter in trained.peft_config.values():
+            adapter.base_model_name_or_path = share_path(name)
+        saved = saves_embeddings(trained.active_peft_config)
         trained.save_pretrained = functools.partial(trained.save_pretrained, save_embedding_layers=saved)
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)

@@ -48,7 +48,7 @@ def source_files(dataset: DatasetSection) -> Found:
     kinds = f"local files end with {', '.join(BUILDERS)}"
     for source in dataset.sources:
         name, place = source.source, (*source.path, "source")
-        if is_file_source(name) or Path(name).is_absolute():
+        if is_file_source(name):
             yield from _local_source(Path(name), source, kinds)
         elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
             yield place, f"'{name}' is neither a local file nor a hub id", kinds
