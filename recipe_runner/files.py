@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -68,6 +69,24 @@ def write_json(file: Path, value: Any, shared: bool = False) -> None:
     write_text(file, hide_home(text) if shared else text)
 
 
+def read_begin(file: Path, size: int) -> bytes:
+    """The first bytes of a file that somebody else may have made; all of it where it has fewer.
+
+    Raises:
+        OSError: It can't be read, or waits for data that may never come (/proc/kmsg, which calls itself a file).
+    """
+    handle, parts, left = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), [], size
+    try:
+        while left and (part := os.read(handle, left)):
+            parts.append(part)
+            left -= len(part)
+    except BlockingIOError as error:
+        raise OSError(errno.EINVAL, "it waits for data that may never come", str(file)) from error
+    finally:
+        os.close(handle)
+    return b"".join(parts)
+
+
 def read_text(file: Path) -> str:
     """The text of a file that somebody else may have made.
 
@@ -77,9 +96,10 @@ def read_text(file: Path) -> str:
     """
     if file.exists() and not file.is_file():
         raise OSError(errno.EINVAL, "a folder" if file.is_dir() else "not a regular file", str(file))
-    if file.stat().st_size > MOST_READ:
+    data = read_begin(file, MOST_READ + 1)
+    if len(data) > MOST_READ:
         raise OSError(errno.EINVAL, f"larger than {MOST_READ:,} bytes", str(file))
-    return file.read_text(encoding="utf-8")
+    return io.StringIO(data.decode("utf-8"), newline=None).read()  # line ends as in a text file
 
 
 def read_json(file: Path) -> Any:

@@ -25,7 +25,7 @@ from datasets.utils import logging
 
 from recipe_runner.data.formats import KNOWN_KEYS, RowError, normalise_row, says_something
 from recipe_runner.data.look import iterate_rows
-from recipe_runner.files import FULL, disk_full
+from recipe_runner.files import FULL, disk_full, read_begin
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
 from recipe_runner.problems.words import misspelt, nearest, suggest
@@ -104,9 +104,9 @@ def open_sources(dataset: DatasetSection) -> list[Source]:
 def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     """Opens one source and chooses its columns for the format."""
     name, suffix, place = section.source, Path(section.source).suffix, (*section.path, "source")
+    if suffix in TEXTS and (found := _look_at_begin(Path(name), suffix)):
+        raise user_error("unreadable-data", found, path=place)
     try:
-        if suffix in TEXTS and (found := _look_at_begin(Path(name), suffix)):
-            raise user_error("unreadable-data", found, path=place)
         if suffix in BUILDERS:
             options: dict[str, Any] = {"sample_by": section.sample_by} if section.sample_by else {}
             if suffix == ".csv":  # every cell is a text, as it is written: 01000, 1.50, NA, true
@@ -363,8 +363,10 @@ def _look_at_begin(file: Path, suffix: str) -> str:
 
     pyarrow 25 ends the process (segmentation fault) where the first row of a JSON file is null.
     """
-    with file.open("rb") as stream:
-        begin = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
+    try:
+        begin = read_begin(file, 1 << 16).removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        return f"cannot read {file}: {error.strerror}"
     if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return f"{file} is UTF-16; save it as UTF-8"
     row = begin.lstrip()

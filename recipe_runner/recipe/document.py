@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from recipe_runner.files import read_begin
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import KeyPath, Mark, Problem
 
@@ -69,9 +70,9 @@ def read_document(path: Path, name: str | None = None) -> Document:
             if path.is_symlink() and not path.exists():
                 what = "is a link that leads to nothing, or to itself"
             raise user_error("unreadable-file", f"the file {what}", "name a recipe file (.yaml)", mark)
-        if path.stat().st_size > MAX_BYTES:
+        data = read_begin(path, MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
             raise user_error("file-too-large", f"a recipe of more than {MAX_BYTES:,} bytes", "is it a recipe?", mark)
-        data = path.read_bytes()
     except OSError as error:
         raise user_error("unreadable-file", f"cannot read the file ({error.strerror})", "", mark) from error
     try:

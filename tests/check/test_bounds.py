@@ -183,3 +183,19 @@ def test_what_a_recipe_names_may_be_no_file(ask, write_recipe, tmp_path, what):
     statuses = {name: status for name, (status, _, _) in answers.items()}
     fine = {"model", "data", "template"} if what == "deep" else {"model"}  # their contents are read when they are used
     assert statuses == {name: 0 if name in fine else 1 for name in answers}
+
+
+def test_a_file_that_waits_for_data_is_not_waited_for(tmp_path):
+    """As /proc/kmsg, which calls itself a regular file: here a pipe that somebody holds open, and writes nothing to."""
+    from recipe_runner.files import read_begin
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(pipe, os.O_WRONLY)
+    try:
+        with pytest.raises(OSError, match="it waits for data that may never come"):
+            read_begin(pipe, 10)
+    finally:
+        os.close(reader)
+        os.close(writer)
