@@ -23,9 +23,9 @@ from typing import Any
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.dataclasses import DistributedType, PrecisionType
-from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
+from recipe_runner.methods import METHODS, Method
 from recipe_runner.stages import STAGES, load_class
 
 FOLDER = Path(__file__).resolve().parent.parent / "schema"
@@ -36,7 +36,7 @@ JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", t
 def main() -> None:
     schemas = {
         **{f"upstream/{name}": dataclass_schema(cls, "trl") for name, cls in stage_configs().items()},
-        "upstream/lora_config": with_method(dataclass_schema(LoraConfig, "peft"), "lora"),
+        **{f"upstream/{name}_config": method_schema(method) for name, method in METHODS.items()},
         "upstream/bitsandbytes_config": signature_schema(BitsAndBytesConfig, "transformers"),
         "upstream/accelerate_config": launch_schema(),
     }
@@ -128,9 +128,13 @@ def dataclass_schema(cls: type, package: str) -> dict[str, Any]:
     return {**header(cls, package), "properties": properties}
 
 
-def with_method(schema: dict[str, Any], method: str) -> dict[str, Any]:
-    """Adds the recipe's own key: `additionalProperties` sees the properties of its own file only."""
-    entry = {"const": method, "description": f"Selects {schema['title']}."}
+def method_schema(method: Method) -> dict[str, Any]:
+    """The schema of a method's configuration, with the recipe's own key, and no key that PEFT sets.
+
+    `additionalProperties` sees the properties of its own file only.
+    """
+    schema = dataclass_schema(load_class(method.config), method.config.partition(":")[0])
+    entry = {"const": method.name, "description": f"Selects {schema['title']}."}
     return {**schema, "properties": {"method": entry, **schema["properties"]}}
 
 

@@ -88,7 +88,8 @@ def _silence_upstream() -> None:
 
     bitsandbytes 0.50 asks for a hub kernel on CPUs, and says in every layer of every step that 8-bit layers compute in
     float16; the rest are transformers 5.23 and TRL 1.16 about their own use of old names, about features that a machine
-    without a GPU lacks, and DeepSpeed 0.19 about torch.
+    without a GPU lacks, DeepSpeed 0.19 about torch, and PEFT 0.21 about what its methods are meant to do: norms are no
+    linear layers, SHiRA's weights are sparse, BEFT's can't be merged, BOFT computes without its own CUDA code.
     """
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -97,6 +98,11 @@ def _silence_upstream() -> None:
         r".is_gradient_checkpointing. is deprecated",
         r"'pin_memory' argument is set as true but no accelerator is found",
         r"Paged optimizers are not supported on CPU",
+        r"Unsupported layer type",
+        r"Sparse invariant checks are implicitly disabled",
+        r"Detected that the base layer has no bias term",
+        r"Failed to load the CUDA extension: ",
+        r"Setting boft_n_butterfly_factor to 1",
         r".torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor|_\w+). is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -5,25 +5,34 @@ import dataclasses
 import re
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel, ShiraConfig, TrainableTokensConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
+from recipe_runner.methods import METHODS
 from recipe_runner.problems.errors import UserError, first_line, refused, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.problems.words import suggest
+from recipe_runner.recipe.sections import ModelSection
+from recipe_runner.stages import load_class
 
 PATTERN_SECONDS = 5  # of a regular expression on all names of a model: usual ones take some milliseconds
-CONFIGS: dict[str, type[PeftConfig]] = {"lora": LoraConfig}  # method -> its class
+PATTERNS = ("rank_pattern", "alpha_pattern", "block_size_pattern", "lambda_pattern", "n_frequency_pattern")
+UNKNOWN_STEPS = 10**9  # of a run whose rows are not prepared yet: `total_step` of AdaLoRA until they are
 
 
-def build_peft(section: Mapping[str, Any], task: str) -> PeftConfig | None:
+def build_peft(section: Mapping[str, Any], task: str, model: ModelSection | None = None) -> PeftConfig | None:
     """The PEFT configuration that `peft` says, with PEFT's task type; None for full fine-tuning.
+
+    Args:
+        section: `peft` of the recipe.
+        task: PEFT's task type of the stage.
+        model: Its tokenizer reads the text that a prompt begins with.
 
     Raises:
         UserError: PEFT refuses the combination of fields.
@@ -31,7 +40,7 @@ def build_peft(section: Mapping[str, Any], task: str) -> PeftConfig | None:
     if not section:
         return None
     fields = {key: value for key, value in section.items() if key != "method"}
-    cls = CONFIGS[section["method"]]
+    cls = load_class(METHODS[section["method"]].config)
     hints: dict[str, Any] = typing.get_type_hints(cls)
     for key, value in fields.items():
         nested: Any = next(
@@ -42,6 +51,10 @@ def build_peft(section: Mapping[str, Any], task: str) -> PeftConfig | None:
                 fields[key] = nested(**value)
             except (ValueError, TypeError) as error:
                 raise user_error("peft-refused", first_line(error), path=("peft", key)) from error
+    if "total_step" in hints:
+        fields.setdefault("total_step", UNKNOWN_STEPS)
+    if model and fields.get("prompt_tuning_init") == "TEXT":
+        fields |= {"tokenizer_name_or_path": model.name_or_path, "tokenizer_kwargs": {"revision": model.revision}}
     try:
         return cls(task_type=task, **fields)
     except (ValueError, TypeError, ImportError) as error:
@@ -68,12 +81,12 @@ def saves_embeddings(peft_config: Any) -> Literal["auto"] | bool:
 
     PEFT 0.21 saves the embeddings of a vocabulary that has grown under three names when `modules_to_save` has them.
     """
-    targets = peft_config.target_modules
+    targets = getattr(peft_config, "target_modules", None)
     targeted = isinstance(targets, str) or set(targets or ()) & set(EMBEDDING_LAYER_NAMES)
-    return "auto" if targeted or not peft_config.modules_to_save else False
+    return "auto" if targeted or not getattr(peft_config, "modules_to_save", None) else False
 
 
-def fit_adapter(peft_config: Any, empty: torch.nn.Module, model_type: str) -> PeftModel:
+def fit_adapter(peft_config: Any, build: Callable[[], Any], model_type: str) -> PeftModel:
     """Puts an adapter on a model without weights, and checks that every name in its configuration matches something.
 
     PEFT errs only if no target at all matches: a Llama-style list silently adapts a part of Phi-3, which fuses its own;
@@ -81,52 +94,93 @@ def fit_adapter(peft_config: Any, empty: torch.nn.Module, model_type: str) -> Pe
 
     Args:
         peft_config: The adapter.
-        empty: The base model on the meta device; it becomes a part of what is returned.
+        build: Builds the base model on the meta device; it becomes a part of what is returned.
         model_type: transformers' name of the architecture.
 
     Raises:
         UserError: A name matches nothing, or PEFT refuses the adapter.
     """
-    if peft_config.target_modules is None and model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        message = f"PEFT has no default targets for {model_type}"
-        fix = "add 'target_modules: all-linear'"
-        raise user_error("target-not-found", message, fix, path=("peft", "target_modules"))
+    empty = build()
     modules = [name for name, _ in empty.named_modules()]
     parameters = [name for name, _ in empty.named_parameters()]
-    tokens = empty.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    linear = sorted({name.split(".")[-1] for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear)})
+    tokens = empty.get_input_embeddings().num_embeddings
+    usual = _usual_targets(peft_config, empty)
     asked = {key for key, value in vars(peft_config).items() if value}
-    _check_named(peft_config, modules, linear)
+    _check_named(peft_config, modules, usual)
     try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names that match nothing, which are looked at here
-            fitted = get_peft_model(empty, copy.deepcopy(peft_config))  # PEFT writes into it
-    except (ImportError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        fitted = _put_on(peft_config, build)
+    except (ImportError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
+        if "specify `target_modules`" in str(error):
+            message = f"PEFT has no default targets for {model_type}"
+            raise user_error(
+                "target-not-found", message, _targets_fix(usual), path=("peft", "target_modules")
+            ) from error
         raise refused("peft", asked, error) from error
     _check_rank(peft_config, fitted)
-    head = fitted.get_output_embeddings()
+    head, key = fitted.get_output_embeddings(), "trainable_token_indices"
+    if isinstance(peft_config, TrainableTokensConfig):
+        key = "token_indices"
+    if not hasattr(head, "bias") or (isinstance(head, BaseTunerLayer) and key == "token_indices"):
+        message = "TRL 1.16 computes the loss from the head itself, and here tokens of a tied head would be trained"
+        fix = "train all tokens: method: lora, modules_to_save: [embed_tokens], ensure_weight_tying: true"
+        raise user_error("peft-refused", message, fix, path=("peft", key))
     if isinstance(head, BaseTunerLayer):
         message = "TRL 1.16 computes the loss from the head's own weights: an adapter on it would never be trained"
         fix = "leave the head out, or train all of it: modules_to_save"
         raise user_error("peft-refused", message, fix, path=("peft", "target_modules"))
-    if not hasattr(head, "bias"):
-        message = "TRL 1.16 computes the loss from the head itself, and here tokens of a tied head would be trained"
-        fix = "remove the key, or train all tokens: modules_to_save: [embed_tokens], ensure_weight_tying: true"
-        raise user_error("peft-refused", message, fix, path=("peft", "trainable_token_indices"))
     inside = "base_model.model."
     adapted = [name.removeprefix(inside) for name, m in fitted.named_modules() if isinstance(m, BaseTunerLayer)]
-    _check_adapted(peft_config, adapted, parameters, linear)
-    chosen = peft_config.trainable_token_indices or []
+    _check_adapted(peft_config, adapted, parameters, usual)
+    chosen = getattr(peft_config, key, None) or []
     for index in chosen if isinstance(chosen, list) else [index for part in chosen.values() for index in part]:
         if not 0 <= index < tokens:
             message = f"there is no token {index}: the model has the tokens 0 to {tokens - 1}"
-            raise user_error("target-not-found", message, path=("peft", "trainable_token_indices"))
+            raise user_error("target-not-found", message, path=("peft", key))
     return fitted
+
+
+def _put_on(peft_config: Any, build: Callable[[], Any]) -> Any:
+    """The base with the adapter, both without weights.
+
+    Some methods of PEFT 0.21 look at numbers that they have just made (BOFT, UniLoRA): their adapters are made on the
+    CPU. SHiRA looks at the base's weights: LoRA stands in for it, with as many parameters (tuners/shira/layer.py).
+    """
+    config = copy.deepcopy(peft_config)  # PEFT writes into it
+    if isinstance(config, ShiraConfig):
+        targets, saved = config.target_modules, config.modules_to_save
+        config = LoraConfig(r=config.r, target_modules=targets, modules_to_save=saved, task_type=config.task_type)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that match nothing, which are looked at here
+        try:
+            with torch.device("meta"):
+                return get_peft_model(build(), config)
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error).lower():
+                raise
+            return get_peft_model(build(), copy.deepcopy(peft_config))
+
+
+def _usual_targets(peft_config: Any, empty: Any) -> list[str]:
+    """Names of the modules that a method is usually put on: norms for one that trains norms, else linear layers."""
+    norms = isinstance(peft_config, LNTuningConfig)
+    wanted = {name for name, m in empty.named_modules() if (is_norm(m) if norms else isinstance(m, torch.nn.Linear))}
+    return sorted({name.split(".")[-1] for name in wanted})
+
+
+def _targets_fix(usual: list[str]) -> str:
+    if any("norm" in name for name in usual):
+        return f"add 'target_modules: [{', '.join(usual)}]'"
+    return "add 'target_modules: all-linear'"
+
+
+def is_norm(module: torch.nn.Module) -> bool:
+    """Whether a module is a norm: LayerNorm, LlamaRMSNorm, ..."""
+    return type(module).__name__.endswith("Norm")
 
 
 def _check_rank(peft_config: Any, fitted: PeftModel) -> None:
     """A matrix has as many singular vectors as its smaller dimension."""
-    if not str(peft_config.init_lora_weights).startswith(("pissa", "olora", "mica")):
+    if not str(getattr(peft_config, "init_lora_weights", "")).startswith(("pissa", "olora", "mica")):
         return
     layers: dict[str, Any] = {name: m for name, m in fitted.named_modules() if isinstance(m, LoraLayer)}
     for name, module in layers.items():
@@ -136,10 +190,10 @@ def _check_rank(peft_config: Any, fitted: PeftModel) -> None:
             raise user_error("peft-refused", message, "lower it", path=("peft", "r"))
 
 
-def _check_named(peft_config: Any, modules: list[str], linear: list[str]) -> None:
+def _check_named(peft_config: Any, modules: list[str], usual: list[str]) -> None:
     """Names of modules that exist, whatever the other fields say."""
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
-        names = getattr(peft_config, key) or []
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"):
+        names = getattr(peft_config, key, None) or []
         if names == "all-linear":
             continue
         for name in [names] if isinstance(names, str) else sorted(names):
@@ -148,26 +202,26 @@ def _check_named(peft_config: Any, modules: list[str], linear: list[str]) -> Non
                 if isinstance(names, str)
                 else any(_is_called(module, name) for module in modules)
             ):
-                raise _no_match(key, name, linear)
+                raise _no_match(key, name, usual)
     there = sorted({int(part) for module in modules for part in module.split(".") if part.isdigit()})
-    layers = peft_config.layers_to_transform
+    layers = getattr(peft_config, "layers_to_transform", None)
     for layer in [layers] if isinstance(layers, int) else layers or []:
         if layer not in there:
             message = f"there is no layer {layer}; the model has layers {there[0]} to {there[-1]}"
             raise user_error("target-not-found", message, path=("peft", "layers_to_transform"))
-    for first, last in peft_config.layer_replication or []:
+    for first, last in getattr(peft_config, "layer_replication", None) or []:
         if not there[0] <= first < last <= there[-1] + 1:
             message = (
                 f"there are no layers {first} to {last} (excluded); the model has layers {there[0]} to {there[-1]}"
             )
             raise user_error("target-not-found", message, path=("peft", "layer_replication"))
     lists = sorted({part[1] for module in modules if (part := re.search(r"(\w+)\.\d+(\.|$)", module))})
-    layer_lists = peft_config.layers_pattern or []
+    layer_lists = getattr(peft_config, "layers_pattern", None) or []
     for pattern in [layer_lists] if isinstance(layer_lists, str) else layer_lists:
         if pattern.rpartition(".")[2] not in lists:
             raise _no_match("layers_pattern", pattern, lists, "of the model")
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(peft_config, key) or {}:
+    for key in PATTERNS:
+        for pattern in getattr(peft_config, key, None) or {}:
             _matching(rf"(.*\.)?({pattern})", modules, key)  # is it a regular expression, and one that comes to an end?
 
 
@@ -176,18 +230,18 @@ def _is_called(full: str, name: str) -> bool:
     return full == name or full.endswith(f".{name}")
 
 
-def _check_adapted(peft_config: Any, adapted: list[str], parameters: list[str], linear: list[str]) -> None:
+def _check_adapted(peft_config: Any, adapted: list[str], parameters: list[str], usual: list[str]) -> None:
     """Names in fields that work together: each must match something that all of them leave."""
     names = sorted({module.split(".")[-1] for module in adapted})
-    targets = peft_config.target_modules or []
+    targets = getattr(peft_config, "target_modules", None) or []
     for name in [] if isinstance(targets, str) else sorted(targets):
         if not any(_is_called(module, name) for module in adapted):
             raise _no_match(
-                "target_modules", name, linear, "that exclude_modules, layers_to_transform and modules_to_save leave"
+                "target_modules", name, usual, "that exclude_modules, layers_to_transform and modules_to_save leave"
             )
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in PATTERNS:
         values: dict[str, tuple[str, float]] = {}  # module -> the pattern that matches it, and its value
-        for pattern, value in (getattr(peft_config, key) or {}).items():
+        for pattern, value in (getattr(peft_config, key, None) or {}).items():
             matched = _matching(rf"(.*\.)?({pattern})", adapted, key)
             if not matched:
                 raise _no_match(key, pattern, names, "that is adapted")
@@ -196,7 +250,7 @@ def _check_adapted(peft_config: Any, adapted: list[str], parameters: list[str], 
                 if before != value:  # PEFT 0.21 takes the first, and sorts them when it saves the adapter
                     message = f"'{other}' and '{pattern}' both match {module}, with {before} and {value}"
                     raise user_error("wrong-form", message, "let one of them match it", path=("peft", key))
-    for name in peft_config.target_parameters or []:
+    for name in getattr(peft_config, "target_parameters", None) or []:
         if not any(_is_called(parameter, name) for parameter in parameters):
             ends = sorted({".".join(parameter.split(".")[-2:]) for parameter in parameters})
             raise _no_match("target_parameters", name, ends, "of the model")
@@ -215,6 +269,8 @@ def _matching(pattern: str, modules: list[str], key: str) -> list[str]:
 
 def _no_match(key: str, name: str, choices: list[str], which: str = "") -> UserError:
     kind = "parameter" if key == "target_parameters" else "module"
-    there = "there are" if which else "its linear modules"
+    there = (
+        "there are" if which else "its norms" if any("norm" in choice for choice in choices) else "its linear modules"
+    )
     message = f"'{name}' matches no {kind} {which or 'of the model'}; {there}: {', '.join(choices)}"
     return user_error("target-not-found", message, suggest(name, choices), path=("peft", key))

@@ -3,8 +3,10 @@
 import json
 import re
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
+from recipe_runner.methods import METHODS
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.words import suggest
 from recipe_runner.recipe import schema
@@ -23,19 +25,20 @@ def explain(name: str) -> str:
     codes = _codes()
     if name in codes:
         return f"{name}: {codes[name]}"
-    stages = [_keys(stage) for stage in STAGES]
-    keys = {key: entry for stage in reversed(stages) for key, entry in stage.items()}
     path = re.sub(r"\.\d+(?=\.|$)", "", name)  # dataset.train.0.source is dataset.train.source
+    kind, section, names = ("method", "peft", METHODS) if path.startswith("peft.") else ("stage", "training", STAGES)
+    variants = [_keys({section: variant}) for variant in names]
+    keys = {key: entry for variant in reversed(variants) for key, entry in variant.items()}
     if path not in keys:
         hint = suggest(path, [*keys, *codes]) or f"sections: {', '.join(key for key in keys if '.' not in key)}"
         raise user_error("unknown-key", f"there is no key and no error code '{name}'", hint)
-    found = {name: stage[path] for name, stage in zip(STAGES, stages, strict=True) if path in stage}
+    found = {name: variant[path] for name, variant in zip(names, variants, strict=True) if path in variant}
     texts: dict[str, list[str]] = {}
     for name, entry in found.items():
         texts.setdefault(_describe(path, *entry), []).append(name)
-    if len(texts) == 1 and len(found) == len(STAGES):
+    if len(texts) == 1 and len(found) == len(names):
         return next(iter(texts))
-    return "\n".join(text.replace(path, f"{path} (stage {', '.join(names)})", 1) for text, names in texts.items())
+    return "\n".join(text.replace(path, f"{path} ({kind} {', '.join(of)})", 1) for text, of in texts.items())
 
 
 def _describe(path: str, entry: dict[str, Any], origin: str) -> str:
@@ -60,15 +63,17 @@ def _describe(path: str, entry: dict[str, Any], origin: str) -> str:
     return "\n".join(lines)
 
 
-def _keys(stage: str) -> dict[str, tuple[dict[str, Any], str]]:
-    """Every documented key path of a stage, with its schema and the class that it comes from."""
+def _keys(kinds: Mapping[str, str]) -> dict[str, tuple[dict[str, Any], str]]:
+    """Every documented key path of a stage or a method, with its schema and the class that it comes from."""
     keys: dict[str, tuple[dict[str, Any], str]] = {}
     for name, entry in schema.load()["properties"].items():
         keys[name] = entry, ""
         if name in schema.SECTIONS:
-            section, bounds = schema.fields_of(name, stage), schema.bounds_of(name, stage)
+            kind = kinds.get(name, "")
+            section, bounds = schema.fields_of(name, kind), schema.bounds_of(name, kind)
             keys[name] = {**section, **entry, "properties": section["properties"]}, _origin(section)
-            for key in [*section["properties"], *(key for key in bounds if key not in section["properties"])]:
+            refused = [key for key, own in bounds.items() if "not" in own and key not in section["properties"]]
+            for key in [*section["properties"], *refused]:
                 documented = section["properties"].get(key, {})
                 keys[f"{name}.{key}"] = {**documented, **bounds.get(key, {})}, _origin(section) if documented else ""
     source = schema.resolve("#/$defs/source")["properties"]

@@ -91,7 +91,7 @@ class Recipe:
 
     def _read_upstream(self, section: str) -> UpstreamSection:
         said = self.values.get(section) or {}
-        return UpstreamSection(said, schema.defaults_of(section, str(self.values["stage"])))
+        return UpstreamSection(said, schema.defaults_of(section, schema.kinds_of(self.values).get(section, "")))
 
     def place(self, problem: Problem) -> Problem:
         """A problem at a key of this recipe, with the key's place in the file.

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -35,34 +35,44 @@ def resolve(reference: str) -> dict[str, Any]:
 
 
 @cache
-def validator(stage: str = "") -> Any:
-    """A validator for whole recipes of a stage; without one, for any. An integer is written as one: 4.0 is refused.
+def validator(stage: str = "", method: str = "") -> Any:
+    """A validator for whole recipes of a stage and a `peft.method`. An integer is written as one: 4.0 is refused.
 
-    References are followed and conditions on the stage decided once, and not for every recipe.
+    References are followed and conditions on the two decided once, and not for every recipe. Without a stage, it is for
+    any; without a method, for none: only the schema of the method that is used is read.
     """
     strict_integers = Draft202012Validator.TYPE_CHECKER.redefine(
         "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
     )
     strict: Any = extend(Draft202012Validator, type_checker=strict_integers)  # type: ignore[no-untyped-call]
-    return strict(_unfold(load(), stage))
+    known = {"method": method} | ({"stage": stage} if stage else {})
+    return strict(_unfold(load(), known))
 
 
-def _unfold(part: Any, stage: str) -> Any:
-    """A schema with what its references stand for, and without conditions on a stage that is known."""
+def _unfold(part: Any, known: Mapping[str, str]) -> Any:
+    """A schema with what its references stand for, and without conditions on values that are known."""
     if isinstance(part, list):
-        return [_unfold(item, stage) for item in part]
+        return [_unfold(item, known) for item in part]
     if not isinstance(part, dict):
         return part
     decided = dict(part)
     together = list(decided.pop("allOf", []))
     if "$ref" in decided:
         together.append(resolve(decided.pop("$ref")))
-    if stage and (wanted := part.get("if", {}).get("properties", {}).get("stage", {}).get("const")):
+    key, wanted = _read_condition(part)
+    if key in known:
         del decided["if"]
         branches = {name: decided.pop(name) for name in ("then", "else") if name in decided}
-        together.append(branches.get("then" if wanted == stage else "else", {}))
-    unfolded = {key: _unfold(value, stage) for key, value in decided.items()}
-    return unfolded | ({"allOf": found} if (found := [_unfold(item, stage) for item in together if item]) else {})
+        together.append(branches.get("then" if wanted == known[key] else "else", {}))
+    unfolded = {key: _unfold(value, known) for key, value in decided.items()}
+    return unfolded | ({"allOf": found} if (found := [_unfold(item, known) for item in together if item]) else {})
+
+
+def _read_condition(part: dict[str, Any]) -> tuple[str, Any]:
+    """The key and the value that a condition of the form `key: const` asks for; an empty key for any other."""
+    condition: dict[str, Any] = part.get("if", {}).get("properties", {})
+    key, entry = next(iter(condition.items()), ("", dict[str, Any]()))
+    return (key, entry["const"]) if len(condition) == 1 and entry.keys() == {"const"} else ("", None)
 
 
 def is_name(name: str) -> bool:
@@ -93,39 +103,46 @@ def is_of_pipeline(key: str) -> bool:
     return section in load()["properties"] and not said_by_stages
 
 
-def _own(section: str, stage: str) -> dict[str, Any]:
+def _own(section: str, kind: str) -> dict[str, Any]:
     """Our schema of a section. One on top of an upstream class refers to that class's."""
     name = section
     if section == "peft":
-        name = choices("peft", "method")[0]
+        name = kind if kind in choices("peft", "method") else choices("peft", "method")[0]
     elif section == "training":
-        name = f"{stage if f'{stage}_training' in load()['$defs'] else 'sft'}_training"
+        name = f"{kind if f'{kind}_training' in load()['$defs'] else 'sft'}_training"
     return resolve(f"#/$defs/{name}")
 
 
-def fields_of(section: str, stage: str = "sft") -> dict[str, Any]:
-    """The schema of the class behind a section: for `training`, the one of the stage."""
-    own = _own(section, stage)
+def kinds_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """What decides which class is behind a section: the stage for `training`, the method for `peft`."""
+    peft = values.get("peft")
+    found = {"training": values.get("stage"), "peft": peft.get("method") if isinstance(peft, dict) else None}
+    return {section: kind for section, kind in found.items() if isinstance(kind, str)}
+
+
+def fields_of(section: str, kind: str = "") -> dict[str, Any]:
+    """The schema of the class behind a section: for `training` the one of a stage, for `peft` of a method."""
+    own = _own(section, kind)
     return resolve(own["$ref"]) if "$ref" in own else own
 
 
-def bounds_of(section: str, stage: str = "sft") -> dict[str, Any]:
+def bounds_of(section: str, kind: str = "") -> dict[str, Any]:
     """Our entries on top of an upstream class's: bounds, old names, keys that are refused."""
-    own = _own(section, stage)
+    own = _own(section, kind)
     if "$ref" not in own:
         return {}
     shared = [part for entry in own.get("allOf", []) for part in _properties(resolve(entry["$ref"]))]
     merged: dict[str, Any] = {}
-    for part in (*shared, own["properties"]):
+    for part in (*shared, own.get("properties", {})):
         for key, entry in part.items():
             merged[key] = {**merged.get(key, {}), **entry}
     return merged
 
 
 @cache
-def defaults_of(section: str, stage: str) -> dict[str, Any]:
+def defaults_of(section: str, kind: str) -> dict[str, Any]:
     """What upstream's class takes for each field that is left out."""
-    fields = fields_of(section, stage)["properties"].items()
+    fields = fields_of(section, kind)["properties"].items()
     return {key: entry["default"] for key, entry in fields if "default" in entry}
 
 
@@ -134,10 +151,10 @@ def _properties(schema: dict[str, Any]) -> list[dict[str, Any]]:
     return [part["properties"] for part in (schema, schema.get("then", {})) if "properties" in part]
 
 
-def section_keys(section: str, stage: str = "sft") -> dict[str, Any]:
+def section_keys(section: str, kind: str = "") -> dict[str, Any]:
     """The keys of a section that a recipe may set, with their schemas."""
-    narrowed = bounds_of(section, stage)
-    keys = fields_of(section, stage)["properties"].items()
+    narrowed = bounds_of(section, kind)
+    keys = fields_of(section, kind)["properties"].items()
     return {key: entry for key, entry in keys if {**entry, **narrowed.get(key, {})}.get("not") != {}}
 
 
@@ -167,7 +184,11 @@ def _applicable(schema: dict[str, Any], values: dict[str, Any]) -> Iterator[dict
     for part in schema.get("allOf", []):
         yield from _applicable(part, values)
     if "if" in schema:
-        if id(schema["if"]) not in _CONDITIONS:
-            _CONDITIONS[id(schema["if"])] = Draft202012Validator(schema["if"])
-        holds = _CONDITIONS[id(schema["if"])].is_valid(values)
+        key, wanted = _read_condition(schema)
+        if key:
+            holds = values[key] == wanted if key in values else "required" not in schema["if"]
+        else:
+            if id(schema["if"]) not in _CONDITIONS:
+                _CONDITIONS[id(schema["if"])] = Draft202012Validator(schema["if"])
+            holds = _CONDITIONS[id(schema["if"])].is_valid(values)
         yield from _applicable(schema.get("then" if holds else "else", {}), values)

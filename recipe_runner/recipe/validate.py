@@ -1,9 +1,10 @@
 """Checks a recipe's values against the schema and turns what jsonschema finds into problems that name the fix."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from recipe_runner.methods import METHODS, REFUSED
 from recipe_runner.problems.problem import KeyPath, Mark, Problem, at_most, join_path
 from recipe_runner.problems.words import ask, nearest
 from recipe_runner.recipe import schema
@@ -35,17 +36,19 @@ _BOUNDS = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "abo
 
 def check_values(values: dict[str, Any], place: Place) -> list[Problem]:
     """Checks the plain values of a recipe against its schema; `place` gives the mark of a key path."""
-    known = values["stage"] if values.get("stage") in schema.choices("stage") else ""
-    errors = list(itertools.islice(schema.validator(known).iter_errors(values), MOST_ERRORS))
+    kinds = schema.kinds_of(values)
+    stage = kinds.get("training") if kinds.get("training") in schema.choices("stage") else ""
+    method = kinds.get("peft", schema.choices("peft", "method")[0])  # what a method that is left out may be
+    method = method if method in METHODS else ""
+    errors = list(itertools.islice(schema.validator(stage, method).iter_errors(values), MOST_ERRORS))
     refused = {tuple(error.absolute_path) for error in errors if error.validator == "not"}
-    stage = str(values.get("stage"))
     found: list[Problem] = []
     for error in errors:
-        found += at_most(_problems(error, tuple(error.absolute_path), place, stage))
+        found += at_most(_problems(error, tuple(error.absolute_path), place, kinds))
     return [problem for problem in found if problem.code != "unknown-key" or problem.path not in refused]
 
 
-def _problems(error: Any, path: KeyPath, place: Place, stage: str) -> Iterator[Problem]:
+def _problems(error: Any, path: KeyPath, place: Place, kinds: Mapping[str, str]) -> Iterator[Problem]:
     value, found = error.instance, _show(error.instance)
 
     def problem(
@@ -57,11 +60,11 @@ def _problems(error: Any, path: KeyPath, place: Place, stage: str) -> Iterator[P
         case "additionalProperties":
             entries = error.schema.get("properties", {})
             whole = len(path) == 1 and path[0] in schema.SECTIONS
-            keys = schema.section_keys(str(path[0]), stage) if whole else entries
+            keys = schema.section_keys(str(path[0]), kinds.get(str(path[0]), "")) if whole else entries
             valid = [key for key in keys if entries[key].get("not") != {}]
             for key in value:
                 if key not in entries:
-                    hint, meant = suggest_key(key, valid, path, stage)
+                    hint, meant = suggest_key(key, valid, path, kinds)
                     yield problem("unknown-key", "unknown key", hint, key=True, at=(*path, key), meant=meant)
         case "not" if "const" in error.validator_value:
             yield problem("out-of-bounds", f"{found} is not allowed", "leave the key out or set another value")
@@ -77,12 +80,12 @@ def _problems(error: Any, path: KeyPath, place: Place, stage: str) -> Iterator[P
                 if key not in value and f"'{key}'" in error.message:
                     yield problem("missing-key", f"the key '{key}' is missing", _example(key), key=True)
         case "type":
-            kinds = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
-            expected = " or ".join(_TYPES[kind] for kind in kinds)
-            hint, meant = _retype(value, kinds, path)
+            types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
+            expected = " or ".join(_TYPES[kind] for kind in types)
+            hint, meant = _retype(value, types, path)
             yield problem("wrong-type", f"expected {expected}, found {found}", hint, meant=meant)
         case "enum" | "const":
-            yield from _choice_problems(error, path, stage, problem)
+            yield from _choice_problems(error, path, kinds, problem)
         case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
             yield problem(
                 "out-of-bounds",
@@ -103,7 +106,9 @@ def _problems(error: Any, path: KeyPath, place: Place, stage: str) -> Iterator[P
             yield problem("invalid-value", error.message)
 
 
-def _choice_problems(error: Any, path: KeyPath, stage: str, problem: Callable[..., Problem]) -> Iterator[Problem]:
+def _choice_problems(
+    error: Any, path: KeyPath, kinds: Mapping[str, str], problem: Callable[..., Problem]
+) -> Iterator[Problem]:
     """A value that is not one of the choices: renamed, ruled out by another key, or unknown."""
     value, found = error.instance, _show(error.instance)
     choices = error.validator_value if error.validator == "enum" else [error.validator_value]
@@ -111,9 +116,12 @@ def _choice_problems(error: Any, path: KeyPath, stage: str, problem: Callable[..
     if len(choices) > 12:
         listed = f"its {len(choices)} choices (`recipe-run explain {join_path(path)}` lists them)"
     message = f"{found} is not one of {listed}"
-    bounds = schema.bounds_of("training", stage).get(str(path[-1]) if path else "", {})
-    if "x-code" in error.schema:  # another key rules this choice out
-        if value in schema.section_keys(str(path[0]))[str(path[1])]["enum"]:
+    section = str(path[0]) if path else ""
+    bounds = schema.bounds_of("training", kinds.get("training", "")).get(str(path[-1]) if path else "", {})
+    if path == ("peft", "method") and isinstance(value, str) and value in REFUSED:
+        yield problem("method-refused", f"'{value}' can't be trained here: {REFUSED[value]}")
+    elif "x-code" in error.schema:  # another key rules this choice out
+        if value in schema.section_keys(section, kinds.get(section, ""))[str(path[1])].get("enum", [value]):
             meant = error.schema.get("default")
             yield problem(error.schema["x-code"], message, error.schema["description"], meant=meant)
     elif isinstance(value, str) and value in (renamed := bounds.get("x-renamed-choices", {})):
@@ -140,14 +148,19 @@ _FAMILIAR = {
 }
 
 
-def suggest_key(key: str, valid: list[str], path: KeyPath, stage: str) -> tuple[str, str | None]:
+def suggest_key(key: str, valid: list[str], path: KeyPath, kinds: Mapping[str, str]) -> tuple[str, str | None]:
     """What to write instead: the nearest valid key at this place (which is also returned), or where the key belongs."""
     if "." in key:
         return f"write it nested: {key.replace('.', ': {', 1)}: ...}}", None
     others = [section for section in schema.SECTIONS if path[:1] != (section,)]
-    homes = [section for section in others if key in schema.section_keys(section, stage)]
+    homes = [section for section in others if key in schema.section_keys(section, kinds.get(section, ""))]
     if path == ("dataset",) and key in schema.resolve("#/$defs/source")["properties"]:
         homes = ["dataset.train"]
+    if path == ("peft",) and (methods := [name for name in METHODS if key in schema.section_keys("peft", name)]):
+        few = f"{', '.join(methods[:3])}{', ...' * (len(methods) > 3)}"
+        names = ", ".join(name for name in valid if name != "method")
+        own = f"; {kinds['peft']} has: {names}" if "peft" in kinds else ""
+        return f"it is a key of {few}{own}", None
     near = [_FAMILIAR[key]] if _FAMILIAR.get(key) in valid else nearest(key, valid)
     if near:
         return ask(near), near[0] if len(near) == 1 else None

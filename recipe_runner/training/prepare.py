@@ -204,15 +204,14 @@ def _check_model(recipe: Recipe, adapter: Path | None, tokens: int) -> tuple[Pef
         return checked
 
     name = recipe.model.name_or_path
-    asked = new_adapter.build_peft(recipe.peft.said, recipe.stage.task)
+    asked = new_adapter.build_peft(recipe.peft.said, recipe.stage.task, recipe.model)
     if adapter:
         fitted = continuation.load_peft(adapter, name, recipe.peft)
         model = continuation.check_fit(adapter, fitted, asked, build, f"{model_config.model_type}, {name}")
         return continuation.load_peft(adapter, name, recipe.peft), model
-    model = build()
     if recipe.model.adds_tokens and asked:
-        new_adapter.check_new_tokens(asked, model)
-    return asked, new_adapter.fit_adapter(asked, model, model_config.model_type) if asked else model
+        new_adapter.check_new_tokens(asked, build())
+    return asked, new_adapter.fit_adapter(asked, build, model_config.model_type) if asked else build()
 
 
 def _check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedData, known: int) -> None:

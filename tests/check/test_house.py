@@ -18,8 +18,21 @@ PACKAGE = ROOT / "recipe_runner"
 FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy", "pyarrow"}
 # Rooms from the ground up: a room imports itself and the rooms before it, and nothing else.
-ORDER = ["problems", "files", "stages", "recipe", "runs", "launch", "data", "model", "training", "preview", "cli"]
-LIGHT = {"problems", "files", "stages", "recipe", "runs", "cli"}  # never the ML stack
+ORDER = [
+    "problems",
+    "files",
+    "stages",
+    "methods",
+    "recipe",
+    "runs",
+    "launch",
+    "data",
+    "model",
+    "training",
+    "preview",
+    "cli",
+]
+LIGHT = {"problems", "files", "stages", "methods", "recipe", "runs", "cli"}  # never the ML stack
 LIGHT_MODULES = {"launch/configuration.py", "launch/rules.py", "launch/process.py", "data/formats.py"}
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from jsonschema import Draft202012Validator
 
+from recipe_runner.methods import METHODS
 from recipe_runner.problems.errors import UserError
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.document import read_document
@@ -35,7 +36,8 @@ def properties(node, path=()):
 @pytest.mark.parametrize("file", [file for file in FILES if file != BUNDLE], ids=lambda file: file.stem)
 def test_every_property_is_described(file):
     """Bounds on upstream's keys, choices by format, and `if` conditions refine a property described elsewhere."""
-    refining = {"if", "shared_training", "packed_text", "rewarmed", "kl_estimated", "lora", "quantization", "allOf"}
+    refining = {"if", "shared_training", "packed_text", "rewarmed", "kl_estimated", "quantization", "allOf"}
+    refining |= {"any_adapter", *METHODS}
     refining |= {f"{stage}_training" for stage in STAGES}
     for path, entry in properties(json.loads(file.read_text())):
         if "$ref" not in entry and (entry.get("not") == {} or not refining & set(path)):
@@ -45,6 +47,7 @@ def test_every_property_is_described(file):
 def test_a_key_that_is_refused_says_why_and_its_replacement_exists():
     stages = STAGES
     known = {f"{s}.{key}" for s in schema.SECTIONS for stage in stages for key in schema.section_keys(s, stage)}
+    known |= {f"peft.{key}" for method in METHODS for key in schema.section_keys("peft", method)}
     known |= {*schema.SECTIONS, "dataset.train.columns"}
     for path, entry in properties(schema.load()):
         if "not" in entry and entry["not"] == {}:
@@ -70,6 +73,19 @@ def test_upstream_defaults_are_valid_by_our_bounds(stage):
     assert not errors, [error.message for error in errors]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_s_defaults_are_valid_by_our_bounds(method):
+    bounds, fields = schema.bounds_of("peft", method), schema.fields_of("peft", method)["properties"]
+    refused = {key for key, entry in bounds.items() if "not" in entry}
+    said = {key: entry["default"] for key, entry in fields.items() if "default" in entry and key not in refused}
+    unset = {key for key, value in said.items() if value is None or (value == 0 and key == "r")}  # PEFT finds them
+    peft = {key: value for key, value in said.items() if key not in unset and value != []} | {"method": method}
+    recipe = {"schema_version": 1, "name": "x", "stage": "sft", "model": {"name_or_path": "a/b"}, "peft": peft}
+    recipe["dataset"] = {"format": "text", "train": {"source": "a/b"}}
+    errors = list(schema.validator("sft", method).iter_errors(recipe))
+    assert not errors, [error.message for error in errors]
+
+
 def test_bundle_is_one_file_that_agrees_with_the_schema_on_every_example(tmp_path):
     """Any validator takes it as it is: no file beside it, no keyword of ours. Rules are beyond it."""
     bundle = json.loads(BUNDLE.read_text())
@@ -90,6 +106,7 @@ def test_bundle_is_one_file_that_agrees_with_the_schema_on_every_example(tmp_pat
 
 def errors_but_integers(values):
     """Our validator's errors, but for 4.0 in place of 4, which JSON can't tell apart."""
-    for error in schema.validator().iter_errors(values):
+    method = schema.kinds_of(values).get("peft", "")
+    for error in schema.validator(method=method).iter_errors(values):
         if not (error.validator == "type" and isinstance(error.instance, float) and error.instance.is_integer()):
             yield error
