@@ -108,7 +108,7 @@ def fit_adapter(peft_config: Any, build: Callable[[], Any], model_type: str) -> 
     asked = {key for key, value in vars(peft_config).items() if value}
     _check_named(peft_config, modules, usual)
     try:
-        fitted = _put_on(peft_config, build)
+        fitted = put_on(peft_config, build)
     except (ImportError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
         if "specify `target_modules`" in str(error):
             message = f"PEFT has no default targets for {model_type}"
@@ -139,7 +139,7 @@ def fit_adapter(peft_config: Any, build: Callable[[], Any], model_type: str) -> 
     return fitted
 
 
-def _put_on(peft_config: Any, build: Callable[[], Any]) -> Any:
+def put_on(peft_config: Any, build: Callable[[], Any]) -> Any:
     """The base with the adapter, both without weights.
 
     Some methods of PEFT 0.21 look at numbers that they have just made (BOFT, UniLoRA): their adapters are made on the

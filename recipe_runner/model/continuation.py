@@ -1,15 +1,26 @@
 """Going on from an earlier run's adapter: does it fit, and is it loaded so that TRL trains it further?"""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    PeftConfig,
+    PeftModel,
+    ShiraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from recipe_runner.model.adapter import put_on
 from recipe_runner.model.hub import download_adapter
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.rules.adapter import CONFIG, WEIGHTS, adapter_base, adapter_config
@@ -44,8 +55,9 @@ def load_peft(folder: Path, base: str, peft: UpstreamSection) -> PeftConfig:
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     config.base_model_name_or_path = base  # known to be the same, maybe moved
-    if "lora_dropout" in peft.said:
-        config.lora_dropout = peft["lora_dropout"]
+    for key, value in peft.said.items():
+        if "dropout" in key:
+            setattr(config, key, value)
     return config
 
 
@@ -75,12 +87,13 @@ def check_fit(folder: Path, config: Any, asked: Any, build: Callable[[], Any], b
         raise user_error("adapter-not-found", message, "train it again", path=PLACE) from error
     fix = "take the base that it was trained on"
     try:
-        with torch.device("meta"):
-            fitted = get_peft_model(build(), config)
+        fitted = put_on(config, build)
     except ValueError as error:  # no module of such a name
         message = f"the adapter is not of this model ({base}): {first_line(error)[:120]}"
         raise user_error("adapter-does-not-fit", message, fix, path=PLACE) from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(fitted).items()}
+    wanted = _shapes_of(fitted, config)
+    if isinstance(config, ShiraConfig):  # LoRA stands in for it
+        found, wanted = _modules_in(found), _modules_in(wanted)
     if wrong := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
         told = "; ".join(
             f"{name.removeprefix('base_model.model.')}: {found.get(name, 'none')} in the adapter, "
@@ -89,7 +102,7 @@ def check_fit(folder: Path, config: Any, asked: Any, build: Callable[[], Any], b
         )
         message = f"the adapter is not of this model ({base}): {len(wrong)} tensors differ ({told})"
         raise user_error("adapter-does-not-fit", message, fix, path=PLACE)
-    if asked is not None and asked.target_modules == "all-linear":
+    if asked is not None and getattr(asked, "target_modules", None) == "all-linear":
         with torch.device("meta"):
             other = get_peft_model(build(), asked)
         if set(other.peft_config["default"].target_modules) != set(config.target_modules):
@@ -97,6 +110,27 @@ def check_fit(folder: Path, config: Any, asked: Any, build: Callable[[], Any], b
             fix = "remove the key: the adapter says it"
             raise user_error("adapter-config-differs", message, fix, path=("peft", "target_modules"))
     return fitted
+
+
+def _shapes_of(fitted: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of an adapter, as PEFT saves them."""
+    if config.is_prompt_learning:
+        return {"prompt_embeddings": tuple(fitted.prompt_encoder["default"].embedding.weight.shape)}
+    ranks = getattr(config, "rank_pattern", None) if isinstance(config, AdaLoraConfig) else None
+    if ranks:  # of AdaLoRA, the parts that are kept; PEFT would count them on the meta device
+        fitted.peft_config["default"].rank_pattern = None
+    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(fitted).items()}
+    for name, kept in (ranks or {}).items():
+        module = f"base_model.model.{name.partition('.lora_E')[0]}"
+        for part, dimension in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
+            shape = list(wanted.get(f"{module}.{part}", (0, 0)))
+            shape[dimension] = sum(kept)
+            wanted[f"{module}.{part}"] = tuple(shape)
+    return wanted
+
+
+def _modules_in(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return dict.fromkeys((re.sub(r"\.(shira|lora)_\w+(\.weight)?$", "", name) for name in shapes), ())
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -136,6 +170,10 @@ def load_for_training(
     TRL takes an adapter that was trained before only as a PeftModel; `DPOTrainer` then keeps a frozen copy of it as the
     reference ("ref"). Source: trl/trainer/dpo_trainer.py 1.16.0, DPOTrainer.__init__.
     """
+    if peft_config.is_prompt_learning:  # PEFT 0.21's from_pretrained refuses to train it further (peft_model.py:555)
+        model = get_peft_model(loaded, peft_config)
+        set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+        return model
     plugin = config.deepspeed_plugin
     casts = quantization is not None or plugin is None or plugin.zero_stage != 3  # as in TRL, for a new adapter
     return PeftModel.from_pretrained(

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from recipe_runner.problems.problem import KeyPath, Problem
 from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules.adapter import why_not_continued
 
 
 def check_handover(stages: Sequence[Recipe]) -> Iterator[Problem]:
@@ -29,8 +30,12 @@ def _handover(before: Recipe, after: Recipe) -> Iterator[tuple[str, str]]:
         fix = "give it the same peft, or let the stages before it train all weights, too"
         yield f"{names}: an adapter comes in, but all weights are to be trained", fix
     elif first:
+        method, projection = str(first["method"]), bool(first["prefix_projection"])
+        message, fix = why_not_continued(after.stage, method, projection)
+        if message:
+            yield f"{after.name} can't go on from {before.name}: {message}", fix
         for key, value in second.said.items():
-            if key != "lora_dropout" and value != first[key]:
+            if "dropout" not in key and value != first[key]:
                 yield f"{names} have different adapters (peft.{key}: {first[key]}, {value})", "give both the same"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from peft import PeftConfig, PeftModel
+from peft import AdaLoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.checks import find_problems
@@ -108,11 +108,12 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     data = prepare_data(job)
     _check_tokens(recipe.model.name_or_path, job.tokenizer, data, model.config.get_text_config().vocab_size)
     problems = find_data_problems(recipe.model, job, data)
+    steps = count_steps(config, len(data.splits["train"].dataset), config.world_size)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
-        problems += check_steps(
-            recipe.training, count_steps(config, len(data.splits["train"].dataset), config.world_size)
-        )
+        problems += check_steps(recipe, steps)
     raise_errors(problems)
+    if isinstance(peft_config, AdaLoraConfig) and not adapter:
+        peft_config.total_step = steps
     if warning := processes.find_default_config():
         problems.append(warning)
     parameters = count_parameters(model)

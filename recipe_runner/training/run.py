@@ -21,10 +21,12 @@ from recipe_runner.runs import folder as run_folder
 from recipe_runner.runs.metrics import drop_metrics_after
 from recipe_runner.stages import Stage
 from recipe_runner.training import card, prepare, resume, summary, trainers, verify
+from recipe_runner.training.allocation import allocate_ranks
 from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, Recorder, say_progress
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
 from recipe_runner.training.optimizer import forget_modules
+from recipe_runner.training.state import keep_state
 
 
 def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> Path:
@@ -68,6 +70,10 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         trainer = trainers.build_trainer(recipe, prepared)
         initial = keep_initial(trainer, folder, found is not None) if alters_base(recipe.peft) else None
         trainers.watch_gradients(trainer, folder)
+        if recipe.peft:
+            keep_state(trainer)
+        if recipe.peft["method"] == "adalora":
+            allocate_ranks(trainer, folder, continued=prepared.adapter is not None)
         trainers.keep_dtypes_on_resume(trainer)
         interruption = Interruption(speaks=config.process_index == 0)
         trainer.add_callback(interruption)

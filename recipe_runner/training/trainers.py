@@ -22,6 +22,8 @@ from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
 from recipe_runner.training.packing import PackingCheck
 from recipe_runner.training.prepare import Prepared
 
+REFERENCE = "ref"  # TRL's name of the frozen copy of an adapter that is trained further
+
 
 def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     """Hands everything to TRL, which loads the weights, quantizes them and puts the adapter on.
@@ -70,11 +72,28 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             adapter.base_model_name_or_path = share_path(name)
         saved = saves_embeddings(trained.active_peft_config)
         trained.save_pretrained = functools.partial(trained.save_pretrained, save_embedding_layers=saved)
+        if REFERENCE in trained.peft_config:
+            _copy_to_reference(trained)
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)
     if "seq_lengths" in prepared.train.dataset.column_names:
         trainer.add_callback(PackingCheck(trainer, name))
     return trainer
+
+
+def _copy_to_reference(trained: Any) -> None:
+    """Makes the reference of a stage that goes on from an adapter what the adapter is now.
+
+    TRL 1.16 (DPOTrainer.__init__) copies what has `.default.` in its name: of methods whose names end with `.default`
+    (IA3, VeRA, BOFT, OFT, ...) nothing, so that their reference would be an adapter that was never trained.
+    """
+    tensors = dict(trained.named_parameters(remove_duplicate=False)) | dict(trained.named_buffers())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parts = name.split(".")
+            copy = tensors.get(".".join(REFERENCE if part == "default" else part for part in parts))
+            if "default" in parts and copy is not None:
+                copy.data.copy_(tensor)
 
 
 def _keep_length(trainer: Any) -> None:

@@ -6,7 +6,6 @@ from recipe_runner.problems.problem import Found, Problem, as_warning, at_most
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules import adapter, data, model, packages, quantization, training
 from recipe_runner.recipe.schema import is_name
-from recipe_runner.recipe.sections import UpstreamSection
 
 # What may be meant: it is said, and never fails a run.
 WARNINGS = {
@@ -51,7 +50,11 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "new-tokens", adapter.new_tokens(recipe.stage, base, peft)
     yield "adapter-without-peft", adapter.adapter_needs_peft(base, peft)
     yield "adapter-base-differs", adapter.adapter_base(base)
+    yield "adapter-not-trainable", adapter.adapter_continuation(recipe.stage, base)
     yield "adapter-config-differs", adapter.adapter_config(base, peft)
+    yield "prompt-learning", adapter.prompt_learning(base, peft, trained)
+    yield "method-unquantized", adapter.method_on_quantized(quantized, peft)
+    yield "rank-allocation", adapter.allocation(base, peft, trained["max_steps"])
     yield "initialisation", adapter.initialisation(recipe.stage, peft, quantized)
     yield "wrong-column-role", data.column_roles(dataset)
     yield "mixture-weight", data.mixture_weights(dataset)
@@ -64,10 +67,15 @@ def check_rules(recipe: Recipe) -> list[Problem]:
     return _as_problems(apply_rules(recipe)) + check_name(recipe)
 
 
-def check_steps(trained: UpstreamSection, steps: int) -> list[Problem]:
+def check_steps(recipe: Recipe, steps: int) -> list[Problem]:
     """Applies the rules about the number of steps, once it is known."""
-    late = [("warmup-length", training.warmup_length(trained, steps))]
-    return _as_problems([*late, ("never-evaluated", training.never_evaluated(trained, steps))])
+    trained = recipe.training
+    late = [
+        ("warmup-length", training.warmup_length(trained, steps)),
+        ("rank-allocation", adapter.allocation(recipe.model, recipe.peft, steps)),
+        ("never-evaluated", training.never_evaluated(trained, steps)),
+    ]
+    return _as_problems(late)
 
 
 def _as_problems(rules: Iterable[tuple[str, Found]]) -> list[Problem]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.files import hash_weights, list_runs, read_object, read_status
+from recipe_runner.methods import METHODS
 from recipe_runner.problems.problem import Found
 from recipe_runner.recipe.sections import ModelSection, UpstreamSection
 from recipe_runner.stages import Stage
@@ -11,8 +12,8 @@ from recipe_runner.stages import Stage
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLACE = ("model", "adapter")
 MOST_ITERATIONS = 999  # of PiSSA's fast decomposition: 4 to 64 are usual
-# Fields of the adapter's configuration that may differ: what only matters while training, or is checked with the model.
-_FREE = ("method", "lora_dropout", "target_modules")
+# Fields of the adapter's configuration that may differ, beside dropout: what is checked with the model.
+_FREE = ("method", "target_modules")
 
 
 def locate_adapter(folder: Path) -> Path:
@@ -51,6 +52,62 @@ def initialisation(stage: Stage, peft: UpstreamSection, quantization: UpstreamSe
         elif peft["use_dora"] or (peft["use_rslora"] and (peft["rank_pattern"] or peft["alpha_pattern"])):
             mixed = "use_dora" if peft["use_dora"] else "use_rslora with rank_pattern or alpha_pattern"
             yield path, f"{found}, which PEFT can't put back with {mixed}", "take one of them"
+
+
+def prompt_learning(model: ModelSection, peft: UpstreamSection, training: UpstreamSection) -> Found:
+    """Virtual tokens stand before every row, and know nothing of several documents in it.
+
+    Source: PEFT 0.21, PeftModelForCausalLM.forward drops `position_ids`, by which packed documents are told apart; with
+    activation checkpointing, transformers 5.23 keeps no cache, in which prefix tuning and cartridges put theirs.
+    """
+    name = str(peft["method"])
+    if not peft or not METHODS[name].is_prompt:
+        return
+    for key in ("packing", "padding_free", "eval_packing"):
+        if training[key]:
+            found = f"{name} puts its tokens before a row, not before each document that is packed into it"
+            yield ("training", key), found, "remove the key"
+    if name in ("prefix_tuning", "cartridge") and training["activation_checkpointing"] is not False:
+        found = f"{name} needs the model's cache, which activation checkpointing (TRL's default) turns off"
+        yield ("training", "activation_checkpointing"), found, "set it to false"
+    tokens, length = peft["num_virtual_tokens"], training["max_length"]
+    if tokens and length and tokens >= length:
+        found = f"{tokens:,} virtual tokens, before rows of at most {length:,} (training.max_length)"
+        yield ("peft", "num_virtual_tokens"), found, "20 to 100 are usual"
+    if not tokens and not model.adapter:
+        yield ("peft",), f"{name} needs num_virtual_tokens", "add 'num_virtual_tokens: 20'"
+
+
+def method_on_quantized(quantization: UpstreamSection, peft: UpstreamSection) -> Found:
+    """A method that wraps linear layers needs a layer for quantized ones. Source: PEFT 0.21, tuners/*/bnb.py."""
+    if quantization and peft and not METHODS[str(peft["method"])].quantized:
+        able = ", ".join(method.name for method in METHODS.values() if method.quantized and not method.tried)
+        found = f"PEFT 0.21 has no layer of {peft['method']} for quantized weights"
+        yield ("peft", "method"), found, f"remove quantization, or take one of {able}"
+
+
+def allocation(model: ModelSection, peft: UpstreamSection, steps: int) -> Found:
+    """AdaLoRA moves ranks between its first and its last phase, and drops some: else it is LoRA of another name.
+
+    Args:
+        model: One that continues from an adapter keeps that one's ranks.
+        peft: The adapter.
+        steps: Of the run; 0 or less when they are not known yet.
+    """
+    if peft["method"] != "adalora" or model.adapter:
+        return
+    begin, end = peft["init_r"], peft["target_r"]
+    if end >= begin:
+        found = f"{end} on average at the end, and {begin} at the beginning (init_r): no rank would be dropped"
+        yield ("peft", "target_r"), found, f"set it to about half of init_r, or init_r to about {end * 3 // 2}"
+    if steps <= 0:
+        return
+    if peft["total_step"] not in (None, steps):
+        found = f"{peft['total_step']:,}, but the run has {steps:,} steps"
+        yield ("peft", "total_step"), found, "remove the key: the runner fills it in"
+    elif peft["tinit"] + peft["tfinal"] >= steps:
+        found = f"{peft['tinit']:,} steps before ranks are moved (tinit) and {peft['tfinal']:,} after it (tfinal)"
+        yield ("peft", "tinit"), f"{found} leave none of {steps:,}: no rank would be moved", "lower them"
 
 
 def adapter_folder(model: ModelSection) -> Found:
@@ -98,6 +155,29 @@ def adapter_needs_peft(model: ModelSection, peft: UpstreamSection) -> Found:
         yield PLACE, "the adapter is trained on, but peft is missing", fix
 
 
+def why_not_continued(stage: Stage, method: str, projection: bool) -> tuple[str, str]:
+    """Why an adapter of a method can't be trained further in a stage, and what to do; empty when it can.
+
+    Source: PEFT 0.21, peft_model.py, get_prompt_embedding_to_save; tuners/adalora/model.py, _check_new_adapter_config.
+    """
+    if method in ("p_tuning", "cartridge") or (method == "prefix_tuning" and projection):
+        what = "cache" if method == "cartridge" else "network that made the prompt"
+        return f"PEFT 0.21 does not save the {what} of {method} so that it can be trained", "start a new adapter"
+    if method == "adalora" and stage.reference:
+        fix = "use the adapter of another method, or start a new one"
+        return f"PEFT 0.21 has no second AdaLoRA adapter in a model, and {stage.name} needs one as its reference", fix
+    return "", ""
+
+
+def adapter_continuation(stage: Stage, model: ModelSection) -> Found:
+    """Not every adapter can be trained further."""
+    config = read_adapter_config(Path(model.adapter or ""))
+    method = str(config.get("peft_type", "")).lower()
+    message, fix = why_not_continued(stage, method, bool(config.get("prefix_projection")))
+    if message:
+        yield PLACE, message, fix
+
+
 def adapter_base(model: ModelSection) -> Found:
     """An adapter fits the base that it was trained on: the same name, or the same weights at another place."""
     folder, name = Path(model.adapter or ""), model.name_or_path
@@ -125,7 +205,7 @@ def adapter_config(model: ModelSection, peft: UpstreamSection) -> Found:
         yield ("peft", "method"), f"the adapter is of the method {str(config.get('peft_type')).lower()}", ""
         return
     for key, value in section.items():
-        if key not in _FREE and key in config and _as_set(value) != _as_set(config[key]):
+        if key not in _FREE and "dropout" not in key and key in config and _as_set(value) != _as_set(config[key]):
             yield ("peft", key), f"{value}, but the adapter has {config[key]}", "remove the key: the adapter says it"
     targets, own = section.get("target_modules"), config.get("target_modules")
     if targets is not None and targets != "all-linear" and _as_set(targets) != _as_set(own):
