@@ -1,5 +1,7 @@
 """Ways of tuning a part of a model, one record each. Everything that lists them reads these; nothing is imported here.
 
+All but `bottleneck` are PEFT's, which has none like it.
+
 PEFT's own registry is `peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING`: each of its methods is in `METHODS` or in `REFUSED`.
 """
 
@@ -40,7 +42,6 @@ class Method:
 
 
 _TOKENS = "the virtual tokens in every pass"
-_LAYERS = "two small layers a block"
 
 _KNOWN = (
     Method(
@@ -108,6 +109,16 @@ _KNOWN = (
         "PEFT 0.21",
         "the embeddings of chosen tokens",
         quantized=True,
+        kind="other",
+    ),
+    Method(
+        "bottleneck",
+        "recipe_runner.model.bottleneck:BottleneckConfig",
+        "Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, arXiv 2005.00247",
+        "a small network after a block of every layer",
+        quantized=True,
+        merges=False,
+        latency="two small products a layer",
         kind="other",
     ),
     Method(

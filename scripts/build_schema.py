@@ -133,7 +133,7 @@ def method_schema(method: Method) -> dict[str, Any]:
 
     `additionalProperties` sees the properties of its own file only.
     """
-    schema = dataclass_schema(load_class(method.config), method.config.partition(":")[0])
+    schema = dataclass_schema(load_class(method.config), method.config.partition(":")[0].partition(".")[0])
     entry = {"const": method.name, "description": f"Selects {schema['title']}."}
     return {**schema, "properties": {"method": entry, **schema["properties"]}}
 

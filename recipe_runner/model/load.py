@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipe_runner.files import read_object, read_status
+from recipe_runner.model import bottleneck  # noqa: F401 (makes its method known to PEFT)
 from recipe_runner.model.quantization import keep_4bit_weights_trainable
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.rules.adapter import CONFIG

@@ -31,7 +31,7 @@ def _handover(before: Recipe, after: Recipe) -> Iterator[tuple[str, str]]:
         yield f"{names}: an adapter comes in, but all weights are to be trained", fix
     elif first:
         method, projection = str(first["method"]), bool(first["prefix_projection"])
-        message, fix = why_not_continued(after.stage, method, projection)
+        message, fix = why_not_continued(after.stage, method, projection, bool(after.quantization))
         if message:
             yield f"{after.name} can't go on from {before.name}: {message}", fix
         for key, value in second.said.items():

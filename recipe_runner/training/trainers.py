@@ -22,6 +22,7 @@ from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
 from recipe_runner.training.packing import PackingCheck
 from recipe_runner.training.prepare import Prepared
 
+UNCAST = ("hira", "pvera", "road")  # their layers for quantized weights convert nothing (PEFT 0.21, tuners/*/bnb.py)
 REFERENCE = "ref"  # TRL's name of the frozen copy of an adapter that is trained further
 
 
@@ -72,6 +73,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             adapter.base_model_name_or_path = share_path(name)
         saved = saves_embeddings(trained.active_peft_config)
         trained.save_pretrained = functools.partial(trained.save_pretrained, save_embedding_layers=saved)
+        if str(recipe.peft["method"]) in UNCAST and (quantization or prepared.published):
+            _train_in_dtype_of_base(trained)
         if REFERENCE in trained.peft_config:
             _copy_to_reference(trained)
     keep_4bit_weights_trainable(trainer.model)
@@ -79,6 +82,17 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     if "seq_lengths" in prepared.train.dataset.column_names:
         trainer.add_callback(PackingCheck(trainer, name))
     return trainer
+
+
+def _train_in_dtype_of_base(trained: Any) -> None:
+    """Trains an adapter in the dtype of the layers that are not quantized.
+
+    TRL 1.16 trains adapters of quantized bases in bfloat16, and counts on layers that convert what comes in.
+    """
+    dtype = trained.get_input_embeddings().weight.dtype
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _copy_to_reference(trained: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, PeftModel, get_peft_model_state_dict
+from peft import AdaLoraConfig, PeftModel, RandLoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers.core_model_loading import revert_weight_conversion
@@ -67,17 +67,27 @@ def verify_saved(
         state = revert_weight_conversion(trained, state)  # a mixture's experts are one tensor in memory, many in files
     difference = _compare_tensors(_subtract(state, load_file(initial / WEIGHTS)) if initial else state, folder)
     for_this_base = adapter and not initial and gathered is None
-    if difference == 0 and for_this_base and _takes_a_second(trained.active_peft_config):
+    if difference == 0 and for_this_base and _takes_a_second(trained.active_peft_config, _is_quantized(trained)):
         difference = _compare_logits(trained, trainer.args.device, rows, folder)
     if difference != 0:  # true for nan, too
         message = f"what was saved in {folder} differs from the trained model (by {difference:g})"
         raise user_error("saved-model-differs", message, "train again; the result and the checkpoints are kept")
 
 
-def _takes_a_second(config: Any) -> bool:
-    """Whether PEFT 0.21 loads a second adapter beside this one: not where it trains biases, or changes the model."""
+def _takes_a_second(config: Any, quantized: bool) -> bool:
+    """Whether PEFT 0.21 loads a second adapter beside this one.
+
+    Not where it trains biases, or changes the model; RandLoRA wraps layers for quantized weights a second time.
+    """
+    if isinstance(config, RandLoraConfig) and quantized:
+        return False
     changes = ("ensure_weight_tying", "layer_replication")
     return getattr(config, "bias", "none") == "none" and not any(getattr(config, name, None) for name in changes)
+
+
+def _is_quantized(trained: PeftModel) -> bool:
+    base = trained.get_base_model()
+    return bool(getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False))
 
 
 def _subtract(state: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -95,7 +105,7 @@ def _compare_logits(trained: PeftModel, place: torch.device, rows: list[list[int
     """A difference of logits `(batch, sequence, vocabulary)` that is more than the noise of two passes; 0 for none."""
     device = "cpu" if place.type == "cpu" else str(place)  # safetensors knows no cpu:0
     base = trained.get_base_model()
-    mixed = bool(getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False))
+    mixed = _is_quantized(trained)
     # AdaLoRA is saved without the parts that are 0, so that sums are made in another order.
     sums: Any = base.dtype
     rounding = ROUNDING * torch.finfo(sums).eps if isinstance(trained.active_peft_config, AdaLoraConfig) else 0

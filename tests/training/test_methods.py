@@ -5,7 +5,7 @@ import math
 import shutil
 
 import pytest
-from shared import losses, status
+from shared import NF4, losses, status
 
 from recipe_runner.methods import METHODS
 
@@ -20,6 +20,7 @@ KEYS = {name: LINEAR for name, method in METHODS.items() if method.kind == "line
     "prompt_tuning": VIRTUAL,
     "p_tuning": VIRTUAL | {"encoder_hidden_size": 32},
     "cartridge": VIRTUAL,
+    "bottleneck": {"bottleneck_size": 8},
     "ln_tuning": {},
     "shadow": {},
     "osf": {},
@@ -110,3 +111,14 @@ def test_preferences_go_on_from_an_adapter_with_the_adapter_as_reference(method,
     noise = 0.1 if method == "pvera" else 1e-4  # it draws its vectors anew in every pass
     assert losses(run)[0] == pytest.approx(math.log(2), abs=noise)
     assert losses(run)[-1] < losses(run)[0]
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.quantized])
+def test_a_method_trains_on_4_bit_weights(method, run_recipe, tiny_llama):
+    from recipe_runner.model.load import load_result
+
+    given = {"rows": ROWS, "dataset": {"format": "text"}, "model": {"name_or_path": str(tiny_llama)}}
+    result, folder = run_recipe(peft={"method": method} | KEYS[method], quantization=NF4, training=STEPS, **given)
+    assert result.status == 0, result.err
+    assert losses(folder)[-1] < losses(folder)[0]
+    load_result(folder)

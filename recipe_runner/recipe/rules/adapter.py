@@ -78,6 +78,16 @@ def prompt_learning(model: ModelSection, peft: UpstreamSection, training: Upstre
         yield ("peft",), f"{name} needs num_virtual_tokens", "add 'num_virtual_tokens: 20'"
 
 
+def placement(peft: UpstreamSection) -> Found:
+    """Targets of one's own leave nothing to say of where in a layer adapters are placed."""
+    if "placement" in peft.said and peft["target_modules"]:
+        yield (
+            ("peft", "placement"),
+            "it has no effect: target_modules says where the adapters are",
+            "remove one of them",
+        )
+
+
 def method_on_quantized(quantization: UpstreamSection, peft: UpstreamSection) -> Found:
     """A method that wraps linear layers needs a layer for quantized ones. Source: PEFT 0.21, tuners/*/bnb.py."""
     if quantization and peft and not METHODS[str(peft["method"])].quantized:
@@ -155,25 +165,27 @@ def adapter_needs_peft(model: ModelSection, peft: UpstreamSection) -> Found:
         yield PLACE, "the adapter is trained on, but peft is missing", fix
 
 
-def why_not_continued(stage: Stage, method: str, projection: bool) -> tuple[str, str]:
+def why_not_continued(stage: Stage, method: str, projection: bool, quantized: bool) -> tuple[str, str]:
     """Why an adapter of a method can't be trained further in a stage, and what to do; empty when it can.
 
-    Source: PEFT 0.21, peft_model.py, get_prompt_embedding_to_save; tuners/adalora/model.py, _check_new_adapter_config.
+    Source: PEFT 0.21, peft_model.py, get_prompt_embedding_to_save; tuners/adalora/model.py, _check_new_adapter_config;
+    tuners/randlora/model.py, _create_new_module.
     """
     if method in ("p_tuning", "cartridge") or (method == "prefix_tuning" and projection):
         what = "cache" if method == "cartridge" else "network that made the prompt"
         return f"PEFT 0.21 does not save the {what} of {method} so that it can be trained", "start a new adapter"
-    if method == "adalora" and stage.reference:
+    if stage.reference and (method == "adalora" or (method == "randlora" and quantized)):
         fix = "use the adapter of another method, or start a new one"
-        return f"PEFT 0.21 has no second AdaLoRA adapter in a model, and {stage.name} needs one as its reference", fix
+        where = " on quantized weights" if quantized else ""
+        return f"PEFT 0.21 has no second {method} adapter{where}, and {stage.name} needs one as its reference", fix
     return "", ""
 
 
-def adapter_continuation(stage: Stage, model: ModelSection) -> Found:
+def adapter_continuation(stage: Stage, model: ModelSection, quantization: UpstreamSection) -> Found:
     """Not every adapter can be trained further."""
     config = read_adapter_config(Path(model.adapter or ""))
     method = str(config.get("peft_type", "")).lower()
-    message, fix = why_not_continued(stage, method, bool(config.get("prefix_projection")))
+    message, fix = why_not_continued(stage, method, bool(config.get("prefix_projection")), bool(quantization))
     if message:
         yield PLACE, message, fix
 
