@@ -44,5 +44,8 @@ def chain(stages: Sequence[Recipe]) -> list[Recipe]:
     chained = list(stages[:1])
     for stage in stages[1:]:
         before, own = chained[-1].peft.said, stage.peft.said
-        chained.append(replace(stage, values={**stage.values, "peft": {**before, **own} if own else None}))
+        values = {**stage.values, "peft": {**before, **own} if own else None}
+        if own and chained[-1].unfreeze:
+            values.setdefault("unfreeze", chained[-1].unfreeze)
+        chained.append(replace(stage, values=values))
     return chained

@@ -79,6 +79,11 @@ class Recipe:
         """The section `peft`: `method`, and fields of its configuration class; false for full fine-tuning."""
         return self._read_upstream("peft")
 
+    @property
+    def unfreeze(self) -> list[str]:
+        """Patterns of the base's parameters that are trained; empty for all of them, or for none beside an adapter."""
+        return list(self.values.get("unfreeze") or [])
+
     @cached_property
     def quantization(self) -> UpstreamSection:
         """The section `quantization`: fields of BitsAndBytesConfig; false when the base is not quantized."""

@@ -1,6 +1,7 @@
 """Everything that a run needs before weights are loaded, the cheapest first."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from recipe_runner.launch import processes
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.model import adapter as new_adapter
 from recipe_runner.model import base, continuation, hub
-from recipe_runner.model.quantization import check_published, describe_published
+from recipe_runner.model.quantization import build_quantization, check_published, describe_published
 from recipe_runner.model.tokenizer import find_stops, load_tokenizer
+from recipe_runner.model.unfreeze import freeze_others, select_parameters, train_beside_adapter
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Problem, as_warning, sort_problems
 from recipe_runner.recipe.recipe import Recipe
@@ -45,6 +47,7 @@ class Prepared:
         adapter: The folder of the adapter that is trained further.
         peft_config: The adapter's configuration; None for full fine-tuning.
         published: How the base's weights were published quantized; empty when they were not.
+        unfrozen: Pattern of `unfreeze` -> names of the base's parameters that it stands for.
         parameters: Numbers of parameters that are trained, and of all; 4-bit weights count as what they stand for.
         data: All splits.
         replaced: The model's own chat template, where another is trained with.
@@ -58,6 +61,7 @@ class Prepared:
     adapter: Path | None
     peft_config: PeftConfig | None
     published: str
+    unfrozen: Mapping[str, list[str]]
     parameters: tuple[int, int]
     data: PreparedData
     inputs: dict[str, str]
@@ -101,7 +105,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     if config.process_index == 0:
         print(f"Preparing {recipe.name} ...", flush=True)
     job, adapter = open_job(recipe, config, before)
-    peft_config, model = _check_model(recipe, adapter, len(job.tokenizer))
+    peft_config, model, unfrozen = _check_model(recipe, adapter, len(job.tokenizer))
     published = getattr(model.config, "quantization_config", None)
     check_published(published, recipe.quantization.said)
     check_optimizer(config, model)
@@ -130,6 +134,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         adapter,
         peft_config,
         describe_published(published),
+        unfrozen,
         parameters,
         data,
         inputs,
@@ -188,8 +193,10 @@ def _load_tokenizer(
     return tokenizer, replaced
 
 
-def _check_model(recipe: Recipe, adapter: Path | None, tokens: int) -> tuple[PeftConfig | None, Any]:
-    """The adapter's configuration, and the model without weights that it was put on.
+def _check_model(
+    recipe: Recipe, adapter: Path | None, tokens: int
+) -> tuple[PeftConfig | None, Any, dict[str, list[str]]]:
+    """The adapter's configuration, the model without weights that it was put on, and what is trained of the base.
 
     Raises:
         UserError: The adapter does not suit the model.
@@ -206,13 +213,25 @@ def _check_model(recipe: Recipe, adapter: Path | None, tokens: int) -> tuple[Pef
 
     name = recipe.model.name_or_path
     asked = new_adapter.build_peft(recipe.peft.said, recipe.stage.task, recipe.model)
+    unfrozen: dict[str, list[str]] = {}
+    if recipe.unfreeze:
+        quantized = build_quantization(recipe.quantization.said) or getattr(model_config, "quantization_config", None)
+        plain = build()
+        unfrozen = select_parameters(recipe.unfreeze, plain, quantized)
+        if asked:
+            train_beside_adapter(asked, unfrozen, plain)
     if adapter:
         fitted = continuation.load_peft(adapter, name, recipe.peft)
         model = continuation.check_fit(adapter, fitted, asked, build, f"{model_config.model_type}, {name}")
-        return continuation.load_peft(adapter, name, recipe.peft), model
+        return continuation.load_peft(adapter, name, recipe.peft), model, unfrozen
     if recipe.model.adds_tokens and asked:
         new_adapter.check_new_tokens(asked, build())
-    return asked, new_adapter.fit_adapter(asked, build, model_config.model_type) if asked else build()
+    if asked:
+        return asked, new_adapter.fit_adapter(asked, build, model_config.model_type), unfrozen
+    model = build()
+    if unfrozen:
+        freeze_others(model, unfrozen)
+    return None, model, unfrozen
 
 
 def _check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedData, known: int) -> None:
@@ -248,8 +267,8 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     if isinstance(model, PeftModel):
         trained, total = model.get_nb_trainable_parameters()
         return int(trained), int(total)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return total, total
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def find_data_problems(model: ModelSection, job: Job, data: PreparedData) -> list[Problem]:

@@ -1,5 +1,6 @@
 """The start-up summary, which is printed before the first step: what is trained, on what, how long, and where."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
     packed = f" packed into {rows:,} rows of up to {config.max_length} tokens" if accounting.packed_rows else ""
     unpaged = "; no GPU: states are not paged" if "paged" in config.optim.value and config.device.type == "cpu" else ""
     trained, total = prepared.parameters
+    method = describe_method(recipe.peft, recipe.quantization, prepared.published, recipe.unfreeze)
     lines = {
-        "model": f"{model.name_or_path} ({describe_method(recipe.peft, recipe.quantization, prepared.published)})",
+        "model": f"{model.name_or_path} ({method})",
         "adapter": f"continued from {model.adapter}" if prepared.adapter else "",
         "reference": describe_reference(recipe.stage, recipe.training, bool(recipe.peft), bool(model.adapter)),
+        "unfrozen": ", ".join(f"{name} ({len(of):,} tensors)" for name, of in prepared.unfrozen.items()),
         "trainable": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
         "data": f"{accounting}{packed}",
         "lengths": accounting.describe_lengths(),
@@ -66,10 +69,14 @@ def describe_template(replaced: Replaced | None, accounting: Accounting) -> str:
     return f"{replaced.name} stands in for the model's own: it marks the answers, and changes no row's text"
 
 
-def describe_method(peft: UpstreamSection, quantization: UpstreamSection, published: str = "") -> str:
+def describe_method(
+    peft: UpstreamSection, quantization: UpstreamSection, published: str = "", unfreeze: Sequence[str] = ()
+) -> str:
     """How the model is adapted, in a few words."""
     if not peft:
-        return "full fine-tuning"
+        return "partial fine-tuning" if unfreeze else "full fine-tuning"
+    if unfreeze:
+        return f"{describe_method(peft, quantization, published)}, and parts of the base"
     if published:
         return f"{peft['method']} adapter on a base that was published as {published}"
     if not quantization:

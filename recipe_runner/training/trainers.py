@@ -13,6 +13,7 @@ from recipe_runner.files import share_path
 from recipe_runner.model import base, continuation
 from recipe_runner.model.adapter import saves_embeddings
 from recipe_runner.model.quantization import build_quantization, keep_4bit_weights_trainable
+from recipe_runner.model.unfreeze import freeze_others
 from recipe_runner.problems.errors import first_line, refused, user_error
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import alters_base
@@ -67,6 +68,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             raise
         raise refused("training", recipe.training.said, error) from error
     trained = trainer.accelerator.unwrap_model(trainer.model)
+    if prepared.unfrozen and not peft_config:
+        freeze_others(trained, prepared.unfrozen)
     base.drop_idle_flags(trained.generation_config)
     if peft_config:
         for adapter in trained.peft_config.values():

@@ -54,6 +54,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "adapter-config-differs", adapter.adapter_config(base, peft)
     yield "prompt-learning", adapter.prompt_learning(base, peft, trained)
     yield "ignored-key", adapter.placement(peft)
+    yield "unfreeze-method", adapter.unfreeze_beside(recipe.unfreeze, peft)
     yield "method-unquantized", adapter.method_on_quantized(quantized, peft)
     yield "rank-allocation", adapter.allocation(base, peft, trained["max_steps"])
     yield "initialisation", adapter.initialisation(recipe.stage, peft, quantized)

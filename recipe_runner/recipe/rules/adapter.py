@@ -1,5 +1,6 @@
 """Rules about `model.adapter`, the earlier run that training continues from. One small function a rule."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ def prompt_learning(model: ModelSection, peft: UpstreamSection, training: Upstre
         yield ("peft", "num_virtual_tokens"), found, "20 to 100 are usual"
     if not tokens and not model.adapter:
         yield ("peft",), f"{name} needs num_virtual_tokens", "add 'num_virtual_tokens: 20'"
+
+
+def unfreeze_beside(unfreeze: Sequence[str], peft: UpstreamSection) -> Found:
+    """Parts of the base are trained beside an adapter as PEFT's `modules_to_save`, which not every method has."""
+    if unfreeze and peft and (METHODS[str(peft["method"])].is_prompt or "modules_to_save" not in peft.defaults):
+        found = f"{peft['method']} trains nothing of the base beside it: PEFT 0.21 has no modules_to_save for it"
+        yield ("unfreeze",), found, "remove the key, or take another method: lora"
 
 
 def placement(peft: UpstreamSection) -> Found:

@@ -1,0 +1,132 @@
+"""Partial fine-tuning: which parameters of the base are trained, alone or beside an adapter."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from recipe_runner.model.adapter import is_norm
+from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.problems.limits import TooSlow, time_limit
+
+PATTERN_SECONDS = 5  # of a regular expression on all names of a model
+LAYERS = re.compile(r"layers\[(-?\d+)?(:)?(-?\d+)?\]")
+WORDS = "layers[-2:], norms, embeddings, lm_head, or a regular expression of names like {name}"
+
+
+def select_parameters(patterns: Sequence[str], model: Any, quantization: Any = None) -> dict[str, list[str]]:
+    """The parameters that each pattern stands for.
+
+    Args:
+        patterns: `layers[-2:]` (layers, as Python counts them), `norms`, `embeddings`, `lm_head`, or a regular expression
+            that is looked for in the names of parameters.
+        model: The base, on the meta device.
+        quantization: BitsAndBytesConfig of the base, when it is quantized.
+
+    Returns:
+        Pattern -> names of parameters, as `model.named_parameters` has them: tied ones once.
+
+    Raises:
+        UserError: A pattern matches nothing, or quantized weights, which can't be trained.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    packed = _find_quantized(model, quantization) if quantization else set()
+    found = {}
+    for number, pattern in enumerate(patterns):
+        path = ("unfreeze", number)
+        chosen = [names[parameter] for parameter in _match(pattern, model, path)]
+        if not chosen:
+            words = WORDS.format(name=next(iter(names.values())))
+            raise user_error("unfreeze-not-found", f"'{pattern}' matches no parameter", f"write {words}", path=path)
+        if hit := [name for name in chosen if name.rpartition(".")[0] in packed]:
+            message = f"'{pattern}' matches {hit[0]}, which is quantized: such weights have no gradient"
+            fix = "unfreeze norms, embeddings or lm_head, which are not quantized, or remove quantization"
+            raise user_error("unfreeze-quantized", message, fix, path=path)
+        found[pattern] = list(dict.fromkeys(chosen))
+    return found
+
+
+def _match(pattern: str, model: Any, path: tuple[str | int, ...]) -> Iterable[torch.nn.Parameter]:
+    """The parameters that a pattern stands for."""
+    modules: list[Any] = []
+    if pattern == "lm_head":
+        modules = [model.get_output_embeddings()]
+    elif pattern == "embeddings":
+        modules = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    elif pattern == "norms":
+        modules = [module for module in model.modules() if is_norm(module)]
+    elif chosen := LAYERS.fullmatch(pattern):
+        first, colon, last = chosen.groups()
+        if not first and not colon:
+            return []
+        layers = list(_find_layers(model))
+        numbers = [int(number) if number else None for number in (first, last)]
+        try:
+            modules = layers[slice(*numbers)] if colon else [layers[int(first)]]
+        except IndexError:
+            message = f"there is no {pattern}: the model has layers 0 to {len(layers) - 1}"
+            raise user_error("unfreeze-not-found", message, path=path) from None
+    else:
+        try:
+            with time_limit(PATTERN_SECONDS):
+                return [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+        except (re.error, TooSlow, RecursionError, OverflowError) as error:
+            message = f"'{pattern}' can't be used as a regular expression: {first_line(error)}"
+            raise user_error("wrong-form", message, path=path) from error
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def _find_layers(model: Any) -> torch.nn.ModuleList:
+    """The list of layers of a model."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
+    return lists[0] if lists else torch.nn.ModuleList()
+
+
+def _find_quantized(model: Any, quantization: Any) -> set[str]:
+    """Names of the layers that bitsandbytes quantizes: linear ones but the head, and those that are left out.
+
+    Source: transformers 5.23, quantizers/base.py, get_modules_to_not_convert.
+    """
+    skipped = [str(name) for name in getattr(quantization, "llm_int8_skip_modules", None) or []]
+    head = model.get_output_embeddings()
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and not any(part in name for part in skipped)
+    }
+
+
+def freeze_others(model: Any, chosen: Mapping[str, Iterable[str]]) -> None:
+    """Trains the chosen parameters of a base alone."""
+    trained = {name for names in chosen.values() for name in names}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def train_beside_adapter(peft_config: Any, chosen: Mapping[str, Iterable[str]], model: Any) -> None:
+    """Has an adapter train and save the chosen parameters, too: PEFT's `modules_to_save`, which load as one piece.
+
+    PEFT keeps the base's own modules beside the trained copies, so that the adapter can still be disabled.
+
+    Raises:
+        UserError: A pattern chooses a part of a module, or tied weights that the method can't keep tied.
+    """
+    trained = {name for names in chosen.values() for name in names}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
+    for owner in owners:
+        own = [f"{owner}.{name}" for name, _ in model.get_submodule(owner).named_parameters(recurse=False)]
+        if left := [name for name in own if name not in trained]:
+            message = (
+                f"{owner} would be trained in part, without {left[0]}: beside an adapter modules are trained whole"
+            )
+            raise user_error("unfreeze-partly", message, "match all of it, or remove peft", path=("unfreeze",))
+    addresses = [id(parameter) for parameter in parameters.values()]
+    if any(addresses.count(id(parameters[name])) > 1 for name in trained):
+        if not hasattr(peft_config, "ensure_weight_tying"):
+            message = "embeddings and head are one matrix in this model, of which this method would train two copies"
+            raise user_error("unfreeze-tied", message, "take method: lora, which keeps them tied", path=("unfreeze",))
+        peft_config.ensure_weight_tying = True
+    peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *owners]
