@@ -18,11 +18,12 @@ import types
 import typing
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.dataclasses import DistributedType, PrecisionType
+from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from recipe_runner.methods import METHODS, Method
@@ -108,6 +109,8 @@ def header(cls: type, package: str) -> dict[str, Any]:
 def dataclass_schema(cls: type, package: str) -> dict[str, Any]:
     """The schema of a dataclass: help texts and choices come from its fields' metadata."""
     hints = typing.get_type_hints(cls)
+    if cls is LoraConfig:  # PEFT 0.21 documents it, and leaves it out of the type
+        hints["init_lora_weights"] = hints["init_lora_weights"] | Literal["lora_ga"]
     properties = {}
     for field in dataclasses.fields(cls):
         if not field.init:

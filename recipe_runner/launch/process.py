@@ -105,6 +105,8 @@ def _silence_upstream() -> None:
         r"Failed to load the CUDA extension: ",
         r"The following rank_pattern keys did not match any targeted module and were ignored: \['[\w.]+lora_E'",
         r"Adapter name 'ref' should not be contained in the prefix 'prefix_tuning_'",
+        r"lora with eva initialization used with low_cpu_mem_usage=False",
+        r"Full backward hook is firing when gradients are computed with respect to module outputs",
         r"Setting boft_n_butterfly_factor to 1",
         r".torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor|_\w+). is deprecated",
     ):

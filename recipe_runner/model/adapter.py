@@ -18,6 +18,7 @@ from recipe_runner.methods import METHODS
 from recipe_runner.problems.errors import UserError, first_line, refused, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.problems.words import suggest
+from recipe_runner.recipe.rules.adapter import FROM_DATA
 from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.stages import load_class
 
@@ -42,6 +43,8 @@ def build_peft(section: Mapping[str, Any], task: str, model: ModelSection | None
     fields = {key: value for key, value in section.items() if key != "method"}
     cls = load_class(METHODS[section["method"]].config)
     hints: dict[str, Any] = typing.get_type_hints(cls)
+    if (begun := fields.get("init_lora_weights")) in FROM_DATA:
+        fields.setdefault(f"{begun}_config", {})  # PEFT warns where it is left out
     for key, value in fields.items():
         nested: Any = next(
             (hint for hint in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(hint)), None
@@ -53,6 +56,8 @@ def build_peft(section: Mapping[str, Any], task: str, model: ModelSection | None
                 raise user_error("peft-refused", first_line(error), path=("peft", key)) from error
     if "total_step" in hints:
         fields.setdefault("total_step", UNKNOWN_STEPS)
+    if fields.get("init_lora_weights") == "loftq":
+        fields["init_lora_weights"] = True  # put in place by training/calibration.py
     if model and fields.get("prompt_tuning_init") == "TEXT":
         fields |= {"tokenizer_name_or_path": model.name_or_path, "tokenizer_kwargs": {"revision": model.revision}}
     try:
@@ -149,6 +154,8 @@ def put_on(peft_config: Any, build: Callable[[], Any]) -> Any:
     if isinstance(config, ShiraConfig):
         targets, saved = config.target_modules, config.modules_to_save
         config = LoraConfig(r=config.r, target_modules=targets, modules_to_save=saved, task_type=config.task_type)
+    if getattr(config, "init_lora_weights", None) in ("corda", "lora_ga"):
+        config.init_lora_weights = True  # they look at weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that match nothing, which are looked at here
         try:
@@ -180,7 +187,7 @@ def is_norm(module: torch.nn.Module) -> bool:
 
 def _check_rank(peft_config: Any, fitted: PeftModel) -> None:
     """A matrix has as many singular vectors as its smaller dimension."""
-    if not str(getattr(peft_config, "init_lora_weights", "")).startswith(("pissa", "olora", "mica")):
+    if not str(getattr(peft_config, "init_lora_weights", "")).startswith(("pissa", "olora", "mica", "corda")):
         return
     layers: dict[str, Any] = {name: m for name, m in fitted.named_modules() if isinstance(m, LoraLayer)}
     for name, module in layers.items():

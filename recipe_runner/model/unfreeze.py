@@ -19,8 +19,8 @@ def select_parameters(patterns: Sequence[str], model: Any, quantization: Any = N
     """The parameters that each pattern stands for.
 
     Args:
-        patterns: `layers[-2:]` (layers, as Python counts them), `norms`, `embeddings`, `lm_head`, or a regular expression
-            that is looked for in the names of parameters.
+        patterns: `layers[-2:]` (layers, as Python counts them), `norms`, `embeddings`, `lm_head`, or a regular
+            expression that is looked for in the names of parameters.
         model: The base, on the meta device.
         quantization: BitsAndBytesConfig of the base, when it is quantized.
 
@@ -119,9 +119,7 @@ def train_beside_adapter(peft_config: Any, chosen: Mapping[str, Iterable[str]], 
     for owner in owners:
         own = [f"{owner}.{name}" for name, _ in model.get_submodule(owner).named_parameters(recurse=False)]
         if left := [name for name in own if name not in trained]:
-            message = (
-                f"{owner} would be trained in part, without {left[0]}: beside an adapter modules are trained whole"
-            )
+            message = f"{owner} would be trained without {left[0]}: beside an adapter modules are trained whole"
             raise user_error("unfreeze-partly", message, "match all of it, or remove peft", path=("unfreeze",))
     addresses = [id(parameter) for parameter in parameters.values()]
     if any(addresses.count(id(parameters[name])) > 1 for name in trained):

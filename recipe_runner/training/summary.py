@@ -9,8 +9,10 @@ from recipe_runner.data.job import Replaced
 from recipe_runner.launch.processes import describe_launcher
 from recipe_runner.problems.words import write_facts
 from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules.adapter import FROM_DATA
 from recipe_runner.recipe.sections import UpstreamSection
 from recipe_runner.stages import Stage
+from recipe_runner.training.calibration import ROWS
 from recipe_runner.training.config import count_steps, steps_per_epoch
 from recipe_runner.training.environment import describe_device, describe_processes
 from recipe_runner.training.prepare import Prepared
@@ -28,6 +30,8 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "model": f"{model.name_or_path} ({method})",
         "adapter": f"continued from {model.adapter}" if prepared.adapter else "",
         "reference": describe_reference(recipe.stage, recipe.training, bool(recipe.peft), bool(model.adapter)),
+        "start": describe_initialisation(recipe.peft["init_lora_weights"], len(prepared.train.dataset))
+        * (not prepared.adapter),
         "unfrozen": ", ".join(f"{name} ({len(of):,} tensors)" for name, of in prepared.unfrozen.items()),
         "trainable": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
         "data": f"{accounting}{packed}",
@@ -48,6 +52,13 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "run folder": str(folder),
     }
     return write_facts(lines)
+
+
+def describe_initialisation(name: object, rows: int) -> str:
+    """What an adapter begins with, where something is looked at for it before training."""
+    if name in FROM_DATA:
+        return f"{name}, by a pass over {min(rows, ROWS):,} rows of the training data before the first step"
+    return "loftq, by what the base's weights lose in 4 bits" if name == "loftq" else ""
 
 
 def describe_steps(config: Any, rows: int, processes: int) -> str:

@@ -16,9 +16,10 @@ from recipe_runner.model.quantization import build_quantization, keep_4bit_weigh
 from recipe_runner.model.unfreeze import freeze_others
 from recipe_runner.problems.errors import first_line, refused, user_error
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.recipe.rules.adapter import alters_base
+from recipe_runner.recipe.rules.adapter import FROM_DATA, alters_base
 from recipe_runner.runs.folder import last_checkpoint
 from recipe_runner.stages import load_class
+from recipe_runner.training.calibration import collect_batches, finish_initialisation, look_at_data
 from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
 from recipe_runner.training.packing import PackingCheck
 from recipe_runner.training.prepare import Prepared
@@ -38,17 +39,21 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     continued, peft_config = prepared.adapter, prepared.peft_config
     if alters_base(recipe.peft):
         set_seed(config.seed)  # the same part of the base's weights when the run is resumed
+    begun = "" if continued else str(recipe.peft["init_lora_weights"])
+    batches = collect_batches(recipe.stage, prepared) if begun in FROM_DATA else []
     try:
         with (
             mock.patch.object(cls, "_prepare_dataset", lambda self, dataset, *rest: dataset),
             base.refusing_other_weights(recipe.model),
         ):
             model: Any = name
-            if continued or recipe.model.adds_tokens:
+            if continued or recipe.model.adds_tokens or begun in ("corda", "lora_ga"):
                 tokens = len(prepared.tokenizer) if recipe.model.adds_tokens else 0
                 model = base.load_base(name, tokens, quantization, config)
             if continued and peft_config:
                 model = continuation.load_for_training(model, continued, peft_config, quantization, config)
+            if begun in ("corda", "lora_ga"):
+                peft_config = look_at_data(model, peft_config, batches)
             trainer = cls(
                 model=model,
                 args=config,
@@ -71,6 +76,10 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     if prepared.unfrozen and not peft_config:
         freeze_others(trained, prepared.unfrozen)
     base.drop_idle_flags(trained.generation_config)
+    if begun in ("corda", "lora_ga"):  # of the adapter that is saved, which is for the plain base, it is not true
+        setattr(trained.active_peft_config, f"{begun}_config", None)
+    if begun in ("eva", "loftq"):
+        finish_initialisation(trained, begun, batches, recipe.model)
     if peft_config:
         for adapter in trained.peft_config.values():
             adapter.base_model_name_or_path = share_path(name)

@@ -68,6 +68,11 @@ WAYS = {
     "olora": {"init_lora_weights": "olora"},
     "olora, rank pattern": {"init_lora_weights": "olora", "rank_pattern": {"o_proj": 2}},
     "pissa, rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+    "eva": {"init_lora_weights": "eva"},
+    "eva, two ranks": {"init_lora_weights": "eva", "rank_pattern": {"o_proj": 2}, "eva_config": {"rho": 1.5}},
+    "corda": {"init_lora_weights": "corda"},
+    "corda, kpm": {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}},
+    "lora_ga": {"init_lora_weights": "lora_ga", "lora_ga_config": {}},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "mica": {"init_lora_weights": "mica"},
     "dora": {"use_dora": True},
@@ -122,7 +127,7 @@ def test_what_was_saved_gives_the_same_logits_in_a_fresh_process(run_recipe, mon
         assert float(before.abs().max()) > 0.1, name
 
 
-@pytest.mark.parametrize("init", ["pissa_niter_4", "olora"])
+@pytest.mark.parametrize("init", ["pissa_niter_4", "olora", "corda", "lora_ga", "eva"])
 def test_a_resumed_run_of_an_adapter_that_alters_its_base_goes_on_the_same(run_recipe, init):
     training = {"max_steps": 4, "save_steps": 2}
     peft = LORA | {"init_lora_weights": init}
@@ -139,9 +144,10 @@ def test_a_resumed_run_of_an_adapter_that_alters_its_base_goes_on_the_same(run_r
 @pytest.mark.parametrize(
     ("init", "stage", "more", "said"),
     [
-        ("corda", "sft", {}, "corda needs a pass over the data before training"),
-        ("eva", "sft", {}, "eva needs a pass over the data before training"),
-        ("loftq", "sft", {}, "loftq changes the base's weights itself"),
+        ("corda", "dpo", {}, "corda takes a part of the base's weights into the adapter"),
+        ("lora_ga", "sft", {"quantization": NF4}, "put back into quantized weights"),
+        ("loftq", "sft", {}, "this base is not quantized to 4 bits"),
+        ("loftq", "sft", {"quantization": NF4, "peft": {"use_dora": True}}, "after DoRA has measured it"),
         ("pissa", "dpo", {}, "with the adapter disabled, the reference would not be the base"),
         ("olora", "kto", {}, "with the adapter disabled, the reference would not be the base"),
         ("pissa", "sft", {"quantization": NF4}, "put back into quantized weights"),
@@ -163,3 +169,34 @@ def test_variants_that_change_the_base_have_no_reference(run_cli, small_recipe, 
     result = run_cli("validate", small_recipe(stage, peft=LORA | variant))
     assert result.status == 1
     assert f"error[initialisation] peft.{next(iter(variant))}: it changes the base itself" in result.out
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_loftq_begins_nearer_to_the_plain_weights_and_leaves_the_reference_quantized(run_recipe, tiny_phi3, stage):
+    """The first loss is nearer to the plain base's than with an adapter that begins at 0; the base stays as it was."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from recipe_runner.model.load import load_result
+    from recipe_runner.model.quantization import keep_4bit_weights_trainable
+
+    peft = LORA | {"r": 48, "lora_alpha": 96, "init_lora_weights": "loftq"}
+    still = {"learning_rate": 1e-9, "max_steps": 1}
+    result, folder = run_recipe(stage=stage, peft=peft, quantization=NF4, training=still)
+    assert result.status == 0, result.err
+    assert "start      loftq, by what the base's weights lose in 4 bits" in result.out
+    quantized = {"quantization_config": BitsAndBytesConfig(**NF4), "dtype": torch.float32}
+    model, _ = load_result(folder, **quantized)
+    tokens = torch.arange(20, 60)[None]
+    plain, base = (AutoModelForCausalLM.from_pretrained(tiny_phi3, **more) for more in ({}, quantized))
+    keep_4bit_weights_trainable(base)  # as in the result: other kernels round otherwise
+    with torch.no_grad():
+        wanted, before, begun = (found(tokens).logits for found in (plain, base.eval(), model))
+        with model.disable_adapter():
+            assert torch.equal(model(tokens).logits, before)
+    assert (begun - wanted).norm() < 0.5 * (before - wanted).norm()
+
+
+def test_a_pass_over_the_data_is_said(run_recipe):
+    result, _ = run_recipe(peft=LORA | {"init_lora_weights": "corda"})
+    assert "corda, by a pass over 128 rows of the training data before the first step" in result.out

@@ -12,6 +12,7 @@ from recipe_runner.stages import Stage
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLACE = ("model", "adapter")
+FROM_DATA = ("eva", "corda", "lora_ga")  # initialisations that look at rows before training
 MOST_ITERATIONS = 999  # of PiSSA's fast decomposition: 4 to 64 are usual
 # Fields of the adapter's configuration that may differ, beside dropout: what is checked with the model.
 _FREE = ("method", "target_modules")
@@ -25,7 +26,7 @@ def locate_adapter(folder: Path) -> Path:
 
 def alters_base(peft: UpstreamSection) -> bool:
     """Whether the adapter's initialisation takes a part out of the base's weights: the adapter fits that base only."""
-    return str(peft["init_lora_weights"]).lower().startswith(("pissa", "olora"))
+    return str(peft["init_lora_weights"]).lower().startswith(("pissa", "olora", "corda", "lora_ga"))
 
 
 def initialisation(stage: Stage, peft: UpstreamSection, quantization: UpstreamSection) -> Found:
@@ -34,11 +35,16 @@ def initialisation(stage: Stage, peft: UpstreamSection, quantization: UpstreamSe
     Source: PEFT 0.21, tuners/lora/layer.py, update_layer; peft_model.py, save_pretrained, which converts the result.
     """
     path, name = ("peft", "init_lora_weights"), str(peft["init_lora_weights"]).lower()
-    other = "take true, gaussian, orthogonal, or pissa and olora for sft and pretrain without quantization"
-    if name.startswith(("corda", "eva", "lora_ga")):
-        yield path, f"{name} needs a pass over the data before training, which is not made", other
-    elif name == "loftq":
-        yield path, "loftq changes the base's weights itself: the adapter would fit no other base", other
+    other = "use true, gaussian, orthogonal or eva, or pissa, olora, corda and lora_ga for sft and pretrain without"
+    other += " quantization"
+    for key in ("eva_config", "corda_config", "lora_ga_config"):
+        if peft[key] is not None and key != f"{name}_config":
+            yield ("peft", key), f"it has no effect with init_lora_weights: {name}", "remove the key"
+    if name == "loftq" and not quantization["load_in_4bit"]:
+        found = "loftq begins with what the base loses in 4 bits, and this base is not quantized to 4 bits"
+        yield path, found, "add quantization: {load_in_4bit: true, ...}, or use another initialisation"
+    elif name == "loftq" and peft["use_dora"]:
+        yield path, "loftq changes the adapter after DoRA has measured it", "remove one of them"
     elif name.startswith("pissa_niter_") and int(name.removeprefix("pissa_niter_")) > MOST_ITERATIONS:
         yield path, f"{name} would iterate for hours", f"take about 4, at most {MOST_ITERATIONS}"
     for key in ("kasa_config", "layer_replication") if stage.reference else ():
