@@ -36,7 +36,7 @@ JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", t
 
 def main() -> None:
     schemas = {
-        **{f"upstream/{name}": dataclass_schema(cls, "trl") for name, cls in stage_configs().items()},
+        **{f"upstream/{name}": stage_schema(cls) for name, cls in stage_configs().items()},
         **{f"upstream/{name}_config": method_schema(method) for name, method in METHODS.items()},
         "upstream/bitsandbytes_config": signature_schema(BitsAndBytesConfig, "transformers"),
         "upstream/accelerate_config": launch_schema(),
@@ -129,6 +129,13 @@ def dataclass_schema(cls: type, package: str) -> dict[str, Any]:
         schema |= default_entry(default)
         properties[field.name] = schema
     return {**header(cls, package), "properties": properties}
+
+
+def stage_schema(cls: type) -> dict[str, Any]:
+    """The schema of a trainer's configuration, with the recipe's own key, which schema/recipe.schema.json describes."""
+    schema = dataclass_schema(cls, "trl")
+    entry = {"type": ["object", "null"], "default": None, "description": "Ours: an optimizer of peft.optimizers."}
+    return {**schema, "properties": {**schema["properties"], "peft_optimizer": entry}}
 
 
 def method_schema(method: Method) -> dict[str, Any]:

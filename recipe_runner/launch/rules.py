@@ -9,6 +9,7 @@ from typing import Any
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.problems.problem import Found, Mark, Problem, as_warning, sort_problems
 from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules.adapter import FROM_DATA
 from recipe_runner.recipe.sections import RunSection, UpstreamSection
 
 WARNINGS = {"fsdp1-deprecated"}
@@ -19,6 +20,7 @@ def apply_rules(launch: Launch, recipe: Recipe) -> Iterator[tuple[str, Found]]:
     training, quantization = recipe.training, recipe.quantization
     yield "fsdp-quantized-storage", fsdp_quantized_storage(launch, quantization)
     yield "sharded-8bit", sharded_8bit(launch, quantization)
+    yield "method-not-sharded", method_not_sharded(launch, recipe.peft, training)
     yield "deepspeed-optimizer", deepspeed_optimizer(launch, training)
     yield "launcher-precision", launcher_precision(launch, training)
     yield "pinned-by-launcher", pinned_by_deepspeed(launch, training, recipe.run)
@@ -62,6 +64,26 @@ def sharded_8bit(launch: Launch, quantization: UpstreamSection) -> Found:
             f"{sharded} can't shard 8-bit weights",
             "take 4-bit weights, or ddp or deepspeed_zero2",
         )
+
+
+def method_not_sharded(launch: Launch, peft: UpstreamSection, training: UpstreamSection) -> Found:
+    """What looks at whole weights or gradients can't be sharded.
+
+    Source: PEFT 0.21: AdaLoRA reads gradients after the optimizer's step, which DeepSpeed has dropped by then; the
+    initialisations read and change whole weights; its optimizers are made of the parameters before they are sharded.
+    """
+    sharded = launch.kind == "FSDP" or launch.zero_stage == 3
+    engine = "DeepSpeed" if launch.is_deepspeed else "FSDP"
+    begun = str(peft["init_lora_weights"])
+    found = ""
+    if peft["method"] == "adalora" and (launch.is_deepspeed or sharded):
+        found = f"with {engine} AdaLoRA does not see the gradients by which it moves ranks"
+    elif sharded and begun in (*FROM_DATA, "loftq"):
+        found = f"{begun} reads whole weights before training, and {engine} shards them"
+    elif training["peft_optimizer"] and (launch.is_deepspeed or sharded):
+        found = f"training.peft_optimizer is made before {engine} takes the parameters over"
+    if found:
+        yield ("distributed_type",), found, "take accelerate_configs/ddp.yaml"
 
 
 def deepspeed_optimizer(launch: Launch, training: UpstreamSection) -> Found:

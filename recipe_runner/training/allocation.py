@@ -1,5 +1,6 @@
 """AdaLoRA's ranks: moved after every step to where they matter, as PEFT's documentation asks its users to do."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def allocate_ranks(trainer: Any, folder: Path, continued: bool) -> None:
     PEFT 0.21 adds the orthogonal regularization to the loss that the model returns, and TRL 1.16 makes its own loss of
     the log-probabilities: it would be lost. An adapter that is trained further keeps the ranks that it has.
     """
+    warnings.filterwarnings("ignore", message=r"Adapter '\w+': \d+ LoRA tensor\(s\) have invalid shape")  # rank 0
     config = trainer.accelerator.unwrap_model(trainer.model).active_peft_config
     compute_loss = trainer.compute_loss
 

@@ -1,21 +1,24 @@
 """The model card of a run: what was trained, on what, how, and how to use it."""
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from recipe_runner.data.accounting import Accounting
-from recipe_runner.files import hide_home, write_text
+from recipe_runner.files import hide_home, read_object, write_text
 from recipe_runner.recipe.document import dump_values
 from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules.adapter import CONFIG
 from recipe_runner.runs.metrics import measure_series
+from recipe_runner.training.allocation import read_ranks
 
 
 def write_card(
     recipe: Recipe, folder: Path, result: Path, accounting: Accounting, history: list[dict[str, Any]]
 ) -> None:
     """Writes README.md into the run folder and beside the weights, in the hub's layout."""
-    base = recipe.model.name_or_path
+    base, adaptive = recipe.model.name_or_path, recipe.peft["method"] == "adalora"
     tags = ["trl", recipe.stage.name, *recipe.tags]
     header: dict[str, Any] = {"library_name": "peft" if recipe.peft else "transformers", "tags": tags}
     if not recipe.model.folder:
@@ -28,6 +31,10 @@ def write_card(
             (first, before), (last, after) = series[0], series[-1]
             begun = f"{before:.4f} at step {first}, " * (first != last)
             facts.append(f"{name}: {begun}{after:.4f} at step {last}")
+    kept = read_ranks(read_object(result / CONFIG).get("rank_pattern") or {}) if adaptive else {}
+    if kept:
+        begun = len(kept) * recipe.peft["init_r"]
+        facts.append(f"Ranks after allocation: {sum(kept.values()):,} of {begun:,} (table below)")
     packages = ("trl", "transformers", "peft", "datasets", "torch")
     facts.append("Versions: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
     for place, weights in ((folder, result.name), (result, ".")):
@@ -37,10 +44,16 @@ def write_card(
             f"{recipe.description}\n",
             *[f"- {fact}" for fact in facts],
             f"\n## Use\n\n```python\n{_usage(base, result.name, weights)}```\n",
+            *([f"## Ranks\n\n{_rank_table(kept)}"] if kept else []),
             "## Recipe\n\nAs it was run, with everything resolved:\n",
             f"```yaml\n{dump_values(dict(recipe.values))}```\n",
         ]
         write_text(place / "README.md", hide_home("\n".join(parts)))
+
+
+def _rank_table(ranks: Mapping[str, int]) -> str:
+    """Module -> its rank, as a table of Markdown."""
+    return "| module | rank |\n|---|---:|\n" + "".join(f"| {name} | {rank} |\n" for name, rank in ranks.items())
 
 
 def _usage(base: str, kind: str, weights: str) -> str:

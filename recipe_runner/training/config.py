@@ -13,6 +13,8 @@ from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.stages import Stage, load_class
 from recipe_runner.training.environment import Precision
 
+OURS = ("chat_template_path", "peft_optimizer")  # read by model/tokenizer.py and training/optimizer.py
+
 
 def build_config(
     stage: Stage, training: Mapping[str, Any], model: ModelSection, seed: int, precision: Precision
@@ -30,7 +32,7 @@ def build_config(
         init["experts_implementation"] = model.experts_implementation
     if model.use_kernels:
         init["use_kernels"] = True
-    section = {key: value for key, value in training.items() if key != "chat_template_path"}  # is the tokenizer's
+    section = {key: value for key, value in training.items() if key not in OURS}
     owned = {
         "output_dir": os.devnull,  # replaced once the run folder exists
         "seed": seed,

@@ -5,10 +5,12 @@ transformers 5.23 makes both when training begins, and says nothing of options t
 
 import inspect
 import sys
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
 import torch
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from transformers import Trainer, trainer
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_optimizer import _parse_optim_args
@@ -54,6 +56,43 @@ def check_optimizer(config: Any, model: Any) -> None:
         fix = suggest(option, known) or f"options: {', '.join(known) or 'none'}"
         raise user_error("training-refused", f"{name} has no option '{option}'", fix, path=("training", "optim_args"))
     _check_schedule(config, optimizer)
+
+
+def freeze_first_matrices(model: torch.nn.Module) -> None:
+    """Freezes what LoRA-FA does not train (peft/optimizers/lorafa.py 0.21.2): for counting, before the weights."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+
+
+def use_peft_optimizer(trainer: Any, section: Mapping[str, Any], peft: Any) -> None:
+    """Gives a trainer an optimizer of PEFT's, for what is trained in its model.
+
+    Args:
+        trainer: It makes its own optimizer, when it begins, only if it has none.
+        section: `training.peft_optimizer`.
+        peft: The adapter's configuration.
+
+    Raises:
+        UserError: PEFT refuses it.
+    """
+    config, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    name, options = section["name"], {key: value for key, value in section.items() if key != "name"}
+    try:
+        if name == "lorafa":
+            rate, decay = config.learning_rate, config.weight_decay
+            trainer.optimizer = create_lorafa_optimizer(model, peft.r, peft.lora_alpha, rate, decay)
+            return
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(config, model)
+        if name == "loraplus":
+            kwargs["loraplus_weight_decay"] = config.weight_decay
+            trainer.optimizer = create_loraplus_optimizer(model, cls, **kwargs, **options)
+        else:
+            kwargs["weight_decay"] = config.weight_decay
+            trainer.optimizer = create_riemannian_optimizer(model, cls, **kwargs, **options)
+    except (ValueError, TypeError) as error:
+        message = f"{name}: {first_line(error)}"
+        raise user_error("training-refused", message, path=("training", "peft_optimizer")) from error
 
 
 def _read_options(text: str | None) -> "_Options":

@@ -30,7 +30,7 @@ from recipe_runner.recipe.rules import check_steps
 from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
 from recipe_runner.training.config import build_config, count_steps
 from recipe_runner.training.environment import Precision, check_offloading, choose_precision, describe_environment
-from recipe_runner.training.optimizer import check_optimizer
+from recipe_runner.training.optimizer import check_optimizer, freeze_first_matrices
 from recipe_runner.training.resume import describe_batches
 
 BASE, ADAPTER = "the base model's weights", "the adapter that it continues from"  # of what a run is made from
@@ -120,6 +120,8 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         peft_config.total_step = steps
     if warning := processes.find_default_config():
         problems.append(warning)
+    if (recipe.training["peft_optimizer"] or {}).get("name") == "lorafa":
+        freeze_first_matrices(model)
     parameters = count_parameters(model)
     if recipe.peft and parameters[0] > parameters[1] - parameters[0]:
         message = (

@@ -25,7 +25,7 @@ from recipe_runner.training.allocation import allocate_ranks
 from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, Recorder, say_progress
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
-from recipe_runner.training.optimizer import forget_modules
+from recipe_runner.training.optimizer import forget_modules, use_peft_optimizer
 from recipe_runner.training.state import keep_state
 
 
@@ -74,6 +74,8 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
             keep_state(trainer)
         if recipe.peft["method"] == "adalora":
             allocate_ranks(trainer, folder, continued=prepared.adapter is not None)
+        if section := recipe.training["peft_optimizer"]:
+            use_peft_optimizer(trainer, section, prepared.peft_config)
         trainers.keep_dtypes_on_resume(trainer)
         interruption = Interruption(speaks=config.process_index == 0)
         trainer.add_callback(interruption)

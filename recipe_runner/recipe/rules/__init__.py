@@ -41,6 +41,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "global-batch-size", training.global_batch_size(trained, run)
     yield "ignored-key", training.ignored_keys(recipe.stage, trained, dataset)
     yield "unusual-learning-rate", training.learning_rate(recipe.stage, trained, peft)
+    yield "peft-optimizer", training.peft_optimizer(trained, peft)
     yield "missing-package", packages.missing_packages(base, trained)
     yield "remote-code-unpinned", model.remote_code_unpinned(base)
     yield "local-model", model.local_model(base)

@@ -129,7 +129,7 @@ def allocation(model: ModelSection, peft: UpstreamSection, steps: int) -> Found:
     if peft["total_step"] not in (None, steps):
         found = f"{peft['total_step']:,}, but the run has {steps:,} steps"
         yield ("peft", "total_step"), found, "remove the key: the runner fills it in"
-    elif peft["tinit"] + peft["tfinal"] >= steps:
+    elif max(peft["tinit"], 1) + peft["tfinal"] >= steps:  # PEFT 0.21 judges by a step before the one that it moves in
         found = f"{peft['tinit']:,} steps before ranks are moved (tinit) and {peft['tfinal']:,} after it (tfinal)"
         yield ("peft", "tinit"), f"{found} leave none of {steps:,}: no rank would be moved", "lower them"
 

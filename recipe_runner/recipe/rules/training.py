@@ -185,3 +185,22 @@ def learning_rate(stage: Stage, training: UpstreamSection, peft: UpstreamSection
         fix = f"usual: {rates.low:g} to {rates.high:g} ({rates.source})"
         method = "an adapter" if peft else "full fine-tuning"
         yield ("training", "learning_rate"), f"{rate:g} is unusual for {method}", fix
+
+
+def peft_optimizer(training: UpstreamSection, peft: UpstreamSection) -> Found:
+    """PEFT's optimizers are for LoRA's two matrices. Source: PEFT 0.21, optimizers/."""
+    section, path = training["peft_optimizer"], ("training", "peft_optimizer")
+    if not section:
+        return
+    name, said = section.get("name"), set(section) - {"name"}
+    own = {"loraplus": {"loraplus_lr_ratio", "loraplus_lr_embedding"}, "riemannian": {"reg"}}.get(str(name), set())
+    if peft["method"] != "lora":
+        yield path, f"{name} is for LoRA's two matrices", "set peft.method: lora, or remove the key"
+    for key in sorted(said - own):
+        yield (*path, key), f"{name} does not look at it", "remove the key"
+    if name == "loraplus" and "loraplus_lr_ratio" not in said:
+        yield path, "loraplus needs loraplus_lr_ratio", "add 'loraplus_lr_ratio: 16'"
+    if name == "lorafa":
+        for key in ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules"):
+            if key in training.said:
+                yield ("training", key), "lorafa is an optimizer of its own, and ignores it", "remove the key"
