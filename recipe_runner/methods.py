@@ -22,6 +22,7 @@ class Method:
         merges: Whether it can be merged into the base, which then has no extra latency.
         latency: What it costs when it is not merged.
         kind: What it is put on: `linear` layers, `prompt` (virtual tokens before the text), or `other`.
+        highest_rate: The highest learning rate that is usual for it; 0 where that is LoRA's.
         tried: Whether it was tested for three steps only.
     """
 
@@ -33,6 +34,7 @@ class Method:
     merges: bool = True
     latency: str = "none once merged"
     kind: str = "linear"
+    highest_rate: float = 0
     tried: bool = False
 
     @property
@@ -64,6 +66,7 @@ _KNOWN = (
         "Liu et al. 2022, arXiv 2205.05638",
         "a vector that scales keys, values and feed-forward activations",
         quantized=True,
+        highest_rate=0.05,
     ),
     Method(
         "prefix_tuning",
@@ -74,6 +77,7 @@ _KNOWN = (
         merges=False,
         latency=_TOKENS,
         kind="prompt",
+        highest_rate=1,
     ),
     Method(
         "prompt_tuning",
@@ -84,6 +88,7 @@ _KNOWN = (
         merges=False,
         latency=_TOKENS,
         kind="prompt",
+        highest_rate=1,
     ),
     Method(
         "p_tuning",
@@ -94,6 +99,7 @@ _KNOWN = (
         merges=False,
         latency=_TOKENS,
         kind="prompt",
+        highest_rate=1,
     ),
     Method(
         "ln_tuning",
@@ -110,6 +116,7 @@ _KNOWN = (
         "the embeddings of chosen tokens",
         quantized=True,
         kind="other",
+        highest_rate=0.05,
     ),
     Method(
         "bottleneck",
@@ -135,6 +142,7 @@ _KNOWN = (
         "peft:VeraConfig",
         "Kopiczko et al. 2023, arXiv 2310.11454",
         "vectors that scale random matrices which all layers share",
+        highest_rate=0.1,
     ),
     Method(
         "hira",
@@ -172,6 +180,7 @@ _KNOWN = (
         "peft:FourierFTConfig",
         "Gao et al. 2024, arXiv 2405.03003",
         "some frequencies of each weight's change",
+        highest_rate=0.5,
     ),
     Method(
         "shira",

@@ -9,12 +9,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel, ShiraConfig, TrainableTokensConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    ShiraConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from recipe_runner.methods import METHODS
+from recipe_runner.model.bottleneck import BottleneckConfig
 from recipe_runner.problems.errors import UserError, first_line, refused, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.problems.words import suggest
@@ -118,7 +128,7 @@ def fit_adapter(peft_config: Any, build: Callable[[], Any], model_type: str) -> 
         if "specify `target_modules`" in str(error):
             message = f"PEFT has no default targets for {model_type}"
             raise user_error(
-                "target-not-found", message, _targets_fix(usual), path=("peft", "target_modules")
+                "target-not-found", message, _targets_fix(peft_config, usual), path=("peft", "target_modules")
             ) from error
         raise refused("peft", asked, error) from error
     _check_rank(peft_config, fitted)
@@ -168,15 +178,24 @@ def put_on(peft_config: Any, build: Callable[[], Any]) -> Any:
 
 
 def _usual_targets(peft_config: Any, empty: Any) -> list[str]:
-    """Names of the modules that a method is usually put on: norms for one that trains norms, else linear layers."""
-    norms = isinstance(peft_config, LNTuningConfig)
-    wanted = {name for name, m in empty.named_modules() if (is_norm(m) if norms else isinstance(m, torch.nn.Linear))}
-    return sorted({name.split(".")[-1] for name in wanted})
+    """Names of the modules that a method is usually put on: norms, what ends feed-forward, or linear layers."""
+    hidden = empty.config.get_text_config().hidden_size
+
+    def suits(module: torch.nn.Module) -> bool:
+        if isinstance(peft_config, LNTuningConfig):
+            return is_norm(module)
+        if isinstance(peft_config, BottleneckConfig):
+            return getattr(module, "out_features", 0) == hidden < getattr(module, "in_features", 0)
+        return isinstance(module, torch.nn.Linear)
+
+    return sorted({name.split(".")[-1] for name, module in empty.named_modules() if suits(module)})
 
 
-def _targets_fix(usual: list[str]) -> str:
-    if any("norm" in name for name in usual):
+def _targets_fix(peft_config: Any, usual: list[str]) -> str:
+    if isinstance(peft_config, LNTuningConfig | BottleneckConfig):
         return f"add 'target_modules: [{', '.join(usual)}]'"
+    if isinstance(peft_config, IA3Config):
+        return "name keys, values and what ends feed-forward in target_modules, the last in feedforward_modules, too"
     return "add 'target_modules: all-linear'"
 
 

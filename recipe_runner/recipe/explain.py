@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from recipe_runner.methods import METHODS
+from recipe_runner.methods import METHODS, REFUSED
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.words import suggest
 from recipe_runner.recipe import schema
@@ -23,6 +23,8 @@ def explain(name: str) -> str:
         UserError: There is no such key and no such code.
     """
     codes = _codes()
+    if name == "method":
+        return describe_methods()
     if name in codes:
         return f"{name}: {codes[name]}"
     path = re.sub(r"\.\d+(?=\.|$)", "", name)  # dataset.train.0.source is dataset.train.source
@@ -39,6 +41,22 @@ def explain(name: str) -> str:
     if len(texts) == 1 and len(found) == len(names):
         return next(iter(texts))
     return "\n".join(text.replace(path, f"{path} ({kind} {', '.join(of)})", 1) for text, of in texts.items())
+
+
+def describe_methods() -> str:
+    """The methods of tuning a part of a model: figures and facts of each in a line, what it trains in the next."""
+    text = (shelf() / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in row.split(" | ")] for row in re.findall(r"^\| (`.+) \|$", text, re.MULTILINE)]
+    lines = ["method             part of 1B  merges  4-bit  extra latency"]
+    for name, part, merges, quantized, latency, trains, source in rows:
+        only = "tested for three steps only; " * ("three steps" in name)
+        lines.append(f"{name.split()[0].strip('`'):<19}{part:<12}{merges:<8}{quantized:<7}{latency}")
+        lines += textwrap.wrap(f"{only}{trains} ({source})", 79, initial_indent="    ", subsequent_indent="    ")
+    lines.append("\nNot here, and why:")
+    for name, reason in REFUSED.items():
+        lines += textwrap.wrap(f"{name}: {reason}", 79, initial_indent="  ", subsequent_indent="    ")
+    lines.append("\n`recipe-run explain peft.KEY` says what a key means in each method.")
+    return "\n".join(lines)
 
 
 def _describe(path: str, entry: dict[str, Any], origin: str) -> str:

@@ -18,7 +18,7 @@ def write_card(
     recipe: Recipe, folder: Path, result: Path, accounting: Accounting, history: list[dict[str, Any]]
 ) -> None:
     """Writes README.md into the run folder and beside the weights, in the hub's layout."""
-    base, adaptive = recipe.model.name_or_path, recipe.peft["method"] == "adalora"
+    base, method = recipe.model.name_or_path, recipe.peft["method"]
     tags = ["trl", recipe.stage.name, *recipe.tags]
     header: dict[str, Any] = {"library_name": "peft" if recipe.peft else "transformers", "tags": tags}
     if not recipe.model.folder:
@@ -31,10 +31,15 @@ def write_card(
             (first, before), (last, after) = series[0], series[-1]
             begun = f"{before:.4f} at step {first}, " * (first != last)
             facts.append(f"{name}: {begun}{after:.4f} at step {last}")
-    kept = read_ranks(read_object(result / CONFIG).get("rank_pattern") or {}) if adaptive else {}
+    kept = read_ranks(read_object(result / CONFIG).get("rank_pattern") or {}) if method == "adalora" else {}
     if kept:
         begun = len(kept) * recipe.peft["init_r"]
         facts.append(f"Ranks after allocation: {sum(kept.values()):,} of {begun:,} (table below)")
+    if recipe.unfreeze:
+        beside = " beside the adapter, and saved in it" if recipe.peft else ", all else frozen"
+        facts.append(f"Trained of the base: {', '.join(f'`{pattern}`' for pattern in recipe.unfreeze)}{beside}")
+    if method == "bottleneck":
+        facts.append("PEFT has no bottleneck adapters: this one loads only where recipe_runner is installed, as below")
     packages = ("trl", "transformers", "peft", "datasets", "torch")
     facts.append("Versions: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
     for place, weights in ((folder, result.name), (result, ".")):
@@ -43,7 +48,7 @@ def write_card(
             f"# {recipe.name}\n",
             f"{recipe.description}\n",
             *[f"- {fact}" for fact in facts],
-            f"\n## Use\n\n```python\n{_usage(base, result.name, weights)}```\n",
+            f"\n## Use\n\n```python\n{_usage(base, result.name, weights, recipe.peft['method'])}```\n",
             *([f"## Ranks\n\n{_rank_table(kept)}"] if kept else []),
             "## Recipe\n\nAs it was run, with everything resolved:\n",
             f"```yaml\n{dump_values(dict(recipe.values))}```\n",
@@ -56,12 +61,14 @@ def _rank_table(ranks: Mapping[str, int]) -> str:
     return "| module | rank |\n|---|---:|\n" + "".join(f"| {name} | {rank} |\n" for name, rank in ranks.items())
 
 
-def _usage(base: str, kind: str, weights: str) -> str:
+def _usage(base: str, kind: str, weights: str, method: str | None) -> str:
     folder = f'folder = "{weights}"  # or its id on the hub\n'
     if kind == "model":
         return f'from transformers import pipeline\n\n{folder}generate = pipeline("text-generation", model=folder)\n'
+    known = "import recipe_runner.model.bottleneck  # makes the method known to PEFT\n" * (method == "bottleneck")
     return (
-        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer, GenerationConfig\n\n"
+        f"{known}from peft import AutoPeftModelForCausalLM\n"
+        "from transformers import AutoTokenizer, GenerationConfig\n\n"
         f"{folder}model = AutoPeftModelForCausalLM.from_pretrained(folder)  # loads {base} and the adapter\n"
         "model.generation_config = GenerationConfig.from_pretrained(folder)  # where it stops\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"

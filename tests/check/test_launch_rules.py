@@ -47,6 +47,9 @@ def test_the_command_in_its_comment_contradicts_nothing(file):
 CONTRADICTIONS = [
     ("fsdp-quantized-storage", FSDP, ()),
     ("fsdp-quantized-storage", FSDP, ("quantization={load_in_4bit: true}",)),
+    ("method-not-sharded", DEEPSPEED, ("peft={method: adalora, target_modules: all-linear}",)),
+    ("method-not-sharded", FSDP, ("peft.init_lora_weights=eva",)),
+    ("method-not-sharded", ZERO3, ("training.peft_optimizer={name: loraplus, loraplus_lr_ratio: 8}",)),
     ("sharded-8bit", FSDP, IN_8BIT),
     ("sharded-8bit", ZERO3, IN_8BIT),
     ("deepspeed-optimizer", with_section(DEEPSPEED, "deepspeed_config", offload_optimizer_device="cpu"), ()),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from recipe_runner.methods import METHODS
 from recipe_runner.problems.problem import Found
 from recipe_runner.problems.words import suggest
 from recipe_runner.recipe.sections import DatasetSection, RunSection, UpstreamSection
@@ -181,10 +182,13 @@ def ignored_keys(stage: Stage, training: UpstreamSection, dataset: DatasetSectio
 def learning_rate(stage: Stage, training: UpstreamSection, peft: UpstreamSection) -> Found:
     """Adapters take a tenfold higher rate than full fine-tuning, and preference tuning a lower one: see `stages`."""
     rates, rate = stage.adapter_rates if peft else stage.full_rates, training.said.get("learning_rate")
-    if rate is not None and not rates.low <= rate <= rates.high:
-        fix = f"usual: {rates.low:g} to {rates.high:g} ({rates.source})"
-        method = "an adapter" if peft else "full fine-tuning"
-        yield ("training", "learning_rate"), f"{rate:g} is unusual for {method}", fix
+    method = METHODS.get(str(peft["method"]))
+    high = max(rates.high, method.highest_rate) if method else rates.high
+    if rate is not None and not rates.low <= rate <= high and not (method and method.tried):
+        fix = f"usual: {rates.low:g} to {high:g}" + f" ({rates.source})" * (high == rates.high)
+        which = "an adapter" if peft else "full fine-tuning"
+        which = f"{which} of the method {method.name}" if method and method.highest_rate else which
+        yield ("training", "learning_rate"), f"{rate:g} is unusual for {which}", fix
 
 
 def peft_optimizer(training: UpstreamSection, peft: UpstreamSection) -> Found:
