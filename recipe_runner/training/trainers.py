@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from recipe_runner.files import share_path
 from recipe_runner.model import base, continuation
-from recipe_runner.model.adapter import saves_embeddings
+from recipe_runner.model.adapter import is_norm, saves_embeddings
 from recipe_runner.model.quantization import build_quantization, keep_4bit_weights_trainable
 from recipe_runner.model.unfreeze import freeze_others
 from recipe_runner.problems.errors import first_line, refused, user_error
@@ -24,7 +24,8 @@ from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
 from recipe_runner.training.packing import PackingCheck
 from recipe_runner.training.prepare import Prepared
 
-UNCAST = ("hira", "pvera", "road")  # their layers for quantized weights convert nothing (PEFT 0.21, tuners/*/bnb.py)
+# Trained in float32 on a quantized base: scales near 1, and layers that convert nothing (PEFT 0.21, tuners/*/bnb.py).
+PRECISE = ("ia3", "ln_tuning", "hira", "pvera", "road")
 REFERENCE = "ref"  # TRL's name of the frozen copy of an adapter that is trained further
 
 
@@ -85,8 +86,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             adapter.base_model_name_or_path = share_path(name)
         saved = saves_embeddings(trained.active_peft_config)
         trained.save_pretrained = functools.partial(trained.save_pretrained, save_embedding_layers=saved)
-        if str(recipe.peft["method"]) in UNCAST and (quantization or prepared.published):
-            _train_in_dtype_of_base(trained)
+        if quantization or prepared.published:
+            _train_in_full_precision(trained, str(recipe.peft["method"]), config)
         if REFERENCE in trained.peft_config:
             _copy_to_reference(trained)
     keep_4bit_weights_trainable(trainer.model)
@@ -96,15 +97,18 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     return trainer
 
 
-def _train_in_dtype_of_base(trained: Any) -> None:
-    """Trains an adapter in the dtype of the layers that are not quantized.
+def _train_in_full_precision(trained: Any, method: str, config: Any) -> None:
+    """Trains in float32 what can't be trained in bfloat16, in which TRL 1.16 trains all on a quantized base.
 
-    TRL 1.16 trains adapters of quantized bases in bfloat16, and counts on layers that convert what comes in.
+    A number near 1, as of a norm or a scale, does not change in bfloat16 by a step of less than 1/256: it would stay as
+    it is. Where nothing converts (no mixed precision, a base in bfloat16), all must have the base's dtype.
     """
-    dtype = trained.get_input_embeddings().weight.dtype
-    for parameter in trained.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    base: torch.dtype = trained.get_input_embeddings().weight.dtype
+    dtype = torch.float32 if config.bf16 or config.fp16 else base
+    for module in trained.modules():
+        for parameter in module.parameters(recurse=method in PRECISE):
+            if parameter.requires_grad and (method in PRECISE or is_norm(module)):
+                parameter.data = parameter.data.to(dtype)
 
 
 def _copy_to_reference(trained: Any) -> None:

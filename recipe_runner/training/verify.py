@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, PeftModel, RandLoraConfig, get_peft_model_state_dict
+from peft import AdaLoraConfig, PeftModel, PveraConfig, RandLoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers.core_model_loading import revert_weight_conversion
@@ -77,9 +77,9 @@ def verify_saved(
 def _takes_a_second(config: Any, quantized: bool) -> bool:
     """Whether PEFT 0.21 loads a second adapter beside this one.
 
-    Not where it trains biases, or changes the model; RandLoRA wraps layers for quantized weights a second time.
+    Not where it trains biases, or changes the model; RandLoRA and PVeRA wrap quantized layers a second time.
     """
-    if isinstance(config, RandLoraConfig) and quantized:
+    if isinstance(config, RandLoraConfig | PveraConfig) and quantized:
         return False
     changes = ("ensure_weight_tying", "layer_replication")
     return getattr(config, "bias", "none") == "none" and not any(getattr(config, name, None) for name in changes)

@@ -2,10 +2,11 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
-from shared import NF4, losses, status
+from shared import LORA, NF4, losses, status
 
 from recipe_runner.methods import METHODS
 
@@ -34,6 +35,12 @@ KEYS = {name: LINEAR for name, method in METHODS.items() if method.kind == "line
     "shira": LINEAR | {"r": 4},
     "road": LINEAR | {"group_size": 16},
 }
+NOT_CONTINUED = ("adalora", "p_tuning", "cartridge")  # their DPO begins with a new adapter
+# New ones change what the model says at once, and the reference is the base; AdaLoRA's loss has a part of its own.
+BEGINS_ELSEWHERE = ("p_tuning", "adalora")
+# What is trained is not what is saved: parts that are dropped, a network that made a prompt, matrices kept beside.
+COUNTED_OTHERWISE = ("adalora", "p_tuning", "vera", "pvera", "randlora", "osf", "psoft", "tinylora", "supertuning")
+COUNTED_OTHERWISE += ("delora", "glora", "vblora", "unilora", "trainable_tokens", "boft", "cartridge", "shadow")
 ROWS = [{"text": f"{word} {word} {word}"} for word in ("one", "two", "red", "blue", "left", "right")]
 STEPS = {"max_steps": 3, "per_device_train_batch_size": 6, "learning_rate": 0.005, "lr_scheduler_type": "constant"}
 STEPS |= {"save_steps": 2, "disable_tqdm": True, "activation_checkpointing": False}
@@ -72,53 +79,136 @@ def resume_from_first_checkpoint(folder, copy, run_cli, recipe):
     return run_cli("train", recipe, "--resume", copy)
 
 
+@pytest.fixture
+def run_method(run_recipe, tiny_llama):
+    """Trains by a method: three steps, on text or on pairs, from the base or from an adapter."""
+
+    def run_method(method, name, adapter=None, stage="sft", **sections):
+        given = {"rows": ROWS, "dataset": {"format": "text"}} if stage == "sft" else {"stage": stage}
+        training = STEPS | ({"learning_rate": 1e-3} if stage == "dpo" else {})
+        model = {"name_or_path": str(tiny_llama)} | ({"adapter": str(adapter)} if adapter else {})
+        peft = {"method": method} | ({} if adapter else KEYS[method])
+        result, folder = run_recipe(name=name, peft=peft, model=model, training=training, **given, **sections)
+        assert result.status == 0, result.err
+        assert losses(folder)[-1] < losses(folder)[0]
+        return result, folder
+
+    return run_method
+
+
+def begins_equal(folder):
+    """Whether the first loss of DPO is that of two equal models."""
+    return losses(folder)[0] == pytest.approx(math.log(2), abs=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_trains_saves_loads_and_resumes(method, run_recipe, run_cli, tiny_llama, tmp_path):
+def test_a_method_trains_saves_loads_resumes_and_goes_on(method, run_method, run_cli, tiny_llama, tmp_path):
+    """What should move moves, and nothing else; DPO begins with the adapter, or with the base, as its reference."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from recipe_runner.model.load import load_result
 
-    given = {"rows": ROWS, "dataset": {"format": "text"}, "model": {"name_or_path": str(tiny_llama)}}
-    result, folder = run_recipe(peft={"method": method} | KEYS[method], training=STEPS, **given)
-    assert result.status == 0, result.err
-    assert losses(folder)[-1] < losses(folder)[0]
+    result, folder = run_method(method, "first")
     model, tokenizer = load_result(folder)
     base = logits_of(AutoModelForCausalLM.from_pretrained(tiny_llama), tokenizer)
-    assert not torch.allclose(logits_of(model, tokenizer), base, atol=1e-5)
+    trained = logits_of(model, tokenizer)
+    assert not torch.allclose(trained, base, atol=1e-5)
     with model.disable_adapter():
         assert torch.equal(logits_of(model, tokenizer), base)
-    resumed = resume_from_first_checkpoint(folder, tmp_path / "killed", run_cli, tmp_path / "tiny.yaml")
+    count = sum(tensor.numel() for name, tensor in tensors_of(folder).items() if "indices" not in name)
+    told = int(re.search(r"trainable  ([\d,]+) of", result.out)[1].replace(",", ""))
+    assert told == count or method in COUNTED_OTHERWISE
+    if METHODS[method].merges:
+        assert torch.allclose(logits_of(model.merge_and_unload(), tokenizer), trained, atol=1e-4)
+    if METHODS[method].tried:
+        return
+    resumed = resume_from_first_checkpoint(folder, tmp_path / "killed", run_cli, tmp_path / "first.yaml")
     assert resumed.status == 0, resumed.err
     again = tensors_of(tmp_path / "killed")
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors_of(folder).items())
-
-
-CHAINED = [name for name in METHODS if name not in ("adalora", "p_tuning", "cartridge")]
-
-
-@pytest.mark.parametrize("method", CHAINED)
-def test_preferences_go_on_from_an_adapter_with_the_adapter_as_reference(method, run_recipe, tiny_llama):
-    """The first loss is that of two equal models: what TRL copies to the reference is not all, for most methods."""
-    model = {"name_or_path": str(tiny_llama)}
-    text = {"rows": ROWS, "dataset": {"format": "text"}, "model": model, "training": STEPS}
-    result, folder = run_recipe(peft={"method": method} | KEYS[method], **text)
-    assert result.status == 0, result.err
-    training = STEPS | {"learning_rate": 1e-3}
-    model = model | {"adapter": str(folder)}
-    result, run = run_recipe(name="pairs", stage="dpo", peft={"method": method}, model=model, training=training)
-    assert result.status == 0, result.err
-    noise = 0.1 if method == "pvera" else 1e-4  # it draws its vectors anew in every pass
-    assert losses(run)[0] == pytest.approx(math.log(2), abs=noise)
-    assert losses(run)[-1] < losses(run)[0]
+    adapter = None if method in NOT_CONTINUED else folder
+    _, pairs = run_method(method, "pairs", adapter, stage="dpo")
+    assert begins_equal(pairs) or method in BEGINS_ELSEWHERE
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.quantized])
-def test_a_method_trains_on_4_bit_weights(method, run_recipe, tiny_llama):
+def test_a_method_trains_on_4_bit_weights(method, run_method):
     from recipe_runner.model.load import load_result
 
-    given = {"rows": ROWS, "dataset": {"format": "text"}, "model": {"name_or_path": str(tiny_llama)}}
-    result, folder = run_recipe(peft={"method": method} | KEYS[method], quantization=NF4, training=STEPS, **given)
-    assert result.status == 0, result.err
-    assert losses(folder)[-1] < losses(folder)[0]
+    _, folder = run_method(method, "first", quantization=NF4)
     load_result(folder)
+    if METHODS[method].tried:
+        return
+    adapter = None if method in (*NOT_CONTINUED, "randlora") else folder
+    _, pairs = run_method(method, "pairs", adapter, stage="dpo", quantization=NF4)
+    assert begins_equal(pairs) or method in BEGINS_ELSEWHERE
+
+
+REFUSED_CASES = {
+    "a key of another method": ({"method": "ia3", "r": 8}, {}, "it is a key of lora, oft, vera, ..."),
+    "a rank of 0": ({"method": "miss", "r": 0}, {}, "error[out-of-bounds] peft.r"),
+    "no tokens": ({"method": "prompt_tuning"}, {}, "prompt_tuning needs num_virtual_tokens"),
+    "too many tokens": (
+        {"method": "prompt_tuning", "num_virtual_tokens": 64},
+        {"training": {"max_length": 64}},
+        "64 virtual tokens, before rows of at most 64",
+    ),
+    "packing": ({"method": "p_tuning"} | VIRTUAL, {"training": {"packing": True}}, "not before each document"),
+    "a cache": ({"method": "prefix_tuning"} | VIRTUAL, {}, "needs the model's cache"),
+    "whole modules": ({"method": "prompt_tuning", "modules_to_save": ["lm_head"]} | VIRTUAL, {}, "remove the key"),
+    "a quantized base": ({"method": "oft"} | LINEAR, {"quantization": NF4}, "no layer of oft for quantized weights"),
+    "a router": ({"method": "xlora"}, {}, "error[method-refused] peft.method: 'xlora' can't be trained here"),
+    "an unknown method": ({"method": "ladalora"}, {}, "did you mean 'adalora'?"),
+    "a target that is not there": ({"method": "vera", "target_modules": ["q_poj"]}, {}, "'q_poj' matches no module"),
+    "the head": ({"method": "hra", "target_modules": ["lm_head"]}, {}, "an adapter on it would never be trained"),
+    "no default targets": ({"method": "ln_tuning"}, {"phi3": True}, "add 'target_modules: [input_layernorm, norm"),
+    "what PEFT refuses": ({"method": "road", "group_size": 7} | LINEAR, {}, "error[peft-refused] peft"),
+    "one place twice": (
+        {"method": "bottleneck", "placement": "both", "target_modules": ["o_proj"]},
+        {"strict": True},
+        "it has no effect: target_modules says where",
+    ),
+    "two sizes": ({"method": "bottleneck", "bottleneck_size": 8, "reduction_factor": 2}, {}, "give one of them"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CASES)
+def test_a_method_that_cannot_work_is_one_line_before_the_weights(case, run_recipe, tiny_llama, tiny_phi3, run_cli):
+    peft, more, said = REFUSED_CASES[case]
+    sections = {key: more[key] for key in ("training", "quantization") if key in more}
+    model = {"name_or_path": str(tiny_phi3 if "phi3" in more else tiny_llama)}
+    result, folder = run_recipe(peft=peft, model=model, **sections)
+    assert said in result.err, result.err
+    if "strict" not in more:
+        assert result.status == 1
+        assert folder is None
+        assert "Loading weights" not in result.err
+
+
+def test_a_prompt_that_a_network_made_is_not_trained_further(run_method, small_recipe, run_cli):
+    _, folder = run_method("p_tuning", "first")
+    recipe = small_recipe(peft={"method": "p_tuning"}, model={"adapter": str(folder)})
+    result = run_cli("validate", recipe)
+    assert "error[adapter-not-trainable] model.adapter: PEFT 0.21 does not save the network" in result.out
+
+
+def test_a_prompt_begins_with_a_text_and_goes_on_in_kto(run_method, run_recipe, tiny_llama):
+    peft = {"method": "prompt_tuning", "num_virtual_tokens": 6, "prompt_tuning_init": "TEXT"}
+    peft["prompt_tuning_init_text"] = "file the ticket"
+    model = {"name_or_path": str(tiny_llama)}
+    result, first = run_recipe(name="first", peft=peft, model=model, training=STEPS)
+    assert result.status == 0, result.err
+    assert str(tiny_llama) in json.loads((first / "adapter" / "adapter_config.json").read_text()).values()
+    model |= {"adapter": str(first)}
+    result, run = run_recipe(name="judged", stage="kto", peft={"method": "prompt_tuning"}, model=model, training=STEPS)
+    assert result.status == 0, result.err
+    assert losses(run)[0] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_eva_with_too_few_tokens_is_refused(run_recipe):
+    rows = [{"text": "a b"}] * 3
+    peft = LORA | {"r": 48, "init_lora_weights": "eva"}
+    result, _ = run_recipe(rows=rows, dataset={"format": "text"}, peft=peft)
+    assert result.status == 1
+    assert "error[initialisation] peft.init_lora_weights: eva looks for 96 directions" in result.err

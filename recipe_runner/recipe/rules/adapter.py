@@ -188,7 +188,7 @@ def why_not_continued(stage: Stage, method: str, projection: bool, quantized: bo
     if method in ("p_tuning", "cartridge") or (method == "prefix_tuning" and projection):
         what = "cache" if method == "cartridge" else "network that made the prompt"
         return f"PEFT 0.21 does not save the {what} of {method} so that it can be trained", "start a new adapter"
-    if stage.reference and (method == "adalora" or (method == "randlora" and quantized)):
+    if stage.reference and (method == "adalora" or (method in ("randlora", "pvera") and quantized)):
         fix = "use the adapter of another method, or start a new one"
         where = " on quantized weights" if quantized else ""
         return f"PEFT 0.21 has no second {method} adapter{where}, and {stage.name} needs one as its reference", fix
