@@ -7,6 +7,7 @@ from typing import Any
 
 from recipe_runner.data.accounting import Accounting
 from recipe_runner.files import hide_home, read_object, write_text
+from recipe_runner.methods import METHODS
 from recipe_runner.recipe.document import dump_values
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import CONFIG
@@ -35,6 +36,8 @@ def write_card(
     if kept:
         begun = len(kept) * recipe.peft["init_r"]
         facts.append(f"Ranks after allocation: {sum(kept.values()):,} of {begun:,} (table below)")
+    if method in METHODS:
+        facts.append(f"Method: {method} ({METHODS[method].paper}), {METHODS[method].trains}")
     if recipe.unfreeze:
         beside = " beside the adapter, and saved in it" if recipe.peft else ", all else frozen"
         facts.append(f"Trained of the base: {', '.join(f'`{pattern}`' for pattern in recipe.unfreeze)}{beside}")

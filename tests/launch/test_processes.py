@@ -123,6 +123,46 @@ def test_the_same_training_on_any_number_of_processes(launch, tmp_path, launcher
             assert float((one[tensor].float() - two[tensor].float()).abs().max()) < 2e-3, (name, tensor)
 
 
+ADALORA = {"method": "adalora", "init_r": 6, "target_r": 2, "target_modules": "all-linear"}
+WAYS = {  # of tuning, and the launchers that can't have them
+    "bottleneck": ({"peft": {"method": "bottleneck", "bottleneck_size": 8}}, ()),
+    "hybrid": ({"peft": LORA, "unfreeze": ["norms", "layers[-1]"]}, ()),
+    "partial": ({"peft": None, "unfreeze": ["norms", "lm_head"]}, ("zero2",)),
+    "prompt": ({"peft": {"method": "prompt_tuning", "num_virtual_tokens": 4}}, ("zero2",)),
+    "adalora": ({"peft": ADALORA}, ("zero2", "zero3")),
+    "eva": ({"peft": LORA | {"init_lora_weights": "eva"}}, ("zero2", "zero3")),
+    "ia3": (
+        {"peft": {"method": "ia3", "target_modules": ["qkv_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_every_way_of_tuning_is_the_same_on_two_processes(launch, tmp_path, launcher):
+    from safetensors.torch import load_file
+
+    alone, recipes = {}, []
+    for name, (sections, not_for) in WAYS.items():
+        if launcher in not_for:
+            continue
+        done, alone[name] = launch(name=name, **sections)
+        assert done.returncode == 0, done.stderr
+        recipes.append(str(tmp_path / f"{name}.yaml"))
+    done = launch_several(launcher, recipes, tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, before in alone.items():
+        folder = max((tmp_path / "runs" / name).iterdir())
+        assert folder != before, (name, done.stderr)
+        assert status(folder)["status"] == "completed", (name, done.stderr)
+        assert losses(folder) == pytest.approx(losses(before), rel=1e-3), name
+        (one,), (two,) = (list(run.glob("*/*.safetensors")) for run in (before, folder))
+        one, two = load_file(one), load_file(two)
+        assert one.keys() == two.keys()
+        for tensor in one:
+            assert float((one[tensor].float() - two[tensor].float()).abs().max()) < 2e-3, (name, tensor)
+
+
 def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

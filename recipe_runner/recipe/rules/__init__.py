@@ -46,7 +46,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "remote-code-unpinned", model.remote_code_unpinned(base)
     yield "local-model", model.local_model(base)
     yield "fused-projections", model.fused_projections(base, peft)
-    yield "context-length", model.context_length(base, trained)
+    yield "context-length", model.context_length(base, trained, peft)
     yield "adapter-not-found", adapter.adapter_folder(base)
     yield "new-tokens", adapter.new_tokens(recipe.stage, base, peft)
     yield "adapter-without-peft", adapter.adapter_needs_peft(base, peft)

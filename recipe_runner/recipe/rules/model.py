@@ -55,8 +55,8 @@ def fused_projections(model: ModelSection, peft: UpstreamSection) -> Found:
                     yield place, f"{name} has no '{target}'", f"use '{fused}', or all-linear"
 
 
-def context_length(model: ModelSection, training: UpstreamSection) -> Found:
-    """Tokens beyond the model's context are out of its range.
+def context_length(model: ModelSection, training: UpstreamSection, peft: UpstreamSection) -> Found:
+    """Tokens beyond the model's context are out of its range; virtual ones of a prompt stand before the row's.
 
     A local model's config.json says how long the context is, and some hub ids do (4k, 128k).
     """
@@ -65,9 +65,10 @@ def context_length(model: ModelSection, training: UpstreamSection) -> Found:
         return
     said = re.search(r"-(\d+)k(-|$)", Path(model.name_or_path).name.lower())
     context = _local_config(model).get("max_position_embeddings", int(said[1]) * 1024 if said else None)
-    if isinstance(context, int) and length > context:
-        found = f"{length} tokens, the model's context is {context}"
-        yield ("training", "max_length"), found, f"lower it to {context} at most"
+    virtual = peft["num_virtual_tokens"] or 0
+    if isinstance(context, int) and length + virtual > context:
+        found = f"{length} tokens{f' and {virtual} virtual ones' * bool(virtual)}, the model's context is {context}"
+        yield ("training", "max_length"), found, f"lower it to {context - virtual} at most"
 
 
 def _local_config(model: ModelSection) -> dict[str, Any]:
