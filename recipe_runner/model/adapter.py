@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import re
 import typing
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,18 +21,16 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from recipe_runner.methods import METHODS
 from recipe_runner.model.bottleneck import BottleneckConfig
-from recipe_runner.problems.errors import UserError, first_line, refused, user_error
-from recipe_runner.problems.limits import TooSlow, time_limit
-from recipe_runner.problems.words import suggest
+from recipe_runner.model.targets import check_adapted, check_named
+from recipe_runner.problems.errors import first_line, refused, user_error
 from recipe_runner.recipe.rules.adapter import FROM_DATA
 from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.stages import load_class
 
-PATTERN_SECONDS = 5  # of a regular expression on all names of a model: usual ones take some milliseconds
-PATTERNS = ("rank_pattern", "alpha_pattern", "block_size_pattern", "lambda_pattern", "n_frequency_pattern")
 UNKNOWN_STEPS = 10**9  # of a run whose rows are not prepared yet: `total_step` of AdaLoRA until they are
 
 
@@ -121,7 +118,7 @@ def fit_adapter(peft_config: Any, build: Callable[[], Any], model_type: str) -> 
     tokens = empty.get_input_embeddings().num_embeddings
     usual = _usual_targets(peft_config, empty)
     asked = {key for key, value in vars(peft_config).items() if value}
-    _check_named(peft_config, modules, usual)
+    check_named(peft_config, modules, usual)
     try:
         fitted = put_on(peft_config, build)
     except (ImportError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
@@ -145,7 +142,7 @@ def fit_adapter(peft_config: Any, build: Callable[[], Any], model_type: str) -> 
         raise user_error("peft-refused", message, fix, path=("peft", "target_modules"))
     inside = "base_model.model."
     adapted = [name.removeprefix(inside) for name, m in fitted.named_modules() if isinstance(m, BaseTunerLayer)]
-    _check_adapted(peft_config, adapted, parameters, usual)
+    check_adapted(peft_config, adapted, parameters, usual)
     chosen = getattr(peft_config, key, None) or []
     for index in chosen if isinstance(chosen, list) else [index for part in chosen.values() for index in part]:
         if not 0 <= index < tokens:
@@ -186,7 +183,7 @@ def _usual_targets(peft_config: Any, empty: Any) -> list[str]:
             return is_norm(module)
         if isinstance(peft_config, BottleneckConfig):
             return getattr(module, "out_features", 0) == hidden < getattr(module, "in_features", 0)
-        return isinstance(module, torch.nn.Linear)
+        return isinstance(module, torch.nn.Linear | Conv1D)  # the second is GPT-2's
 
     return sorted({name.split(".")[-1] for name, module in empty.named_modules() if suits(module)})
 
@@ -214,89 +211,3 @@ def _check_rank(peft_config: Any, fitted: PeftModel) -> None:
         if rank > least:
             message = f"{peft_config.init_lora_weights} has no {rank} parts to take from {name}: it has {least}"
             raise user_error("peft-refused", message, "lower it", path=("peft", "r"))
-
-
-def _check_named(peft_config: Any, modules: list[str], usual: list[str]) -> None:
-    """Names of modules that exist, whatever the other fields say."""
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"):
-        names = getattr(peft_config, key, None) or []
-        if names == "all-linear":
-            continue
-        for name in [names] if isinstance(names, str) else sorted(names):
-            if not (
-                _matching(name, modules, key)
-                if isinstance(names, str)
-                else any(_is_called(module, name) for module in modules)
-            ):
-                raise _no_match(key, name, usual)
-    there = sorted({int(part) for module in modules for part in module.split(".") if part.isdigit()})
-    layers = getattr(peft_config, "layers_to_transform", None)
-    for layer in [layers] if isinstance(layers, int) else layers or []:
-        if layer not in there:
-            message = f"there is no layer {layer}; the model has layers {there[0]} to {there[-1]}"
-            raise user_error("target-not-found", message, path=("peft", "layers_to_transform"))
-    for first, last in getattr(peft_config, "layer_replication", None) or []:
-        if not there[0] <= first < last <= there[-1] + 1:
-            message = (
-                f"there are no layers {first} to {last} (excluded); the model has layers {there[0]} to {there[-1]}"
-            )
-            raise user_error("target-not-found", message, path=("peft", "layer_replication"))
-    lists = sorted({part[1] for module in modules if (part := re.search(r"(\w+)\.\d+(\.|$)", module))})
-    layer_lists = getattr(peft_config, "layers_pattern", None) or []
-    for pattern in [layer_lists] if isinstance(layer_lists, str) else layer_lists:
-        if pattern.rpartition(".")[2] not in lists:
-            raise _no_match("layers_pattern", pattern, lists, "of the model")
-    for key in PATTERNS:
-        for pattern in getattr(peft_config, key, None) or {}:
-            _matching(rf"(.*\.)?({pattern})", modules, key)  # is it a regular expression, and one that comes to an end?
-
-
-def _is_called(full: str, name: str) -> bool:
-    """Whether a name is that of a module or parameter, or its end."""
-    return full == name or full.endswith(f".{name}")
-
-
-def _check_adapted(peft_config: Any, adapted: list[str], parameters: list[str], usual: list[str]) -> None:
-    """Names in fields that work together: each must match something that all of them leave."""
-    names = sorted({module.split(".")[-1] for module in adapted})
-    targets = getattr(peft_config, "target_modules", None) or []
-    for name in [] if isinstance(targets, str) else sorted(targets):
-        if not any(_is_called(module, name) for module in adapted):
-            raise _no_match(
-                "target_modules", name, usual, "that exclude_modules, layers_to_transform and modules_to_save leave"
-            )
-    for key in PATTERNS:
-        values: dict[str, tuple[str, float]] = {}  # module -> the pattern that matches it, and its value
-        for pattern, value in (getattr(peft_config, key, None) or {}).items():
-            matched = _matching(rf"(.*\.)?({pattern})", adapted, key)
-            if not matched:
-                raise _no_match(key, pattern, names, "that is adapted")
-            for module in matched:
-                other, before = values.setdefault(module, (pattern, value))
-                if before != value:  # PEFT 0.21 takes the first, and sorts them when it saves the adapter
-                    message = f"'{other}' and '{pattern}' both match {module}, with {before} and {value}"
-                    raise user_error("wrong-form", message, "let one of them match it", path=("peft", key))
-    for name in getattr(peft_config, "target_parameters", None) or []:
-        if not any(_is_called(parameter, name) for parameter in parameters):
-            ends = sorted({".".join(parameter.split(".")[-2:]) for parameter in parameters})
-            raise _no_match("target_parameters", name, ends, "of the model")
-
-
-def _matching(pattern: str, modules: list[str], key: str) -> list[str]:
-    """The names that a regular expression matches as a whole, as PEFT takes it."""
-    try:
-        with time_limit(PATTERN_SECONDS):
-            return [module for module in modules if re.fullmatch(pattern, module)]
-    except (re.error, TooSlow, RecursionError, OverflowError) as error:
-        what = "can't be used" if isinstance(error, TooSlow) else "is not a regular expression"
-        message = f"'{pattern}' {what}: {first_line(error)}"
-        raise user_error("wrong-form", message, "fix it", path=("peft", key)) from error
-
-
-def _no_match(key: str, name: str, choices: list[str], which: str = "") -> UserError:
-    kind = "parameter" if key == "target_parameters" else "module"
-    there = (
-        "there are" if which else "its norms" if any("norm" in choice for choice in choices) else "its linear modules"
-    )
-    message = f"'{name}' matches no {kind} {which or 'of the model'}; {there}: {', '.join(choices)}"
-    return user_error("target-not-found", message, suggest(name, choices), path=("peft", key))

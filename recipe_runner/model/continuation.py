@@ -55,6 +55,8 @@ def load_peft(folder: Path, base: str, peft: UpstreamSection) -> PeftConfig:
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     config.base_model_name_or_path = base  # known to be the same, maybe moved
+    if getattr(config, "tokenizer_name_or_path", None):
+        config.tokenizer_name_or_path = base
     for key, value in peft.said.items():
         if "dropout" in key:
             setattr(config, key, value)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from recipe_runner.model.adapter import is_norm
-from recipe_runner.problems.errors import first_line, user_error
-from recipe_runner.problems.limits import TooSlow, time_limit
+from recipe_runner.model.targets import match_names
+from recipe_runner.problems.errors import user_error
 
-PATTERN_SECONDS = 5  # of a regular expression on all names of a model
 LAYERS = re.compile(r"layers\[(-?\d+)?(:)?(-?\d+)?\]")
 WORDS = "layers[-2:], norms, embeddings, lm_head, or a regular expression of names like {name}"
 
@@ -68,12 +67,8 @@ def _match(pattern: str, model: Any, path: tuple[str | int, ...]) -> Iterable[to
             message = f"there is no {pattern}: the model has layers 0 to {len(layers) - 1}"
             raise user_error("unfreeze-not-found", message, path=path) from None
     else:
-        try:
-            with time_limit(PATTERN_SECONDS):
-                return [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
-        except (re.error, TooSlow, RecursionError, OverflowError) as error:
-            message = f"'{pattern}' can't be used as a regular expression: {first_line(error)}"
-            raise user_error("wrong-form", message, path=path) from error
+        parameters = dict(model.named_parameters())
+        return [parameters[name] for name in match_names(pattern, list(parameters), path, whole=False)]
     return [parameter for module in modules for parameter in module.parameters()]
 
 

@@ -84,6 +84,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     if peft_config:
         for adapter in trained.peft_config.values():
             adapter.base_model_name_or_path = share_path(name)
+            if getattr(adapter, "tokenizer_name_or_path", None):  # of a prompt that begins with a text
+                adapter.tokenizer_name_or_path = share_path(name)
         saved = saves_embeddings(trained.active_peft_config)
         trained.save_pretrained = functools.partial(trained.save_pretrained, save_embedding_layers=saved)
         if quantization or prepared.published:

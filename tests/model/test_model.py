@@ -20,7 +20,7 @@ def check(write_recipe, tiny_phi3):
         with recipe.placing_errors():
             config = base.load_model_config(recipe.model)
             peft_config = adapter.build_peft(recipe.peft.said, recipe.stage.task)
-            adapter.fit_adapter(peft_config, base.build_empty(config), config.model_type)
+            adapter.fit_adapter(peft_config, lambda: base.build_empty(config), config.model_type)
 
     return check
 
@@ -270,10 +270,10 @@ def test_weights_that_are_meant_to_be_new(run_recipe, altered):
     ],
 )
 def test_names_of_an_adapter_that_match_nothing_are_errors_at_their_key(run_recipe, peft, key, said, monkeypatch):
-    from recipe_runner.model import adapter
+    from recipe_runner.model import targets
     from recipe_runner.training import trainers
 
-    monkeypatch.setattr(adapter, "PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr(targets, "PATTERN_SECONDS", 0.5)
     monkeypatch.setattr(trainers, "build_trainer", lambda *_: pytest.fail("the weights were loaded"))
     result, folder = run_recipe(peft=LORA | peft)
     assert (result.status, folder) == (1, None)
