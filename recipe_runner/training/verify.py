@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import AdaLoraConfig, PeftModel, PveraConfig, RandLoraConfig, get_peft_model_state_dict
@@ -15,7 +15,7 @@ from recipe_runner.problems.errors import user_error
 from recipe_runner.recipe.rules.adapter import WEIGHTS
 
 ROWS, TOKENS = 2, 64  # of the training data: enough to go through every adapted layer
-ROUNDING = 10  # times the smallest step of the base's dtype, of the largest logit
+ROUNDING, MOST = 100, 0.05  # times the smallest step of the base's dtype, and at most a 20th, of the largest logit
 NOISE = 10  # times the largest difference of two passes of the same adapter
 
 
@@ -106,9 +106,9 @@ def _compare_logits(trained: PeftModel, place: torch.device, rows: list[list[int
     device = "cpu" if place.type == "cpu" else str(place)  # safetensors knows no cpu:0
     base = trained.get_base_model()
     mixed = _is_quantized(trained)
-    # AdaLoRA is saved without the parts that are 0, so that sums are made in another order.
-    sums: Any = base.dtype
-    rounding = ROUNDING * torch.finfo(sums).eps if isinstance(trained.active_peft_config, AdaLoraConfig) else 0
+    rounding, sums = 0.0, cast(torch.dtype, base.dtype)
+    if isinstance(trained.active_peft_config, AdaLoraConfig):  # saved without what is 0: sums in another order
+        rounding = min(ROUNDING * torch.finfo(sums).eps, MOST)
     trained.eval()  # TRL trains whole modules on a quantized base in bfloat16, between layers in float32
     active = trained.active_adapter
     loaded = trained.load_adapter(str(folder), adapter_name="saved", torch_device=device)
