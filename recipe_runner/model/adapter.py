@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import typing
 import warnings
 from collections.abc import Callable, Mapping
@@ -62,7 +63,7 @@ def build_peft(section: Mapping[str, Any], task: str, model: ModelSection | None
             except (ValueError, TypeError) as error:
                 raise user_error("peft-refused", first_line(error), path=("peft", key)) from error
     if "total_step" in hints:
-        fields.setdefault("total_step", UNKNOWN_STEPS)
+        fields["total_step"] = fields.get("total_step") or UNKNOWN_STEPS
     if fields.get("init_lora_weights") == "loftq":
         fields["init_lora_weights"] = True  # put in place by training/calibration.py
     if model and fields.get("prompt_tuning_init") == "TEXT":
@@ -94,7 +95,11 @@ def saves_embeddings(peft_config: Any) -> Literal["auto"] | bool:
     PEFT 0.21 saves the embeddings of a vocabulary that has grown under three names when `modules_to_save` has them.
     """
     targets = getattr(peft_config, "target_modules", None)
-    targeted = isinstance(targets, str) or set(targets or ()) & set(EMBEDDING_LAYER_NAMES)
+    names = EMBEDDING_LAYER_NAMES
+    if isinstance(targets, str):
+        targeted = any(re.fullmatch(targets, name) or re.fullmatch(targets, f"model.{name}") for name in names)
+    else:
+        targeted = bool(set(targets or ()) & set(names))
     return "auto" if targeted or not getattr(peft_config, "modules_to_save", None) else False
 
 
@@ -127,8 +132,12 @@ def fit_adapter(peft_config: Any, build: Callable[[], Any], model_type: str) -> 
             raise user_error(
                 "target-not-found", message, _targets_fix(peft_config, usual), path=("peft", "target_modules")
             ) from error
+        if "targeted for adaptation" in str(error) or "`modules_to_save`" in str(error):
+            message = "what is trained whole (modules_to_save, unfreeze) and exclude_modules leave no target"
+            raise user_error("target-not-found", message, path=("peft", "target_modules")) from error
         raise refused("peft", asked, error) from error
     _check_rank(peft_config, fitted)
+    _check_effect(peft_config, fitted)
     head, key = fitted.get_output_embeddings(), "trainable_token_indices"
     if isinstance(peft_config, TrainableTokensConfig):
         key = "token_indices"
@@ -201,12 +210,28 @@ def is_norm(module: torch.nn.Module) -> bool:
     return type(module).__name__.endswith("Norm")
 
 
+def _check_effect(peft_config: Any, fitted: PeftModel) -> None:
+    """What PEFT turns off by itself, with a warning, would be ignored."""
+    used = fitted.peft_config["default"]
+    if getattr(peft_config, "fan_in_fan_out", False) and not getattr(used, "fan_in_fan_out", True):
+        message = "it has no effect: no target is a Conv1D, as GPT-2 has"
+        raise user_error("peft-refused", message, "remove the key", path=("peft", "fan_in_fan_out"))
+    base: Any = fitted.get_base_model()
+    tied = base.config.get_text_config().tie_word_embeddings
+    if getattr(peft_config, "ensure_weight_tying", False) and not tied:
+        message = "it has no effect: embeddings and head are two matrices in this model"
+        raise user_error("peft-refused", message, "remove the key", path=("peft", "ensure_weight_tying"))
+
+
 def _check_rank(peft_config: Any, fitted: PeftModel) -> None:
     """A matrix has as many singular vectors as its smaller dimension."""
     if not str(getattr(peft_config, "init_lora_weights", "")).startswith(("pissa", "olora", "mica", "corda")):
         return
     layers: dict[str, Any] = {name: m for name, m in fitted.named_modules() if isinstance(m, LoraLayer)}
     for name, module in layers.items():
+        if isinstance(module.get_base_layer(), Conv1D) and peft_config.init_lora_weights == "olora":
+            message = f"PEFT 0.21 can't begin olora in {name}, a Conv1D as GPT-2 has"
+            raise user_error("peft-refused", message, "use pissa", path=("peft", "init_lora_weights"))
         least, rank = min(module.get_base_layer().weight.shape), max(module.r.values())
         if rank > least:
             message = f"{peft_config.init_lora_weights} has no {rank} parts to take from {name}: it has {least}"

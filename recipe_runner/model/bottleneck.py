@@ -6,6 +6,7 @@ feed-forward block of each layer; Pfeiffer et al. 2020 (arXiv 2005.00247) found 
 Importing this module makes the method known to PEFT, so that `PeftModel.from_pretrained` loads such an adapter.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,9 +15,11 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 BOTTLENECK = "BOTTLENECK"  # as PEFT's types are written
 REDUCTION = 16  # Pfeiffer's: a bottleneck of a 16th of the hidden size
+BLOCKS = re.compile(r"mlp$|moe|attention|feed_?forward|ffn|experts|block$", re.IGNORECASE)  # names of classes
 SPREAD = 0.01  # of the weights at the beginning. Source: arXiv 1902.00751, section 3.6
 
 _LLAMA = (r"mlp\.down_proj", r"self_attn\.o_proj")
@@ -177,6 +180,9 @@ class BottleneckModel(BaseTuner):
         if isinstance(target, BottleneckLayer):
             target.update_layer(adapter_name, config)
             return
+        if not isinstance(target, torch.nn.Linear | Conv1D) and not BLOCKS.search(type(target).__name__):
+            kinds = "linear layers, or blocks of attention or feed-forward"
+            raise ValueError(f"{current_key} is a {type(target).__name__}: an adapter can be put after {kinds}")
         hidden = getattr(target, "out_features", getattr(target, "nf", None))  # of Linear, of GPT-2's Conv1D
         hidden = hidden or self.model.config.get_text_config().hidden_size
         layer = BottleneckLayer(target, adapter_name, config, hidden)

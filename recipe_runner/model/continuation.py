@@ -105,12 +105,13 @@ def check_fit(folder: Path, config: Any, asked: Any, build: Callable[[], Any], b
         message = f"the adapter is not of this model ({base}): {len(wrong)} tensors differ ({told})"
         raise user_error("adapter-does-not-fit", message, fix, path=PLACE)
     saved = set(getattr(config, "modules_to_save", None) or [])
-    if asked is not None and (missing := set(getattr(asked, "modules_to_save", None) or []) - saved):
-        message = f"the adapter does not train {min(missing)}"
-        raise user_error("adapter-config-differs", message, "remove the key: the adapter says it", path=("unfreeze",))
+    wished = set(getattr(asked, "modules_to_save", None) or [])
+    if wished and (other := wished ^ saved):
+        message = f"the adapter trains {'also' if other & saved else 'no'} {min(other)}"
+        fix = "remove the key: what the adapter trains of the base is trained further"
+        raise user_error("adapter-config-differs", message, fix, path=("unfreeze",))
     if asked is not None and getattr(asked, "target_modules", None) == "all-linear":
-        with torch.device("meta"):
-            other = get_peft_model(build(), asked)
+        other = put_on(asked, build)
         if set(other.peft_config["default"].target_modules) != set(config.target_modules):
             message = f"all-linear, but the adapter has {', '.join(sorted(config.target_modules))}"
             fix = "remove the key: the adapter says it"

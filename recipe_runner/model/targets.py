@@ -100,4 +100,5 @@ def _no_match(key: str, name: str, choices: list[str], which: str = "") -> UserE
         "there are" if which else "its norms" if any("norm" in choice for choice in choices) else "its linear modules"
     )
     message = f"'{name}' matches no {kind} {which or 'of the model'}; {there}: {', '.join(choices)}"
-    return user_error("target-not-found", message, suggest(name, choices), path=("peft", key))
+    fix = "remove it from one of them" if which and name in choices else suggest(name, choices)
+    return user_error("target-not-found", message, fix, path=("peft", key))

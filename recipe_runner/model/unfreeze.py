@@ -5,12 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from recipe_runner.model.adapter import is_norm
 from recipe_runner.model.targets import match_names
 from recipe_runner.problems.errors import user_error
 
-LAYERS = re.compile(r"layers\[(-?\d+)?(:)?(-?\d+)?\]")
+LAYERS = re.compile(r"layers\[(-?\d{1,6})?(:)?(-?\d{1,6})?\]")
 WORDS = "layers[-2:], norms, embeddings, lm_head, or a regular expression of names like {name}"
 
 
@@ -82,15 +85,30 @@ def _find_layers(model: Any) -> torch.nn.ModuleList:
 def _find_quantized(model: Any, quantization: Any) -> set[str]:
     """Names of the layers that bitsandbytes quantizes: linear ones but the head, and those that are left out.
 
-    Source: transformers 5.23, quantizers/base.py, get_modules_to_not_convert.
+    Source: transformers 5.23, integrations/bitsandbytes.py, replace_with_bnb_linear.
     """
-    skipped = [str(name) for name in getattr(quantization, "llm_int8_skip_modules", None) or []]
-    head = model.get_output_embeddings()
+    said = getattr(quantization, "llm_int8_skip_modules", None)  # with a list of its own, the head is quantized, too
+    skipped = HfQuantizer.get_modules_to_not_convert(model, list(said) if said else None)
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and not any(part in name for part in skipped)
+        if isinstance(module, torch.nn.Linear | Conv1D) and should_convert_module(name, skipped)
     }
+
+
+def check_new_rows(chosen: Mapping[str, Iterable[str]], model: Any) -> None:
+    """Checks that embeddings which get rows for new tokens are trained.
+
+    Raises:
+        UserError: They are frozen: the rows would stay random.
+    """
+    trained = {name for names in chosen.values() for name in names}
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {id(layer.weight) for layer in layers}
+    frozen = [name for name, parameter in model.named_parameters() if id(parameter) in weights and name not in trained]
+    if frozen:
+        message = f"model.add_tokens makes new rows of {', '.join(frozen)}, which unfreeze leaves frozen"
+        raise user_error("new-tokens", message, "add embeddings and lm_head", path=("unfreeze",))
 
 
 def freeze_others(model: Any, chosen: Mapping[str, Iterable[str]]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from recipe_runner.problems.problem import KeyPath, Problem
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.recipe.rules.adapter import why_not_continued
+from recipe_runner.recipe.rules.adapter import BEGINNING, why_not_continued
 
 
 def check_handover(stages: Sequence[Recipe]) -> Iterator[Problem]:
@@ -29,6 +29,9 @@ def _handover(before: Recipe, after: Recipe) -> Iterator[tuple[str, str]]:
     if first and not second:
         fix = "give it the same peft, or let the stages before it train all weights, too"
         yield f"{names}: an adapter comes in, but all weights are to be trained", fix
+    elif first and after.unfreeze and set(after.unfreeze) != set(before.unfreeze):
+        told = f"{', '.join(before.unfreeze) or 'nothing'}; {', '.join(after.unfreeze)}"
+        yield f"{names} unfreeze different parts of the base ({told})", "give both the same unfreeze"
     elif first:
         method, projection = str(first["method"]), bool(first["prefix_projection"])
         message, fix = why_not_continued(after.stage, method, projection, bool(after.quantization))
@@ -44,8 +47,9 @@ def chain(stages: Sequence[Recipe]) -> list[Recipe]:
     chained = list(stages[:1])
     for stage in stages[1:]:
         before, own = chained[-1].peft.said, stage.peft.said
+        before = {key: value for key, value in before.items() if key not in BEGINNING}
         values = {**stage.values, "peft": {**before, **own} if own else None}
-        if own and chained[-1].unfreeze:
+        if own and chained[-1].peft and chained[-1].unfreeze:
             values.setdefault("unfreeze", chained[-1].unfreeze)
         chained.append(replace(stage, values=values))
     return chained

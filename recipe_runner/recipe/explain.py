@@ -45,7 +45,7 @@ def explain(name: str) -> str:
 
 def describe_methods() -> str:
     """The methods of tuning a part of a model: figures and facts of each in a line, what it trains in the next."""
-    text = (shelf() / "docs" / "methods.md").read_text(encoding="utf-8")
+    text = (shelf() / "docs" / "methods.md").read_text(encoding="utf-8").partition("<!-- end of table -->")[0]
     rows = [[cell.strip(" `") for cell in row.split(" | ")] for row in re.findall(r"^\| (`.+) \|$", text, re.MULTILINE)]
     lines = ["method             part of 1B  merges  4-bit  extra latency"]
     for name, part, merges, quantized, latency, trains, source in rows:

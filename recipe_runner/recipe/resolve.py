@@ -182,7 +182,9 @@ def _merge(base: _Draft, over: _Draft, path: KeyPath) -> None:
         here = (*path, key)
         # A source is replaced as a whole: half of one and half of another would be neither.
         is_source = path == ("dataset",) and isinstance(value, dict) and {"source", "fraction"} & set(value)
-        if isinstance(value, dict) and isinstance(target.get(key), dict) and not is_source:
+        # Of another method, no key is meant.
+        other = here == ("peft",) and isinstance(value, dict) and value.get("method", "") not in ("", _method(target))
+        if isinstance(value, dict) and isinstance(target.get(key), dict) and not is_source and not other:
             base.key_marks[here], base.value_marks[here] = over.key_marks[here], over.value_marks[here]
             _merge(base, over, here)
             continue
@@ -192,6 +194,12 @@ def _merge(base: _Draft, over: _Draft, path: KeyPath) -> None:
                 marks.pop((*here, *below), None)
             marks.update({(*here, *below): new[(*here, *below)] for below in ((), *paths_below(value))})
     base.value_marks[path] = over.value_marks[path]
+
+
+def _method(values: Any) -> Any:
+    """`peft.method` of a recipe's values."""
+    peft = values.get("peft") if isinstance(values, dict) else None
+    return peft.get("method") if isinstance(peft, dict) else None
 
 
 def _override(draft: _Draft, override: str) -> None:
@@ -216,6 +224,12 @@ def _override(draft: _Draft, override: str) -> None:
         target = target[path[-1]]
     path = (*path, _step(target, last, mark, path, new=True))
     replaced = target.get(path[-1]) if isinstance(target, dict) else target[path[-1]]
+    if path == ("peft", "method") and replaced not in (None, document.values["value"]):  # no key of the other is meant
+        for other in [other for other in target if other != "method"]:
+            for marks in (draft.key_marks, draft.value_marks):
+                for below in ((), *paths_below(target[other])):
+                    marks.pop(("peft", other, *below), None)
+            del target[other]
     target[path[-1]] = document.values["value"]
     draft.problems += [replace(problem, mark=mark, path=path) for problem in document.problems]
     for marks in (draft.key_marks, draft.value_marks):

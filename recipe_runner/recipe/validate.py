@@ -78,7 +78,9 @@ def _problems(error: Any, path: KeyPath, place: Place, kinds: Mapping[str, str])
         case "required":
             for key in error.validator_value:
                 if key not in value and f"'{key}'" in error.message:
-                    yield problem("missing-key", f"the key '{key}' is missing", _example(key), key=True)
+                    example = f"add '{key}:'" if path else _example(key)
+                    example = _example(key) if path == ("peft",) else example
+                    yield problem("missing-key", f"the key '{key}' is missing", example, key=True)
         case "type":
             types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
             expected = " or ".join(_TYPES[kind] for kind in types)

@@ -53,7 +53,10 @@ def start_from(stage: Recipe, before: StageRun | None, output_dir: Path) -> Reci
         changes = {"name_or_path": str(before.result), "revision": "main"}
     model = {**stage.values["model"], **changes}
     run = {**stage.values["run"], "output_dir": str(output_dir)}
-    return replace(stage, values={**stage.values, "model": model, "run": run})
+    values = {**stage.values, "model": model, "run": run}
+    if "adapter" in changes:  # it says itself what it is on: of EVA, maybe not on all that were asked for
+        values["peft"] = {key: value for key, value in stage.values["peft"].items() if key != "target_modules"}
+    return replace(stage, values=values)
 
 
 def inspect_stages(stages: Sequence[Recipe], folder: Path) -> list[StageRun]:

@@ -66,30 +66,41 @@ def freeze_first_matrices(model: torch.nn.Module) -> None:
 
 
 def use_peft_optimizer(trainer: Any, section: Mapping[str, Any], peft: Any) -> None:
-    """Gives a trainer an optimizer of PEFT's, for what is trained in its model.
+    """Has a trainer make an optimizer of PEFT's, for what is trained in its model.
+
+    It is made when training begins: loading a checkpoint of a quantized base puts new parameters in place of the old.
 
     Args:
-        trainer: It makes its own optimizer, when it begins, only if it has none.
+        trainer: The trainer.
         section: `training.peft_optimizer`.
         peft: The adapter's configuration.
 
     Raises:
-        UserError: PEFT refuses it.
+        UserError: PEFT refuses it, when it is made.
     """
+
+    def create(model: Any = None) -> Any:
+        if trainer.optimizer is None:
+            trainer.optimizer = _make_peft_optimizer(trainer, section, peft)
+        return trainer.optimizer
+
+    trainer.create_optimizer = create
+
+
+def _make_peft_optimizer(trainer: Any, section: Mapping[str, Any], peft: Any) -> Any:
+    """The optimizer."""
     config, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     name, options = section["name"], {key: value for key, value in section.items() if key != "name"}
     try:
         if name == "lorafa":
             rate, decay = config.learning_rate, config.weight_decay
-            trainer.optimizer = create_lorafa_optimizer(model, peft.r, peft.lora_alpha, rate, decay)
-            return
+            return create_lorafa_optimizer(model, peft.r, peft.lora_alpha, rate, decay)
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(config, model)
         if name == "loraplus":
             kwargs["loraplus_weight_decay"] = config.weight_decay
-            trainer.optimizer = create_loraplus_optimizer(model, cls, **kwargs, **options)
-        else:
-            kwargs["weight_decay"] = config.weight_decay
-            trainer.optimizer = create_riemannian_optimizer(model, cls, **kwargs, **options)
+            return create_loraplus_optimizer(model, cls, **kwargs, **options)
+        kwargs["weight_decay"] = config.weight_decay
+        return create_riemannian_optimizer(model, cls, **kwargs, **options)
     except (ValueError, TypeError) as error:
         message = f"{name}: {first_line(error)}"
         raise user_error("training-refused", message, path=("training", "peft_optimizer")) from error

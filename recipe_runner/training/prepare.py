@@ -20,9 +20,10 @@ from recipe_runner.launch import processes
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.model import adapter as new_adapter
 from recipe_runner.model import base, continuation, hub
+from recipe_runner.model.adapter import is_norm
 from recipe_runner.model.quantization import build_quantization, check_published, describe_published
 from recipe_runner.model.tokenizer import find_stops, load_tokenizer
-from recipe_runner.model.unfreeze import freeze_others, select_parameters, train_beside_adapter
+from recipe_runner.model.unfreeze import check_new_rows, freeze_others, select_parameters, train_beside_adapter
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Problem, as_warning, sort_problems
 from recipe_runner.recipe.recipe import Recipe
@@ -109,6 +110,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     published = getattr(model.config, "quantization_config", None)
     check_published(published, recipe.quantization.said)
     check_optimizer(config, model)
+    check_norms(model, precision)
     data = prepare_data(job)
     _check_tokens(recipe.model.name_or_path, job.tokenizer, data, model.config.get_text_config().vocab_size)
     problems = find_data_problems(recipe.model, job, data)
@@ -143,6 +145,26 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         job.replaced,
         tuple(problems),
     )
+
+
+def check_norms(model: torch.nn.Module, precision: Precision) -> None:
+    """Checks that norms which are trained can move: near 1, bfloat16 has no number within 1/256 of another.
+
+    Raises:
+        UserError: They are in half precision, and no mixed precision lets them be in float32. Full fine-tuning, of
+            which they are the least part, is not looked at.
+    """
+    if precision.bf16 or precision.fp16 or precision.dtype not in ("bfloat16", "float16"):
+        return
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return
+    for name, module in model.named_modules():
+        if is_norm(module) and any(parameter.requires_grad for parameter in module.parameters()):
+            message = (
+                f"{name.removeprefix('base_model.model.')} is trained in {precision.dtype}, in which it does not move"
+            )
+            fix = "set training.bf16: true, or model.dtype: float32"
+            raise user_error("norms-do-not-move", message, fix, path=("model", "dtype"))
 
 
 def accumulate(recipe: Recipe, count: int) -> dict[str, Any]:
@@ -220,13 +242,15 @@ def _check_model(
         quantized = build_quantization(recipe.quantization.said) or getattr(model_config, "quantization_config", None)
         plain = build()
         unfrozen = select_parameters(recipe.unfreeze, plain, quantized)
+        if recipe.model.adds_tokens and not asked:
+            check_new_rows(unfrozen, plain)
         if asked:
             train_beside_adapter(asked, unfrozen, plain)
     if adapter:
         fitted = continuation.load_peft(adapter, name, recipe.peft)
         model = continuation.check_fit(adapter, fitted, asked, build, f"{model_config.model_type}, {name}")
         return continuation.load_peft(adapter, name, recipe.peft), model, unfrozen
-    if recipe.model.adds_tokens and asked:
+    if recipe.model.adds_tokens and asked:  # after unfreeze, which may name the embeddings
         new_adapter.check_new_tokens(asked, build())
     if asked:
         return asked, new_adapter.fit_adapter(asked, build, model_config.model_type), unfrozen

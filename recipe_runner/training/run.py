@@ -68,7 +68,11 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
             write_json(folder / "environment.json", prepare.describe_run(recipe, prepared), shared=True)
         _say(config, summary.describe_start(recipe, prepared, folder))
         trainer = trainers.build_trainer(recipe, prepared)
-        initial = keep_initial(trainer, folder, found is not None) if alters_base(recipe.peft) else None
+        initial = (
+            keep_initial(trainer, folder, found is not None)
+            if alters_base(recipe.peft) and not prepared.adapter
+            else None
+        )
         trainers.watch_gradients(trainer, folder)
         if recipe.peft:
             keep_state(trainer)

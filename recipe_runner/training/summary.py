@@ -28,7 +28,7 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
     method = describe_method(recipe.peft, recipe.quantization, prepared.published, recipe.unfreeze)
     lines = {
         "model": f"{model.name_or_path} ({method})",
-        "adapter": f"continued from {model.adapter}" if prepared.adapter else "",
+        "adapter": describe_continued(model.adapter, prepared.peft_config) if prepared.adapter else "",
         "reference": describe_reference(recipe.stage, recipe.training, bool(recipe.peft), bool(model.adapter)),
         "start": describe_initialisation(recipe.peft["init_lora_weights"], len(prepared.train.dataset))
         * (not prepared.adapter),
@@ -52,6 +52,12 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "run folder": str(folder),
     }
     return write_facts(lines)
+
+
+def describe_continued(adapter: object, peft_config: Any) -> str:
+    """Which adapter is trained further, and what of the base it holds."""
+    saved = len(getattr(peft_config, "modules_to_save", None) or [])
+    return f"continued from {adapter}" + f", with {saved} modules of the base that it trains" * bool(saved)
 
 
 def describe_initialisation(name: object, rows: int) -> str:

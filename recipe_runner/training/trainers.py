@@ -38,7 +38,7 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     name, cls, config = recipe.model.name_or_path, load_class(recipe.stage.trainer), prepared.config
     quantization = build_quantization(recipe.quantization.said)
     continued, peft_config = prepared.adapter, prepared.peft_config
-    if alters_base(recipe.peft):
+    if alters_base(recipe.peft) and not continued:
         set_seed(config.seed)  # the same part of the base's weights when the run is resumed
     begun = "" if continued else str(recipe.peft["init_lora_weights"])
     batches = collect_batches(recipe.stage, prepared) if begun in FROM_DATA else []
@@ -70,12 +70,15 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
         if is_damaged_pickle(error):
             message = f"a file of the weights is damaged: {type(error).__name__}: {first_line(error)}"
             raise user_error("model-not-loaded", message, "fetch it again", path=("model", "name_or_path")) from error
-        if is_out_of_memory(error) or not isinstance(error, ImportError | ValueError | RuntimeError):
+        if is_out_of_memory(error) or not isinstance(error, ImportError | ValueError | RuntimeError | TypeError):
             raise
-        raise refused("training", recipe.training.said, error) from error
+        section = recipe.peft if peft_config and isinstance(error, TypeError) else recipe.training
+        raise refused("peft" if section is recipe.peft else "training", section.said, error) from error
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if prepared.unfrozen and not peft_config:
         freeze_others(trained, prepared.unfrozen)
+        if trained.dtype != torch.float32:
+            _train_in_full_precision(trained, recipe, config)
     base.drop_idle_flags(trained.generation_config)
     if begun in ("corda", "lora_ga"):  # of the adapter that is saved, which is for the plain base, it is not true
         setattr(trained.active_peft_config, f"{begun}_config", None)
@@ -88,8 +91,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
                 adapter.tokenizer_name_or_path = share_path(name)
         saved = saves_embeddings(trained.active_peft_config)
         trained.save_pretrained = functools.partial(trained.save_pretrained, save_embedding_layers=saved)
-        if quantization or prepared.published:
-            _train_in_full_precision(trained, str(recipe.peft["method"]), config)
+        if quantization or prepared.published or trained.dtype != torch.float32:
+            _train_in_full_precision(trained, recipe, config)
         if REFERENCE in trained.peft_config:
             _copy_to_reference(trained)
     keep_4bit_weights_trainable(trainer.model)
@@ -99,12 +102,15 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     return trainer
 
 
-def _train_in_full_precision(trained: Any, method: str, config: Any) -> None:
+def _train_in_full_precision(trained: Any, recipe: Recipe, config: Any) -> None:
     """Trains in float32 what can't be trained in bfloat16, in which TRL 1.16 trains all on a quantized base.
 
     A number near 1, as of a norm or a scale, does not change in bfloat16 by a step of less than 1/256: it would stay as
-    it is. Where nothing converts (no mixed precision, a base in bfloat16), all must have the base's dtype.
+    it is. Without mixed precision nothing converts what comes in: `prepare.check_norms` has refused that for norms.
     """
+    method = str(recipe.peft["method"])
+    if method == "adalora" and recipe.quantization["load_in_8bit"]:  # its layers for 8 bits convert nothing, either
+        method = PRECISE[0]
     base: torch.dtype = trained.get_input_embeddings().weight.dtype
     dtype = torch.float32 if config.bf16 or config.fp16 else base
     for module in trained.modules():

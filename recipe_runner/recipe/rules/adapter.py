@@ -12,6 +12,17 @@ from recipe_runner.stages import Stage
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLACE = ("model", "adapter")
+# What only a new adapter reads: a stage that goes on from the one before has no use for it.
+BEGINNING = (
+    "init_lora_weights",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "tinit",
+    "tfinal",
+    "deltaT",
+    "total_step",
+)
 FROM_DATA = ("eva", "corda", "lora_ga")  # initialisations that look at rows before training
 MOST_ITERATIONS = 999  # of PiSSA's fast decomposition: 4 to 64 are usual
 # Fields of the adapter's configuration that may differ, beside dropout: what is checked with the model.
@@ -29,7 +40,9 @@ def alters_base(peft: UpstreamSection) -> bool:
     return str(peft["init_lora_weights"]).lower().startswith(("pissa", "olora", "corda", "lora_ga"))
 
 
-def initialisation(stage: Stage, peft: UpstreamSection, quantization: UpstreamSection) -> Found:
+def initialisation(
+    stage: Stage, peft: UpstreamSection, quantization: UpstreamSection, unfreeze: Sequence[str]
+) -> Found:
     """Initialisations that can't be what they are called, or whose result could not be loaded right.
 
     Source: PEFT 0.21, tuners/lora/layer.py, update_layer; peft_model.py, save_pretrained, which converts the result.
@@ -47,8 +60,8 @@ def initialisation(stage: Stage, peft: UpstreamSection, quantization: UpstreamSe
         yield path, "loftq changes the adapter after DoRA has measured it", "remove one of them"
     elif name.startswith("pissa_niter_") and int(name.removeprefix("pissa_niter_")) > MOST_ITERATIONS:
         yield path, f"{name} would iterate for hours", f"take about 4, at most {MOST_ITERATIONS}"
-    for key in ("kasa_config", "layer_replication") if stage.reference else ():
-        if peft[key] is not None:
+    for key in ("kasa_config", "layer_replication", "bias") if stage.reference else ():
+        if peft[key] not in (None, "none"):
             yield ("peft", key), "it changes the base itself: the reference would not be the base", "remove the key"
     if alters_base(peft):
         found = f"{name} takes a part of the base's weights into the adapter"
@@ -56,6 +69,11 @@ def initialisation(stage: Stage, peft: UpstreamSection, quantization: UpstreamSe
             yield path, f"{found}: with the adapter disabled, the reference would not be the base", other
         elif quantization:
             yield path, f"{found}: put back into quantized weights, the result would not be what was trained", other
+        elif beside := [key for key in ("modules_to_save", "trainable_token_indices") if peft[key]]:
+            yield path, f"{found}: it can't be put back beside {beside[0]}", "remove one of them"
+        elif unfreeze or peft["bias"] != "none":
+            beside_it = "unfreeze" if unfreeze else f"bias: {peft['bias']}"
+            yield path, f"{found}: it can't be put back beside {beside_it}", "remove one of them"
         elif peft["use_dora"] or (peft["use_rslora"] and (peft["rank_pattern"] or peft["alpha_pattern"])):
             mixed = "use_dora" if peft["use_dora"] else "use_rslora with rank_pattern or alpha_pattern"
             yield path, f"{found}, which PEFT can't put back with {mixed}", "take one of them"
@@ -73,10 +91,17 @@ def prompt_learning(model: ModelSection, peft: UpstreamSection, training: Upstre
     for key in ("packing", "padding_free", "eval_packing"):
         if training[key]:
             found = f"{name} puts its tokens before a row, not before each document that is packed into it"
-            yield ("training", key), found, "remove the key"
+            yield ("training", key), found, "set it to false"
     if name in ("prefix_tuning", "cartridge") and training["activation_checkpointing"] is not False:
         found = f"{name} needs the model's cache, which activation checkpointing (TRL's default) turns off"
         yield ("training", "activation_checkpointing"), found, "set it to false"
+    for key, needs, value in (
+        ("prompt_tuning_init_text", "prompt_tuning_init", "TEXT"),
+        ("encoder_hidden_size", "prefix_projection", True),
+    ):
+        if peft.said.get(key) is not None and needs in peft.defaults and peft[needs] != value:
+            told = "true" if value is True else value
+            yield ("peft", key), f"it has no effect without {needs}: {told}", f"add '{needs}: {told}', or remove it"
     tokens, length = peft["num_virtual_tokens"], training["max_length"]
     if tokens and length and tokens >= length:
         found = f"{tokens:,} virtual tokens, before rows of at most {length:,} (training.max_length)"
@@ -157,14 +182,17 @@ def adapter_folder(model: ModelSection) -> Found:
         yield PLACE, f"the run in {folder.parent} is {read_status(folder.parent)}", f"--resume {folder.parent}"
 
 
-def new_tokens(stage: Stage, model: ModelSection, peft: UpstreamSection) -> Found:
+def new_tokens(stage: Stage, model: ModelSection, peft: UpstreamSection, unfreeze: Sequence[str]) -> Found:
     """The embeddings of new tokens are trained, and are those of the reference, too."""
     key = "add_tokens" if model.add_tokens else "add_special_tokens"
     if not model.adds_tokens:
         return
     if both := sorted(set(model.add_tokens) & set(model.add_special_tokens)):
         yield ("model", "add_special_tokens"), f"'{both[0]}' is in add_tokens, too", "name it once"
-    if peft and not peft["modules_to_save"] and not model.adapter:
+    if (peft and "modules_to_save" not in peft.defaults) or (peft and METHODS[str(peft["method"])].is_prompt):
+        found = f"model.{key} makes new embeddings, and {peft['method']} trains none of the base's"
+        yield ("peft", "method"), found, "take method: lora, with modules_to_save"
+    elif peft and not peft["modules_to_save"] and not unfreeze and not model.adapter:
         fix = "add the model's embeddings and head, for most models modules_to_save: [embed_tokens, lm_head]"
         yield ("peft",), f"model.{key} makes new embeddings, and the adapter would not train them", fix
     if stage.reference and not peft:

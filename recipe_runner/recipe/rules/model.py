@@ -60,15 +60,18 @@ def context_length(model: ModelSection, training: UpstreamSection, peft: Upstrea
 
     A local model's config.json says how long the context is, and some hub ids do (4k, 128k).
     """
-    length = training.said.get("max_length")
-    if not length:
+    virtual = peft["num_virtual_tokens"] or 0
+    length = training.said.get("max_length") or 0
+    if not length and not virtual:
         return
     said = re.search(r"-(\d+)k(-|$)", Path(model.name_or_path).name.lower())
     context = _local_config(model).get("max_position_embeddings", int(said[1]) * 1024 if said else None)
-    virtual = peft["num_virtual_tokens"] or 0
     if isinstance(context, int) and length + virtual > context:
         found = f"{length} tokens{f' and {virtual} virtual ones' * bool(virtual)}, the model's context is {context}"
-        yield ("training", "max_length"), found, f"lower it to {context - virtual} at most"
+        if length:
+            yield ("training", "max_length"), found, f"lower it to {max(context - virtual, 1)} at most"
+        else:
+            yield ("peft", "num_virtual_tokens"), found, "20 to 100 are usual"
 
 
 def _local_config(model: ModelSection) -> dict[str, Any]:

@@ -204,6 +204,8 @@ def peft_optimizer(training: UpstreamSection, peft: UpstreamSection) -> Found:
         yield (*path, key), f"{name} does not look at it", "remove the key"
     if name == "loraplus" and "loraplus_lr_ratio" not in said:
         yield path, "loraplus needs loraplus_lr_ratio", "add 'loraplus_lr_ratio: 16'"
+    if name == "lorafa" and peft["use_dora"]:
+        yield path, "lorafa does not know DoRA's lengths", "remove one of them"
     if name == "lorafa":
         for key in ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules"):
             if key in training.said:
