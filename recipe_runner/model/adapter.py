@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recipe_runner.methods import METHODS
 from recipe_runner.model.bottleneck import BottleneckConfig
-from recipe_runner.model.targets import check_adapted, check_named
+from recipe_runner.model.targets import check_adapted, check_named, is_called
 from recipe_runner.problems.errors import first_line, refused, user_error
 from recipe_runner.recipe.rules.adapter import FROM_DATA
 from recipe_runner.recipe.sections import ModelSection
@@ -83,7 +83,8 @@ def check_new_tokens(peft_config: Any, empty: Any) -> None:
     wanted = [empty.get_input_embeddings(), empty.get_output_embeddings()]
     names = [name for name, module in empty.named_modules() if any(module is layer for layer in wanted)]
     saved = [name.rpartition(".")[2] for name in names]
-    if missing := [name for name in saved if name not in (peft_config.modules_to_save or ())]:
+    trained = peft_config.modules_to_save or ()
+    if missing := [name for name in saved if not any(is_called(module, name) for module in trained)]:
         message = f"model.add_tokens makes new rows of {' and '.join(missing)}, which the adapter would not train"
         fix = f"write modules_to_save: [{', '.join(saved)}]"
         raise user_error("new-tokens", message, fix, path=("peft", "modules_to_save"))

@@ -263,8 +263,11 @@ def _repaired(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]
     values = copy.deepcopy(values)
     for problem in problems:
         if problem.code in ("unknown-key", "renamed-key", "misplaced-key", "removed-key", "out-of-bounds"):
-            section = value_at(values, problem.path[:-1])
-            value = section.pop(problem.path[-1], None)
+            path = problem.path
+            while isinstance(path[-1], int):  # an item of a list: without it, the list would be another
+                path = path[:-1]
+            section = value_at(values, path[:-1])
+            value = section.pop(path[-1], None) if isinstance(section, dict) else None
             if problem.meant is not None and problem.meant not in section:
                 section[problem.meant] = value
         elif problem.meant is not None and problem.path:

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from shared import LORA, NF4, losses, metrics
+from shared import INT8, LORA, NF4, losses, metrics
 
 ADALORA = {"method": "adalora", "target_modules": "all-linear", "init_r": 6, "target_r": 2}
 TRAINING = {"max_steps": 8, "learning_rate": 5e-3, "lr_scheduler_type": "constant"}
@@ -166,3 +166,9 @@ def test_an_optimizer_of_peft_that_cannot_be_meant_is_refused(run_cli, small_rec
     result = run_cli("validate", small_recipe(peft=peft, training={"peft_optimizer": section} | more))
     assert result.status == 1
     assert said in result.out
+
+
+def test_adalora_trains_on_8_bit_weights(run_recipe):
+    result, run = run_recipe(peft=ADALORA, quantization=INT8, training=TRAINING)
+    assert result.status == 0, result.err
+    assert losses(run)[-1] < losses(run)[0]
