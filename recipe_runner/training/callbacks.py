@@ -48,7 +48,6 @@ class Recorder(TrainerCallback):
         args.distributed_state.wait_for_everyone()
         if args.process_index == 0:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (checkpoint / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with the path of the base
             vouch_for(checkpoint)
             rotate_checkpoints(self.folder, self.limit, state.best_model_checkpoint)
 

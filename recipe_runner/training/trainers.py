@@ -89,12 +89,14 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             adapter.base_model_name_or_path = share_path(name)
             if getattr(adapter, "tokenizer_name_or_path", None):  # of a prompt that begins with a text
                 adapter.tokenizer_name_or_path = share_path(name)
+        trained.create_or_update_model_card = lambda *args: None  # an empty form: training/card.py writes ours
         saved = saves_embeddings(trained.active_peft_config)
         trained.save_pretrained = functools.partial(trained.save_pretrained, save_embedding_layers=saved)
         if quantization or prepared.published or trained.dtype != torch.float32:
             _train_in_full_precision(trained, recipe, config)
         if REFERENCE in trained.peft_config:
             _copy_to_reference(trained)
+    trainer.create_model_card = lambda **kwargs: None
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)
     if "seq_lengths" in prepared.train.dataset.column_names:

@@ -86,6 +86,8 @@ def run_method(run_recipe, tiny_llama):
     def run_method(method, name, adapter=None, stage="sft", **sections):
         given = {"rows": ROWS, "dataset": {"format": "text"}} if stage == "sft" else {"stage": stage}
         training = STEPS | ({"learning_rate": 1e-3} if stage == "dpo" else {})
+        if stage == "dpo" or sections:  # nothing of it is resumed
+            training = training | {"save_strategy": "no"}
         model = {"name_or_path": str(tiny_llama)} | ({"adapter": str(adapter)} if adapter else {})
         peft = {"method": method} | ({} if adapter else KEYS[method])
         result, folder = run_recipe(name=name, peft=peft, model=model, training=training, **given, **sections)
