@@ -77,8 +77,8 @@ def _system_error(error: BaseException) -> int:
 
 
 def _being_written(folder: Path) -> Path:
-    """What was written last in a run folder."""
-    written = [path for path in folder.rglob("*") if path.is_file()]
+    """What was written last in a run folder: a file, or a folder into which nothing could be written."""
+    written = [path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())]
     return max(written, key=lambda path: path.stat().st_mtime_ns, default=folder)
 
 

@@ -435,7 +435,7 @@ BAD = {
     "wrong-row-shape": {"dataset": {"format": "chat", "train": {"source": "rows.jsonl"}}, "rows": [{"messages": 3}]},
     "empty-dataset": {"dataset": {"train": {"source": "rows.jsonl"}}, "rows": [{"instruction": "", "output": ""}]},
     "target-not-found": {"peft": {"method": "lora", "target_modules": ["c_proj", "o_proj"]}},
-    "peft-refused": {"peft": {"method": "lora", "target_modules": ["o_proj"], "exclude_modules": ["o_proj"]}},
+    "peft-refused": {"peft": {"method": "road", "target_modules": "all-linear", "group_size": 7}},
     "training-refused": {"training": {"lr_scheduler_type": "reduce_lr_on_plateau"}},
     "tracker-missing": {"training": {"report_to": ["wandb"]}},
     "output-not-writable": {"run": {"output_dir": "/proc/runs"}},
@@ -606,7 +606,7 @@ def test_a_disk_without_room_for_prepared_data_is_said(run_recipe, limit_files, 
     ("sections", "limit", "file"),
     [
         ({"training": {"save_steps": 1, "optim": "adafactor"}}, 20_000, "checkpoints/checkpoint-1/"),  # safetensors
-        ({"peft": LORA, "training": {"save_steps": 1}}, 16_000, "checkpoints/checkpoint-1/"),  # tokenizers
+        ({"peft": LORA, "training": {"save_steps": 1}}, 16_000, "checkpoints/checkpoint-1"),  # tokenizers
         ({"peft": LORA | {"r": 1}, "training": {"save_steps": 1}}, 10_500, "checkpoints/checkpoint-1/"),  # torch
         ({"training": {"save_strategy": "no", "optim": "adafactor"}}, 20_000, "model.partial/"),
     ],
