@@ -130,6 +130,10 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
             f"{parameters[0]:,} parameters are trained, and the model itself has {parameters[1] - parameters[0]:,}"
         )
         problems.append(as_warning(Problem("large-adapter", message, path=("peft",))))
+    if not recipe.peft and precision.dtype in ("bfloat16", "float16"):
+        message = f"the weights themselves are trained in {precision.dtype}: a step below 1/256 of a number is lost"
+        fix = "leave model.dtype out (float32 weights, mixed precision), or train an adapter"
+        problems.append(as_warning(Problem("half-precision-weights", message, None, ("model", "dtype"), fix)))
     inputs = _hash_inputs(recipe.model, model.config, job.tokenizer, adapter)
     return Prepared(
         config,

@@ -256,3 +256,11 @@ def test_every_method_is_explained_in_80_columns(run_cli):
         assert any(line.startswith(f"{name} ") for line in lines), name
     for name in REFUSED:
         assert f"  {name}: " in result.out
+
+
+def test_weights_trained_in_half_precision_are_warned_of(run_recipe):
+    result, _ = run_recipe(model={"dtype": "bfloat16"}, training={"max_steps": 1})
+    assert result.status == 0, result.err
+    assert "warning[half-precision-weights] model.dtype: the weights themselves are trained in bfloat16" in result.err
+    result, _ = run_recipe(model={"dtype": "bfloat16"}, peft=LORA, training={"max_steps": 1})
+    assert "half-precision-weights" not in result.err
