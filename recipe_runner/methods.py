@@ -6,6 +6,7 @@ PEFT's own registry is `peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING`: each of its m
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Method:
         return self.kind == "prompt"
 
 
-_TOKENS = "the virtual tokens in every pass"
+_prompt = partial(Method, quantized=True, merges=False, latency="the virtual tokens in every pass", kind="prompt")
 
 _KNOWN = (
     Method(
@@ -68,37 +69,25 @@ _KNOWN = (
         quantized=True,
         highest_rate=0.05,
     ),
-    Method(
+    _prompt(
         "prefix_tuning",
         "peft:PrefixTuningConfig",
         "Li and Liang 2021, arXiv 2101.00190",
         "keys and values of virtual tokens in every layer",
-        quantized=True,
-        merges=False,
-        latency=_TOKENS,
-        kind="prompt",
         highest_rate=1,
     ),
-    Method(
+    _prompt(
         "prompt_tuning",
         "peft:PromptTuningConfig",
         "Lester et al. 2021, arXiv 2104.08691",
         "embeddings of virtual tokens before the text",
-        quantized=True,
-        merges=False,
-        latency=_TOKENS,
-        kind="prompt",
         highest_rate=1,
     ),
-    Method(
+    _prompt(
         "p_tuning",
         "peft:PromptEncoderConfig",
         "Liu et al. 2021, arXiv 2103.10385",
         "a small network that makes the embeddings of virtual tokens",
-        quantized=True,
-        merges=False,
-        latency=_TOKENS,
-        kind="prompt",
         highest_rate=1,
     ),
     Method(
@@ -210,17 +199,7 @@ _KNOWN = (
         tried=True,
     ),
     Method("c3a", "peft:C3AConfig", "arXiv 2407.19342", "circular convolutions, in blocks", tried=True),
-    Method(
-        "cartridge",
-        "peft:CartridgeConfig",
-        "PEFT 0.21",
-        "a cache of keys and values before the text",
-        quantized=True,
-        merges=False,
-        latency=_TOKENS,
-        kind="prompt",
-        tried=True,
-    ),
+    _prompt("cartridge", "peft:CartridgeConfig", "PEFT 0.21", "a cache of keys and values before the text", tried=True),
     Method("deft", "peft:DeftConfig", "PEFT 0.21", "a projection out of each weight and what replaces it", tried=True),
     Method("glora", "peft:GloraConfig", "PEFT 0.21", "scales and shifts of weights and biases", tried=True),
     Method("gralora", "peft:GraloraConfig", "PEFT 0.21", "low-rank pairs for each block of a weight", tried=True),

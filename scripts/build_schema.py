@@ -139,7 +139,7 @@ def stage_schema(cls: type) -> dict[str, Any]:
 
 
 def method_schema(method: Method) -> dict[str, Any]:
-    """The schema of a method's configuration, with the recipe's own key, and no key that PEFT sets.
+    """The schema of a method's configuration, with the recipe's own key.
 
     `additionalProperties` sees the properties of its own file only.
     """

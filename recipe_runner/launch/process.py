@@ -88,7 +88,7 @@ def _silence_upstream() -> None:
 
     bitsandbytes 0.50 asks for a hub kernel on CPUs, and says in every layer of every step that 8-bit layers compute in
     float16; the rest are transformers 5.23 and TRL 1.16 about their own use of old names, about features that a machine
-    without a GPU lacks, DeepSpeed 0.19 about torch, and PEFT 0.21 about what its methods are meant to do: norms are no
+    without a GPU lacks, DeepSpeed 0.19 about torch, and PEFT 0.21 about what its methods are meant to do: norms are not
     linear layers, SHiRA's weights are sparse, BEFT's can't be merged, BOFT computes without its own CUDA code;
     AdaLoRA's pattern of ranks is not LoRA's; TRL's reference is called "ref", and is never loaded.
     """

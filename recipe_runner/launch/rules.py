@@ -70,7 +70,7 @@ def method_not_sharded(launch: Launch, peft: UpstreamSection, training: Upstream
     """What looks at whole weights or gradients can't be sharded.
 
     Source: PEFT 0.21: AdaLoRA reads gradients after the optimizer's step, which DeepSpeed has dropped by then; the
-    initialisations read and change whole weights; its optimizers are made of the parameters before they are sharded.
+    initialisations read and change whole weights; its optimizers look at whole matrices.
     """
     sharded = launch.kind == "FSDP" or launch.zero_stage == 3
     engine = "DeepSpeed" if launch.is_deepspeed else "FSDP"
@@ -81,7 +81,7 @@ def method_not_sharded(launch: Launch, peft: UpstreamSection, training: Upstream
     elif sharded and begun in (*FROM_DATA, "loftq"):
         found = f"{begun} reads whole weights before training, and {engine} shards them"
     elif training["peft_optimizer"] and (launch.is_deepspeed or sharded):
-        found = f"training.peft_optimizer is made before {engine} takes the parameters over"
+        found = f"training.peft_optimizer looks at LoRA's matrices, which {engine} flattens or shards"
     if found:
         yield ("distributed_type",), found, "take accelerate_configs/ddp.yaml"
 

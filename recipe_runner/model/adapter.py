@@ -28,7 +28,7 @@ from recipe_runner.methods import METHODS
 from recipe_runner.model.bottleneck import BottleneckConfig
 from recipe_runner.model.targets import check_adapted, check_named, is_called
 from recipe_runner.problems.errors import first_line, refused, user_error
-from recipe_runner.recipe.rules.adapter import FROM_DATA
+from recipe_runner.recipe.rules.adapter import CHANGING_BASE, FROM_DATA
 from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.stages import load_class
 
@@ -104,7 +104,7 @@ def saves_embeddings(peft_config: Any) -> Literal["auto"] | bool:
     return "auto" if targeted or not getattr(peft_config, "modules_to_save", None) else False
 
 
-def fit_adapter(peft_config: Any, build: Callable[[], Any], model_type: str) -> PeftModel:
+def fit_adapter(peft_config: Any, empty: Any, build: Callable[[], Any], model_type: str) -> PeftModel:
     """Puts an adapter on a model without weights, and checks that every name in its configuration matches something.
 
     PEFT errs only if no target at all matches: a Llama-style list silently adapts a part of Phi-3, which fuses its own;
@@ -112,13 +112,13 @@ def fit_adapter(peft_config: Any, build: Callable[[], Any], model_type: str) -> 
 
     Args:
         peft_config: The adapter.
-        build: Builds the base model on the meta device; it becomes a part of what is returned.
+        empty: The base model on the meta device; it becomes a part of what is returned.
+        build: Builds another one, for methods that can't be put on the first.
         model_type: transformers' name of the architecture.
 
     Raises:
         UserError: A name matches nothing, or PEFT refuses the adapter.
     """
-    empty = build()
     modules = [name for name, _ in empty.named_modules()]
     parameters = [name for name, _ in empty.named_parameters()]
     tokens = empty.get_input_embeddings().num_embeddings
@@ -126,7 +126,7 @@ def fit_adapter(peft_config: Any, build: Callable[[], Any], model_type: str) -> 
     asked = {key for key, value in vars(peft_config).items() if value}
     check_named(peft_config, modules, usual)
     try:
-        fitted = put_on(peft_config, build)
+        fitted = put_on(peft_config, empty, build)
     except (ImportError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
         if "specify `target_modules`" in str(error):
             message = f"PEFT has no default targets for {model_type}"
@@ -161,27 +161,27 @@ def fit_adapter(peft_config: Any, build: Callable[[], Any], model_type: str) -> 
     return fitted
 
 
-def put_on(peft_config: Any, build: Callable[[], Any]) -> Any:
+def put_on(peft_config: Any, empty: Any, build: Callable[[], Any]) -> Any:
     """The base with the adapter, both without weights.
 
     Some methods of PEFT 0.21 look at numbers that they have just made (BOFT, UniLoRA): their adapters are made on the
     CPU. SHiRA looks at the base's weights: LoRA stands in for it, with as many parameters (tuners/shira/layer.py).
     """
-    config = copy.deepcopy(peft_config)  # PEFT writes into it
+    config = copy.deepcopy(peft_config)
     if isinstance(config, ShiraConfig):
         targets, saved = config.target_modules, config.modules_to_save
         config = LoraConfig(r=config.r, target_modules=targets, modules_to_save=saved, task_type=config.task_type)
-    if getattr(config, "init_lora_weights", None) in ("corda", "lora_ga"):
+    if getattr(config, "init_lora_weights", None) in CHANGING_BASE:
         config.init_lora_weights = True  # they look at weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that match nothing, which are looked at here
         try:
             with torch.device("meta"):
-                return get_peft_model(build(), config)
+                return get_peft_model(empty, copy.deepcopy(config))  # PEFT writes into it
         except (NotImplementedError, RuntimeError) as error:
             if "meta" not in str(error).lower():
                 raise
-            return get_peft_model(build(), copy.deepcopy(peft_config))
+            return get_peft_model(build(), config)
 
 
 def _usual_targets(peft_config: Any, empty: Any) -> list[str]:

@@ -89,7 +89,7 @@ def check_fit(folder: Path, config: Any, asked: Any, build: Callable[[], Any], b
         raise user_error("adapter-not-found", message, "train it again", path=PLACE) from error
     fix = "take the base that it was trained on"
     try:
-        fitted = put_on(config, build)
+        fitted = put_on(config, build(), build)
     except ValueError as error:  # no module of such a name
         message = f"the adapter is not of this model ({base}): {first_line(error)[:120]}"
         raise user_error("adapter-does-not-fit", message, fix, path=PLACE) from error
@@ -111,7 +111,7 @@ def check_fit(folder: Path, config: Any, asked: Any, build: Callable[[], Any], b
         fix = "remove the key: what the adapter trains of the base is trained further"
         raise user_error("adapter-config-differs", message, fix, path=("unfreeze",))
     if asked is not None and getattr(asked, "target_modules", None) == "all-linear":
-        other = put_on(asked, build)
+        other = put_on(asked, build(), build)
         if set(other.peft_config["default"].target_modules) != set(config.target_modules):
             message = f"all-linear, but the adapter has {', '.join(sorted(config.target_modules))}"
             fix = "remove the key: the adapter says it"

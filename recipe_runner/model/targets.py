@@ -82,7 +82,7 @@ def match_names(pattern: str, names: list[str], path: KeyPath, whole: bool = Tru
     """The names that a regular expression matches: as a whole, as PEFT takes it, or anywhere in them.
 
     Raises:
-        UserError: It is no regular expression, or one that comes to no end.
+        UserError: It is not a regular expression, or one that does not end.
     """
     match = re.fullmatch if whole else re.search
     try:

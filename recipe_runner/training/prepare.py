@@ -241,24 +241,22 @@ def _check_model(
 
     name = recipe.model.name_or_path
     asked = new_adapter.build_peft(recipe.peft.said, recipe.stage.task, recipe.model)
-    unfrozen: dict[str, list[str]] = {}
+    model, unfrozen = build(), {}
     if recipe.unfreeze:
         quantized = build_quantization(recipe.quantization.said) or getattr(model_config, "quantization_config", None)
-        plain = build()
-        unfrozen = select_parameters(recipe.unfreeze, plain, quantized)
-        if recipe.model.adds_tokens and not asked:
-            check_new_rows(unfrozen, plain)
+        unfrozen = select_parameters(recipe.unfreeze, model, quantized)
         if asked:
-            train_beside_adapter(asked, unfrozen, plain)
+            train_beside_adapter(asked, unfrozen, model)
+        elif recipe.model.adds_tokens:
+            check_new_rows(unfrozen, model)
     if adapter:
         fitted = continuation.load_peft(adapter, name, recipe.peft)
         model = continuation.check_fit(adapter, fitted, asked, build, f"{model_config.model_type}, {name}")
         return continuation.load_peft(adapter, name, recipe.peft), model, unfrozen
-    if recipe.model.adds_tokens and asked:  # after unfreeze, which may name the embeddings
-        new_adapter.check_new_tokens(asked, build())
     if asked:
-        return asked, new_adapter.fit_adapter(asked, build, model_config.model_type), unfrozen
-    model = build()
+        if recipe.model.adds_tokens:  # after unfreeze, which may name the embeddings
+            new_adapter.check_new_tokens(asked, model)
+        return asked, new_adapter.fit_adapter(asked, model, build, model_config.model_type), unfrozen
     if unfrozen:
         freeze_others(model, unfrozen)
     return None, model, unfrozen

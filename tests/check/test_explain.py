@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from recipe_runner.methods import METHODS
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.library import shelf
 from recipe_runner.stages import STAGES
@@ -107,3 +108,15 @@ def test_other_validators_say_what_replaces_a_renamed_key():
     recipe = {"schema_version": 1, "name": "a", "stage": "sft", "training": {"max_seq_length": 5}}
     found = list(jsonschema.Draft202012Validator(bundle).iter_errors(recipe))
     assert any("use 'max_length'" in error.message for error in found)
+
+
+def test_the_table_of_methods_says_what_the_records_say():
+    """All but the trained part, which `scripts/make_methods_table.py` measures."""
+    page = (shelf() / "docs" / "methods.md").read_text().partition("<!-- end of table -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `") and " % |" in line]
+    told = {row[0].split("`")[1]: ("three steps only" in row[0], *row[2:]) for row in rows}
+    words = {True: "yes", False: "no"}
+    assert told == {
+        name: (method.tried, words[method.merges], words[method.quantized], method.latency, method.trains, method.paper)
+        for name, method in METHODS.items()
+    }

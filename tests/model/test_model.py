@@ -20,7 +20,9 @@ def check(write_recipe, tiny_phi3):
         with recipe.placing_errors():
             config = base.load_model_config(recipe.model)
             peft_config = adapter.build_peft(recipe.peft.said, recipe.stage.task)
-            adapter.fit_adapter(peft_config, lambda: base.build_empty(config), config.model_type)
+            adapter.fit_adapter(
+                peft_config, base.build_empty(config), lambda: base.build_empty(config), config.model_type
+            )
 
     return check
 

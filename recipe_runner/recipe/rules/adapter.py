@@ -23,7 +23,8 @@ BEGINNING = (
     "deltaT",
     "total_step",
 )
-FROM_DATA = ("eva", "corda", "lora_ga")  # initialisations that look at rows before training
+CHANGING_BASE = ("corda", "lora_ga")  # initialisations that look at rows, and then take a part of the base's weights
+FROM_DATA = ("eva", *CHANGING_BASE)  # all that look at rows before training
 MOST_ITERATIONS = 999  # of PiSSA's fast decomposition: 4 to 64 are usual
 # Fields of the adapter's configuration that may differ, beside dropout: what is checked with the model.
 _FREE = ("method", "target_modules")
@@ -37,7 +38,7 @@ def locate_adapter(folder: Path) -> Path:
 
 def alters_base(peft: UpstreamSection) -> bool:
     """Whether the adapter's initialisation takes a part out of the base's weights: the adapter fits that base only."""
-    return str(peft["init_lora_weights"]).lower().startswith(("pissa", "olora", "corda", "lora_ga"))
+    return str(peft["init_lora_weights"]).lower().startswith(("pissa", "olora", *CHANGING_BASE))
 
 
 def initialisation(
@@ -110,9 +111,14 @@ def prompt_learning(model: ModelSection, peft: UpstreamSection, training: Upstre
         yield ("peft",), f"{name} needs num_virtual_tokens", "add 'num_virtual_tokens: 20'"
 
 
+def _trains_modules(peft: UpstreamSection) -> bool:
+    """Whether a method can train whole modules of the base beside its own parameters."""
+    return "modules_to_save" in peft.defaults and not METHODS[str(peft["method"])].is_prompt
+
+
 def unfreeze_beside(unfreeze: Sequence[str], peft: UpstreamSection) -> Found:
     """Parts of the base are trained beside an adapter as PEFT's `modules_to_save`, which not every method has."""
-    if unfreeze and peft and (METHODS[str(peft["method"])].is_prompt or "modules_to_save" not in peft.defaults):
+    if unfreeze and peft and not _trains_modules(peft):
         found = f"{peft['method']} trains nothing of the base beside it: PEFT 0.21 has no modules_to_save for it"
         yield ("unfreeze",), found, "remove the key, or take another method: lora"
 
@@ -189,7 +195,7 @@ def new_tokens(stage: Stage, model: ModelSection, peft: UpstreamSection, unfreez
         return
     if both := sorted(set(model.add_tokens) & set(model.add_special_tokens)):
         yield ("model", "add_special_tokens"), f"'{both[0]}' is in add_tokens, too", "name it once"
-    if (peft and "modules_to_save" not in peft.defaults) or (peft and METHODS[str(peft["method"])].is_prompt):
+    if peft and not _trains_modules(peft):
         found = f"model.{key} makes new embeddings, and {peft['method']} trains none of the base's"
         yield ("peft", "method"), found, "take method: lora, with modules_to_save"
     elif peft and not peft["modules_to_save"] and not unfreeze and not model.adapter:
