@@ -16,7 +16,7 @@ from recipe_runner.model.quantization import build_quantization, keep_4bit_weigh
 from recipe_runner.model.unfreeze import freeze_others
 from recipe_runner.problems.errors import first_line, refused, user_error
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.recipe.rules.adapter import FROM_DATA, alters_base
+from recipe_runner.recipe.rules.adapter import CHANGING_BASE, FROM_DATA, alters_base
 from recipe_runner.runs.folder import last_checkpoint
 from recipe_runner.stages import load_class
 from recipe_runner.training.calibration import collect_batches, finish_initialisation, look_at_data
@@ -48,12 +48,12 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             base.refusing_other_weights(recipe.model),
         ):
             model: Any = name
-            if continued or recipe.model.adds_tokens or begun in ("corda", "lora_ga"):
+            if continued or recipe.model.adds_tokens or begun in CHANGING_BASE:
                 tokens = len(prepared.tokenizer) if recipe.model.adds_tokens else 0
                 model = base.load_base(name, tokens, quantization, config)
             if continued and peft_config:
                 model = continuation.load_for_training(model, continued, peft_config, quantization, config)
-            if begun in ("corda", "lora_ga"):
+            if begun in CHANGING_BASE:
                 peft_config = look_at_data(model, peft_config, batches)
             trainer = cls(
                 model=model,
@@ -77,13 +77,13 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if prepared.unfrozen and not peft_config:
         freeze_others(trained, prepared.unfrozen)
-        if trained.dtype != torch.float32:
-            _train_in_full_precision(trained, recipe, config)
     base.drop_idle_flags(trained.generation_config)
-    if begun in ("corda", "lora_ga"):  # of the adapter that is saved, which is for the plain base, it is not true
+    if begun in CHANGING_BASE:  # of the adapter that is saved, which is for the plain base, it is not true
         setattr(trained.active_peft_config, f"{begun}_config", None)
     if begun in ("eva", "loftq"):
         finish_initialisation(trained, begun, batches, recipe.model)
+    if peft_config or prepared.unfrozen:
+        _train_in_full_precision(trained, recipe, bool(quantization or prepared.published), config)
     if peft_config:
         for adapter in trained.peft_config.values():
             adapter.base_model_name_or_path = share_path(name)
@@ -92,8 +92,6 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
         trained.create_or_update_model_card = lambda *args: None  # an empty form: training/card.py writes ours
         saved = saves_embeddings(trained.active_peft_config)
         trained.save_pretrained = functools.partial(trained.save_pretrained, save_embedding_layers=saved)
-        if quantization or prepared.published or trained.dtype != torch.float32:
-            _train_in_full_precision(trained, recipe, config)
         if REFERENCE in trained.peft_config:
             _copy_to_reference(trained)
     trainer.create_model_card = lambda **kwargs: None
@@ -104,21 +102,22 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     return trainer
 
 
-def _train_in_full_precision(trained: Any, recipe: Recipe, config: Any) -> None:
+def _train_in_full_precision(trained: Any, recipe: Recipe, quantized: bool, config: Any) -> None:
     """Trains in float32 what can't be trained in bfloat16, in which TRL 1.16 trains all on a quantized base.
 
     A number near 1, as of a norm or a scale, does not change in bfloat16 by a step of less than 1/256: it would stay as
     it is. Without mixed precision nothing converts what comes in: `prepare.check_norms` has refused that for norms.
     """
-    method = str(recipe.peft["method"])
-    if method == "adalora" and recipe.quantization["load_in_8bit"]:  # its layers for 8 bits convert nothing, either
-        method = PRECISE[0]
-    base: torch.dtype = trained.get_input_embeddings().weight.dtype
-    dtype = torch.float32 if config.bf16 or config.fp16 else base
-    for module in trained.modules():
-        for parameter in module.parameters(recurse=method in PRECISE):
-            if parameter.requires_grad and (method in PRECISE or is_norm(module)):
-                parameter.data = parameter.data.to(dtype)
+    mixed = config.bf16 or config.fp16
+    if not quantized and not mixed:
+        return  # PEFT's own adapters are in float32 by themselves
+    method, in_8bit = recipe.peft["method"], recipe.quantization["load_in_8bit"]
+    whole = quantized and (method in PRECISE or (method == "adalora" and in_8bit))  # its 8-bit layers convert nothing
+    dtype = torch.float32 if mixed else trained.get_input_embeddings().weight.dtype
+    norms = {id(parameter) for module in trained.modules() if is_norm(module) for parameter in module.parameters()}
+    for parameter in trained.parameters():
+        if parameter.requires_grad and (whole or id(parameter) in norms):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _copy_to_reference(trained: Any) -> None:

@@ -264,3 +264,12 @@ def test_weights_trained_in_half_precision_are_warned_of(run_recipe):
     assert "warning[half-precision-weights] model.dtype: the weights themselves are trained in bfloat16" in result.err
     result, _ = run_recipe(model={"dtype": "bfloat16"}, peft=LORA, training={"max_steps": 1})
     assert "half-precision-weights" not in result.err
+
+
+def test_scales_move_on_a_base_in_half_precision(run_recipe):
+    """PEFT trains them in float32 there, and so it stays: in bfloat16 a step of 1e-3 would be lost beside 1."""
+    peft = {"method": "ia3", "target_modules": ["qkv_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    training = {"max_steps": 2, "learning_rate": 1e-3}
+    result, run = run_recipe(model={"dtype": "bfloat16"}, peft=peft, training=training)
+    assert result.status == 0, result.err
+    assert all((tensor != 1).any() for tensor in tensors_of(run).values())
