@@ -15,6 +15,8 @@ from typing import Any
 from recipe_runner.problems.words import misspelt, suggest
 from recipe_runner.recipe.sections import DatasetSection
 
+Turns = list[dict[str, Any]]  # of a conversation: role and content
+
 CLASSIC = {
     "with_input": "Instruction:\n{instruction}\n\nInput:\n{input}\n\nOutput:\n{output}",
     "without_input": "Instruction:\n{instruction}\n\nOutput:\n{output}",

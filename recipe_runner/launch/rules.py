@@ -21,6 +21,7 @@ def apply_rules(launch: Launch, recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "fsdp-quantized-storage", fsdp_quantized_storage(launch, quantization)
     yield "sharded-8bit", sharded_8bit(launch, quantization)
     yield "method-not-sharded", method_not_sharded(launch, recipe.peft, training)
+    yield "samples-not-sharded", samples_not_sharded(launch, recipe.run)
     yield "deepspeed-optimizer", deepspeed_optimizer(launch, training)
     yield "launcher-precision", launcher_precision(launch, training)
     yield "pinned-by-launcher", pinned_by_deepspeed(launch, training, recipe.run)
@@ -84,6 +85,12 @@ def method_not_sharded(launch: Launch, peft: UpstreamSection, training: Upstream
         found = f"training.peft_optimizer looks at LoRA's matrices, which {engine} flattens or shards"
     if found:
         yield ("distributed_type",), found, "take accelerate_configs/ddp.yaml"
+
+
+def samples_not_sharded(launch: Launch, run: RunSection) -> Found:
+    """Answers while a model trains need its weights. Source: transformers 5.23, generate; FSDP shards them by layer."""
+    if launch.kind == "FSDP" and run.samples:
+        yield ("distributed_type",), "FSDP can't answer run.samples", "take accelerate_configs/deepspeed_zero3.yaml or ddp"
 
 
 def deepspeed_optimizer(launch: Launch, training: UpstreamSection) -> Found:

@@ -11,9 +11,11 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipe_runner.files import read_object, read_status
 from recipe_runner.model import bottleneck  # noqa: F401 (makes its method known to PEFT)
+from recipe_runner.model.hub import find_model
 from recipe_runner.model.quantization import keep_4bit_weights_trainable
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.rules.adapter import CONFIG
+from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.runs.folder import result_name
 
 
@@ -47,37 +49,68 @@ def find_base(config: PeftConfig, result: Path) -> str:
     return name
 
 
-def load_result(folder: Path, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+def read_tokenizer(result: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a result, padding on the left.
+
+    Raises:
+        UserError: It can't be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(result), padding_side="left", **options)
+    except Exception as error:  # files of the user's, read by code that is not ours: anything may come
+        message = f"{result}: the tokenizer can't be read: {first_line(error)}"
+        raise user_error("tokenizer-not-found", message, "was it copied whole?") from error
+    return tokenizer
+
+
+def load_result(folder: str | Path, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     """Loads a result for inference: in evaluation mode, with the tokenizer it was saved with, padding on the left.
 
     The base of an adapter is loaded from where `find_base` finds it; `model.disable_adapter()` gives it back.
 
     Args:
-        folder: A run folder, an adapter or a model.
+        folder: A run folder, an adapter or a model; or a model's id on the hub.
         options: For `from_pretrained`: dtype, quantization_config, ...
 
     Raises:
         UserError: There is no result, or it can't be loaded.
     """
-    result = find_result(folder)
+    result = find_result(Path(folder)) if Path(folder).is_dir() or Path(folder).is_absolute() else Path(folder)
+    place = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(result), padding_side="left")
         if (result / CONFIG).is_file():
             config = PeftConfig.from_pretrained(str(result))
-            place = find_base(config, result)
-            base: Any = AutoModelForCausalLM.from_pretrained(place, revision=config.revision, **options)
+            name = find_base(config, result)
+            _refuse_missing(name, result)
+            tokenizer = read_tokenizer(result)
+            base: Any = AutoModelForCausalLM.from_pretrained(name, **{"revision": config.revision} | options)
             if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
                 base.resize_token_embeddings(len(tokenizer))  # as PEFT's AutoPeftModel does
             model: Any = PeftModel.from_pretrained(base, str(result))
         else:
+            if not result.is_dir():
+                find_model(ModelSection(str(folder), place.get("revision", "main"), True, False))
+            tokenizer = read_tokenizer(result, **place)
             model = AutoModelForCausalLM.from_pretrained(str(result), **options)
         if (result / GENERATION_CONFIG_NAME).is_file():  # of an adapter, PEFT leaves it out
             model.generation_config = GenerationConfig.from_pretrained(str(result))
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         message = f"{result} can't be loaded: {first_line(error)}"
         fix = "is its base model where it was? was it copied whole?"
         raise user_error("result-not-loaded", message, fix) from error
     keep_4bit_weights_trainable(model)
     return model.eval(), tokenizer
+
+
+def _refuse_missing(base: str, result: Path) -> None:
+    """Checks that the folder of a base is there, where it is one.
+
+    Raises:
+        UserError: It has moved.
+    """
+    if Path(base).is_absolute() and not Path(base).is_dir() or base.startswith((".", "~")) and not Path(base).is_dir():
+        message = f"the base model of {result} is not where it was: {base}"
+        fix = f"put it back, or write its folder or id as base_model_name_or_path into {result / CONFIG}"
+        raise user_error("base-moved", message, fix)

@@ -121,6 +121,7 @@ class RunSection:
     seed: int
     global_batch_size: int | None = None
     early_stopping: Mapping[str, Any] | None = None
+    samples: Mapping[str, Any] | None = None
 
 
 def read_dataset(section: Mapping[str, Any]) -> DatasetSection:

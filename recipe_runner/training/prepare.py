@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.checks import find_problems
 from recipe_runner.data.job import Job, Replaced
+from recipe_runner.data.prompts import Prompt, choose_golden, choose_prompts, pose
 from recipe_runner.data.sources import open_sources
 from recipe_runner.data.store import PreparedData, PreparedSplit, hash_tokenizer, prepare_data
 from recipe_runner.files import hash_file, hash_weights
@@ -29,6 +30,7 @@ from recipe_runner.problems.problem import Problem, as_warning, sort_problems
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules import check_steps
 from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
+from recipe_runner.runs.golden import ROWS
 from recipe_runner.training.config import build_config, count_steps
 from recipe_runner.training.environment import Precision, check_offloading, choose_precision, describe_environment
 from recipe_runner.training.optimizer import check_optimizer, freeze_first_matrices
@@ -54,6 +56,8 @@ class Prepared:
         replaced: The model's own chat template, where another is trained with.
         inputs: What else the run is made from, in words -> its hash.
         warnings: What a person should know.
+        golden: Prompts by which a served model is compared with the trained one.
+        samples: Prompts that are answered while the model trains.
     """
 
     config: Any
@@ -68,6 +72,8 @@ class Prepared:
     inputs: dict[str, str]
     replaced: Replaced | None
     warnings: tuple[Problem, ...]
+    golden: list[Prompt]
+    samples: list[Prompt]
 
     @property
     def train(self) -> PreparedSplit:
@@ -148,7 +154,15 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         inputs,
         job.replaced,
         tuple(problems),
+        choose_golden(job, ROWS),
+        choose_samples(recipe.run.samples or {}, job),
     )
+
+
+def choose_samples(section: Mapping[str, Any], job: Job) -> list[Prompt]:
+    """The prompts of `run.samples`: those that it says, then those of the first rows of the evaluation data."""
+    said = [pose(text, job.dataset) for text in section.get("prompts", ())]
+    return said + (choose_prompts(job, section["rows"]) if section.get("rows") else [])
 
 
 def check_norms(model: torch.nn.Module, precision: Precision) -> None:

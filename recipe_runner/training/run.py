@@ -26,6 +26,7 @@ from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, 
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
 from recipe_runner.training.optimizer import forget_modules, use_peft_optimizer
+from recipe_runner.training.samples import Sampler, record_golden
 from recipe_runner.training.state import keep_state
 
 
@@ -88,8 +89,12 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         early = EarlyStop(**recipe.run.early_stopping) if recipe.run.early_stopping else None
         if early:
             trainer.add_callback(early)
+        if asked := recipe.run.samples:
+            every, most = asked["every"], asked["max_new_tokens"]
+            trainer.add_callback(Sampler(trainer, folder, prepared.samples, every, most))
         _train(trainer, folder, interruption, found is not None, early)
         result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)), recipe.stage, initial)
+        record_golden(trainer, folder, prepared.golden, plain_base=initial is None)
         if config.process_index == 0:
             card.write_card(recipe, folder, result, prepared.train.accounting, trainer.state.log_history)
         _write_status(config, folder, "completed", step=trainer.state.global_step)

@@ -67,6 +67,16 @@ def early_stopping(training: UpstreamSection, run: RunSection) -> Found:
         yield path, "the weights at the end are not the best ones, and the recipe does not say which it wants", fix
 
 
+def samples(training: UpstreamSection, run: RunSection, has_eval: bool) -> Found:
+    """Answers at each evaluation need evaluations, and rows need data that is held out."""
+    asked, path = run.samples or {}, ("run", "samples")
+    if asked.get("every") == "eval" and training["eval_strategy"] == "no":
+        fix = "set training.eval_strategy, or every: 100 (steps)"
+        yield (*path, "every"), "nothing is evaluated, so nothing would be written", fix
+    if asked.get("rows") and not has_eval:
+        yield (*path, "rows"), "there is no evaluation data to take rows from", "set dataset.eval, or write prompts"
+
+
 def best_metric(stage: Stage, training: UpstreamSection) -> Found:
     """The best checkpoint is chosen by what evaluations measure; transformers looks for it after the first one."""
     metric = training.said.get("metric_for_best_model")

@@ -1,0 +1,130 @@
+"""Prompts of rows: what a model is asked, and what it should answer."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from recipe_runner.data.formats import Turns, normalise_row
+from recipe_runner.data.job import Job
+from recipe_runner.data.sources import order_rows, read_rows
+from recipe_runner.recipe.sections import DatasetSection
+
+LOOKED_AT = 200  # rows from which prompts are chosen
+SYSTEM = "You are a helpful assistant."  # where the data has no system prompt of its own
+WORDS = 12  # of a raw text, which has no prompt of its own
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked.
+
+    Attributes:
+        content: Turns, or plain text.
+        wanted: The answer in the data; empty where there is none.
+        kind: Of golden rows: what is tried with it.
+    """
+
+    content: Turns | str
+    wanted: str = ""
+    kind: str = "as in the data"
+
+
+def split_row(row: dict[str, Any]) -> Prompt | None:
+    """The prompt of a row as TRL knows it, and the answer to it; None where the row has none (raw text)."""
+    if isinstance(row.get("prompt"), str):
+        return Prompt(row["prompt"], row["completion"].strip())
+    if "messages" in row:
+        turns = row["messages"]
+        last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+        return Prompt(turns[:last], turns[last]["content"].strip()) if last else None
+    if not row.get("prompt"):
+        return None
+    answer = row.get("chosen") or (row["completion"] if row.get("label", True) else [])
+    return Prompt(row["prompt"], answer[0]["content"].strip() if answer else "")
+
+
+def pose(text: str, dataset: DatasetSection) -> Prompt:
+    """What a person asks, as the recipe renders it: with its system prompt, or in its plain-text template."""
+    if dataset.format == "text":
+        return Prompt(text)
+    if dataset.template is not None:
+        row = {"instruction": text, "output": "."}
+        return Prompt(normalise_row(row, replace(dataset, system=None), "the prompt")["prompt"])
+    system = [{"role": "system", "content": dataset.system}] if dataset.system else []
+    return Prompt([*system, {"role": "user", "content": text}])
+
+
+def choose_prompts(job: Job, number: int, split: str = "eval") -> list[Prompt]:
+    """The prompts of the first rows of the evaluation data, or of the training data where there is none.
+
+    Of raw text, the first words are the prompt.
+    """
+    return list(itertools.islice(_read_prompts(job, split), number))
+
+
+def _read_prompts(job: Job, split: str) -> Iterator[Prompt]:
+    orders = order_rows(job.dataset, job.sources, job.seed)
+    order: np.ndarray = orders.get(split, orders["train"])
+    for row in read_rows(job.dataset, job.sources, order[:LOOKED_AT]):
+        if row["dropped"]:
+            continue
+        if prompt := split_row(row):
+            yield prompt
+        elif "text" in row:
+            words = row["text"].split(" ")[:WORDS]
+            yield Prompt(" ".join(words))
+
+
+def choose_golden(job: Job, number: int) -> list[Prompt]:
+    """Prompts by which a served model is compared with the trained one: as in the data, and in forms people ask in.
+
+    Conversations are also asked with a system prompt, without one, and in several turns, made of the data's own rows
+    where it has none such.
+    """
+    found = choose_prompts(job, number)
+    if not found or any(isinstance(prompt.content, str) for prompt in found):
+        return found
+    own = next((turn["content"] for prompt in found for turn in _turns(prompt) if turn["role"] == "system"), SYSTEM)
+    pairs = list(zip(found, [*found[1:], found[0]], strict=True))
+    kinds = (
+        [_with_system(prompt, own) for prompt in found],
+        [replace(prompt, content=_talk(prompt), kind="without a system prompt") for prompt in found],
+        [_join(first, second) for first, second in pairs],
+    )
+    made = [prompt for group in zip(*kinds, strict=True) for prompt in group if prompt.content]
+    rest = [prompt for prompt in made if prompt.content not in [other.content for other in found[:4]]]
+    return [*found[:4], *rest][:number]
+
+
+def _turns(prompt: Prompt) -> Turns:
+    return prompt.content if isinstance(prompt.content, list) else []
+
+
+def _talk(prompt: Prompt) -> Turns:
+    return [turn for turn in _turns(prompt) if turn["role"] != "system"]
+
+
+def _with_system(prompt: Prompt, text: str) -> Prompt:
+    content = [{"role": "system", "content": text}, *_talk(prompt)]
+    return replace(prompt, content=content, kind="with a system prompt")
+
+
+def _join(first: Prompt, second: Prompt) -> Prompt:
+    answer = {"role": "assistant", "content": first.wanted or "Yes."}
+    return replace(second, content=[*_turns(first), answer, *_talk(second)], kind="several turns")
+
+
+def few_shot(examples: Sequence[Prompt], prompt: Prompt) -> Turns | str:
+    """A prompt with examples before it: as turns after its system prompt, or as plain text, an empty line between."""
+    if isinstance(prompt.content, str):
+        return "\n\n".join([*(f"{shown.content}{shown.wanted}" for shown in examples), prompt.content])
+    begin = [turn for turn in prompt.content[:1] if turn["role"] == "system"]
+    shown = [
+        turn
+        for example in examples
+        for turn in (*_talk(example), {"role": "assistant", "content": example.wanted})
+    ]
+    return [*begin, *shown, *prompt.content[len(begin) :]]

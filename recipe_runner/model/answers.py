@@ -1,0 +1,126 @@
+"""Answers of a model: prompts in tokens, greedy or sampled, several at a time with padding on the left.
+
+transformers' own `generate` does the work: here prompts are rendered as in training, ordered by length, and checked
+against the model's context.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from recipe_runner.data.formats import Turns
+from recipe_runner.problems.errors import first_line, user_error
+
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered.
+
+    Attributes:
+        tokens: Its tokens, with the one that ended it.
+        text: What they say, without special tokens.
+        ended: Whether it ended by itself, not at the most tokens that were allowed.
+    """
+
+    tokens: list[int]
+    text: str
+    ended: bool
+
+
+def render_prompt(prompt: Turns | str, tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> list[int]:
+    """The tokens that a model sees before it answers: turns by the chat template, plain text as it is.
+
+    Raises:
+        UserError: The chat template refuses the turns, or there is none.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if not tokenizer.chat_template:
+        fix = "give an instruct model, or the adapter of a run, which has the template of its training"
+        raise user_error("no-chat-template", "the tokenizer has no chat template", fix)
+    try:
+        rendered: Any = tokenizer.apply_chat_template(
+            prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # a template is a program: anything may come
+        raise user_error("row-refused", f"the chat template refuses the prompt: {first_line(error)}") from error
+    return list(rendered)
+
+
+def count_context(model: Any) -> int | None:
+    """How many tokens a model can see; None where its configuration has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_prompt(tokens: Sequence[int], context: int | None, new: int, what: str) -> None:
+    """Checks that a prompt and its answer fit into the context.
+
+    Raises:
+        UserError: It is empty, or too long.
+    """
+    if not tokens:
+        raise user_error("empty-prompt", f"{what} is empty", "write a prompt")
+    if context and len(tokens) + new > context:
+        message = f"{what} has {len(tokens):,} tokens; with {new:,} of the answer that is more than the model's context"
+        raise user_error("prompt-too-long", f"{message} of {context:,}", "shorten it, or lower --max-new-tokens")
+
+
+def find_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens at which an answer ends."""
+    ends = model.generation_config.eos_token_id
+    numbers = ends if isinstance(ends, list) else [ends]
+    return {number for number in (*numbers, tokenizer.eos_token_id) if isinstance(number, int)}
+
+
+def answer_prompts(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], batch_size: int, **options: Any
+) -> Iterator[dict[int, Answer]]:
+    """Answers prompts, those of like length together, the longest first.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Its own.
+        prompts: In tokens.
+        batch_size: How many at a time.
+        options: For `generate`.
+
+    Yields:
+        Of each batch: place of the prompt -> its answer.
+    """
+    ends = find_ends(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        width = len(prompts[places[0]])
+        rows = [[pad] * (width - len(prompts[place])) + list(prompts[place]) for place in places]
+        masks = [[0] * (width - len(prompts[place])) + [1] * len(prompts[place]) for place in places]
+        device = model.get_input_embeddings().weight.device
+        batch = {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(masks, device=device)}
+        made = model.generate(**batch, pad_token_id=pad, eos_token_id=sorted(ends) or None, **options)
+        yield {
+            place: read_answer(tokens[width:].tolist(), ends, tokenizer)
+            for place, tokens in zip(places, made, strict=True)
+        }
+
+
+def read_answer(tokens: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    """An answer from the tokens after its prompt; what pads it after its end is left out."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), None)
+    kept = tokens if end is None else tokens[: end + 1]
+    return Answer(kept, str(tokenizer.decode(kept, skip_special_tokens=True)).strip(), end is not None)
+
+
+def answer_all(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], batch_size: int, **options: Any
+) -> list[Answer]:
+    """The answers to all prompts, in their order. See `answer_prompts`."""
+    found: dict[int, Answer] = {}
+    for answers in answer_prompts(model, tokenizer, prompts, batch_size, **options):
+        found |= answers
+    return [found[place] for place in range(len(prompts))]

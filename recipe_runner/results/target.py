@@ -1,0 +1,165 @@
+"""What a command after training works on: the result of a run, a recipe's base, or any model; and how it is loaded."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from recipe_runner.files import FULL, disk_full, hash_weights, read_object
+from recipe_runner.model.answers import render_prompt
+from recipe_runner.model.load import find_result, load_result, read_tokenizer
+from recipe_runner.model.quantization import build_quantization
+from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.problems.problem import Problem, as_warning
+from recipe_runner.recipe.library import is_recipe
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.resolve import load_recipe
+from recipe_runner.recipe.rules.adapter import CONFIG
+from recipe_runner.runs.find import latest_completed, recipe_of, seek_run
+from recipe_runner.runs.golden import read_golden
+from recipe_runner.training.failures import is_out_of_memory
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a command after training works on.
+
+    Attributes:
+        name: As the person calls it.
+        result: The folder of an adapter or model, or a model's id on the hub.
+        run: The run that it comes from; None where it comes from none.
+        recipe: The recipe of that run, or the one that was named; None for a model.
+    """
+
+    name: str
+    result: str
+    run: Path | None
+    recipe: Recipe | None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the result is an adapter, which can be switched off."""
+        return (Path(self.result) / CONFIG).is_file()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is a result of training, or only a base."""
+        return self.run is not None or self.recipe is None
+
+
+def find_target(name: str) -> Target:
+    """Finds what a name stands for: a run (see `runs.find`), a recipe without one, an adapter or a model.
+
+    Raises:
+        UserError: There is no such thing, or the run is not completed.
+    """
+    folder = Path(name)
+    if run := seek_run(name):
+        result = find_result(folder if (folder / "status.json").is_file() else run)
+        return Target(name, str(result), run, recipe_of(run))
+    if folder.is_dir():
+        return Target(name, str(find_result(folder)), None, None)
+    if is_recipe(name) and (folder.suffix or folder.is_file() or len(folder.parts) == 1):
+        recipe = load_recipe(name)
+        if recipe.stages:
+            raise user_error("run-not-found", f"the pipeline {recipe.name} has no completed run", "run it first")
+        return Target(name, recipe.model.name_or_path, None, recipe)
+    return Target(name, name, None, None)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to answer, and its tokenizer."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_target(target: Target, dtype: str | None = None, quantized: bool = True, base: bool = False) -> Opened:
+    """Loads a target for inference, on a GPU where there is one.
+
+    The base of an adapter is quantized as it was in training. Without `dtype`, weights are float32 on a CPU, and of
+    the type that they were published in on a GPU.
+
+    Args:
+        target: What `find_target` found.
+        dtype: Of the weights.
+        quantized: Whether the base is quantized as the recipe says.
+        base: Load the recipe's base model, with the tokenizer of the result.
+
+    Raises:
+        UserError: It can't be loaded, or its tokenizer is not the one of the training.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True)
+    options: dict[str, Any] = {"dtype": dtype or ("auto" if device else "float32")}
+    if device:
+        options["device_map"] = "auto"
+    recipe = target.recipe
+    if recipe and target.run is None:
+        options |= recipe.model.location
+    if recipe and recipe.model.trust_remote_code:
+        options["trust_remote_code"] = True
+    if quantized and recipe and (config := build_quantization(recipe.quantization.said)):
+        options["quantization_config"] = config
+    if not base:
+        model, tokenizer = load_result(target.result, **options)
+        check_tokenizer(target, tokenizer)
+        return Opened(model, tokenizer)
+    assert recipe is not None
+    tokenizer = read_tokenizer(target.result)
+    model, own = load_result(recipe.model.name_or_path, **options | recipe.model.location)
+    return Opened(model, tokenizer if target.is_trained else own)
+
+
+def check_tokenizer(target: Target, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that the tokenizer and its template make of the golden rows what they made at the end of training.
+
+    Raises:
+        UserError: They don't.
+    """
+    for number, row in enumerate(read_golden(target.run) if target.run else [], 1):
+        if render_prompt(row.content, tokenizer, row.tools) != row.prompt_ids:
+            message = f"the tokenizer in {target.result} makes other tokens of golden row {number} than in training"
+            fix = "put back the files of the tokenizer and its chat template, as they were saved"
+            raise user_error("tokenizer-changed", message, fix)
+
+
+def find_changed_base(target: Target) -> Problem | None:
+    """Says so where the base of an adapter has other weights than in training."""
+    recorded = read_object(target.run / "environment.json").get("base_model") if target.run else None
+    if not isinstance(recorded, dict) or not recorded.get("weights"):
+        return None
+    folder = Path(str(recorded["name_or_path"])).expanduser()
+    if not folder.is_dir() or hash_weights(folder) == recorded["weights"]:
+        return None
+    message = f"the weights in {folder} are not those that the adapter was trained on"
+    return as_warning(Problem("base-changed", message, suggestion="put them back, or train again"))
+
+
+@contextlib.contextmanager
+def explaining(memory: str, going_on: str = "run it again") -> Iterator[None]:
+    """Explains what ends a command after training: no memory, no room on the disk.
+
+    Args:
+        memory: What to do where memory is short.
+        going_on: What to do once there is room on the disk.
+
+    Raises:
+        UserError: One of them is at fault.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise user_error("out-of-memory", first_line(error), memory) from error
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise disk_full(error.errno, Path(error.filename or "."), going_on) from error
+        raise
+
+
