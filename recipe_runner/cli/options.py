@@ -26,6 +26,19 @@ launch_option = click.option(
 )
 
 
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights. By default float32 on a CPU, and as they were published on a GPU.",
+)
+quantized_option = click.option(
+    "--quantized/--no-quantized",
+    default=True,
+    show_default=True,
+    help="Whether the base is quantized as it was in training.",
+)
+
+
 def read_checked_launch(launch_file: str, given: Sequence[str], recipe: "Recipe") -> "Launch":
     """A launch configuration, with options of the command line (`--num_processes=2`), checked against a recipe.
 
@@ -56,17 +69,27 @@ def load_to_run(name: str, overrides: Sequence[str]) -> "Recipe":
     Raises:
         UserError: The recipe has errors, or the ML stack is not installed.
     """
-    from recipe_runner.launch.process import set_up_process
-    from recipe_runner.problems.errors import user_error
     from recipe_runner.recipe.resolve import load_recipe
-    from recipe_runner.recipe.rules.packages import is_installed
 
     recipe = load_recipe(name, overrides)
     said = "RECIPE_RUN_LAUNCH" in os.environ or os.environ.get("RANK", "0") != "0"  # by who started this process
     for warning in () if said else recipe.warnings:
         click.echo(warning, err=True)
+    prepare_process(on_cpu=any(stage.training["use_cpu"] for stage in recipe.stages or (recipe,)))
+    return recipe
+
+
+def prepare_process(on_cpu: bool = False) -> None:
+    """Sets a process up for a command that needs the ML stack.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    from recipe_runner.launch.process import set_up_process
+    from recipe_runner.problems.errors import user_error
+    from recipe_runner.recipe.rules.packages import is_installed
+
     if not is_installed("trl"):  # installed without dependencies, to validate only
         fix = "pip install recipe-runner, with its dependencies"
         raise user_error("training-stack-missing", "TRL is not installed: recipes can be checked here, not run", fix)
-    set_up_process(on_cpu=any(stage.training["use_cpu"] for stage in recipe.stages or (recipe,)))
-    return recipe
+    set_up_process(on_cpu)

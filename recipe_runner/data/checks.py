@@ -91,6 +91,11 @@ def count_special_tokens(rows: list[dict[str, Any]], tokenizer: PreTrainedTokeni
     return count
 
 
+def find_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens that a text spells."""
+    return _special_pattern(tokenizer)[1].findall(text)
+
+
 @lru_cache(maxsize=4)
 def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[str], re.Pattern[str]]:
     """First characters of the special tokens (a quick look), and a pattern of all."""

@@ -13,7 +13,7 @@ from recipe_runner.files import read_object, read_status
 from recipe_runner.model import bottleneck  # noqa: F401 (makes its method known to PEFT)
 from recipe_runner.model.hub import find_model
 from recipe_runner.model.quantization import keep_4bit_weights_trainable
-from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.recipe.rules.adapter import CONFIG
 from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.runs.folder import result_name
@@ -89,7 +89,7 @@ def load_result(folder: str | Path, **options: Any) -> tuple[Any, PreTrainedToke
             model: Any = PeftModel.from_pretrained(base, str(result))
         else:
             if not result.is_dir():
-                find_model(ModelSection(str(folder), place.get("revision", "main"), True, False))
+                _find_on_hub(str(folder), place.get("revision", "main"))
             tokenizer = read_tokenizer(result, **place)
             model = AutoModelForCausalLM.from_pretrained(str(result), **options)
         if (result / GENERATION_CONFIG_NAME).is_file():  # of an adapter, PEFT leaves it out
@@ -102,6 +102,20 @@ def load_result(folder: str | Path, **options: Any) -> tuple[Any, PreTrainedToke
         raise user_error("result-not-loaded", message, fix) from error
     keep_4bit_weights_trainable(model)
     return model.eval(), tokenizer
+
+
+def _find_on_hub(name: str, revision: str) -> None:
+    """Checks that a model is on the hub, or in its cache.
+
+    Raises:
+        UserError: It is not.
+    """
+    try:
+        find_model(ModelSection(name, revision, True, False))
+    except UserError as error:
+        problem = error.problems[0]
+        fix = "is it the name of a run folder, a recipe or a model?"
+        raise user_error(problem.code, problem.message, fix) from error
 
 
 def _refuse_missing(base: str, result: Path) -> None:

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from recipe_runner.files import FULL, disk_full, hash_weights, read_object
 from recipe_runner.model.answers import render_prompt
-from recipe_runner.model.load import find_result, load_result, read_tokenizer
+from recipe_runner.model.load import find_base, find_result, load_result, read_tokenizer
 from recipe_runner.model.quantization import build_quantization
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Problem, as_warning
-from recipe_runner.recipe.library import is_recipe
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import load_recipe
 from recipe_runner.recipe.rules.adapter import CONFIG
-from recipe_runner.runs.find import latest_completed, recipe_of, seek_run
+from recipe_runner.runs.find import FIX, names_recipe, recipe_of, seek_run
 from recipe_runner.runs.golden import read_golden
 from recipe_runner.training.failures import is_out_of_memory
 
@@ -46,6 +47,13 @@ class Target:
         return (Path(self.result) / CONFIG).is_file()
 
     @property
+    def base(self) -> str:
+        """The base of an adapter; any other result itself."""
+        if not self.is_adapter:
+            return self.result
+        return find_base(PeftConfig.from_pretrained(self.result), Path(self.result))
+
+    @property
     def is_trained(self) -> bool:
         """Whether there is a result of training, or only a base."""
         return self.run is not None or self.recipe is None
@@ -63,11 +71,13 @@ def find_target(name: str) -> Target:
         return Target(name, str(result), run, recipe_of(run))
     if folder.is_dir():
         return Target(name, str(find_result(folder)), None, None)
-    if is_recipe(name) and (folder.suffix or folder.is_file() or len(folder.parts) == 1):
+    if names_recipe(name):
         recipe = load_recipe(name)
         if recipe.stages:
             raise user_error("run-not-found", f"the pipeline {recipe.name} has no completed run", "run it first")
         return Target(name, recipe.model.name_or_path, None, recipe)
+    if folder.is_absolute() or folder.exists() or len(folder.parts) > 2 or name.startswith("."):
+        raise user_error("run-not-found", f"{name} is no run and no model", f"{FIX}, or a model")
     return Target(name, name, None, None)
 
 
@@ -94,6 +104,7 @@ def open_target(target: Target, dtype: str | None = None, quantized: bool = True
     Raises:
         UserError: It can't be loaded, or its tokenizer is not the one of the training.
     """
+    disable_progress_bar()
     device = torch.accelerator.current_accelerator(check_available=True)
     options: dict[str, Any] = {"dtype": dtype or ("auto" if device else "float32")}
     if device:

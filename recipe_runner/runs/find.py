@@ -4,7 +4,7 @@ from pathlib import Path
 
 from recipe_runner.files import list_runs, read_object, read_status
 from recipe_runner.problems.errors import UserError, user_error
-from recipe_runner.recipe.library import is_recipe
+from recipe_runner.recipe.library import SUFFIXES, shipped_recipes
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import load_recipe
 from recipe_runner.runs.folder import result_name
@@ -35,7 +35,12 @@ def seek_run(name: str) -> Path | None:
         if folder.name in (result_name(True), result_name(False)) and (folder.parent / "status.json").is_file():
             return folder.parent
         return latest_completed(folder)
-    return latest_completed(load_recipe(name).home) if is_recipe(name) else None
+    return latest_completed(load_recipe(name).home) if names_recipe(name) else None
+
+
+def names_recipe(name: str) -> bool:
+    """Whether a name is a recipe's: a YAML file, or a shipped recipe."""
+    return Path(name).suffix in SUFFIXES or name in {file.stem for file in shipped_recipes()}
 
 
 def latest_completed(home: Path) -> Path | None:

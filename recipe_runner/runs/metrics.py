@@ -13,8 +13,13 @@ FILE = "metrics.jsonl"
 
 def append_metrics(run: Path, metrics: dict[str, Any]) -> None:
     """Adds a line."""
-    line = json.dumps({"time": round(time.time(), 3), **metrics}) + "\n"
-    with (run / FILE).open("ab+") as stream:
+    append_line(run / FILE, {"time": round(time.time(), 3), **metrics})
+
+
+def append_line(file: Path, entry: dict[str, Any]) -> None:
+    """Adds a JSON object as a line; where half a line was left by a kill or a full disk, below it."""
+    line = json.dumps(entry) + "\n"
+    with file.open("ab+") as stream:
         if end := stream.tell():
             stream.seek(end - 1)
             line = line if stream.read(1) == b"\n" else f"\n{line}"  # a disk was full, or the process killed

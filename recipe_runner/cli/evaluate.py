@@ -1,0 +1,62 @@
+"""`recipe-run evaluate`: measures a model on data that it was not trained on."""
+
+from pathlib import Path
+
+import click
+
+from recipe_runner.cli.options import dtype_option, prepare_process, quantized_option
+
+
+@click.command(name="evaluate")
+@click.argument("result", metavar="RUN|RECIPE|MODEL")
+@click.option("--data", metavar="FILE|ID", help="Rows to evaluate on, instead of the recipe's evaluation data.")
+@click.option("--data-format", "form", help="Layout of --data for a model without a recipe; guessed by its columns.")
+@click.option("--column", "columns", multiple=True, metavar="ROLE=NAME", help="Column of --data for a role. Repeatable.")
+@click.option("--limit", type=click.IntRange(1), help="The most rows.")
+@click.option("--few-shot", type=click.IntRange(0, 100), default=0, help="Also ask the base with k training examples.")
+@click.option("--scorer", "scorers", multiple=True, metavar="NAME", help="How answers are scored. Repeatable.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of an answer.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts at a time.")
+@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of examples and intervals.")
+@click.option("--tasks", metavar="NAMES", help="Also run these tasks of lm-eval, with commas between, or task files.")
+@click.option("--output", type=click.Path(path_type=Path), help="A new folder for the figures and the answers.")
+@click.option("--format", "shown", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@dtype_option
+@quantized_option
+def command(
+    result: str,
+    data: str | None,
+    form: str | None,
+    columns: tuple[str, ...],
+    limit: int | None,
+    few_shot: int,
+    scorers: tuple[str, ...],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    tasks: str | None,
+    output: Path | None,
+    shown: str,
+    dtype: str | None,
+    quantized: bool,
+) -> None:
+    """Measure a model and its base: loss, accuracy, answers. Figures come with 95 % intervals.
+
+    Scorers: exact_match, normalized_match, json, json:KEY, regex:PATTERN, rouge1, rouge2, rougeL.
+    """
+    prepare_process()
+    from recipe_runner.results import evaluation_report
+    from recipe_runner.results.target import explaining, find_target
+
+    with explaining("lower --batch-size, or take a smaller --dtype"):
+        target = find_target(result)
+        recipe = evaluation_report.choose_recipe(target, data, form, columns)
+        folder = evaluation_report.new_folder(target, output)
+        with recipe.placing_errors():
+            values = evaluation_report.run_evaluation(
+                target, recipe, folder, tasks, limit=limit, shots=few_shot, scorers=scorers, batch_size=batch_size,
+                new_tokens=max_new_tokens, seed=seed, dtype=dtype, quantized=quantized,
+                tell=lambda text: click.echo(text, err=True),
+            )  # fmt: skip
+    click.echo(evaluation_report.write_values(values, shown))
+    click.echo(f"{folder} is written", err=True)

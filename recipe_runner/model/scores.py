@@ -1,0 +1,57 @@
+"""How likely a model finds what it should say: losses of sequences, by their supervised tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from recipe_runner.data.tables import IGNORED
+
+TOKENS = 2048  # of a batch: what bounds the logits' memory
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model gives the supervised tokens of a sequence.
+
+    Attributes:
+        loss: Sum of their negative log-likelihoods, in nats; minus the log-probability of the answer.
+        tokens: How many they are.
+        right: How many of them are the model's first choice.
+    """
+
+    loss: float
+    tokens: int
+    right: int
+
+
+def score_sequences(model: Any, sequences: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+    """Scores sequences of tokens and labels (-100 where nothing is learned), those of like length together.
+
+    Logits have the shape `(batch, sequence, vocabulary)`; those of virtual tokens before the text are left out.
+    """
+    found: dict[int, Score] = {}
+    order = sorted(range(len(sequences)), key=lambda place: -len(sequences[place][0]))
+    device = model.get_input_embeddings().weight.device
+    while order:
+        width = len(sequences[order[0]][0])
+        places, order = order[: max(1, TOKENS // width)], order[max(1, TOKENS // width) :]
+        rows, labels, masks = [], [], []
+        for place in places:
+            ids, learned = sequences[place]
+            space = width - len(ids)
+            rows.append([*ids, *[0] * space])
+            labels.append([*learned, *[IGNORED] * space])
+            masks.append([1] * len(ids) + [0] * space)
+        batch = {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(masks, device=device)}
+        targets = torch.tensor(labels, device=device)[:, 1:]
+        with torch.no_grad():
+            logits = model(**batch, use_cache=False).logits[:, -width:][:, :-1]
+        known = targets != IGNORED
+        for number, place in enumerate(places):
+            chosen, wanted = logits[number][known[number]].float(), targets[number][known[number]]
+            loss = torch.nn.functional.cross_entropy(chosen, wanted, reduction="sum")
+            right = int((chosen.argmax(-1) == wanted).sum())
+            found[place] = Score(float(loss), len(wanted), right)
+    return [found[place] for place in range(len(sequences))]

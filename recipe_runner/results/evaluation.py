@@ -1,0 +1,429 @@
+"""`recipe-run evaluate`: what a model does on data that it was not trained on, beside its base.
+
+Rows are prepared by the runner's own functions, so that losses are of the tokens that training would learn; answers are
+greedy, to the same prompts that a server would make.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipe_runner.data.job import Job
+from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
+from recipe_runner.data.prompts import Prompt, few_shot, split_row
+from recipe_runner.data.sources import read_rows
+from recipe_runner.data.tables import IGNORED
+from recipe_runner.model.answers import GREEDY, Answer, answer_all, check_prompt, count_context, render_prompt
+from recipe_runner.model.continuation import find_adapter
+from recipe_runner.model.scores import Score, score_sequences
+from recipe_runner.preview.rows import open_preview
+from recipe_runner.problems.errors import user_error
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.results.scorers import Scorer, build_scorers
+from recipe_runner.results.statistics import Estimate, Measure, estimate, resample
+from recipe_runner.results.target import Opened, Target, open_target
+
+Sequence_ = tuple[list[int], list[int]]
+TUNED, BASE = "tuned", "base"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the evaluation data.
+
+    Attributes:
+        source: File or hub id.
+        number: Its number there, from 1.
+        prompt: What is asked; None for raw text.
+        prompt_ids: Its tokens.
+        sequences: Answer (`chosen`, ...) -> tokens and labels, as the trainer would get them.
+        label: Of a judged answer: whether it is a good one.
+    """
+
+    source: str
+    number: int
+    prompt: Prompt | None
+    prompt_ids: list[int]
+    sequences: dict[str, Sequence_]
+    label: bool | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one model made of all rows.
+
+    Attributes:
+        name: Of the column.
+        answers: One a row; empty where nothing is asked.
+        scores: Answer -> one score a row; empty where the tokens of the examples can't be told from those of the row.
+        rewards: Answer -> array `(rows,)`: beta times the log-probability beyond the reference's; empty without one.
+    """
+
+    name: str
+    answers: list[Answer]
+    scores: dict[str, list[Score]]
+    rewards: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation: rows, what each column made of them, and how answers are scored."""
+
+    rows: list[Row]
+    columns: list[Column]
+    scorers: Mapping[str, Scorer]
+    shots: list[Prompt]
+    seed: int
+
+
+def evaluate(
+    target: Target,
+    recipe: Recipe,
+    limit: int | None,
+    shots: int,
+    scorers: Sequence[str],
+    batch_size: int,
+    new_tokens: int,
+    seed: int,
+    dtype: str | None,
+    quantized: bool,
+    tell: Callable[[str], None],
+    then: Callable[[str, Opened], None] = lambda name, opened: None,
+) -> Evaluation:
+    """Evaluates a target, and the base beside it.
+
+    Args:
+        target: What is evaluated.
+        recipe: Whose evaluation data is taken.
+        limit: The most rows.
+        shots: Examples in the prompt of another column of the base; 0 for none.
+        scorers: Names of scorers; empty for those that suit.
+        batch_size: Prompts answered at a time.
+        new_tokens: The most tokens of an answer.
+        seed: Of examples and resamples.
+        dtype: Of the weights.
+        quantized: Whether the base is quantized as in training.
+        tell: Is told what was done.
+        then: Is given each model by name, while it is in memory.
+
+    Raises:
+        UserError: Data or model is at fault.
+    """
+    preview = open_preview(recipe, 1)
+    job, pairs = preview.job, preview.job.stage.reference
+    rows = read_evaluation(job, preview.orders, limit)
+    warn_of_prompts(rows)
+    wanted = [row.prompt.wanted for row in rows if row.prompt and row.prompt.wanted]
+    built = build_scorers(scorers, wanted if not pairs else [])
+    if built and len(wanted) < len(rows):
+        raise user_error("nothing-to-score", "there are rows without an answer to score", "leave out --scorer")
+    examples = choose_examples(job, preview.orders["train"], shots, seed)
+    opened = open_target(target, dtype, quantized)
+    measure = _Measuring(rows, built != {}, examples, job.tokenizer, batch_size, new_tokens, tell)
+    begun = target.is_adapter or (target.run is not None)  # there is a base to compare with
+    first = measure.of(TUNED if begun else BASE, opened, few=not begun)
+    then(first[0].name, opened)
+    if not begun:
+        return Evaluation(rows, first, built, examples, seed)
+    tuned, started = first[0], None
+    if pairs and target.is_adapter and recipe.model.adapter:
+        started = _reference_scores(opened, recipe, rows)
+    if not target.is_adapter:
+        del opened  # one model in memory
+        opened = open_target(target, dtype, quantized, base=True)
+    with opened.model.disable_adapter() if target.is_adapter else nullcontext():
+        columns = measure.of(BASE, opened)
+        then(BASE, opened)
+    if pairs:
+        reference = started or columns[0].scores
+        tuned = dataclasses.replace(tuned, rewards=reward(tuned.scores, reference, recipe.training["beta"]))
+    return Evaluation(rows, [*columns, tuned], built, examples, seed)
+
+
+def reward(
+    scores: Mapping[str, list[Score]], reference: Mapping[str, list[Score]], beta: float
+) -> dict[str, np.ndarray]:
+    """The implicit rewards: beta times the log-probability of each answer beyond the reference's.
+
+    Source: DPO, arXiv 2305.18290; TRL 1.16 logs the same as `rewards/chosen` and `rewards/rejected`.
+    """
+    return {
+        name: beta * np.array([before.loss - after.loss for before, after in zip(reference[name], found, strict=True)])
+        for name, found in scores.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """How each model is measured."""
+
+    rows: list[Row]
+    asks: bool
+    examples: list[Prompt]
+    tokenizer: Any
+    batch_size: int
+    new_tokens: int
+    tell: Callable[[str], None]
+
+    def of(self, name: str, opened: Opened, few: bool = True) -> list[Column]:
+        """The column of a model, and the one with examples."""
+        prompts = [row.prompt_ids for row in self.rows]
+        columns = [self._column(name, opened, prompts, [row.sequences for row in self.rows])]
+        if few and self.examples:
+            shown = [few_shot(self.examples, row.prompt) for row in self.rows if row.prompt]
+            prompts = [render_prompt(content, self.tokenizer) for content in shown]
+            sequences = [with_examples(row, prompt) for row, prompt in zip(self.rows, prompts, strict=True)]
+            whole = [found for found in sequences if found is not None]
+            whole = whole if len(whole) == len(self.rows) else []
+            columns.append(self._column(f"{name}, {len(self.examples)} shown", opened, prompts, whole))
+        return columns
+
+    def _column(
+        self, name: str, opened: Opened, prompts: list[list[int]], sequences: Sequence[dict[str, Sequence_]]
+    ) -> Column:
+        began = time.monotonic()
+        context = count_context(opened.model)
+        prompts = prompts if self.asks else []
+        for row, prompt in zip(self.rows, prompts, strict=False):
+            check_prompt(prompt, context, self.new_tokens, f"{row.source}: the prompt of row {row.number}")
+        scores = {
+            answer: score_sequences(opened.model, [row[answer] for row in sequences])
+            for answer in (sequences[0] if sequences else ())
+        }
+        options = GREEDY | {"max_new_tokens": self.new_tokens}
+        answers = answer_all(opened.model, opened.tokenizer, prompts, self.batch_size, **options)
+        self.tell(f"{name}: {len(self.rows):,} rows in {time.monotonic() - began:.0f} s")
+        return Column(name, answers, scores, {})
+
+
+def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | None) -> list[Row]:
+    """The rows of the evaluation data that can be used, as the trainer would get them, unpacked.
+
+    Raises:
+        UserError: There is no evaluation data, or no row of it can be used.
+    """
+    if "eval" not in orders:
+        fix = "name data that was not trained on: --data FILE"
+        raise user_error("no-evaluation-data", "the recipe has no evaluation data", fix)
+    if job.packing("eval"):
+        unpacked = {"packing": False} | ({"eval_packing": False} if hasattr(job.config, "eval_packing") else {})
+        job = dataclasses.replace(job, config=dataclasses.replace(job.config, **unpacked))
+    order, tally, rows = orders["eval"][:limit], job.tally(), []
+    for table in prepare_chunks(job, "eval", order, tally):
+        for entry in table.to_pylist():
+            source, number = order[entry["documents"][0]]
+            raw = read_rows(job.dataset, job.sources, order[entry["documents"][0] : entry["documents"][0] + 1])[0]
+            prompt = split_row(raw)
+            ids = render_prompt(prompt.content, job.tokenizer) if prompt else []
+            sequences = shape_of(job.stage).as_trained(entry, job.config)
+            label = raw.get("label")
+            rows.append(Row(job.sources[source].name, int(number) + 1, prompt, ids, sequences, label))
+    if not rows:
+        raise nothing_left("eval", tally.dropped)
+    if tally.dropped:
+        told = "; ".join(f"{count} {reason}" for reason, count in tally.dropped.items())
+        print(f"warning[rows-left-out] of {len(order):,} rows are left out: {told}", file=sys.stderr)
+    return rows
+
+
+def warn_of_prompts(rows: Sequence[Row]) -> None:
+    """Says so where what a server asks is not what the model was trained to answer: other tokens before the answer."""
+    differ = [row for row in rows if row.prompt and not _continues(row)]
+    if differ:
+        first = f"{differ[0].source} row {differ[0].number}"
+        print(
+            f"warning[prompt-differs] in {len(differ):,} of {len(rows):,} rows (first: {first}) the chat template renders"
+            " a prompt otherwise than the same turns before their answer",
+            file=sys.stderr,
+        )
+
+
+def _continues(row: Row) -> bool:
+    """Whether the tokens of a row begin with its prompt, as far as it was not cut."""
+    ids = next(iter(row.sequences.values()))[0]
+    shared = min(len(ids), len(row.prompt_ids))
+    return ids[:shared] == row.prompt_ids[:shared]
+
+
+def choose_examples(job: Job, order: np.ndarray, number: int, seed: int) -> list[Prompt]:
+    """Rows of the training data to show in a prompt, chosen by the seed.
+
+    Raises:
+        UserError: There are not as many.
+    """
+    if not number:
+        return []
+    drawn = order[np.random.default_rng(seed).permutation(len(order))[: max(20, 4 * number)]]
+    found = [
+        prompt
+        for row in read_rows(job.dataset, job.sources, drawn)
+        if not row["dropped"] and (prompt := split_row(row)) and prompt.wanted
+    ]
+    if len(found) < number:
+        message = f"{number} examples were asked for, and the training data has {len(found)} with an answer"
+        raise user_error("no-examples", message, "lower --few-shot")
+    return found[:number]
+
+
+def with_examples(row: Row, prompt: list[int]) -> dict[str, Sequence_] | None:
+    """The sequences of a row after a prompt with examples; None where its tokens can't be told from theirs."""
+    made = {}
+    for name, (ids, labels) in row.sequences.items():
+        own = len(row.prompt_ids)
+        first = next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+        shared = own - min(first, own)  # tokens of the prompt that are learned: answers of its earlier turns
+        if not _continues(row) or (shared and prompt[-shared:] != row.prompt_ids[-shared:]):
+            return None
+        begin = len(prompt) - own
+        if begin < 0:
+            return None
+        made[name] = [*prompt, *ids[own:]], [*[IGNORED] * begin, *labels]
+    return made
+
+
+def _reference_scores(opened: Opened, recipe: Recipe, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    """Scores of the adapter that training began with, which is the reference of its rewards."""
+    begun = find_adapter(recipe.model, recipe.peft)
+    model = opened.model
+    model.load_adapter(str(begun), adapter_name="reference")
+    try:
+        model.set_adapter("reference")
+        return {
+            name: score_sequences(model, [row.sequences[name] for row in rows]) for name in rows[0].sequences
+        }
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter("reference")
+
+
+def measure_column(evaluation: Evaluation, column: Column) -> dict[str, Measure]:
+    """Name -> what is measured of a column, row by row."""
+    rows, found = evaluation.rows, {}
+    ones = np.ones(len(rows))
+    for answer, scores in column.scores.items():
+        of = f" ({answer})" if len(column.scores) > 1 else ""
+        loss, tokens, right = (np.array([getattr(s, key) for s in scores]) for key in ("loss", "tokens", "right"))
+        found[f"loss{of}"] = Measure(loss, tokens)
+        if not of:
+            found["perplexity"] = Measure(loss, tokens, exponential=True)
+            found["token accuracy"] = Measure(right, tokens)
+    if {"chosen", "rejected"} <= column.scores.keys():
+        chosen, rejected = (np.array([score.loss for score in column.scores[name]]) for name in ("chosen", "rejected"))
+        found["chosen is likelier"] = Measure((chosen < rejected).astype(float), ones)
+    if {"chosen", "rejected"} <= column.rewards.keys():
+        margins = column.rewards["chosen"] - column.rewards["rejected"]
+        found["pairs ranked right"] = Measure((margins > 0).astype(float), ones)
+        found["reward margin"] = Measure(margins, ones)
+    elif column.rewards and all(row.label is not None for row in rows):
+        labels = np.array([bool(row.label) for row in rows])
+        signs = np.where(labels, len(rows) / max(labels.sum(), 1), -len(rows) / max((~labels).sum(), 1))
+        found["reward margin"] = Measure(next(iter(column.rewards.values())) * signs, ones)
+    for name, values in score_answers(evaluation, column).items():
+        found[name] = Measure(np.array(values), ones)
+    if column.answers:
+        found["ended by itself"] = Measure(np.array([float(answer.ended) for answer in column.answers]), ones)
+    return found
+
+
+def score_answers(evaluation: Evaluation, column: Column) -> dict[str, list[float]]:
+    """Scorer -> one score a row."""
+    if not column.answers:
+        return {}
+    pairs = [(answer.text, row.prompt.wanted if row.prompt else "") for answer, row in zip(column.answers, evaluation.rows, strict=True)]
+    return {name: [scorer(*pair) for pair in pairs] for name, scorer in evaluation.scorers.items()}
+
+
+def summarize(evaluation: Evaluation) -> dict[str, Any]:
+    """The figures of an evaluation as JSON values: of all rows, and of each source where there are several."""
+    measures = {column.name: measure_column(evaluation, column) for column in evaluation.columns}
+    sources = np.array([row.source for row in evaluation.rows])
+    names = list(dict.fromkeys(sources.tolist()))
+    values: dict[str, Any] = {"rows": len(evaluation.rows), "seed": evaluation.seed}
+    values |= _estimate_all(measures, np.full(len(sources), True), evaluation.seed)
+    if len(names) > 1:
+        values["by_source"] = {
+            name: {"rows": int((sources == name).sum())} | _estimate_all(measures, sources == name, evaluation.seed)
+            for name in names
+        }
+    return values
+
+
+def _estimate_all(measures: Mapping[str, Mapping[str, Measure]], kept: np.ndarray, seed: int) -> dict[str, Any]:
+    flat = {
+        json.dumps([column, name]): Measure(measure.sums[kept], measure.parts[kept], measure.exponential)
+        for column, found in measures.items()
+        for name, measure in found.items()
+    }
+    drawn = resample(flat, seed)
+    told: dict[str, Any] = {"columns": {column: {} for column in measures}}
+    for key, (value, values) in drawn.items():
+        column, name = json.loads(key)
+        told["columns"][column][name] = dataclasses.asdict(estimate(value, values))
+    if TUNED in measures and BASE in measures:
+        told["difference"] = {}
+        for name in measures[TUNED]:
+            tuned, base = drawn[json.dumps([TUNED, name])], drawn.get(json.dumps([BASE, name]))
+            if base:
+                told["difference"][name] = dataclasses.asdict(estimate(tuned[0] - base[0], tuned[1] - base[1]))
+    return told
+
+
+def list_answers(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """Every row with what each column made of it, as JSON values."""
+    scored = {column.name: score_answers(evaluation, column) for column in evaluation.columns}
+    for place, row in enumerate(evaluation.rows):
+        entry: dict[str, Any] = {"source": row.source, "row": row.number}
+        if row.prompt:
+            entry |= {"prompt": row.prompt.content, "wanted": row.prompt.wanted}
+        entry["columns"] = {}
+        for column in evaluation.columns:
+            told: dict[str, Any] = {}
+            if column.answers:
+                told = {"answer": column.answers[place].text, "ended": column.answers[place].ended}
+            told |= {name: values[place] for name, values in scored[column.name].items()}
+            for answer, scores in column.scores.items():
+                told[f"loss{f' ({answer})' if answer else ''}"] = scores[place].loss / max(scores[place].tokens, 1)
+            told |= {f"reward ({answer or 'answer'})": float(values[place]) for answer, values in column.rewards.items()}
+            entry["columns"][column.name] = told
+        yield entry
+
+
+def write_table(values: Mapping[str, Any]) -> str:
+    """The figures as text of at most 80 columns where there are up to three models: value and 95 % interval."""
+    columns = values["columns"]
+    names = list(dict.fromkeys(name for found in columns.values() for name in found))
+    lines = [["", *columns]]
+    for name in names:
+        lines.append([name, *(_cell(found.get(name)) for found in columns.values())])
+    text = [_align(lines)]
+    if values.get("difference"):
+        rows = [["tuned minus base", ""], *([name, _cell(found)] for name, found in values["difference"].items())]
+        text.append(_align(rows))
+    for source, found in values.get("by_source", {}).items():
+        text.append(f"{source} ({found['rows']:,} rows)\n{write_table(found)}")
+    return "\n\n".join(text)
+
+
+def _cell(found: Mapping[str, float] | None) -> str:
+    if not found or not np.isfinite(found["value"]):
+        return "-"
+    return f"{_number(found['value'])} [{_number(found['low'])}, {_number(found['high'])}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+
+
+def _align(rows: list[list[str]]) -> str:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,241 @@
+"""`recipe-run generate`: answers to one prompt or to a file of prompts, beside those of the base if asked."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from recipe_runner.data.checks import find_special_tokens
+from recipe_runner.data.prompts import Prompt, pose
+from recipe_runner.files import read_text, write_text
+from recipe_runner.model.answers import GREEDY, answer_all, answer_prompts, check_prompt, count_context, render_prompt
+from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.problems.problem import Mark
+from recipe_runner.recipe.sections import DatasetSection
+from recipe_runner.results.target import Opened, Target, open_target
+from recipe_runner.runs.metrics import append_line
+
+NEW_TOKENS = 256  # where nobody says how many
+
+
+def choose_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of `generate` from those of the command line; a temperature or the like means sampling, 0 does not.
+
+    What is not given is what the model's own generation_config.json says.
+    """
+    options = {key: value for key, value in given.items() if value is not None}
+    if options.get("temperature") == 0:
+        options |= GREEDY
+    elif "do_sample" not in options and options.keys() & {"temperature", "top_p", "top_k", "min_p"}:
+        options["do_sample"] = True
+    elif options.get("do_sample") is False:
+        options |= GREEDY | ({"num_beams": options["num_beams"]} if "num_beams" in options else {})
+    return {"max_new_tokens": NEW_TOKENS} | options
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A model that can be asked.
+
+    Attributes:
+        opened: Model and tokenizer.
+        dataset: How prompts are rendered: the section of the recipe; None for a model without one.
+        options: Of `generate`.
+        seed: Of sampling.
+    """
+
+    opened: Opened
+    dataset: DatasetSection | None
+    options: dict[str, Any]
+    seed: int
+
+    def pose(self, text: str) -> Prompt:
+        """What a person asks, as in training: with its system prompt, or in its plain-text template."""
+        if self.dataset:
+            return pose(text, self.dataset)
+        return Prompt([{"role": "user", "content": text}] if self.opened.tokenizer.chat_template else text)
+
+    def render(self, prompt: Prompt, what: str) -> list[int]:
+        """The tokens of a prompt, checked against the model's context.
+
+        Raises:
+            UserError: It is empty, too long, or refused by the chat template.
+        """
+        content = prompt.content
+        told = content if isinstance(content, str) else content[-1]["content"] if content else ""
+        if not str(told).strip():
+            raise user_error("empty-prompt", f"{what} is empty", "write a prompt")
+        tokens = render_prompt(content, self.opened.tokenizer)
+        check_prompt(tokens, count_context(self.opened.model), self.options["max_new_tokens"], what)
+        return tokens
+
+
+def warn_of_special(texts: Sequence[str], tokenizer: Any) -> None:
+    """Says so where a prompt spells a special token: the model reads it as one."""
+    if found := next((token for text in texts for token in find_special_tokens(text, tokenizer)), ""):
+        print(f"warning[special-tokens] a prompt spells {found}, which the model reads as that token", file=sys.stderr)
+
+
+def ask(asker: Asker, target: Target, texts: Sequence[str], batch_size: int, compare: bool) -> list[dict[str, str]]:
+    """Answers texts; with `compare` also by the base.
+
+    Raises:
+        UserError: A prompt can't be asked.
+    """
+    prompts = [asker.render(asker.pose(text), "the prompt") for text in texts]
+    warn_of_special(texts, asker.opened.tokenizer)
+    set_seed(asker.seed)
+    tuned = answer_all(asker.opened.model, asker.opened.tokenizer, prompts, batch_size, **asker.options)
+    found = [{"answer": answer.text} for answer in tuned]
+    if compare:
+        with asker.opened.model.disable_adapter():
+            set_seed(asker.seed)
+            base = answer_all(asker.opened.model, asker.opened.tokenizer, prompts, batch_size, **asker.options)
+        found = [row | {"base_answer": answer.text} for row, answer in zip(found, base, strict=True)]
+    return found
+
+
+def check_comparable(target: Target) -> None:
+    """Checks that the base is in the result: an adapter can be switched off, a trained model can't.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not target.is_adapter:
+        message = f"{target.name} is no adapter that could be switched off: its base would be a second model in memory"
+        raise user_error("no-adapter", message, "leave out --compare-base; `recipe-run evaluate` compares with the base")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a file of prompts."""
+
+    number: int
+    prompt: Prompt
+    row: dict[str, Any]
+
+
+def read_prompts(file: Path, asker: Asker) -> list[Line]:
+    """The prompts in a jsonl file: `{"prompt": text}`, or `{"messages": [turns]}` that end with the person's turn.
+
+    Raises:
+        UserError: A line is none of both.
+    """
+    found = []
+    try:
+        lines = read_text(file).splitlines()
+    except (OSError, ValueError) as error:
+        raise user_error("prompts-unreadable", f"{file} can't be read: {first_line(error)}") from error
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise user_error("prompts-unreadable", f"no JSON: {first_line(error)}", mark=Mark(str(file), number)) from error
+        found.append(Line(number, _read_prompt(row, asker, Mark(str(file), number)), row))
+    if not found:
+        raise user_error("prompts-unreadable", f"{file} holds no prompt", 'write lines of {"prompt": "..."}')
+    return found
+
+
+def _read_prompt(row: Any, asker: Asker, place: Mark) -> Prompt:
+    fix = 'write {"prompt": "..."}, or {"messages": [{"role": "user", "content": "..."}]}'
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        return asker.pose(row["prompt"])
+    turns = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise user_error("prompts-unreadable", "neither a prompt nor messages", fix, place)
+    if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) and turn.get("role") for turn in turns):
+        raise user_error("prompts-unreadable", "a turn is no {role, content}", fix, place)
+    if turns[-1]["role"] == "assistant":
+        raise user_error("prompts-unreadable", "the last turn is an answer already", "end with the user's", place)
+    system = asker.dataset.system if asker.dataset and turns[0]["role"] != "system" else None
+    return Prompt([*([{"role": "system", "content": system}] if system else []), *turns])
+
+
+def answer_file(
+    asker: Asker, target: Target, file: Path, output: Path, batch_size: int, compare: bool
+) -> Iterator[tuple[int, int]]:
+    """Answers a file of prompts into a file of answers, which gets its name when it is whole.
+
+    What an interrupted call had answered is kept beside it, and not asked again.
+
+    Yields:
+        How many are answered, of how many.
+
+    Raises:
+        UserError: The output is there, a prompt can't be asked, or what was begun was begun with other settings.
+    """
+    if output.exists():
+        raise user_error("file-exists", "the file is there already", "choose another name", Mark(str(output)))
+    lines = read_prompts(file, asker)
+    rendered = [asker.render(line.prompt, f"{file}: the prompt of line {line.number}") for line in lines]
+    warn_of_special([json.dumps(line.row, ensure_ascii=False) for line in lines], asker.opened.tokenizer)
+    settings = {"result": target.result, "options": asker.options, "seed": asker.seed, "compare_base": compare}
+    partial = output.with_name(f"{output.name}.partial")
+    done = _read_partial(partial, settings, rendered)
+    if not partial.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        append_line(partial, settings)
+    left = [place for place in range(len(lines)) if place not in done]
+    yield len(done), len(lines)
+    set_seed(asker.seed)
+    model, tokenizer = asker.opened.model, asker.opened.tokenizer
+    for answers in answer_prompts(model, tokenizer, [rendered[place] for place in left], batch_size, **asker.options):
+        base = {}
+        if compare:
+            with model.disable_adapter():
+                prompts = [rendered[left[place]] for place in answers]
+                base = dict(zip(answers, answer_all(model, tokenizer, prompts, batch_size, **asker.options), strict=True))
+        for place, answer in answers.items():
+            told = {"answer": answer.text, "tokens": len(answer.tokens), "ended": answer.ended}
+            told |= {"base_answer": base[place].text} if compare else {}
+            done[left[place]] = told
+            append_line(partial, {"place": left[place], "prompt_ids": rendered[left[place]], "answer": told})
+        yield len(done), len(lines)
+    rows = [line.row | done[place] for place, line in enumerate(lines)]
+    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    partial.unlink()
+
+
+def _read_partial(partial: Path, settings: dict[str, Any], rendered: list[list[int]]) -> dict[int, dict[str, Any]]:
+    """Place of a prompt -> its answer, of those that an interrupted call answered.
+
+    Raises:
+        UserError: That call had other prompts or settings.
+    """
+    if not partial.exists():
+        return {}
+    begun, *entries = [_parse(line) for line in partial.read_text(encoding="utf-8").splitlines()] or [None]
+    fix = "remove that file, or choose another --output"
+    if begun != json.loads(json.dumps(settings)):
+        raise user_error("other-settings", f"{partial} was begun with other settings", fix)
+    done = {}
+    for entry in filter(None, entries):
+        place = entry.get("place")
+        if not isinstance(place, int) or place >= len(rendered) or entry.get("prompt_ids") != rendered[place]:
+            raise user_error("other-settings", f"{partial} was begun with other prompts", fix)
+        done[place] = dict(entry["answer"])
+    return done
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None  # half a line: the call was killed while it wrote
+
+
+def open_asker(target: Target, dtype: str | None, quantized: bool, given: dict[str, Any], seed: int) -> Asker:
+    """Loads a target, ready to be asked.
+
+    Raises:
+        UserError: It can't be loaded.
+    """
+    dataset = target.recipe.dataset if target.recipe else None
+    return Asker(open_target(target, dtype, quantized), dataset, choose_options(given), seed)
