@@ -63,13 +63,16 @@ def read_tokenizer(result: str | Path, **options: Any) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def load_result(folder: str | Path, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_result(
+    folder: str | Path, plain_base: bool = False, **options: Any
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """Loads a result for inference: in evaluation mode, with the tokenizer it was saved with, padding on the left.
 
     The base of an adapter is loaded from where `find_base` finds it; `model.disable_adapter()` gives it back.
 
     Args:
         folder: A run folder, an adapter or a model; or a model's id on the hub.
+        plain_base: Whether a base that was published quantized gets plain weights under the adapter.
         options: For `from_pretrained`: dtype, quantization_config, ...
 
     Raises:
@@ -84,6 +87,8 @@ def load_result(folder: str | Path, **options: Any) -> tuple[Any, PreTrainedToke
             _refuse_missing(name, result)
             tokenizer = read_tokenizer(result)
             base: Any = AutoModelForCausalLM.from_pretrained(name, **{"revision": config.revision} | options)
+            if plain_base and getattr(base, "is_quantized", False):
+                base = base.dequantize()
             if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
                 base.resize_token_embeddings(len(tokenizer))  # as PEFT's AutoPeftModel does
             model: Any = PeftModel.from_pretrained(base, str(result))

@@ -1,0 +1,290 @@
+"""`recipe-run merge`: an adapter folded into its base, by PEFT's own merge, and compared with the two apart.
+
+Everything is computed in float32 and rounded once, to the dtype that is saved. One model is in memory at a time.
+"""
+
+import gc
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from recipe_runner.files import write_json, write_text
+from recipe_runner.methods import METHODS
+from recipe_runner.model.bottleneck import NO_MERGE
+from recipe_runner.model.load import load_result
+from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.results.target import Target, check_tokenizer, find_changed_base
+from recipe_runner.runs.golden import FILE as GOLDEN
+from recipe_runner.runs.golden import read_golden
+
+NAME = "merged"  # the folder in the run's, where nobody says another
+SHARE = 0.5  # of what was learned: a layer that keeps less is not what was trained
+POSITIONS = 8  # at the end of each golden row, whose logits are compared
+CLOSE = 1e-4  # what logits may differ by in float32, times the largest of them where that is above 1
+PLAIN = "The weather was fine, and so they went on"  # for results without golden rows
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge that was made.
+
+    Attributes:
+        folder: Of the merged model.
+        dtype: Of its weights.
+        shares: Layer -> the share of what was learned that its weights keep.
+        difference: The largest difference between logits of the merged model and of base and adapter.
+        moved: The largest difference between logits of the base and of base and adapter.
+        agreeing: The share of positions at which both have the same first choice.
+        unquantized: Whether the base was quantized in training, and is not here.
+    """
+
+    folder: Path
+    dtype: str
+    shares: dict[str, float]
+    difference: float
+    moved: float
+    agreeing: float
+    unquantized: bool
+
+
+def merge(target: Target, output: Path | None, dtype: str | None, allow_loss: bool, quantize: str | None) -> Merge:
+    """Merges the adapter of a run into its base, in a folder that gets its name when everything is compared.
+
+    Args:
+        target: A result.
+        output: A new folder; `merged` in the run's folder where None.
+        dtype: Of the merged weights; that of the base where None.
+        allow_loss: Keep a merge that has lost more than the bound.
+        quantize: `nf4` or `int8`: the merged weights are quantized before they are saved.
+
+    Raises:
+        UserError: The result can't be merged, the merge is not what was trained, or the folder can't be written.
+    """
+    config = check_mergeable(target)
+    folder = output or (target.run or Path(target.result)) / NAME
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise user_error("file-exists", f"{folder} is there already, and not empty", "choose another --output")
+    if problem := find_changed_base(target):
+        raise user_error(problem.code, problem.message, problem.suggestion)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        made = _merge_into(partial, target, config, dtype, allow_loss)
+        if quantize:
+            _quantize(partial, quantize, made.dtype)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Merge(**{**made.__dict__, "folder": folder})
+
+
+def check_mergeable(target: Target) -> PeftConfig:
+    """The adapter's configuration.
+
+    Raises:
+        UserError: The result is no adapter, or one that no weights of the base can hold.
+    """
+    if not target.is_adapter:
+        fix = "it can be served as it is" if target.is_trained else "run the recipe first"
+        raise user_error("no-adapter", f"{target.result} is no adapter: there is nothing to merge", fix)
+    try:
+        config = PeftConfig.from_pretrained(target.result)
+    except (ValueError, TypeError, KeyError) as error:
+        message = f"{target.result}: adapter_config.json can't be read: {first_line(error)}"
+        raise user_error("result-not-loaded", message) from error
+    name = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    method = METHODS.get(name)
+    if method and not method.merges:
+        why = f"{method.trains}, and PEFT has no merge for it"
+        if method.is_prompt:
+            why = f"it trains {method.trains}: no weights of the base could hold them"
+        why = NO_MERGE if name == "bottleneck" else why
+        raise user_error("not-mergeable", f"{name} can't be merged: {why}", "serve the base with the adapter beside it")
+    return config
+
+
+def _merge_into(folder: Path, target: Target, config: PeftConfig, dtype: str | None, allow_loss: bool) -> Merge:
+    """Merges into a folder, and compares what is in it with base and adapter apart."""
+    model, tokenizer = load_result(target.result, dtype="float32", plain_base=True)
+    check_tokenizer(target, tokenizer)
+    base_config: Any = AutoConfig.from_pretrained(target.base, revision=config.revision)
+    saved = getattr(torch, dtype) if dtype else _dtype_of(base_config)
+    rows = _read_rows(target, tokenizer)
+    wanted = _find_logits(model, rows)
+    with model.disable_adapter():
+        plain = _find_logits(model, rows)
+    shares = dict(_merge_layers(model, saved))
+    lost = {name: share for name, share in shares.items() if not share >= SHARE}  # nan, too
+    if lost and not allow_loss:
+        raise _too_much_lost(lost, len(shares), saved)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged|Input and output embeddings are no")
+        generation, merged = model.generation_config, model.merge_and_unload()
+    merged.to(saved)
+    merged.config.dtype = saved
+    merged.generation_config = generation
+    folder.mkdir(parents=True)
+    merged.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    del model, merged
+    gc.collect()
+    again, _ = load_result(folder, dtype="float32")
+    found = _find_logits(again, rows)
+    del again
+    gc.collect()
+    difference, moved = (max(float((one - two).abs().max()) for one, two in zip(logits, wanted, strict=True)) for logits in (found, plain))
+    same = [one.argmax(-1) == two.argmax(-1) for one, two in zip(found, wanted, strict=True)]
+    agreeing = float(torch.cat(same).float().mean())
+    name = str(saved).removeprefix("torch.")
+    made = Merge(folder, name, shares, difference, moved, agreeing, _was_quantized(target))
+    largest = max(1.0, *(float(logits.abs().max()) for logits in wanted))
+    allowed = CLOSE * largest if saved == torch.float32 else max((1 - SHARE) * moved, CLOSE * largest)
+    if not difference <= allowed and not (allow_loss and saved != torch.float32):
+        message = f"logits of the merged model differ by {difference:.3g} from those of base and adapter"
+        fix = "serve the base with the adapter beside it" + ", or --dtype float32" * (saved != torch.float32)
+        raise user_error("merge-differs", f"{message} (allowed: {allowed:.3g})", fix)
+    _write_record(folder, target, made)
+    return made
+
+
+def _dtype_of(config: Any) -> torch.dtype:
+    """The dtype in which a base was published."""
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _was_quantized(target: Target) -> bool:
+    return bool(target.recipe and target.recipe.quantization)
+
+
+def _read_rows(target: Target, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of the golden rows with their answers; of a plain sentence where there are none."""
+    rows = [[*row.prompt_ids, *(row.answer_ids or [])] for row in read_golden(target.run)] if target.run else []
+    return rows or [list(tokenizer(PLAIN)["input_ids"])]
+
+
+def _find_logits(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
+    """Logits `(positions, vocabulary)` at the end of each row."""
+    found = []
+    for row in rows:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row]), use_cache=False).logits
+        found.append(logits[0, -POSITIONS:].float().clone())
+    return found
+
+
+def _merge_layers(model: Any, saved: torch.dtype) -> Iterator[tuple[str, float]]:
+    """Merges layer by layer, and says what share of each layer's change is left in the dtype that is saved.
+
+    The share is <rounded - base, merged - base> / |merged - base|^2 over all weights of a layer: how far rounding went
+    in the direction that was learned. bfloat16 has 8 bits: it drops a change below half of a weight's last one.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "merge"):
+            base = module.get_base_layer()
+            before = {key: tensor.detach().clone() for key, tensor in base.named_parameters(recurse=False)}
+            try:
+                module.merge(safe_merge=True)
+            except (ValueError, NotImplementedError, RuntimeError) as error:
+                raise user_error("not-mergeable", f"{_short(name)}: {first_line(error)}") from error
+            after = dict(module.get_base_layer().named_parameters(recurse=False))
+        elif isinstance(module, AuxiliaryTrainingWrapper) and hasattr(module, "modules_to_save"):
+            before = dict(module.original_module.named_parameters())
+            after = dict(module.modules_to_save[module.active_adapters[0]].named_parameters())
+        else:
+            continue
+        if (share := _kept(before, after, saved)) is not None:
+            yield _short(name), share
+
+
+def _kept(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], saved: torch.dtype) -> float | None:
+    """The share of a change that is left; None where nothing was changed."""
+    left = changed = 0.0
+    for key, tensor in after.items():
+        if key in before and before[key].shape == tensor.shape:
+            delta = (tensor.detach() - before[key]).double()
+            applied = (tensor.detach().to(saved).to(tensor.dtype) - before[key]).double()
+            left += float((applied * delta).sum())
+            changed += float(delta.square().sum())
+    return left / changed if changed else None
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _too_much_lost(lost: dict[str, float], layers: int, saved: torch.dtype) -> UserError:
+    worst = sorted(lost, key=lambda name: lost[name])
+    shown = ", ".join(f"{name} ({max(lost[name], 0):.0%})" for name in worst[:3]) + ", ..." * (len(worst) > 3)
+    message = (
+        f"{len(lost)} of {layers} layers keep less than {SHARE:.0%} of what they learned in"
+        f" {str(saved).removeprefix('torch.')}: {shown}"
+    )
+    fix = "--dtype float32 keeps all of it, and so does serving the adapter beside the base; --allow-loss merges anyway"
+    return user_error("merge-loses", message, fix)
+
+
+def _write_record(folder: Path, target: Target, made: Merge) -> None:
+    """Writes what was compared, and the golden rows, beside the weights."""
+    record = {
+        "dtype": made.dtype,
+        "largest_logit_difference": made.difference,
+        "adapter_moves_logits_by": made.moved,
+        "same_first_choice": made.agreeing,
+        "kept_of_what_was_learned": {name: round(share, 4) for name, share in made.shares.items()},
+    }
+    write_json(folder / "merge.json", record)
+    if target.run and (target.run / GOLDEN).is_file():
+        write_text(folder / GOLDEN, (target.run / GOLDEN).read_text(encoding="utf-8"))
+
+
+def _quantize(folder: Path, kind: str, dtype: str) -> None:
+    """Quantizes a merged model in its folder, by bitsandbytes, as transformers saves it."""
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if kind == "nf4":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["bnb_4bit_compute_dtype"] = dtype
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, quantization_config=BitsAndBytesConfig(**options))
+    small = folder.with_name(f"{folder.name}.small")
+    try:
+        model.save_pretrained(str(small))
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        for file in small.iterdir():
+            shutil.move(str(file), str(folder / file.name))
+    finally:
+        shutil.rmtree(small, ignore_errors=True)
+
+
+def describe_merge(made: Merge) -> dict[str, str]:
+    """A merge, one fact a line."""
+    shares = sorted(made.shares.values())
+    return {
+        "merged": f"{made.folder} ({made.dtype})",
+        "base": "was quantized in training, and is not here" * made.unquantized,
+        "kept": f"{shares[0]:.1%} of what was learned in the layer that lost most, {shares[len(shares) // 2]:.1%} in the"
+        f" middle one of {len(shares)}"
+        if shares
+        else "",
+        "logits": f"differ by {made.difference:.2g} at most from base and adapter, which moved them by {made.moved:.3g};"
+        f" same first choice at {made.agreeing:.1%} of positions",
+    }
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What was compared when a model was merged; empty where it was not."""
+    file = folder / "merge.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
