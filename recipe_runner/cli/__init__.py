@@ -17,7 +17,7 @@ from recipe_runner.problems.words import make_visible, suggest
 
 EXIT_USER_ERROR, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
 WORD_SECONDS = 15  # a busy machine needs some to end a process that has torch loaded
-COMMANDS = ("evaluate", "explain", "generate", "list", "merge", "new", "prepare", "preview", "show", "train", "validate")
+COMMANDS = ("check-server", "evaluate", "explain", "generate", "list", "merge", "new", "prepare", "preview", "show", "train", "validate")
 
 
 class _Commands(click.Group):
@@ -46,7 +46,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"recipe_runner.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"recipe_runner.cli.{cmd_name.replace('-', '_')}").command
         return command
 
 

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from recipe_runner.files import FULL, disk_full, hash_weights, read_object
+from recipe_runner.files import FULL, disk_full, hash_weights, list_runs, read_object, read_status
 from recipe_runner.model.answers import render_prompt
 from recipe_runner.model.load import find_base, find_result, load_result, read_tokenizer
 from recipe_runner.model.quantization import build_quantization
@@ -70,6 +70,9 @@ def find_target(name: str) -> Target:
         result = find_result(folder if (folder / "status.json").is_file() else run)
         return Target(name, str(result), run, recipe_of(run))
     if folder.is_dir():
+        if runs := list_runs(folder):
+            message = f"{name} has no completed run: the latest is {read_status(runs[-1])}"
+            raise user_error("run-not-completed", message, f"--resume {runs[-1]} continues it")
         return Target(name, str(find_result(folder)), None, None)
     if names_recipe(name):
         recipe = load_recipe(name)

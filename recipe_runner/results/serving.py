@@ -1,0 +1,303 @@
+"""`recipe-run check-server`: whether a server makes the tokens of a conversation that the model was trained on.
+
+Any server with OpenAI's interface is asked the golden rows of a run. What it counts and how its answers end is compared;
+where a server shows its tokens (llama-server, vLLM), they are compared one by one. The likely cause of a difference is
+the one change of the prompt that explains all rows.
+"""
+
+import contextlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from recipe_runner.model.answers import render_prompt
+from recipe_runner.model.load import find_result, read_tokenizer
+from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.problems.problem import Problem
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.results.gguf import take_apart
+from recipe_runner.runs.golden import GoldenRow
+
+TOKENS = 32  # of an answer, where the golden row has none
+SPARE = 8  # tokens more, in which an answer that ended may go on
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server with OpenAI's interface.
+
+    Attributes:
+        url: Without `/v1`.
+        model: The name of the model there.
+        key: For its `Authorization`; empty for none.
+        seconds: How long an answer may take.
+    """
+
+    url: str
+    model: str
+    key: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server made of a golden row.
+
+    Attributes:
+        count: Tokens of the prompt, as it counts them; None where it does not say.
+        ids: Those tokens, where it shows them.
+        text: Its answer.
+        finish: Why the answer ended: stop, or length.
+    """
+
+    count: int | None
+    ids: list[int] | None
+    text: str
+    finish: str
+
+
+def connect(url: str, model: str | None, key: str, seconds: float) -> Server:
+    """Finds a server, and the name of its model.
+
+    Raises:
+        UserError: Nothing answers there, or something else than such a server, or it has no such model.
+    """
+    url = url.rstrip("/").removesuffix("/v1")
+    if not url.startswith(("http://", "https://")):
+        raise user_error("server-unreachable", f"{url} is no address", "write http://127.0.0.1:8000")
+    server = Server(url, model or "", key, seconds)
+    if model:
+        return server
+    try:
+        found = _ask(server, "/v1/models", None)
+    except UserError as error:
+        fix = error.problems[0].suggestion + " if it is, name its model: --model NAME"
+        raise user_error(error.problems[0].code, error.problems[0].message, fix) from error
+    listed = found.get("data") if isinstance(found, dict) else None
+    names = [str(entry.get("id")) for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    if not isinstance(listed, list):
+        message = f"{url}/v1/models answers something else than a list of models"
+        raise user_error("server-unreachable", message, "is it the address of a server with OpenAI's interface?")
+    if len(names) != 1:
+        fix = "name one: --model NAME" + (f" ({', '.join(names[:5])})" if names else "")
+        raise user_error("server-model", f"{url} offers {len(names)} models", fix)
+    return Server(url, names[0], key, seconds)
+
+
+def _ask(server: Server, path: str, body: dict[str, Any] | None) -> Any:
+    """The JSON that a server answers.
+
+    Raises:
+        UserError: It does not, or answers something else.
+    """
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {server.key}"} if server.key else {})
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(server.url + path, data, headers)
+    address, fix = server.url + path, "is the server running, and is this its address?"
+    try:
+        with urllib.request.urlopen(request, timeout=server.seconds) as response:
+            text = response.read()
+    except urllib.error.HTTPError as error:
+        told = error.read(500).decode(errors="replace")
+        raise user_error("server-refused", f"{address}: status {error.code}: {first_line(ValueError(told))}", fix) from error
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise user_error("server-unreachable", f"{address}: {getattr(error, 'reason', error)}", fix) from error
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise user_error("server-unreachable", f"{address} does not answer in JSON", fix) from error
+
+
+def ask_row(server: Server, row: GoldenRow) -> Reply:
+    """What a server makes of a golden row.
+
+    Raises:
+        UserError: It refuses the row, or answers something else.
+    """
+    most = (len(row.answer_ids or []) or TOKENS) + SPARE * row.ended
+    body: dict[str, Any] = {"model": server.model, "max_tokens": most, "temperature": 0}
+    if row.messages is None:
+        found = _ask(server, "/v1/completions", body | {"prompt": row.text})
+    else:
+        tools = {"tools": row.tools} if row.tools else {}
+        found = _ask(server, "/v1/chat/completions", body | {"messages": row.messages, **tools})
+    try:
+        choice = found["choices"][0]
+        text = choice["message"]["content"] if row.messages is not None else choice["text"]
+        count = (found.get("usage") or {}).get("prompt_tokens")
+        count = count if isinstance(count, int) and count > 0 else None
+        return Reply(count, _show_tokens(server, row), str(text or ""), str(choice.get("finish_reason")))
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        message = f"{server.url} answers something else than a completion"
+        raise user_error("server-unreachable", message, "is it a server with OpenAI's interface?") from error
+
+
+def _show_tokens(server: Server, row: GoldenRow) -> list[int] | None:
+    """The tokens of a prompt as the server makes them: llama-server's way, then vLLM's; None where it shows none."""
+    if row.messages is None:
+        ways: list[Callable[[], Any]] = [lambda: _ask(server, "/tokenize", {"model": server.model, "prompt": row.text})]
+    else:
+        asked = {"model": server.model, "messages": row.messages, "add_generation_prompt": True}
+        ways = [lambda: _tokenize_rendered(server, row), lambda: _ask(server, "/tokenize", asked)]
+    for way in ways:
+        with contextlib.suppress(Exception):  # another server's address: it has no such door
+            tokens = way()["tokens"]
+            if isinstance(tokens, list) and tokens and all(isinstance(token, int) for token in tokens):
+                return tokens
+    return None
+
+
+def _tokenize_rendered(server: Server, row: GoldenRow) -> Any:
+    text = _ask(server, "/apply-template", {"messages": row.messages})["prompt"]
+    return _ask(server, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
+
+
+def find_causes(
+    rows: list[GoldenRow], replies: list[Reply], tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None
+) -> Iterator[Problem]:
+    """What is wrong with a server, and the likely cause: an error for each thing."""
+    shown = all(reply.ids is not None for reply in replies)
+    known = all(reply.count is not None for reply in replies)
+    if shown or known:
+        theirs: list[Any] = [reply.ids if shown else reply.count for reply in replies]
+        ours: list[Any] = [row.prompt_ids if shown else len(row.prompt_ids) for row in rows]
+        if wrong := [place for place in range(len(rows)) if theirs[place] != ours[place]]:
+            yield _explain_prompts(rows, theirs, wrong, shown, tokenizer, recipe)
+            return  # what it answers to other prompts says nothing of its stop tokens
+    yield from _explain_ends(rows, replies, tokenizer)
+
+
+def _explain_prompts(
+    rows: list[GoldenRow],
+    theirs: list[Any],
+    wrong: list[int],
+    shown: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe | None,
+) -> Problem:
+    cause, fix = "another chat template", "serve the result with the chat_template.jinja that it was saved with"
+    for name, remedy, change in _changes(tokenizer, recipe):
+        made = [change(row) for row in rows]
+        if all(ids is not None and (ids if shown else len(ids)) == found for ids, found in zip(made, theirs, strict=True)):
+            cause, fix = name, remedy
+            break
+    first = wrong[0]
+    told = f"in {len(wrong)} of {len(rows)} rows the server makes other tokens of the prompt"
+    if not shown:
+        told = f"in {len(wrong)} of {len(rows)} rows the server counts another number of prompt tokens"
+        told += f" (row {first + 1}: {theirs[first]}, in training {len(rows[first].prompt_ids)})"
+    return Problem("server-differs", f"{told}; likely cause: {cause}", suggestion=fix)
+
+
+Change = tuple[str, str, Callable[[GoldenRow], list[int] | None]]
+
+
+def _changes(tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None) -> Iterator[Change]:
+    """Changes of a prompt that servers make: what it is, what to do, and the tokens that a row then has."""
+    bos = tokenizer.bos_token_id
+
+    def render(turns: Any, **options: Any) -> list[int] | None:
+        try:
+            if options:
+                made: Any = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **options)
+                return list(made)
+            return render_prompt(turns, tokenizer)
+        except Exception:  # a template is a program: this change can't be what the server does
+            return None
+
+    def talk(row: GoldenRow) -> Any:
+        return [turn for turn in row.messages or [] if turn["role"] != "system"]
+
+    if bos is not None:
+        fix = "the server adds a BOS token to a template that has one: take it out of the template, or turn it off there"
+        yield "BOS twice", fix, lambda row: [bos, *row.prompt_ids]
+        fix = "the server leaves the BOS token out: add_bos_token in tokenizer_config.json, or in the template"
+        yield "BOS missing", fix, lambda row: row.prompt_ids[1:] if row.prompt_ids[:1] == [bos] else None
+    fix = "serve the result's own chat_template.jinja, which has a place for it"
+    yield "the system prompt is dropped", fix, lambda row: render(talk(row))
+    yield "the system prompt is dropped", fix, lambda row: _without_system(tokenizer, row, talk(row))
+    fix = "serve the result's own chat_template.jinja, which begins without a system prompt that nobody wrote"
+    yield "no default system prompt", fix, lambda row: _without_system(tokenizer, row, row.messages or [])
+    fix = "the template must get add_generation_prompt=True"
+    yield "the generation prompt is missing", fix, lambda row: render(row.messages, add_generation_prompt=False)
+    fix = "the server drops what was said before: check how it passes the messages on"
+    yield "earlier turns are dropped", fix, lambda row: render((row.messages or [])[-1:])
+    if recipe:
+        with contextlib.suppress(Exception):  # the base may be gone, or have no template: it explains nothing then
+            base = AutoTokenizer.from_pretrained(recipe.model.name_or_path, **recipe.model.location)
+            if base.chat_template and base.chat_template != tokenizer.chat_template:
+                fix = "serve the result with the chat_template.jinja that it was saved with"
+                yield "the base's chat template", fix, lambda row: render_prompt(row.content, base)
+
+
+def _without_system(tokenizer: PreTrainedTokenizerBase, row: GoldenRow, turns: Any) -> list[int] | None:
+    """The tokens without the system prompt that a template writes by itself."""
+    parts = take_apart(tokenizer) if turns else None
+    if not parts or parts.system is None:
+        return None
+    plain = type(parts)(parts.around, parts.answer, None)
+    return list(tokenizer(plain.render(turns), add_special_tokens=False)["input_ids"])
+
+
+def _explain_ends(
+    rows: list[GoldenRow], replies: list[Reply], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Problem]:
+    """Answers that do not end where the trained model ended them, or print the token that ends them."""
+    ends = [place for place, row in enumerate(rows) if row.ended and row.answer_ids]
+    special = [token for token in tokenizer.all_special_tokens if token.strip()]
+    printed = next((t for reply in replies for t in special if t in reply.text), "")
+    if printed:
+        message = f"answers print {printed}: the server does not take it for a special token, or does not stop there"
+        yield Problem("server-differs", message, suggestion=f"make it a stop token of the server: stop: ['{printed}']")
+    late = [place for place in ends if replies[place].finish == "length" or _goes_on(rows[place], replies[place])]
+    if late and not printed:
+        row = rows[late[0]]
+        token = tokenizer.convert_ids_to_tokens((row.answer_ids or [0])[-1])
+        message = f"{len(late)} of {len(ends)} answers go on after their end; likely cause: the stop token {token} is missing"
+        fix = "serve the result's own generation_config.json, or pass it as a stop token"
+        yield Problem("server-differs", message, suggestion=fix)
+
+
+def _goes_on(row: GoldenRow, reply: Reply) -> bool:
+    """Whether an answer is the trained model's, with more after it."""
+    return bool(row.answer) and reply.text.strip() != row.answer and reply.text.strip().startswith(row.answer)
+
+
+def describe(rows: list[GoldenRow], replies: list[Reply]) -> Iterator[str]:
+    """A line a row, and what can't be told."""
+    yield f"  {'row':<28}{'prompt tokens':<24}{'ends':<10}{'answer'}"
+    for number, (row, reply) in enumerate(zip(rows, replies, strict=True), 1):
+        own = len(row.prompt_ids)
+        count = "not told" if reply.count is None else str(reply.count)
+        same = {None: "", True: ", same ids", False: ", other ids"}[None if reply.ids is None else reply.ids == row.prompt_ids]
+        told = f"{count} of {own}{same}" if reply.ids is None else f"{len(reply.ids)} of {own}{same}"
+        answer = "same text" if reply.text.strip() == row.answer else "other text"
+        yield f"  {number:>2} {row.kind:<25}{told:<24}{reply.finish:<10}{answer if row.answer_ids else ''}"
+    if not any(reply.ids for reply in replies):
+        yield "This server does not show its tokens: their number is compared, not which they are."
+    if all(reply.count is None for reply in replies):
+        yield "It does not count the prompt's tokens, either: what it makes of a prompt can't be told."
+
+
+def find_hints(rows: list[GoldenRow], replies: list[Reply]) -> Iterator[str]:
+    """What may be meant, and is no error: greedy text depends on dtype, kernels and quantization."""
+    compared = [place for place, row in enumerate(rows) if row.answer_ids]
+    same = [place for place in compared if replies[place].text.strip() == rows[place].answer]
+    if compared and not same and not any(_goes_on(rows[place], replies[place]) for place in compared):
+        told = [place for place in compared if rows[place].before and replies[place].text.strip() == rows[place].before]
+        if told:
+            yield "hint: the answers are those of the base: is the adapter loaded?"
+        else:
+            yield "hint: no answer is that of the trained model: are these its weights? quantized ones answer otherwise"
+
+
+def open_contract(run: Path) -> tuple[PreTrainedTokenizerBase, Path]:
+    """The tokenizer of a run's result, and where it is."""
+    result = find_result(run)
+    return read_tokenizer(result), result
