@@ -18,7 +18,9 @@ from recipe_runner.cli.options import prepare_process
     show_default=True,
     help="Environment variable that holds the server's key.",
 )
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=120, show_default=True, help="Of an answer.")
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=120, show_default=True, help="Of an answer."
+)
 def command(url: str, name: str, model: str | None, api_key_env: str, timeout: float) -> None:
     """Compare a server with the golden rows of a run: prompt tokens, stop behaviour, greedy text.
 

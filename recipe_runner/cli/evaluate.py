@@ -11,7 +11,9 @@ from recipe_runner.cli.options import dtype_option, prepare_process, quantized_o
 @click.argument("result", metavar="RUN|RECIPE|MODEL")
 @click.option("--data", metavar="FILE|ID", help="Rows to evaluate on, instead of the recipe's evaluation data.")
 @click.option("--data-format", "form", help="Layout of --data for a model without a recipe; guessed by its columns.")
-@click.option("--column", "columns", multiple=True, metavar="ROLE=NAME", help="Column of --data for a role. Repeatable.")
+@click.option(
+    "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Column of --data for a role. Repeatable."
+)
 @click.option("--limit", type=click.IntRange(1), help="The most rows.")
 @click.option("--few-shot", type=click.IntRange(0, 100), default=0, help="Also ask the base with k training examples.")
 @click.option("--scorer", "scorers", multiple=True, metavar="NAME", help="How answers are scored. Repeatable.")

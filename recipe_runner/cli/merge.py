@@ -9,7 +9,9 @@ from recipe_runner.cli.options import prepare_process
 
 @click.command(name="merge")
 @click.argument("result", metavar="RUN")
-@click.option("--output", type=click.Path(path_type=Path), help="A new folder; by default `merged` in the run's folder.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="A new folder; by default `merged` in the run's folder."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

@@ -132,13 +132,13 @@ def find_change(own: str, other: str) -> str:
     """Where two renderings of a row differ, for a message; empty where they do not."""
     if own == other:
         return ""
-    begin = _count_common(own, other)
-    end = _count_common(own[begin:][::-1], other[begin:][::-1])
+    begin = count_common(own, other)
+    end = count_common(own[begin:][::-1], other[begin:][::-1])
     before, after = (repr(shorten_middle(text[begin : len(text) - end])) for text in (own, other))
     return f"{after} instead of {before}"
 
 
-def _count_common(one: str, other: str) -> int:
+def count_common(one: str, other: str) -> int:
     """How many characters two texts begin with in common."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -123,8 +123,6 @@ def few_shot(examples: Sequence[Prompt], prompt: Prompt) -> Turns | str:
         return "\n\n".join([*(f"{shown.content}{shown.wanted}" for shown in examples), prompt.content])
     begin = [turn for turn in prompt.content[:1] if turn["role"] == "system"]
     shown = [
-        turn
-        for example in examples
-        for turn in (*_talk(example), {"role": "assistant", "content": example.wanted})
+        turn for example in examples for turn in (*_talk(example), {"role": "assistant", "content": example.wanted})
     ]
     return [*begin, *shown, *prompt.content[len(begin) :]]

@@ -90,7 +90,11 @@ def method_not_sharded(launch: Launch, peft: UpstreamSection, training: Upstream
 def samples_not_sharded(launch: Launch, run: RunSection) -> Found:
     """Answers while a model trains need its weights. Source: transformers 5.23, generate; FSDP shards them by layer."""
     if launch.kind == "FSDP" and run.samples:
-        yield ("distributed_type",), "FSDP can't answer run.samples", "take accelerate_configs/deepspeed_zero3.yaml or ddp"
+        yield (
+            ("distributed_type",),
+            "FSDP can't answer run.samples",
+            "take accelerate_configs/deepspeed_zero3.yaml or ddp",
+        )
 
 
 def deepspeed_optimizer(launch: Launch, training: UpstreamSection) -> Found:

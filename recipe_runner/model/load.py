@@ -63,9 +63,7 @@ def read_tokenizer(result: str | Path, **options: Any) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def load_result(
-    folder: str | Path, plain_base: bool = False, **options: Any
-) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_result(folder: str | Path, plain_base: bool = False, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     """Loads a result for inference: in evaluation mode, with the tokenizer it was saved with, padding on the left.
 
     The base of an adapter is loaded from where `find_base` finds it; `model.disable_adapter()` gives it back.
@@ -129,7 +127,9 @@ def _refuse_missing(base: str, result: Path) -> None:
     Raises:
         UserError: It has moved.
     """
-    if Path(base).is_absolute() and not Path(base).is_dir() or base.startswith((".", "~")) and not Path(base).is_dir():
+    if (Path(base).is_absolute() and not Path(base).is_dir()) or (
+        base.startswith((".", "~")) and not Path(base).is_dir()
+    ):
         message = f"the base model of {result} is not where it was: {base}"
         fix = f"put it back, or write its folder or id as base_model_name_or_path into {result / CONFIG}"
         raise user_error("base-moved", message, fix)

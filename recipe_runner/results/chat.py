@@ -26,7 +26,8 @@ class Stopper(StoppingCriteria):
     def __init__(self) -> None:
         self.stopped = False
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Whether each row of a batch is done."""
         return torch.full((input_ids.shape[0],), self.stopped, device=input_ids.device, dtype=torch.bool)
 
     def on_signal(self, number: int, frame: Any) -> None:
@@ -40,6 +41,7 @@ class Words(TextStreamer):
     """transformers' streamer; what a terminal would obey is spelt out."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Prints some words."""
         super().on_finalized_text(make_visible(text), stream_end)
 
 

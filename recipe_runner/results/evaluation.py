@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from recipe_runner.preview.rows import open_preview
 from recipe_runner.problems.errors import user_error
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.results.scorers import Scorer, build_scorers
-from recipe_runner.results.statistics import Estimate, Measure, estimate, resample
+from recipe_runner.results.statistics import Measure, estimate, resample
 from recipe_runner.results.target import Opened, Target, open_target
 
 Sequence_ = tuple[list[int], list[int]]
@@ -240,8 +239,8 @@ def warn_of_prompts(rows: Sequence[Row]) -> None:
     if differ:
         first = f"{differ[0].source} row {differ[0].number}"
         print(
-            f"warning[prompt-differs] in {len(differ):,} of {len(rows):,} rows (first: {first}) the chat template renders"
-            " a prompt otherwise than the same turns before their answer",
+            f"warning[prompt-differs] in {len(differ):,} of {len(rows):,} rows (first: {first}) the chat template"
+            " renders a prompt otherwise than the same turns before their answer",
             file=sys.stderr,
         )
 
@@ -296,9 +295,7 @@ def _reference_scores(opened: Opened, recipe: Recipe, rows: Sequence[Row]) -> di
     model.load_adapter(str(begun), adapter_name="reference")
     try:
         model.set_adapter("reference")
-        return {
-            name: score_sequences(model, [row.sequences[name] for row in rows]) for name in rows[0].sequences
-        }
+        return {name: score_sequences(model, [row.sequences[name] for row in rows]) for name in rows[0].sequences}
     finally:
         model.set_adapter("default")
         model.delete_adapter("reference")
@@ -337,7 +334,10 @@ def score_answers(evaluation: Evaluation, column: Column) -> dict[str, list[floa
     """Scorer -> one score a row."""
     if not column.answers:
         return {}
-    pairs = [(answer.text, row.prompt.wanted if row.prompt else "") for answer, row in zip(column.answers, evaluation.rows, strict=True)]
+    pairs = [
+        (answer.text, row.prompt.wanted if row.prompt else "")
+        for answer, row in zip(column.answers, evaluation.rows, strict=True)
+    ]
     return {name: [scorer(*pair) for pair in pairs] for name, scorer in evaluation.scorers.items()}
 
 
@@ -391,7 +391,9 @@ def list_answers(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
             told |= {name: values[place] for name, values in scored[column.name].items()}
             for answer, scores in column.scores.items():
                 told[f"loss{f' ({answer})' if answer else ''}"] = scores[place].loss / max(scores[place].tokens, 1)
-            told |= {f"reward ({answer or 'answer'})": float(values[place]) for answer, values in column.rewards.items()}
+            told |= {
+                f"reward ({answer or 'answer'})": float(values[place]) for answer, values in column.rewards.items()
+            }
             entry["columns"][column.name] = told
         yield entry
 

@@ -107,7 +107,9 @@ def check_comparable(target: Target) -> None:
     """
     if not target.is_adapter:
         message = f"{target.name} is no adapter that could be switched off: its base would be a second model in memory"
-        raise user_error("no-adapter", message, "leave out --compare-base; `recipe-run evaluate` compares with the base")
+        raise user_error(
+            "no-adapter", message, "leave out --compare-base; `recipe-run evaluate` compares with the base"
+        )
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ def read_prompts(file: Path, asker: Asker) -> list[Line]:
         try:
             row = json.loads(text)
         except ValueError as error:
-            raise user_error("prompts-unreadable", f"no JSON: {first_line(error)}", mark=Mark(str(file), number)) from error
+            raise user_error(
+                "prompts-unreadable", f"no JSON: {first_line(error)}", mark=Mark(str(file), number)
+            ) from error
         found.append(Line(number, _read_prompt(row, asker, Mark(str(file), number)), row))
     if not found:
         raise user_error("prompts-unreadable", f"{file} holds no prompt", 'write lines of {"prompt": "..."}')
@@ -191,7 +195,9 @@ def answer_file(
         if compare:
             with model.disable_adapter():
                 prompts = [rendered[left[place]] for place in answers]
-                base = dict(zip(answers, answer_all(model, tokenizer, prompts, batch_size, **asker.options), strict=True))
+                base = dict(
+                    zip(answers, answer_all(model, tokenizer, prompts, batch_size, **asker.options), strict=True)
+                )
         for place, answer in answers.items():
             told = {"answer": answer.text, "tokens": len(answer.tokens), "ended": answer.ended}
             told |= {"base_answer": base[place].text} if compare else {}

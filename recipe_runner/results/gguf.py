@@ -5,7 +5,6 @@ must render the golden rows as the chat template does, or no template is written
 """
 
 import json
-import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from recipe_runner.data.checks import count_common
 from recipe_runner.data.formats import Turns
 from recipe_runner.files import write_text
 from recipe_runner.results.target import Target
@@ -33,9 +33,13 @@ class Parts:
 
     def render(self, turns: Turns) -> str:
         """What these parts make of turns that wait for an answer."""
-        begin = [] if self.system is None or turns[0]["role"] == "system" else [{"role": "system", "content": self.system}]
+        begin = (
+            [] if self.system is None or turns[0]["role"] == "system" else [{"role": "system", "content": self.system}]
+        )
         texts = [self.around[turn["role"]] for turn in (*begin, *turns)]
-        filled = [before + turn["content"] + after for (before, after), turn in zip(texts, (*begin, *turns), strict=True)]
+        filled = [
+            before + turn["content"] + after for (before, after), turn in zip(texts, (*begin, *turns), strict=True)
+        ]
         return "".join(filled) + self.answer
 
     def as_go(self) -> str:
@@ -65,7 +69,7 @@ def take_apart(tokenizer: PreTrainedTokenizerBase) -> Parts | None:
         alone = _render(tokenizer, [asked]).split("BTEXT")[1]
         waiting = _render(tokenizer, [asked], waits=True).split("BTEXT")[1]
         # Phi-3's template ends with an end-of-sequence token where nobody is to answer; half a token is none.
-        after_user = re.sub(r"<\|?$", "", os.path.commonprefix([alone, waiting])) if alone != waiting else alone
+        after_user = re.sub(r"<\|?$", "", alone[: count_common(alone, waiting)]) if alone != waiting else alone
         opening = waiting.removeprefix(after_user)
         whole = _render(tokenizer, [asked, told, again, closed])
         begin, after_first, between, _, end = re.split("[BCDE]TEXT", whole)
@@ -127,7 +131,9 @@ def write_modelfile(folder: Path, target: Target) -> list[str]:
     name = target.recipe.name if target.recipe else folder.name
     lines = [f"# {name}, after the command that makes the GGUF file: see docs/serving.md.", f"FROM ./{name}.gguf"]
     lines += _template_lines(tokenizer, target)
-    lines += [f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in tokenizer.convert_ids_to_tokens(ends)]
+    lines += [
+        f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in tokenizer.convert_ids_to_tokens(ends)
+    ]
     write_text(folder / FILE, "\n".join(lines) + "\n")
     out = OUT_TYPES.get(str(getattr(config, "dtype", None) or _dtype(folder)), "auto")
     place, file = shlex.quote(str(folder)), shlex.quote(str(folder / f"{name}.gguf"))

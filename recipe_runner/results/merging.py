@@ -7,7 +7,7 @@ import gc
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,10 @@ def _merge_into(folder: Path, target: Target, config: PeftConfig, dtype: str | N
     found = _find_logits(again, rows)
     del again
     gc.collect()
-    difference, moved = (max(float((one - two).abs().max()) for one, two in zip(logits, wanted, strict=True)) for logits in (found, plain))
+    difference, moved = (
+        max(float((one - two).abs().max()) for one, two in zip(logits, wanted, strict=True))
+        for logits in (found, plain)
+    )
     same = [one.argmax(-1) == two.argmax(-1) for one, two in zip(found, wanted, strict=True)]
     agreeing = float(torch.cat(same).float().mean())
     name = str(saved).removeprefix("torch.")
@@ -210,7 +213,7 @@ def _merge_layers(model: Any, saved: torch.dtype) -> Iterator[tuple[str, float]]
             yield _short(name), share
 
 
-def _kept(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], saved: torch.dtype) -> float | None:
+def _kept(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], saved: torch.dtype) -> float | None:
     """The share of a change that is left; None where nothing was changed."""
     left = changed = 0.0
     for key, tensor in after.items():
@@ -257,7 +260,9 @@ def _quantize(folder: Path, kind: str, dtype: str) -> None:
     if kind == "nf4":
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["bnb_4bit_compute_dtype"] = dtype
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, quantization_config=BitsAndBytesConfig(**options))
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, quantization_config=BitsAndBytesConfig(**options)
+    )
     small = folder.with_name(f"{folder.name}.small")
     try:
         model.save_pretrained(str(small))
@@ -275,12 +280,12 @@ def describe_merge(made: Merge) -> dict[str, str]:
     return {
         "merged": f"{made.folder} ({made.dtype})",
         "base": "was quantized in training, and is not here" * made.unquantized,
-        "kept": f"{shares[0]:.1%} of what was learned in the layer that lost most, {shares[len(shares) // 2]:.1%} in the"
-        f" middle one of {len(shares)}"
+        "kept": f"{shares[0]:.1%} of what was learned in the layer that lost most, {shares[len(shares) // 2]:.1%} in"
+        f" the middle one of {len(shares)}"
         if shares
         else "",
-        "logits": f"differ by {made.difference:.2g} at most from base and adapter, which moved them by {made.moved:.3g};"
-        f" same first choice at {made.agreeing:.1%} of positions",
+        "logits": f"differ by {made.difference:.2g} at most from base and adapter, which moved them by {made.moved:.3g}"
+        f"; same first choice at {made.agreeing:.1%} of positions",
     }
 
 

@@ -1,5 +1,6 @@
 """Scorers: how well an answer matches the wanted one, from 0 to 1."""
 
+import importlib
 import json
 import re
 import string
@@ -36,7 +37,9 @@ def _build(name: str) -> Scorer:
         try:
             return partial(_same_found, re.compile(detail))
         except re.error as error:
-            raise user_error("unknown-scorer", f"the pattern {detail!r} can't be read: {error}", "correct it") from error
+            raise user_error(
+                "unknown-scorer", f"the pattern {detail!r} can't be read: {error}", "correct it"
+            ) from error
     if name in ROUGE:
         return _build_rouge(name)
     if name in (plain := {"exact_match": _exact, "normalized_match": _normalized, "json": _equal_json}):
@@ -94,7 +97,9 @@ def _same_found(pattern: re.Pattern[str], answer: str, wanted: str) -> float:
     """Whether a pattern (its first group, where it has one) finds the same in both, last match each; GSM8K's way."""
     try:
         with time_limit(PATTERN_SECONDS):
-            found, right = ([match[match.re.groups and 1] for match in pattern.finditer(text)] for text in (answer, wanted))
+            found, right = (
+                [match[match.re.groups and 1] for match in pattern.finditer(text)] for text in (answer, wanted)
+            )
     except TooSlow as error:
         raise user_error("unknown-scorer", f"the pattern {pattern.pattern!r}: {error}", "simplify it") from error
     return float(bool(found and right) and found[-1] == right[-1])
@@ -102,9 +107,11 @@ def _same_found(pattern: re.Pattern[str], answer: str, wanted: str) -> float:
 
 def _build_rouge(name: str) -> Scorer:
     try:
-        from rouge_score.rouge_scorer import RougeScorer
+        RougeScorer: Any = importlib.import_module("rouge_score.rouge_scorer").RougeScorer
     except ImportError as error:
-        raise user_error("unknown-scorer", "the package rouge-score is not installed", "pip install rouge-score") from error
+        raise user_error(
+            "unknown-scorer", "the package rouge-score is not installed", "pip install rouge-score"
+        ) from error
     scorer = RougeScorer([name], use_stemmer=True)
 
     def rouge(answer: str, wanted: str) -> float:

@@ -1,8 +1,8 @@
 """`recipe-run check-server`: whether a server makes the tokens of a conversation that the model was trained on.
 
-Any server with OpenAI's interface is asked the golden rows of a run. What it counts and how its answers end is compared;
-where a server shows its tokens (llama-server, vLLM), they are compared one by one. The likely cause of a difference is
-the one change of the prompt that explains all rows.
+Any server with OpenAI's interface is asked the golden rows of a run. What it counts and how its answers end is
+compared; where a server shows its tokens (llama-server, vLLM), they are compared one by one. The likely cause of a
+difference is the one change of the prompt that explains all rows.
 """
 
 import contextlib
@@ -105,7 +105,9 @@ def _ask(server: Server, path: str, body: dict[str, Any] | None) -> Any:
             text = response.read()
     except urllib.error.HTTPError as error:
         told = error.read(500).decode(errors="replace")
-        raise user_error("server-refused", f"{address}: status {error.code}: {first_line(ValueError(told))}", fix) from error
+        raise user_error(
+            "server-refused", f"{address}: status {error.code}: {first_line(ValueError(told))}", fix
+        ) from error
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise user_error("server-unreachable", f"{address}: {getattr(error, 'reason', error)}", fix) from error
     try:
@@ -184,7 +186,9 @@ def _explain_prompts(
     cause, fix = "another chat template", "serve the result with the chat_template.jinja that it was saved with"
     for name, remedy, change in _changes(tokenizer, recipe):
         made = [change(row) for row in rows]
-        if all(ids is not None and (ids if shown else len(ids)) == found for ids, found in zip(made, theirs, strict=True)):
+        if all(
+            ids is not None and (ids if shown else len(ids)) == found for ids, found in zip(made, theirs, strict=True)
+        ):
             cause, fix = name, remedy
             break
     first = wrong[0]
@@ -215,7 +219,9 @@ def _changes(tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None) -> Itera
         return [turn for turn in row.messages or [] if turn["role"] != "system"]
 
     if bos is not None:
-        fix = "the server adds a BOS token to a template that has one: take it out of the template, or turn it off there"
+        fix = (
+            "the server adds a BOS token to a template that has one: take it out of the template, or turn it off there"
+        )
         yield "BOS twice", fix, lambda row: [bos, *row.prompt_ids]
         fix = "the server leaves the BOS token out: add_bos_token in tokenizer_config.json, or in the template"
         yield "BOS missing", fix, lambda row: row.prompt_ids[1:] if row.prompt_ids[:1] == [bos] else None
@@ -245,9 +251,7 @@ def _without_system(tokenizer: PreTrainedTokenizerBase, row: GoldenRow, turns: A
     return list(tokenizer(plain.render(turns), add_special_tokens=False)["input_ids"])
 
 
-def _explain_ends(
-    rows: list[GoldenRow], replies: list[Reply], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Problem]:
+def _explain_ends(rows: list[GoldenRow], replies: list[Reply], tokenizer: PreTrainedTokenizerBase) -> Iterator[Problem]:
     """Answers that do not end where the trained model ended them, or print the token that ends them."""
     ends = [place for place, row in enumerate(rows) if row.ended and row.answer_ids]
     special = [token for token in tokenizer.all_special_tokens if token.strip()]
@@ -259,7 +263,9 @@ def _explain_ends(
     if late and not printed:
         row = rows[late[0]]
         token = tokenizer.convert_ids_to_tokens((row.answer_ids or [0])[-1])
-        message = f"{len(late)} of {len(ends)} answers go on after their end; likely cause: the stop token {token} is missing"
+        message = (
+            f"{len(late)} of {len(ends)} answers go on after their end; likely cause: the stop token {token} is missing"
+        )
         fix = "serve the result's own generation_config.json, or pass it as a stop token"
         yield Problem("server-differs", message, suggestion=fix)
 
@@ -275,7 +281,9 @@ def describe(rows: list[GoldenRow], replies: list[Reply]) -> Iterator[str]:
     for number, (row, reply) in enumerate(zip(rows, replies, strict=True), 1):
         own = len(row.prompt_ids)
         count = "not told" if reply.count is None else str(reply.count)
-        same = {None: "", True: ", same ids", False: ", other ids"}[None if reply.ids is None else reply.ids == row.prompt_ids]
+        same = {None: "", True: ", same ids", False: ", other ids"}[
+            None if reply.ids is None else reply.ids == row.prompt_ids
+        ]
         told = f"{count} of {own}{same}" if reply.ids is None else f"{len(reply.ids)} of {own}{same}"
         answer = "same text" if reply.text.strip() == row.answer else "other text"
         yield f"  {number:>2} {row.kind:<25}{told:<24}{reply.finish:<10}{answer if row.answer_ids else ''}"

@@ -37,7 +37,7 @@ Resampled = Mapping[str, tuple[float, np.ndarray]]  # name -> value, and an arra
 
 
 def resample(measures: Mapping[str, Measure], seed: int) -> Resampled:
-    """Values of measures of the same rows, and of so many resamples of them: the same ones, so that they can be paired."""
+    """Values of measures of the same rows, and of resamples of them: the same ones for all, so they can be paired."""
     if not measures:
         return {}
     table = np.concatenate([[measure.sums, measure.parts] for measure in measures.values()]).astype(float)

@@ -175,5 +175,3 @@ def explaining(memory: str, going_on: str = "run it again") -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in FULL:
             raise disk_full(error.errno, Path(error.filename or "."), going_on) from error
         raise
-
-

@@ -57,6 +57,8 @@ def write_tasks(tasks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     rows = [["lm-eval", *names]]
     for task in tasks[names[0]]:
         for measure in tasks[names[0]][task]:
-            rows.append([f"{task} {measure}", *(f"{tasks[name][task].get(measure, float('nan')):.4f}" for name in names)])
+            rows.append(
+                [f"{task} {measure}", *(f"{tasks[name][task].get(measure, float('nan')):.4f}" for name in names)]
+            )
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)

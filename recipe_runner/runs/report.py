@@ -1,45 +1,418 @@
-"""The report of a pipeline's run: what each stage did to its own held-out data."""
+"""`report.html`: what a run was, what it did and what it can do, on one page; or several runs, compared.
 
-from collections.abc import Sequence
+Everything is read from the run folder: `recipe-run report` writes the page again at any time.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from html import escape
 from pathlib import Path
+from typing import Any
 
-from recipe_runner.files import write_text
-from recipe_runner.recipe.recipe import Recipe
+from recipe_runner import __version__
+from recipe_runner.files import hide_home, read_object, read_status, read_text, share_path, write_text
+from recipe_runner.pages.charts import Curve, draw_chart, draw_histogram
+from recipe_runner.pages.frame import write_facts, write_grid, write_page
+from recipe_runner.problems.errors import UserError, user_error
+from recipe_runner.problems.problem import Mark
+from recipe_runner.problems.words import make_visible
+from recipe_runner.recipe.document import parse_document
+from recipe_runner.runs.folder import recipe_changes
+from recipe_runner.runs.golden import read_golden
 from recipe_runner.runs.metrics import measure_series, read_metrics
-from recipe_runner.runs.stages import StageRun
+from recipe_runner.stages import PIPELINE, STAGES
+
+FILE = "report.html"
+SHOWN = 3  # answers on the page
+# What is drawn: title, measures (training, then held-out), whether equal ratios are equal distances.
+CHARTS = (
+    ("loss", ("loss", "eval_loss"), False),
+    ("learning rate", ("learning_rate",), False),
+    ("gradient norm", ("grad_norm",), True),
+    ("tokens a second", ("tokens_per_second",), False),
+    ("token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy"), False),
+    ("reward margin", ("rewards/margins", "eval_rewards/margins"), False),
+    ("pairs ranked right", ("rewards/accuracies", "eval_rewards/accuracies"), False),
+)
+FINAL = {  # of a table that compares runs: name -> measure, the last value of which counts
+    "training loss": "loss",
+    "held-out loss": "eval_loss",
+    "held-out token accuracy": "eval_mean_token_accuracy",
+    "held-out reward margin": "eval_rewards/margins",
+    "held-out pairs ranked right": "eval_rewards/accuracies",
+}
 
 
-def describe_effects(runs: Sequence[StageRun]) -> list[tuple[str, str, str, str]]:
-    """What each stage did to its own held-out data: stage, measure, before, after.
+@dataclass(frozen=True)
+class Run:
+    """What is read of a run.
 
-    Evaluations are read from its metrics: the first (at step 0 with `eval_on_start`) and the last. A stage that does
-    not evaluate is told by its training loss.
+    Attributes:
+        folder: The run folder.
+        values: The recipe as it was resolved.
+        status: What `status.json` says.
+        environment: What `environment.json` says.
+        logged: The lines of `metrics.jsonl`, with tokens a second.
+        evaluation: The figures of the latest evaluation; empty without one.
+        answers: Its first rows.
     """
-    rows = []
-    for number, run in enumerate(runs, 1):
-        name = f"{number} {run.recipe.stage.name}"
-        logged = read_metrics(run.folder) if run.folder else []
-        evaluated = any("eval_loss" in entry for entry in logged)
-        for key, title in (run.recipe.stage.measures if evaluated else {"loss": "training loss"}).items():
-            if series := measure_series(logged, key):
-                (first, before), (last, after) = series[0], series[-1]
-                rows.append((name, title, f"{before:.3f} (step {first})", f"{after:.3f} (step {last})"))
-                name = ""
-    return rows
+
+    folder: Path
+    values: Mapping[str, Any]
+    status: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    logged: Sequence[dict[str, Any]]
+    evaluation: Mapping[str, Any]
+    answers: Sequence[Mapping[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The recipe's name and the run's."""
+        return f"{self.values.get('name', '?')} {self.folder.name}"
+
+    @property
+    def seconds(self) -> float | None:
+        """From the start to the last change of the status."""
+        try:
+            begun, changed = (datetime.fromisoformat(str(self.status[key])) for key in ("started", "updated"))
+        except (KeyError, ValueError):
+            return None
+        return max((changed - begun).total_seconds(), 0.0)
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return max((entry["step"] for entry in self.logged), default=0)
 
 
-def write_report(recipe: Recipe, folder: Path, runs: Sequence[StageRun]) -> str:
-    """Writes the report of a pipeline's run, README.md, and returns its table as text."""
-    rows = [("stage", "measure", "before", "after"), *describe_effects(runs)]
-    widths = [max(len(row[place]) for row in rows) for place in range(4)]
-    table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    last = runs[-1].result
-    stages = [
-        f"{number}. {run.recipe.name} ({run.recipe.stage.name}): "
-        f"`{run.folder.relative_to(folder) if run.folder else ''}`"
-        for number, run in enumerate(runs, 1)
+def read_run(folder: Path) -> Run:
+    """Reads a run folder, of a run that may have failed.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        values = parse_document(read_text(folder / "resolved.yaml"), str(folder / "resolved.yaml")).values
+    except (OSError, ValueError, UserError) as error:
+        fix = "name a run folder: one with status.json and resolved.yaml"
+        raise user_error("not-a-run", f"{folder} is no run folder", fix) from error
+    evaluations = sorted(folder.glob("evaluations/*/results.json"))
+    answers: list[Mapping[str, Any]] = []
+    if evaluations:
+        with (evaluations[-1].parent / "answers.jsonl").open(encoding="utf-8") as stream:
+            answers = [json.loads(line) for line in itertools.islice(stream, SHOWN)]
+    return Run(
+        folder,
+        values,
+        read_object(folder / "status.json") | {"status": read_status(folder)},
+        read_object(folder / "environment.json"),
+        add_speed(read_metrics(folder)),
+        read_object(evaluations[-1]) if evaluations else {},
+        answers,
+    )
+
+
+def add_speed(logged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of the metrics, those of steps with tokens a second since the one before, without evaluations."""
+    found, before, beside = [], None, 0.0
+    for entry in logged:
+        beside += float(entry.get("eval_runtime") or 0) + float(entry.get("samples_runtime") or 0)
+        if "loss" in entry and "num_tokens" in entry:
+            if before and entry["num_tokens"] > before["num_tokens"]:
+                taken = float(entry.get("time", 0)) - float(before.get("time", 0)) - beside
+                if taken > 0:
+                    entry = entry | {"tokens_per_second": (entry["num_tokens"] - before["num_tokens"]) / taken}
+            before, beside = entry, 0.0
+        found.append(entry)
+    return found
+
+
+def leave_report(folder: Path) -> None:
+    """Writes the report of a run that has ended; where that fails, it is said, and the run is what it was."""
+    try:
+        write_report(folder)
+    except Exception as error:  # the run is what counts: its result is there, or its own error is said
+        told = f"warning[report-not-written] {folder / FILE}: {type(error).__name__}: {error}"
+        print(f"{told}; recipe-run report {folder} writes it again", file=sys.stderr)
+
+
+def write_report(folder: Path) -> Path:
+    """Writes the report of a run into its folder, over an older one.
+
+    Raises:
+        UserError: It is no run folder.
+    """
+    run = read_run(folder)
+    write_text(folder / FILE, describe_run(run))
+    return folder / FILE
+
+
+def describe_run(run: Run) -> str:
+    """The page of a run. Everything that comes from data or recipe is escaped."""
+    values, title = run.values, str(run.values.get("name", run.folder.name))
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(str(values.get('description', '')))}</p>"]
+    parts.append(f'<p class="quiet">{escape(_headline(run))}</p>')
+    if error := run.status.get("error"):
+        parts.append(f'<p class="error">{escape(make_visible(str(error)))}</p>')
+    parts += _section(
+        "Warnings", "".join(f"<p class='warning'>{escape(str(w))}</p>" for w in run.environment.get("warnings") or [])
+    )
+    parts += _section("Before and after", "".join(_samples(run)))
+    curves = [_run_chart(title, names, logarithmic, run.logged) for title, names, logarithmic in CHARTS]
+    parts += _section("Curves", f'<div class="charts">{"".join(curves)}</div>' if any(curves) else "")
+    parts += _section("Evaluation", "".join(_evaluation(run.evaluation)))
+    if values.get("stage") == PIPELINE:
+        parts += _section("Stages", _stages(run))
+    for split, account in (run.environment.get("data") or {}).items():
+        parts += _section(f"{split} data", _account(account))
+    parts += _section("Time and memory", write_facts(_measured(run)))
+    parts += _section("Environment", write_facts(_environment(run)))
+    parts += _section("Run it again", f"<pre>{escape(command_of(run))}</pre>")
+    resolved = read_text(run.folder / "resolved.yaml")
+    parts += _section("Recipe", f"<details><summary>as it was run</summary><pre>{escape(resolved)}</pre></details>")
+    return hide_home(write_page(f"{title}: report", parts))
+
+
+def _section(title: str, content: str) -> list[str]:
+    return [f"<h2>{escape(title[0].upper() + title[1:])}</h2>", content] if content else []
+
+
+def _headline(run: Run) -> str:
+    values, model = run.values, run.values.get("model") or {}
+    method = (values.get("peft") or {}).get("method") or "full fine-tuning"
+    base = share_path(str(model.get("name_or_path", "")))
+    told = [str(values.get("stage", "")), *([base, str(method)] if base else []), str(run.status.get("status"))]
+    return "; ".join([*filter(None, told), f"step {run.step:,}", f"recipe-run {__version__}"])
+
+
+def _run_chart(title: str, names: Sequence[str], logarithmic: bool, logged: Sequence[dict[str, Any]]) -> str:
+    labels = ("training", "held-out") if len(names) > 1 else (title,)
+    curves = [
+        Curve(label, measure_series(logged, name), place, name.startswith("eval_"))
+        for place, (label, name) in enumerate(zip(labels, names, strict=True))
     ]
-    result = f"\nThe result: `{last.relative_to(folder) if last else ''}`; its model card says how to use it.\n"
-    lines = [f"# {recipe.name}\n", f"{recipe.description}\n", *stages, result, "```text", *table, "```\n"]
-    write_text(folder / "README.md", "\n".join(lines))
-    return "\n".join(f"  {line}" for line in table)
+    return draw_chart(title, [curve for curve in curves if curve.points], logarithmic)
+
+
+def _samples(run: Run) -> Iterator[str]:
+    """What the model answered before and after training: samples of the run, else an evaluation's, else golden rows."""
+    logged = [entry for entry in run.logged if entry.get("samples")]
+    if logged:
+        first, last = logged[0], logged[-1]
+        for before, after in list(zip(first["samples"], last["samples"], strict=False)):
+            told = {f"step {first['step']}": before.get("answer")} if len(logged) > 1 else {}
+            yield _answers(
+                str(before.get("prompt")), before.get("wanted"), told | {f"step {last['step']}": after.get("answer")}
+            )
+        return
+    if run.answers and any("answer" in of for row in run.answers for of in row["columns"].values()):
+        for row in run.answers:
+            told = {name: of.get("answer") for name, of in row["columns"].items()}
+            yield _answers(_last_turn(row.get("prompt")), row.get("wanted"), told)
+        return
+    for golden in [golden for golden in read_golden(run.folder) if golden.answer_ids][:SHOWN]:
+        told = {"before": golden.before} if golden.before is not None else {}
+        after = golden.answer + " ..." * (not golden.ended)
+        yield _answers(_last_turn(golden.content), golden.wanted, told | {"after": after})
+
+
+def _last_turn(content: Any) -> str:
+    return str(content[-1].get("content", "")) if isinstance(content, list) and content else str(content or "")
+
+
+def _answers(prompt: str, wanted: Any, told: Mapping[str, Any]) -> str:
+    facts = {"asked": prompt, "wanted": str(wanted or "")} | {name: str(text or "") for name, text in told.items()}
+    rows = (
+        f'<tr><th>{escape(name)}</th><td class="answer">{escape(make_visible(text))}</td></tr>'
+        for name, text in facts.items()
+        if text or name not in ("asked", "wanted")
+    )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _evaluation(found: Mapping[str, Any]) -> Iterator[str]:
+    """The table of an evaluation, and of each of its sources."""
+    if not found:
+        return
+    data = ", ".join(Path(str(name)).name for name in found.get("data", []))
+    yield f"<p class='quiet'>{found.get('rows', 0):,} rows of {escape(data)}; in brackets the 95 % interval</p>"
+    for name, part in ({"": found} | dict(found.get("by_source") or {})).items():
+        yield f"<p>{escape(Path(name).name)}</p>" if name else ""
+        columns = dict(part.get("columns") or {})
+        if part.get("difference"):
+            columns["tuned minus base"] = part["difference"]
+        names = dict.fromkeys(measure for of in columns.values() for measure in of)
+        rows = [[measure, *(_estimate(of.get(measure)) for of in columns.values())] for measure in names]
+        yield write_grid(["", *columns], rows)
+    for name, measures in (found.get("tasks") or {}).items():
+        rows = [[task, *(f"{key} {value:.4g}" for key, value in of.items())] for task, of in measures.items()]
+        yield f"<p>lm-eval, {escape(name)}</p>" + write_grid(["task", *[""] * max(len(row) - 1 for row in rows)], rows)
+
+
+def _estimate(found: Any) -> str:
+    if not isinstance(found, dict) or found.get("value") is None:
+        return "-"
+    value, low, high = (found.get(key) for key in ("value", "low", "high"))
+    return f"{value:.3g}" + (f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else "")
+
+
+def _stages(run: Run) -> str:
+    rows = []
+    for number, stage in enumerate(run.status.get("stages") or [], 1):
+        link = (
+            f'<a href="{escape(str(stage["run"]))}/{FILE}">{escape(str(stage["name"]))}</a>' if stage.get("run") else ""
+        )
+        told = (str(number), link or escape(str(stage.get("name"))), escape(str(stage.get("stage"))))
+        rows.append(
+            "<tr>" + "".join(f"<td>{cell}</td>" for cell in (*told, escape(str(stage.get("status"))))) + "</tr>"
+        )
+    return f"<table class='grid'>{''.join(rows)}</table>" if rows else ""
+
+
+def _account(account: Mapping[str, Any]) -> str:
+    dropped = "; ".join(f"{count:,} {reason}" for reason, count in (account.get("dropped") or {}).items())
+    tokens, learned = account.get("tokens", 0), account.get("supervised_tokens", 0)
+    batches = account.get("batches") or {}
+    shares = {
+        "random": "random batches {:.0%} padding",
+        "grouped": "grouped by length {:.0%}",
+        "packed": "packed {:.0%} empty",
+    }
+    sources = [f"{Path(str(of.get('name'))).name}: {of.get('rows', 0):,} rows" for of in account.get("sources") or []]
+    facts = {
+        "read": f"{account.get('rows_read', 0):,} rows",
+        "kept": f"{account.get('rows_kept', 0):,} rows, {account.get('duplicates', 0):,} of them duplicates",
+        "dropped": dropped or "none",
+        "truncated": f"{account.get('rows_truncated', 0):,} rows, {account.get('tokens_truncated', 0):,} tokens lost",
+        "tokens": f"{tokens:,}, of which {learned:,} ({learned / max(tokens, 1):.0%}) are in the loss",
+        "batches": ", ".join(text.format(batches[name]) for name, text in shares.items() if name in batches),
+        "packed": f"into {account['packed_rows']:,} rows" if account.get("packed_rows") else "",
+        "sources": "; ".join(sources) if len(sources) > 1 else "",
+    }
+    histogram = account.get("histogram") or {}
+    picture = draw_histogram(histogram.get("counts") or [], histogram.get("edges") or [], account.get("max_length"))
+    return write_facts(facts) + picture
+
+
+def _measured(run: Run) -> dict[str, str]:
+    """Time and memory of a run, as far as they were measured."""
+    trained = next((entry["train_runtime"] for entry in reversed(run.logged) if "train_runtime" in entry), None)
+    speeds = sorted(value for _, value in measure_series(run.logged, "tokens_per_second"))
+    sampled = sum(float(entry.get("samples_runtime") or 0) for entry in run.logged)
+    return {
+        "started": str(run.status.get("started", ""))[:19].replace("T", " "),
+        "whole run": _duration(run.seconds),
+        "training": _duration(trained),
+        "samples": f"{_duration(sampled)} of it" if sampled else "",
+        "speed": f"{speeds[len(speeds) // 2]:,.0f} tokens a second (median)" if speeds else "",
+        "peak memory": describe_memory(run.status.get("measured")),
+    }
+
+
+def describe_memory(measured: Any) -> str:
+    """The peak memory that a run measured; empty where it did not."""
+    if not isinstance(measured, dict) or not measured.get("peak_memory_bytes"):
+        return ""
+    return f"{measured['peak_memory_bytes'] / 2**30:.2f} GiB ({measured.get('of', '')})"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    whole = round(seconds)
+    return f"{seconds:.1f} s" if seconds < 60 else f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def _environment(run: Run) -> dict[str, str]:
+    found = run.environment
+    versions = found.get("versions") or {}
+    processes = found.get("processes") or {}
+    return {
+        "precision": str(found.get("precision") or ""),
+        "hardware": "; ".join(
+            found.get("gpus") or [f"{found['cpu_count']} CPU cores"] if found.get("cpu_count") else []
+        ),
+        "processes": f"{processes.get('world_size', 1)}, {processes.get('global_batch_size', '?')} rows a step"
+        if processes
+        else "",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "python": str(found.get("python") or ""),
+        "platform": str(found.get("platform") or ""),
+        "commit": str(found.get("git_commit") or ""),
+    }
+
+
+def command_of(run: Run) -> str:
+    """The command that repeats a run."""
+    processes = (run.environment.get("processes") or {}).get("world_size", 1)
+    launcher = f"accelerate launch --num_processes {processes} " if processes > 1 else ""
+    return f"{launcher}recipe-run {share_path(str(run.folder / 'resolved.yaml'))}"
+
+
+def compare_runs(folders: Sequence[Path], output: Path, force: bool = False) -> Path:
+    """Writes a page that compares runs: what their recipes say otherwise, a table, and their curves in one picture.
+
+    Raises:
+        UserError: A folder is no run, or the page is there already.
+    """
+    if output.exists() and not force:
+        raise user_error("file-exists", "the file is there already", "choose another --output", Mark(str(output)))
+    runs = [read_run(folder) for folder in folders]
+    names = [f"{number}: {run.name}" for number, run in enumerate(runs, 1)]
+    parts = ["<h1>Runs compared</h1>"]
+    parts += [f'<p class="c{place}">{escape(name)}</p>' for place, name in enumerate(names)]
+    changed: list[str] = []
+    for name, run in zip(names[1:], runs[1:], strict=True):
+        changes = (change.replace(" None", " (unset)") for change in recipe_changes(runs[0].folder, run.values))
+        lines = "".join(f"<li>{escape(change)}</li>" for change in changes)
+        changed.append(f"<p>{escape(name)}, beside 1:</p><ul>{lines or '<li>the same recipe</li>'}</ul>")
+    parts += _section("What their recipes say otherwise", "".join(changed))
+    parts += _section("Figures", write_grid(["", *[str(number) for number in range(1, len(runs) + 1)]], _figures(runs)))
+    charts = []
+    for title, measures, logarithmic in CHARTS:
+        for measure in measures:
+            curves = [
+                Curve(name, measure_series(run.logged, measure), place, measure.startswith("eval_"))
+                for place, (name, run) in enumerate(zip(names, runs, strict=True))
+            ]
+            told = f"held-out {title}" if measure.startswith("eval_") else title
+            charts.append(draw_chart(told, [curve for curve in curves if curve.points], logarithmic))
+    parts += _section("Curves", f'<div class="charts">{"".join(charts)}</div>' if any(charts) else "")
+    write_text(output, hide_home(write_page("Runs compared", parts)))
+    return output
+
+
+def _figures(runs: Sequence[Run]) -> list[list[str]]:
+    """What is compared, a line a figure that at least one run has."""
+    table: dict[str, list[str]] = {
+        "stage": [str(run.values.get("stage", "")) for run in runs],
+        "status": [str(run.status.get("status", "")) for run in runs],
+        "steps": [f"{run.step:,}" for run in runs],
+        "seconds": [f"{run.seconds:,.0f}" if run.seconds is not None else "" for run in runs],
+        "speed": [_measured(run)["speed"].removesuffix(" (median)") for run in runs],
+        "peak memory": [_measured(run)["peak memory"] for run in runs],
+    }
+    for name, measure in FINAL.items():
+        series = [measure_series(run.logged, measure) for run in runs]
+        table[name] = [f"{found[-1][1]:.4g}" if found else "" for found in series]
+    for measure in dict.fromkeys(
+        name for run in runs for name in (run.evaluation.get("columns") or {}).get("tuned", {})
+    ):
+        tuned = [(run.evaluation.get("columns") or {}).get("tuned", {}).get(measure) for run in runs]
+        table[f"evaluation: {measure}"] = [_estimate(found) if found else "" for found in tuned]
+    return [[name, *cells] for name, cells in table.items() if any(cells)]
+
+
+def best_of(run: Run) -> tuple[str, float] | None:
+    """The measure that counts for a run, and its best value: the held-out loss, else the training loss."""
+    stage = STAGES.get(str(run.values.get("stage")))
+    for measure in (*(stage.measures if stage else ()), "loss"):
+        if series := measure_series(run.logged, measure):
+            values = [value for _, value in series if isinstance(value, int | float)]
+            higher = "accurac" in measure or "margin" in measure
+            return (measure, max(values) if higher else min(values)) if values else None
+    return None

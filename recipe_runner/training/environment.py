@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,19 @@ def describe_environment(folder: Path) -> dict[str, Any]:
         "launcher": {key: os.environ[key] for key in sorted(os.environ) if key.startswith("ACCELERATE_")},
         "git_commit": _git_commit(folder),
     }
+
+
+def measure_memory(device: torch.device) -> dict[str, Any]:
+    """The most memory that this process had: on an accelerator as torch counts it, else what the system gave it."""
+    if device.type == "cuda":
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "of": f"tensors on {device}, process 0"}
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes, on macOS bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_bytes": peak, "of": "the process 0, with its libraries"}
 
 
 def _list_accelerators() -> list[str]:

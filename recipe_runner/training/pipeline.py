@@ -15,7 +15,8 @@ from recipe_runner.launch.configuration import Launch
 from recipe_runner.problems.errors import Interrupted, UserError, user_error
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.runs import folder as run_folder
-from recipe_runner.runs.report import write_report
+from recipe_runner.runs.effects import write_effects
+from recipe_runner.runs.report import leave_report
 from recipe_runner.runs.stages import StageRun, inspect_stage, inspect_stages, start_from, write_pipeline_status
 from recipe_runner.training.prepare import prepare
 from recipe_runner.training.resume import check_rows
@@ -63,9 +64,10 @@ def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None) -> P
                 if torch.accelerator.is_available():
                     torch.accelerator.empty_cache()
         if main:
-            report = write_report(recipe, folder, runs)
+            effects = write_effects(recipe, folder, runs)
             write_pipeline_status(folder, "completed", runs)
-            print(f"\n{report}\n\nCompleted: {folder} (report: README.md)", flush=True)
+            leave_report(folder)
+            print(f"\n{effects}\n\nCompleted: {folder} (report: report.html)", flush=True)
     return folder
 
 
@@ -138,6 +140,7 @@ def _recorded(folder: Path, runs: list[StageRun], main: bool) -> Iterator[None]:
                 runs[place] = replace(latest, status=status) if latest.status == "running" else latest
         if main:
             write_pipeline_status(folder, status, runs, **details)
+            leave_report(folder)
 
     try:
         yield

@@ -19,10 +19,12 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs import folder as run_folder
 from recipe_runner.runs.metrics import drop_metrics_after
+from recipe_runner.runs.report import leave_report
 from recipe_runner.stages import Stage
 from recipe_runner.training import card, prepare, resume, summary, trainers, verify
 from recipe_runner.training.allocation import allocate_ranks
 from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, Recorder, say_progress
+from recipe_runner.training.environment import measure_memory
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
 from recipe_runner.training.optimizer import forget_modules, use_peft_optimizer
@@ -97,8 +99,11 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         record_golden(trainer, folder, prepared.golden, plain_base=initial is None)
         if config.process_index == 0:
             card.write_card(recipe, folder, result, prepared.train.accounting, trainer.state.log_history)
-        _write_status(config, folder, "completed", step=trainer.state.global_step)
+        measured = {"measured": measure_memory(config.device)}
+        _write_status(config, folder, "completed", step=trainer.state.global_step, **measured)
         forget_modules()
+        if config.process_index == 0:
+            leave_report(folder)
         _say(config, f"Completed: {result}")
     return folder
 
@@ -190,6 +195,8 @@ def _recorded(folder: Path, config: Any, said: Mapping[str, Any]) -> Iterator[No
         yield
     except (Interrupted, KeyboardInterrupt):
         _write_status(config, folder, "interrupted")
+        if config.process_index == 0:
+            leave_report(folder)
         raise
     except BaseException as error:
         explained = explain(error, folder, config, said)
@@ -197,6 +204,9 @@ def _recorded(folder: Path, config: Any, said: Mapping[str, Any]) -> Iterator[No
             _write_status(config, folder, "failed", error=str(explained or error) or type(error).__name__)
         except OSError as another:  # what went wrong first is what is said
             print(f"the status can't be written, either: {another}", file=sys.stderr)
+        else:
+            if config.process_index == 0:
+                leave_report(folder)
         if explained:
             raise explained from error
         raise

@@ -79,7 +79,9 @@ def answer_in_training(trainer: Any, prompts: Sequence[list[int]], tokens: int) 
     """
     was_training = trainer.model.training
     with (
-        unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=False) as model,
+        unwrap_model_for_generation(
+            trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=False
+        ) as model,
         trainer.accelerator.autocast(),
         torch.no_grad(),
     ):
