@@ -20,10 +20,7 @@ def write_card(
 ) -> None:
     """Writes README.md into the run folder and beside the weights, in the hub's layout."""
     base, method = recipe.model.name_or_path, recipe.peft["method"]
-    tags = ["trl", recipe.stage.name, *recipe.tags]
-    header: dict[str, Any] = {"library_name": "peft" if recipe.peft else "transformers", "tags": tags}
-    if not recipe.model.folder:
-        header = {"base_model": base, **header}
+    header = describe_header(recipe, bool(recipe.peft), None if recipe.model.folder else base)
     facts = [f"Base model: `{base}`", f"Training data: {accounting}"]
     if recipe.model.adapter:
         facts.insert(1, f"Continued from the adapter `{recipe.model.adapter}`")
@@ -51,7 +48,7 @@ def write_card(
             f"# {recipe.name}\n",
             f"{recipe.description}\n",
             *[f"- {fact}" for fact in facts],
-            f"\n## Use\n\n```python\n{_usage(base, result.name, weights, recipe.peft['method'])}```\n",
+            f"\n## Use\n\n```python\n{write_usage(base, result.name, weights, recipe.peft['method'])}```\n",
             *([f"## Ranks\n\n{_rank_table(kept)}"] if kept else []),
             "## Recipe\n\nAs it was run, with everything resolved:\n",
             f"```yaml\n{dump_values(dict(recipe.values))}```\n",
@@ -59,12 +56,29 @@ def write_card(
         write_text(place / "README.md", hide_home("\n".join(parts)))
 
 
+def describe_header(recipe: Recipe, adapter: bool, base: str | None) -> dict[str, Any]:
+    """The front matter of a card, by which the hub files it. Source: huggingface.co/docs/hub/model-cards."""
+    sources = [source.source for source in recipe.dataset.train]
+    published = [name for name in dict.fromkeys(sources) if not Path(name).is_absolute()]
+    metadata = recipe.values.get("metadata") or {}
+    header = {
+        "base_model": base,
+        "datasets": published,
+        "license": str(metadata["license"]).lower() if metadata.get("license") else None,
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["trl", recipe.stage.name, *recipe.tags],
+    }
+    return {key: value for key, value in header.items() if value}
+
+
 def _rank_table(ranks: Mapping[str, int]) -> str:
     """Module -> its rank, as a table of Markdown."""
     return "| module | rank |\n|---|---:|\n" + "".join(f"| {name} | {rank} |\n" for name, rank in ranks.items())
 
 
-def _usage(base: str, kind: str, weights: str, method: str | None) -> str:
+def write_usage(base: str, kind: str, weights: str, method: str | None) -> str:
+    """Lines of Python that load a result: an `adapter`, or a `model`; `weights` is its folder or id."""
     folder = f'folder = "{weights}"  # or its id on the hub\n'
     if kind == "model":
         return f'from transformers import pipeline\n\n{folder}generate = pipeline("text-generation", model=folder)\n'
