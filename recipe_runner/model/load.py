@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import DEFAULT_REVISION
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -92,7 +93,7 @@ def load_result(folder: str | Path, plain_base: bool = False, **options: Any) ->
             model: Any = PeftModel.from_pretrained(base, str(result))
         else:
             if not result.is_dir():
-                _find_on_hub(str(folder), place.get("revision", "main"))
+                _find_on_hub(str(folder), place.get("revision", DEFAULT_REVISION))
             tokenizer = read_tokenizer(result, **place)
             model = AutoModelForCausalLM.from_pretrained(str(result), **options)
         if (result / GENERATION_CONFIG_NAME).is_file():  # of an adapter, PEFT leaves it out

@@ -25,6 +25,7 @@ from recipe_runner.model.continuation import find_adapter
 from recipe_runner.model.scores import Score, score_sequences
 from recipe_runner.preview.rows import open_preview
 from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.results.scorers import Scorer, build_scorers
 from recipe_runner.results.statistics import Measure, estimate, resample
@@ -229,7 +230,8 @@ def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | Non
         raise nothing_left("eval", tally.dropped)
     if tally.dropped:
         told = "; ".join(f"{count} {reason}" for reason, count in tally.dropped.items())
-        print(f"warning[rows-left-out] of {len(order):,} rows are left out: {told}", file=sys.stderr)
+        message = f"of {len(order):,} rows are left out: {told}"
+        print(as_warning(Problem("rows-left-out", message)), file=sys.stderr)
     return rows
 
 
@@ -238,11 +240,9 @@ def warn_of_prompts(rows: Sequence[Row]) -> None:
     differ = [row for row in rows if row.prompt and not _continues(row)]
     if differ:
         first = f"{differ[0].source} row {differ[0].number}"
-        print(
-            f"warning[prompt-differs] in {len(differ):,} of {len(rows):,} rows (first: {first}) the chat template"
-            " renders a prompt otherwise than the same turns before their answer",
-            file=sys.stderr,
-        )
+        message = f"in {len(differ):,} of {len(rows):,} rows (first: {first}) the chat template renders a prompt"
+        message += " otherwise than the same turns before their answer"
+        print(as_warning(Problem("prompt-differs", message)), file=sys.stderr)
 
 
 def _continues(row: Row) -> bool:

@@ -14,7 +14,7 @@ from recipe_runner.data.prompts import Prompt, pose
 from recipe_runner.files import read_text, write_text
 from recipe_runner.model.answers import GREEDY, answer_all, answer_prompts, check_prompt, count_context, render_prompt
 from recipe_runner.problems.errors import first_line, user_error
-from recipe_runner.problems.problem import Mark
+from recipe_runner.problems.problem import Mark, Problem, as_warning
 from recipe_runner.recipe.sections import DatasetSection
 from recipe_runner.results.target import Opened, Target, open_target
 from recipe_runner.runs.metrics import append_line
@@ -77,7 +77,8 @@ class Asker:
 def warn_of_special(texts: Sequence[str], tokenizer: Any) -> None:
     """Says so where a prompt spells a special token: the model reads it as one."""
     if found := next((token for text in texts for token in find_special_tokens(text, tokenizer)), ""):
-        print(f"warning[special-tokens] a prompt spells {found}, which the model reads as that token", file=sys.stderr)
+        told = f"a prompt spells {found}, which the model reads as that token"
+        print(as_warning(Problem("special-tokens-in-prompt", told)), file=sys.stderr)
 
 
 def ask(asker: Asker, target: Target, texts: Sequence[str], batch_size: int, compare: bool) -> list[dict[str, str]]:

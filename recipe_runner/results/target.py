@@ -1,6 +1,7 @@
 """What a command after training works on: the result of a run, a recipe's base, or any model; and how it is loaded."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,8 @@ def open_target(target: Target, dtype: str | None = None, quantized: bool = True
         options["trust_remote_code"] = True
     if quantized and recipe and (config := build_quantization(recipe.quantization.said)):
         options["quantization_config"] = config
+    if changed := find_changed_base(target):
+        print(changed, file=sys.stderr)
     if not base:
         model, tokenizer = load_result(target.result, **options)
         check_tokenizer(target, tokenizer)

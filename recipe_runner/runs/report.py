@@ -18,7 +18,7 @@ from recipe_runner.files import hide_home, read_object, read_status, read_text, 
 from recipe_runner.pages.charts import Curve, draw_chart, draw_histogram
 from recipe_runner.pages.frame import write_facts, write_grid, write_page
 from recipe_runner.problems.errors import UserError, user_error
-from recipe_runner.problems.problem import Mark
+from recipe_runner.problems.problem import Mark, Problem, as_warning
 from recipe_runner.problems.words import make_visible
 from recipe_runner.recipe.document import parse_document
 from recipe_runner.runs.folder import recipe_changes
@@ -136,8 +136,8 @@ def leave_report(folder: Path) -> None:
     try:
         write_report(folder)
     except Exception as error:  # the run is what counts: its result is there, or its own error is said
-        told = f"warning[report-not-written] {folder / FILE}: {type(error).__name__}: {error}"
-        print(f"{told}; recipe-run report {folder} writes it again", file=sys.stderr)
+        message, fix = f"{type(error).__name__}: {error}", f"recipe-run report {folder} writes it again"
+        print(as_warning(Problem("report-not-written", message, Mark(str(folder / FILE)), (), fix)), file=sys.stderr)
 
 
 def write_report(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from trl.models.utils import unwrap_model_for_generation
 from recipe_runner.data.prompts import Prompt
 from recipe_runner.model.answers import GREEDY, Answer, answer_all, count_context, render_prompt
 from recipe_runner.problems.errors import UserError, first_line
+from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.runs.golden import GoldenRow, write_golden
 from recipe_runner.runs.metrics import append_metrics
 
@@ -125,7 +126,8 @@ def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_b
                     before = answer_in_training(trainer, ids[:BEFORE], GOLDEN_TOKENS)
         except Exception as error:  # an architecture that can't generate: the result is saved and compared already
             if trainer.args.process_index == 0:
-                print(f"warning[no-golden-answers] the model does not answer: {first_line(error)}", file=sys.stderr)
+                message = f"the model does not answer: {first_line(error)}"
+                print(as_warning(Problem("no-golden-answers", message)), file=sys.stderr)
     if trainer.args.process_index == 0:
         rows = []
         for place, (prompt, tokens) in enumerate(rendered):

@@ -21,6 +21,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bits
 ORDER = [
     "problems",
     "files",
+    "pages",
     "stages",
     "methods",
     "recipe",
@@ -30,9 +31,10 @@ ORDER = [
     "model",
     "training",
     "preview",
+    "results",
     "cli",
 ]
-LIGHT = {"problems", "files", "stages", "methods", "recipe", "runs", "cli"}  # never the ML stack
+LIGHT = {"problems", "files", "pages", "stages", "methods", "recipe", "runs", "cli"}  # never the ML stack
 LIGHT_MODULES = {"launch/configuration.py", "launch/rules.py", "launch/process.py", "data/formats.py"}
 
 

@@ -50,6 +50,7 @@ CONTRADICTIONS = [
     ("method-not-sharded", DEEPSPEED, ("peft={method: adalora, target_modules: all-linear}",)),
     ("method-not-sharded", FSDP, ("peft.init_lora_weights=eva",)),
     ("method-not-sharded", ZERO3, ("training.peft_optimizer={name: loraplus, loraplus_lr_ratio: 8}",)),
+    ("samples-not-sharded", FSDP, ("run.samples={prompts: [hello], every: 10}",)),
     ("sharded-8bit", FSDP, IN_8BIT),
     ("sharded-8bit", ZERO3, IN_8BIT),
     ("deepspeed-optimizer", with_section(DEEPSPEED, "deepspeed_config", offload_optimizer_device="cpu"), ()),
