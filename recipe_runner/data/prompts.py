@@ -6,12 +6,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.formats import Turns, normalise_row
 from recipe_runner.data.job import Job
+from recipe_runner.data.prepare import shape_of
 from recipe_runner.data.sources import order_rows, read_rows
+from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.sections import DatasetSection
 
+COMPARED = 20  # rows whose prompts are compared
 LOOKED_AT = 200  # rows from which prompts are chosen
 SYSTEM = "You are a helpful assistant."  # where the data has no system prompt of its own
 WORDS = 12  # of a raw text, which has no prompt of its own
@@ -76,6 +80,46 @@ def _read_prompts(job: Job, split: str) -> Iterator[Prompt]:
         elif "text" in row:
             words = row["text"].split(" ")[:WORDS]
             yield Prompt(" ".join(words))
+
+
+def render_prompt(prompt: Turns | str, tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> list[int]:
+    """The tokens that a model sees before it answers: turns by the chat template, plain text as it is.
+
+    Raises:
+        UserError: The chat template refuses the turns, or there is none.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if not tokenizer.chat_template:
+        fix = "give an instruct model, or the adapter of a run, which has the template of its training"
+        raise user_error("no-chat-template", "the tokenizer has no chat template", fix)
+    try:
+        rendered: Any = tokenizer.apply_chat_template(
+            prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # a template is a program: anything may come
+        raise user_error("row-refused", f"the chat template refuses the prompt: {first_line(error)}") from error
+    return list(rendered)
+
+
+def find_split_prompts(job: Job) -> tuple[int, int]:
+    """Of some rows, how many begin with other tokens than their prompt alone has; and how many were looked at.
+
+    What a server asks is the prompt alone. A template whose prompt ends with a space (`Answer: {output}`) lets the
+    tokenizer join it to the answer; a chat template may render a last turn in its own way.
+    """
+    order = order_rows(job.dataset, job.sources, job.seed)["train"][:COMPARED]
+    rows = [row for row in read_rows(job.dataset, job.sources, order) if not row.pop("dropped")]
+    shape = shape_of(job.stage)
+    asked = [split_row(row) for row in rows]
+    if not rows or not all(asked):
+        return 0, 0
+    found = 0
+    for prompt, entry in zip(asked, shape.tokenize(job, rows).to_pylist(), strict=True):
+        alone = render_prompt(prompt.content, job.tokenizer) if prompt else []
+        whole = [token for name in shape.FIRST for token in entry[name]]
+        found += whole[: len(alone)] != alone
+    return found, len(rows)
 
 
 def choose_golden(job: Job, number: int) -> list[Prompt]:

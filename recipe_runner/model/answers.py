@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from recipe_runner.data.formats import Turns
-from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.problems.errors import user_error
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
 
@@ -30,26 +29,6 @@ class Answer:
     tokens: list[int]
     text: str
     ended: bool
-
-
-def render_prompt(prompt: Turns | str, tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> list[int]:
-    """The tokens that a model sees before it answers: turns by the chat template, plain text as it is.
-
-    Raises:
-        UserError: The chat template refuses the turns, or there is none.
-    """
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    if not tokenizer.chat_template:
-        fix = "give an instruct model, or the adapter of a run, which has the template of its training"
-        raise user_error("no-chat-template", "the tokenizer has no chat template", fix)
-    try:
-        rendered: Any = tokenizer.apply_chat_template(
-            prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    except Exception as error:  # a template is a program: anything may come
-        raise user_error("row-refused", f"the chat template refuses the prompt: {first_line(error)}") from error
-    return list(rendered)
 
 
 def count_context(model: Any) -> int | None:

@@ -21,7 +21,7 @@ NARROWEST = 70  # columns of a terminal in which two answers stand side by side
 
 
 class Stopper(StoppingCriteria):
-    """Ends an answer at Ctrl-C; a second Ctrl-C ends the program, as ever."""
+    """Ends an answer at Ctrl-C, after the token that is being made; at a second one, at once."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -54,36 +54,31 @@ def talk(asker: Asker, compare: bool, read: Callable[[str], str], say: Callable[
         read: Asks the person for a line; raises EOFError at the end.
         say: Says a line.
     """
-    plain = isinstance(asker.pose("x").content, str)
     turns: Turns = []
     say(HELP)
     set_seed(asker.seed)
     while True:
         try:
             text = read("> ").strip()
+            if text in ("/exit", "/quit"):
+                return None
+            if text in ("/reset", "/help") or not text:
+                turns = [] if text == "/reset" else turns
+                say("A new conversation." if text == "/reset" else HELP)
+                continue
+            posed = asker.pose(text).content
+            asked = posed if isinstance(posed, str) else [*turns, *(posed if not turns else posed[-1:])]
+            tokens = asker.render(Prompt(asked), "the conversation")
+            warn_of_special([text], asker.opened.tokenizer)
+            answer = _answer(asker, tokens, compare, say)
+            if not isinstance(asked, str):
+                turns = [*asked, {"role": "assistant", "content": answer}]
         except EOFError:
             return say("")
         except KeyboardInterrupt:
             say("")
-            continue
-        if text in ("/exit", "/quit"):
-            return None
-        if text in ("/reset", "/help") or not text:
-            turns = [] if text == "/reset" else turns
-            say("A new conversation." if text == "/reset" else HELP)
-            continue
-        posed = asker.pose(text).content
-        asked = posed if isinstance(posed, str) else [*turns, *(posed if not turns else posed[-1:])]
-        try:
-            tokens = asker.render(Prompt(asked), "the conversation")
         except UserError as error:
             say(f"{error}; or /reset")
-            continue
-        warn_of_special([text], asker.opened.tokenizer)
-        answer = _answer(asker, tokens, compare, say)
-        if not plain:
-            assert isinstance(asked, list)
-            turns = [*asked, {"role": "assistant", "content": answer}]
 
 
 def _answer(asker: Asker, tokens: list[int], compare: bool, say: Callable[[str], None]) -> str:

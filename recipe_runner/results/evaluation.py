@@ -17,10 +17,10 @@ import numpy as np
 
 from recipe_runner.data.job import Job
 from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
-from recipe_runner.data.prompts import Prompt, few_shot, split_row
+from recipe_runner.data.prompts import Prompt, few_shot, render_prompt, split_row
 from recipe_runner.data.sources import read_rows
 from recipe_runner.data.tables import IGNORED
-from recipe_runner.model.answers import GREEDY, Answer, answer_all, check_prompt, count_context, render_prompt
+from recipe_runner.model.answers import GREEDY, Answer, answer_all, check_prompt, count_context
 from recipe_runner.model.continuation import find_adapter
 from recipe_runner.model.scores import Score, score_sequences
 from recipe_runner.preview.rows import open_preview

@@ -10,9 +10,9 @@ from typing import Any
 from transformers import set_seed
 
 from recipe_runner.data.checks import find_special_tokens
-from recipe_runner.data.prompts import Prompt, pose
+from recipe_runner.data.prompts import Prompt, pose, render_prompt
 from recipe_runner.files import read_text, write_text
-from recipe_runner.model.answers import GREEDY, answer_all, answer_prompts, check_prompt, count_context, render_prompt
+from recipe_runner.model.answers import GREEDY, answer_all, answer_prompts, check_prompt, count_context
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.problems.problem import Mark, Problem, as_warning
 from recipe_runner.recipe.sections import DatasetSection
@@ -140,9 +140,9 @@ def read_prompts(file: Path, asker: Asker) -> list[Line]:
             row = json.loads(text)
         except ValueError as error:
             raise user_error(
-                "prompts-unreadable", f"no JSON: {first_line(error)}", mark=Mark(str(file), number)
+                "prompts-unreadable", f"no JSON: {first_line(error)}", mark=Mark(str(file), number, 1)
             ) from error
-        found.append(Line(number, _read_prompt(row, asker, Mark(str(file), number)), row))
+        found.append(Line(number, _read_prompt(row, asker, Mark(str(file), number, 1)), row))
     if not found:
         raise user_error("prompts-unreadable", f"{file} holds no prompt", 'write lines of {"prompt": "..."}')
     return found

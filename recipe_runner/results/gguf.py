@@ -129,7 +129,10 @@ def write_modelfile(folder: Path, target: Target) -> list[str]:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = [number for number in dict.fromkeys((*ends, tokenizer.eos_token_id)) if isinstance(number, int)]
     name = target.recipe.name if target.recipe else folder.name
-    lines = [f"# {name}, after the command that makes the GGUF file: `recipe-run merge` printed it.", f"FROM ./{name}.gguf"]
+    lines = [
+        f"# {name}, after the command that makes the GGUF file: `recipe-run merge` printed it.",
+        f"FROM ./{name}.gguf",
+    ]
     lines += _template_lines(tokenizer, target)
     lines += [
         f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in tokenizer.convert_ids_to_tokens(ends)

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from recipe_runner.model.answers import render_prompt
+from recipe_runner.data.prompts import render_prompt
 from recipe_runner.model.load import find_result, read_tokenizer
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Problem

@@ -12,8 +12,8 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from recipe_runner.data.prompts import render_prompt
 from recipe_runner.files import FULL, disk_full, hash_weights, list_runs, read_object, read_status
-from recipe_runner.model.answers import render_prompt
 from recipe_runner.model.load import find_base, find_result, load_result, read_tokenizer
 from recipe_runner.model.quantization import build_quantization
 from recipe_runner.problems.errors import UserError, first_line, user_error

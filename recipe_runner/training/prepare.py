@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.checks import find_problems
 from recipe_runner.data.job import Job, Replaced
-from recipe_runner.data.prompts import Prompt, choose_golden, choose_prompts, pose
+from recipe_runner.data.prompts import Prompt, choose_golden, choose_prompts, find_split_prompts, pose
 from recipe_runner.data.sources import open_sources
 from recipe_runner.data.store import PreparedData, PreparedSplit, hash_tokenizer, prepare_data
 from recipe_runner.files import hash_file, hash_weights
@@ -123,6 +123,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     steps = count_steps(config, len(data.splits["train"].dataset), config.world_size)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe, steps)
+    problems += compare_prompts(job)
     raise_errors(problems)
     if isinstance(peft_config, AdaLoraConfig) and not adapter:
         peft_config.total_step = steps
@@ -157,6 +158,19 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         choose_golden(job, ROWS),
         choose_samples(recipe.run.samples or {}, job),
     )
+
+
+def compare_prompts(job: Job) -> list[Problem]:
+    """Warns where a server would ask otherwise than the model is trained to answer."""
+    found, looked = find_split_prompts(job)
+    if not found:
+        return []
+    message = (
+        f"in {found} of {looked} rows the prompt alone has other tokens than before its answer: a server asks that"
+    )
+    fix = "end the prompt of dataset.template with a line break"
+    fix = fix if job.dataset.template is not None else "take a chat template that renders both alike"
+    return [as_warning(Problem("prompt-differs", message, None, ("dataset",), fix))]
 
 
 def choose_samples(section: Mapping[str, Any], job: Job) -> list[Prompt]:

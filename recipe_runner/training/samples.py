@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
-from recipe_runner.data.prompts import Prompt
-from recipe_runner.model.answers import GREEDY, Answer, answer_all, count_context, render_prompt
+from recipe_runner.data.prompts import Prompt, render_prompt
+from recipe_runner.model.answers import GREEDY, Answer, answer_all, count_context
 from recipe_runner.problems.errors import UserError, first_line
 from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.runs.golden import GoldenRow, write_golden
