@@ -206,21 +206,23 @@ class Terminal:
         environment = os.environ | {"TERM": "dumb", "COLUMNS": "80"}
         self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, env=environment)
         os.close(slave)
+        self.waiting = ""
 
     def read_until(self, text, seconds=90):
-        found, end = "", time.monotonic() + seconds
-        while text not in found:
-            assert time.monotonic() < end, f"{text!r} did not come: {found}"
+        """Reads until a text comes; what came after it is kept for the next call."""
+        end = time.monotonic() + seconds
+        while text not in self.waiting:
+            assert time.monotonic() < end, f"{text!r} did not come: {self.waiting}"
             if select.select([self.master], [], [], 1)[0]:
-                found += os.read(self.master, 4096).decode()
-        return found
+                self.waiting += os.read(self.master, 4096).decode()
+        self.waiting = self.waiting.partition(text)[2]
 
     def type(self, text):
         os.write(self.master, text.encode())
 
 
 def test_a_conversation_in_a_terminal(learned):
-    terminal = Terminal(learned, "--max-new-tokens", "1500", "--temperature", "50", "--top-k", "0")
+    terminal = Terminal(learned, "--max-new-tokens", "150", "--temperature", "50", "--top-k", "0")
     terminal.read_until("> ")
     try:
         terminal.type("tell me a long story\n")
@@ -228,8 +230,9 @@ def test_a_conversation_in_a_terminal(learned):
         terminal.process.send_signal(signal.SIGINT)  # wherever it is: reading, thinking, answering
         terminal.type("/reset\n")
         terminal.read_until("A new conversation.")
+        terminal.read_until("> ")
         terminal.type("\x03")
-        terminal.read_until("\n> ")  # at the prompt, Ctrl-C ends nothing either
+        terminal.read_until("> ")  # at the prompt, Ctrl-C ends nothing either
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
     finally:
@@ -242,7 +245,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(learned):
     from recipe_runner.results.generation import open_asker
     from recipe_runner.results.target import find_target
 
-    asker = open_asker(find_target(str(learned)), None, True, {"max_new_tokens": 500, "min_new_tokens": 500}, 42)
+    asker = open_asker(find_target(str(learned)), None, True, {"max_new_tokens": 100, "min_new_tokens": 100}, 42)
     made = []
 
     class Impatient(chat.Words):
