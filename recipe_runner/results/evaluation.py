@@ -33,6 +33,7 @@ from recipe_runner.results.target import Opened, Target, open_target
 
 Sequence_ = tuple[list[int], list[int]]
 TUNED, BASE = "tuned", "base"
+WIDTH = 80  # columns of a terminal
 
 
 @dataclass(frozen=True)
@@ -426,6 +427,7 @@ def _number(value: float) -> str:
 
 def _align(rows: list[list[str]]) -> str:
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    gap = " " if sum(widths) + 2 * len(widths) > WIDTH else "  "
     return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        gap.join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )

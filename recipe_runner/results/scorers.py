@@ -80,10 +80,12 @@ def _equal_json(answer: str, wanted: str) -> float:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equality of JSON values: true is not 1 there."""
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True) or (
-        isinstance(one, float | int) and not isinstance(one, bool) and not isinstance(other, bool) and one == other
-    )
+    """Equality of JSON values: true is not 1 there, and 1 is 1.0."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def _equal_at(key: str, answer: str, wanted: str) -> float:

@@ -231,7 +231,7 @@ def test_a_conversation_in_a_terminal(learned):
         terminal.type("/reset\n")
         terminal.read_until("A new conversation.")
         terminal.read_until("> ")
-        terminal.type("\x03")
+        terminal.process.send_signal(signal.SIGINT)
         terminal.read_until("> ")  # at the prompt, Ctrl-C ends nothing either
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
