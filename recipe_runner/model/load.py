@@ -50,6 +50,11 @@ def find_base(config: PeftConfig, result: Path) -> str:
     return name
 
 
+def can_switch_off(config: PeftConfig) -> bool:
+    """Whether the base is there again when an adapter is switched off: PEFT leaves trained biases as they are."""
+    return getattr(config, "bias", "none") == "none"
+
+
 def read_tokenizer(result: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a result, padding on the left.
 

@@ -129,7 +129,7 @@ def evaluate(
     examples = choose_examples(job, preview.orders["train"], shots, seed)
     opened = open_target(target, dtype, quantized)
     measure = _Measuring(rows, built != {}, examples, job.tokenizer, batch_size, new_tokens, tell)
-    begun = target.is_adapter or (target.run is not None)  # there is a base to compare with
+    begun = target.holds_base or (target.run is not None)  # there is a base to compare with
     first = measure.of(TUNED if begun else BASE, opened, few=not begun)
     then(first[0].name, opened)
     if not begun:
@@ -137,10 +137,10 @@ def evaluate(
     tuned, started = first[0], None
     if pairs and target.is_adapter and recipe.model.adapter:
         started = _reference_scores(opened, recipe, rows)
-    if not target.is_adapter:
+    if not target.holds_base:
         del opened  # one model in memory
         opened = open_target(target, dtype, quantized, base=True)
-    with opened.model.disable_adapter() if target.is_adapter else nullcontext():
+    with opened.model.disable_adapter() if target.holds_base else nullcontext():
         columns = measure.of(BASE, opened)
         then(BASE, opened)
     if pairs:

@@ -106,8 +106,8 @@ def check_comparable(target: Target) -> None:
     Raises:
         UserError: It is not.
     """
-    if not target.is_adapter:
-        message = f"{target.name} is no adapter that could be switched off: its base would be a second model in memory"
+    if not target.holds_base:
+        message = f"{target.name} is no adapter that can be switched off: its base would be a second model in memory"
         raise user_error(
             "no-adapter", message, "leave out --compare-base; `recipe-run evaluate` compares with the base"
         )

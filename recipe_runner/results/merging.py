@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from recipe_runner.files import write_json, write_text
 from recipe_runner.methods import METHODS
 from recipe_runner.model.bottleneck import NO_MERGE
-from recipe_runner.model.load import load_result
+from recipe_runner.model.load import can_switch_off, load_result
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.results.target import Target, check_tokenizer, find_changed_base
 from recipe_runner.runs.golden import FILE as GOLDEN
@@ -124,8 +124,10 @@ def _merge_into(folder: Path, target: Target, config: PeftConfig, dtype: str | N
     saved = getattr(torch, dtype) if dtype else _dtype_of(base_config)
     rows = _read_rows(target, tokenizer)
     wanted = _find_logits(model, rows)
-    with model.disable_adapter():
-        plain = _find_logits(model, rows)
+    plain: list[torch.Tensor] = []
+    if can_switch_off(config):
+        with model.disable_adapter():
+            plain = _find_logits(model, rows)
     shares = dict(_merge_layers(model, saved))
     lost = {name: share for name, share in shares.items() if not share >= SHARE}  # nan, too
     if lost and not allow_loss:
@@ -145,10 +147,7 @@ def _merge_into(folder: Path, target: Target, config: PeftConfig, dtype: str | N
     found = _find_logits(again, rows)
     del again
     gc.collect()
-    difference, moved = (
-        max(float((one - two).abs().max()) for one, two in zip(logits, wanted, strict=True))
-        for logits in (found, plain)
-    )
+    difference, moved = (_largest_difference(logits, wanted) for logits in (found, plain))
     same = [one.argmax(-1) == two.argmax(-1) for one, two in zip(found, wanted, strict=True)]
     agreeing = float(torch.cat(same).float().mean())
     name = str(saved).removeprefix("torch.")
@@ -177,6 +176,13 @@ def _read_rows(target: Target, tokenizer: PreTrainedTokenizerBase) -> list[list[
     """Tokens of the golden rows with their answers; of a plain sentence where there are none."""
     rows = [[*row.prompt_ids, *(row.answer_ids or [])] for row in read_golden(target.run)] if target.run else []
     return rows or [list(tokenizer(PLAIN)["input_ids"])]
+
+
+def _largest_difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """The largest difference between logits; 0 where there are none to compare."""
+    if not found:
+        return 0.0
+    return max(float((one - two).abs().max()) for one, two in zip(found, wanted, strict=True))
 
 
 def _find_logits(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
@@ -284,8 +290,9 @@ def describe_merge(made: Merge) -> dict[str, str]:
         f" the middle one of {len(shares)}"
         if shares
         else "",
-        "logits": f"differ by {made.difference:.2g} at most from base and adapter, which moved them by {made.moved:.3g}"
-        f"; same first choice at {made.agreeing:.1%} of positions",
+        "logits": f"differ by {made.difference:.2g} at most from base and adapter"
+        + f", which moved them by {made.moved:.3g}" * bool(made.moved)
+        + f"; same first choice at {made.agreeing:.1%} of positions",
     }
 
 

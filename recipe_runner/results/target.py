@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipe_runner.data.prompts import render_prompt
 from recipe_runner.files import FULL, disk_full, hash_weights, list_runs, read_object, read_status
-from recipe_runner.model.load import find_base, find_result, load_result, read_tokenizer
+from recipe_runner.model.load import can_switch_off, find_base, find_result, load_result, read_tokenizer
 from recipe_runner.model.quantization import build_quantization
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Problem, as_warning
@@ -46,6 +46,11 @@ class Target:
     def is_adapter(self) -> bool:
         """Whether the result is an adapter, which can be switched off."""
         return (Path(self.result) / CONFIG).is_file()
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether the base is there when the adapter is switched off."""
+        return self.is_adapter and can_switch_off(PeftConfig.from_pretrained(self.result))
 
     @property
     def base(self) -> str:

@@ -13,6 +13,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from recipe_runner.data.prompts import Prompt, render_prompt
 from recipe_runner.model.answers import GREEDY, Answer, answer_all, count_context
+from recipe_runner.model.load import can_switch_off
 from recipe_runner.problems.errors import UserError, first_line
 from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.runs.golden import GoldenRow, write_golden
@@ -121,7 +122,7 @@ def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_b
         try:
             answers = answer_in_training(trainer, ids, GOLDEN_TOKENS)
             model = trainer.accelerator.unwrap_model(trainer.model)
-            if isinstance(model, PeftModel) and plain_base:
+            if isinstance(model, PeftModel) and plain_base and can_switch_off(model.active_peft_config):
                 with model.disable_adapter():
                     before = answer_in_training(trainer, ids[:BEFORE], GOLDEN_TOKENS)
         except Exception as error:  # an architecture that can't generate: the result is saved and compared already

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,9 @@ def evaluate(run_cli, *arguments):
     """The figures and the answers of an evaluation."""
     result = run_cli("evaluate", *arguments, "--format", "json")
     assert result.status == 0, result.err
-    folder = re.search(r"^(\S+) is written$", result.err, flags=re.MULTILINE)[1]
-    with open(f"{folder}/answers.jsonl") as answers, open(f"{folder}/results.json") as results:
-        assert json.load(results) == json.loads(result.out)
-        return json.loads(result.out), [json.loads(line) for line in answers]
+    folder = Path(re.search(r"^(\S+) is written$", result.err, flags=re.MULTILINE)[1])
+    assert json.loads((folder / "results.json").read_text()) == json.loads(result.out)
+    return json.loads(result.out), [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
 def value(figures, column, measure):
@@ -216,13 +216,16 @@ def test_json_is_scored_where_all_wanted_answers_are_json():
 
 
 @pytest.mark.parametrize("name", ["exact_mach", "regex:(", "json:", "bleu", r"regex:(a+)+$"])
-def test_a_scorer_that_cannot_be_used_is_one_line(name):
+def test_a_scorer_that_cannot_be_used_is_one_line(name, monkeypatch):
     from recipe_runner.results import scorers
 
+    monkeypatch.setattr(scorers, "PATTERN_SECONDS", 0.2)
+
+    def use():
+        scorers.build_scorers([name], ["x"])[name]("a" * 40 + "b", "x")
+
     with pytest.raises(UserError, match="unknown-scorer"):
-        found = scorers.build_scorers([name], ["x"])
-        scorers.PATTERN_SECONDS = 0.2
-        found[name]("a" * 40 + "b", "x")
+        use()
 
 
 def test_intervals_are_those_of_a_bootstrap():
