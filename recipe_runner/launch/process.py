@@ -90,7 +90,7 @@ def _silence_upstream() -> None:
     float16; the rest are transformers 5.23 and TRL 1.16 about their own use of old names, about features that a machine
     without a GPU lacks, DeepSpeed 0.19 about torch, and PEFT 0.21 about what its methods are meant to do: norms are not
     linear layers, SHiRA's weights are sparse, BEFT's can't be merged, BOFT computes without its own CUDA code;
-    AdaLoRA's pattern of ranks is not LoRA's; TRL's reference is called "ref", and is never loaded.
+    AdaLoRA's pattern of ranks is not LoRA's; TRL's reference is called "ref", and is never loaded; prompts take no position ids.
     """
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -108,6 +108,7 @@ def _silence_upstream() -> None:
         r"lora with eva initialization used with low_cpu_mem_usage=False",
         r"Full backward hook is firing when gradients are computed with respect to module outputs",
         r"Setting boft_n_butterfly_factor to 1",
+        r"Position ids are not supported for parameter efficient tuning",
         r".torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor|_\w+). is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)

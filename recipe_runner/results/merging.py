@@ -17,6 +17,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from recipe_runner.files import write_json, write_text
 from recipe_runner.methods import METHODS
@@ -70,6 +71,7 @@ def merge(target: Target, output: Path | None, dtype: str | None, allow_loss: bo
     Raises:
         UserError: The result can't be merged, the merge is not what was trained, or the folder can't be written.
     """
+    disable_progress_bar()
     config = check_mergeable(target)
     folder = output or (target.run or Path(target.result)) / NAME
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -210,6 +212,7 @@ def _merge_layers(model: Any, saved: torch.dtype) -> Iterator[tuple[str, float]]
             except (ValueError, NotImplementedError, RuntimeError) as error:
                 raise user_error("not-mergeable", f"{_short(name)}: {first_line(error)}") from error
             after = dict(module.get_base_layer().named_parameters(recurse=False))
+            module.merge = lambda *_, **__: None  # PEFT 0.21's OSF would merge a second time when it is taken out
         elif isinstance(module, AuxiliaryTrainingWrapper) and hasattr(module, "modules_to_save"):
             before = dict(module.original_module.named_parameters())
             after = dict(module.modules_to_save[module.active_adapters[0]].named_parameters())

@@ -121,8 +121,14 @@ def test_a_method_trains_saves_loads_resumes_and_goes_on(method, run_method, run
     count = sum(tensor.numel() for name, tensor in tensors_of(folder).items() if "indices" not in name)
     told = int(re.search(r"trainable  ([\d,]+) of", result.out)[1].replace(",", ""))
     assert told == count or method in COUNTED_OTHERWISE
+    golden = [json.loads(line) for line in (folder / "golden.jsonl").read_text().splitlines()]
+    assert all(row["answer_ids"] and row["before"] is not None for row in golden[:3])
+    merged = run_cli("merge", folder)
     if METHODS[method].merges:
-        assert torch.allclose(logits_of(model.merge_and_unload(), tokenizer), trained, atol=1e-4)
+        assert merged.status == 0, merged.err
+        assert torch.allclose(logits_of(load_result(folder / "merged")[0], tokenizer), trained, atol=1e-4)
+    else:
+        assert (merged.status, "error[not-mergeable]" in merged.err) == (1, True), merged.err
     if METHODS[method].tried:
         return
     resumed = resume_from_first_checkpoint(folder, tmp_path / "killed", run_cli, tmp_path / "first.yaml")
