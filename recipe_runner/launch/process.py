@@ -90,7 +90,8 @@ def _silence_upstream() -> None:
     float16; the rest are transformers 5.23 and TRL 1.16 about their own use of old names, about features that a machine
     without a GPU lacks, DeepSpeed 0.19 about torch, and PEFT 0.21 about what its methods are meant to do: norms are not
     linear layers, SHiRA's weights are sparse, BEFT's can't be merged, BOFT computes without its own CUDA code;
-    AdaLoRA's pattern of ranks is not LoRA's; TRL's reference is called "ref", and is never loaded; prompts take no position ids.
+    AdaLoRA's pattern of ranks is not LoRA's; TRL's reference is called "ref", and is never loaded; prompts take no
+    position ids.
     """
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(name).setLevel(logging.ERROR)

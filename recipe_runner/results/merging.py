@@ -212,7 +212,8 @@ def _merge_layers(model: Any, saved: torch.dtype) -> Iterator[tuple[str, float]]
             except (ValueError, NotImplementedError, RuntimeError) as error:
                 raise user_error("not-mergeable", f"{_short(name)}: {first_line(error)}") from error
             after = dict(module.get_base_layer().named_parameters(recurse=False))
-            module.merge = lambda *_, **__: None  # PEFT 0.21's OSF would merge a second time when it is taken out
+            # PEFT 0.21's OSF would merge a second time when it is taken out.
+            module.merge = lambda *_, **__: None  # type: ignore[method-assign]
         elif isinstance(module, AuxiliaryTrainingWrapper) and hasattr(module, "modules_to_save"):
             before = dict(module.original_module.named_parameters())
             after = dict(module.modules_to_save[module.active_adapters[0]].named_parameters())

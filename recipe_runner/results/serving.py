@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from recipe_runner.data.checks import find_special_tokens
 from recipe_runner.data.prompts import render_prompt
 from recipe_runner.model.load import find_result, read_tokenizer
 from recipe_runner.problems.errors import UserError, first_line, user_error
@@ -254,8 +255,7 @@ def _without_system(tokenizer: PreTrainedTokenizerBase, row: GoldenRow, turns: A
 def _explain_ends(rows: list[GoldenRow], replies: list[Reply], tokenizer: PreTrainedTokenizerBase) -> Iterator[Problem]:
     """Answers that do not end where the trained model ended them, or print the token that ends them."""
     ends = [place for place, row in enumerate(rows) if row.ended and row.answer_ids]
-    special = [token for token in tokenizer.all_special_tokens if token.strip()]
-    printed = next((t for reply in replies for t in special if t in reply.text), "")
+    printed = next((token for reply in replies for token in find_special_tokens(reply.text, tokenizer)), "")
     if printed:
         message = f"answers print {printed}: the server does not take it for a special token, or does not stop there"
         yield Problem("server-differs", message, suggestion=f"make it a stop token of the server: stop: ['{printed}']")
