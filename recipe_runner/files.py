@@ -51,6 +51,8 @@ def share_path(path: str) -> str:
 def write_text(file: Path, text: str, encoding: str = "utf-8") -> None:
     """Writes a file in one step: a reader sees the old text or the new one, never a part. A link stays a link."""
     target = file.resolve()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding=encoding, newline="") as stream:

@@ -29,6 +29,6 @@ def command(runs: tuple[str, ...], output: Path | None, force: bool) -> None:
     else:
         from recipe_runner.files import write_text
 
-        write_text(output, describe_run(read_run(folders[0])))
+        write_text(output, describe_run(read_run(folders[0]), output.absolute().parent))
         written = output
     click.echo(f"{written if written else FILE} is written")

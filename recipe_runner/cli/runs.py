@@ -18,12 +18,25 @@ class _Runs(click.Group):
 
 @click.group(name="runs", cls=_Runs)
 def command() -> None:
-    """List runs, or remove those that failed: `recipe-run runs [DIR]`, `recipe-run runs rm --failed [DIR]`."""
+    """List runs, or remove those that failed.
+
+    \b
+    recipe-run runs [DIR]               list them; --format json prints JSON
+    recipe-run runs rm --failed [DIR]   remove those that failed; asks before
+    """  # noqa: D301 (click reads the character that \b stands for)
 
 
-folder_argument = click.argument(
-    "folder", metavar="[DIR]", default="runs", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+folder_argument = click.argument("folder", metavar="[DIR]", default="runs", type=click.Path(path_type=Path))
+
+
+def _open(folder: Path) -> Path:
+    """The folder itself, not a link to it."""
+    if folder.is_dir():
+        return folder.resolve() if folder.is_symlink() or not folder.name else folder
+    if str(folder) == "runs":
+        click.echo("There are no runs yet: the folder runs is where they go.")
+        raise click.exceptions.Exit(0)
+    raise click.UsageError(f"there is no folder '{folder}'")
 
 
 @command.command(name="list")
@@ -34,6 +47,7 @@ def list_command(folder: Path, form: str) -> None:
     from recipe_runner.problems.words import make_visible
     from recipe_runner.runs.overview import list_all, write_overview
 
+    folder = _open(folder)
     found = list_all(folder)
     if form == "json":
         click.echo(json.dumps(found, indent=2))
@@ -49,15 +63,19 @@ def list_command(folder: Path, form: str) -> None:
 @click.option("--yes", is_flag=True, help="Don't ask.")
 def remove_command(folder: Path, failed: bool, yes: bool) -> None:
     """Remove the runs in DIR (runs) that failed, with their checkpoints; asks before."""
-    from recipe_runner.runs.overview import list_all, remove, write_overview
+    from recipe_runner.runs.overview import choose_failed, list_all, remove, write_overview
 
-    found: list[dict[str, Any]] = [entry for entry in list_all(folder) if entry["status"] == "failed"]
+    folder = _open(folder)
+    listed: list[dict[str, Any]] = list_all(folder)
+    found, kept = choose_failed(listed)
+    for place in kept:
+        click.echo(f"{place} failed, and is kept: it holds runs that did not")
     if not found:
-        click.echo(f"{folder} holds no run that failed")
+        click.echo(f"{folder} holds no run that failed{' and can be removed' * bool(kept)}")
         return
-    click.echo(write_overview(found))
+    click.echo(write_overview([entry for entry in listed if Path(entry["folder"]) in found]))
     if not yes:
         click.confirm(f"Remove {'these' if len(found) > 1 else 'this'} {len(found)}, with all checkpoints?", abort=True)
-    for entry in found:
-        remove(Path(entry["folder"]))
+    for place in found:
+        remove(place)
     click.echo(f"{len(found)} removed")

@@ -115,7 +115,7 @@ def _draw_axes(x: _Axis, y: _Axis, logarithmic: bool) -> Iterator[str]:
 
 def _number(value: float) -> str:
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 

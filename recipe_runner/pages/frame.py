@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from recipe_runner.problems.words import make_visible
+
 STYLE = """
 :root { color-scheme: light dark; --learned: #b7ebc6; --ink: #1b1f24; --quiet: #6a737d; --line: #d0d7de;
   --bar: #2f81f7;
@@ -53,9 +55,13 @@ def write_page(title: str, parts: Sequence[str]) -> str:
     return "\n".join([*head, *(part for part in parts if part), "</body></html>\n"])
 
 
+def _escape(text: str) -> str:
+    return escape(make_visible(text))
+
+
 def write_facts(facts: Mapping[str, str]) -> str:
     """Facts with a name, as a table; empty ones are left out."""
-    rows = [f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in facts.items() if text]
+    rows = [f"<tr><th>{_escape(name)}</th><td>{_escape(text)}</td></tr>" for name, text in facts.items() if text]
     return f"<table>{''.join(rows)}</table>" if rows else ""
 
 
@@ -63,9 +69,9 @@ def write_grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with a head, whose first column names the rows; on a narrow page it moves by itself."""
     if not rows:
         return ""
-    first = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    first = "".join(f"<th>{_escape(cell)}</th>" for cell in head)
     body = "".join(
-        "<tr><th>" + escape(row[0]) + "</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        "<tr><th>" + _escape(row[0]) + "</th>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row[1:]) + "</tr>"
         for row in rows
     )
     return f'<div class="wide"><table class="grid"><tr>{first}</tr>{body}</table></div>'

@@ -130,7 +130,7 @@ def read_prompts(file: Path, asker: Asker) -> list[Line]:
     """
     found = []
     try:
-        lines = read_text(file).splitlines()
+        lines = read_text(file).split("\n")
     except (OSError, ValueError) as error:
         raise user_error("prompts-unreadable", f"{file} can't be read: {first_line(error)}") from error
     for number, text in enumerate(lines, 1):
@@ -218,7 +218,7 @@ def _read_partial(partial: Path, settings: dict[str, Any], rendered: list[list[i
     """
     if not partial.exists():
         return {}
-    begun, *entries = [_parse(line) for line in partial.read_text(encoding="utf-8").splitlines()] or [None]
+    begun, *entries = [_parse(line) for line in partial.read_text(encoding="utf-8").split("\n")] or [None]
     fix = "remove that file, or choose another --output"
     if begun != json.loads(json.dumps(settings)):
         raise user_error("other-settings", f"{partial} was begun with other settings", fix)
@@ -234,7 +234,7 @@ def _read_partial(partial: Path, settings: dict[str, Any], rendered: list[list[i
 def _parse(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # half a line: the call was killed while it wrote
 
 

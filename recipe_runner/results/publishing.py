@@ -93,7 +93,7 @@ def compose_card(run: Path, recipe: Recipe, kind: str, base: str | None, reposit
     own = (run / "README.md").read_text(encoding="utf-8").partition("\n---\n")[2]
     facts = [
         line
-        for line in own.partition("\n## ")[0].splitlines()
+        for line in own.partition("\n## ")[0].split("\n")
         if line.startswith("- ") and not line.startswith("- Base model:")
     ]
     header = describe_header(recipe, kind == "adapter", base)

@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, and how its status changes. Written by one process."""
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -158,6 +159,17 @@ def lock_run(folder: Path) -> IO[str]:
     return stream
 
 
+def is_active(folder: Path) -> bool:
+    """Whether a process is in a run."""
+    try:
+        lock_run(folder).close()
+    except UserError:
+        return True
+    except OSError:  # there is nothing that could be locked
+        return False
+    return False
+
+
 def put_aside_after(folder: Path, checkpoint: Path | None) -> None:
     """Removes checkpoints that were not written whole, and renames damaged ones: both would count as the newest."""
     for later in list_checkpoints(folder):
@@ -259,4 +271,11 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
             if f"{path}{key}" not in ("run.output_dir", "metadata", "description")
         ]
         return [change for key in keys for change in _differences(old.get(key), new.get(key), f"{path}{key}.")]
-    return [] if old == new else [f"{path.rstrip('.')}: {old} -> {new}"]
+    return [] if old == new else [f"{path.rstrip('.')}: {_write(old)} -> {_write(new)}"]
+
+
+def _write(value: Any) -> str:
+    """A value as a recipe writes it; `(unset)` where it has none."""
+    if value is None:
+        return "(unset)"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else str(value)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.files import read_text, write_text
-from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.errors import first_line, user_error
 
 FILE = "golden.jsonl"
 ROWS = 10
@@ -67,7 +67,8 @@ def read_golden(folder: Path) -> list[GoldenRow]:
     if not file.is_file():
         return []
     try:
-        return [GoldenRow(**json.loads(line)) for line in read_text(file).splitlines() if line]
-    except (OSError, ValueError, TypeError) as error:
-        message = f"{file} is damaged: {error}"
+        return [GoldenRow(**json.loads(line)) for line in read_text(file).split("\n") if line]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        what = "a line has other keys than a golden row" if isinstance(error, TypeError) else first_line(error)
+        message = f"{file} is damaged: {what}"
         raise user_error("golden-damaged", message, "restore it, or train again") from error

@@ -29,7 +29,7 @@ def append_line(file: Path, entry: dict[str, Any]) -> None:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All lines that can be read, oldest first: a run that is killed may leave one half written."""
     try:
-        lines = (run / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (run / FILE).read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
     return [entry for line in lines if (entry := _read_line(line))]
@@ -38,7 +38,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def _read_line(line: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else {}
 

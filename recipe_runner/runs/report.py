@@ -5,8 +5,10 @@ Everything is read from the run folder: `recipe-run report` writes the page agai
 
 import itertools
 import json
+import math
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -15,19 +17,23 @@ from typing import Any
 
 from recipe_runner import __version__
 from recipe_runner.files import hide_home, read_object, read_status, read_text, share_path, write_text
-from recipe_runner.pages.charts import Curve, draw_chart, draw_histogram
+from recipe_runner.pages.charts import COLOURS, Curve, draw_chart, draw_histogram
 from recipe_runner.pages.frame import write_facts, write_grid, write_page
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Mark, Problem, as_warning
 from recipe_runner.problems.words import make_visible
 from recipe_runner.recipe.document import parse_document
-from recipe_runner.runs.folder import recipe_changes
+from recipe_runner.runs.folder import is_active, recipe_changes
 from recipe_runner.runs.golden import read_golden
 from recipe_runner.runs.metrics import measure_series, read_metrics
 from recipe_runner.stages import PIPELINE, STAGES
 
 FILE = "report.html"
 SHOWN = 3  # answers on the page
+WARNINGS = 5  # on the page
+LONGEST = 400  # characters of a text that is shown at once
+# What damaged files may come to.
+UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError)
 # What is drawn: title, measures (training, then held-out), whether equal ratios are equal distances.
 CHARTS = (
     ("loss", ("loss", "eval_loss"), False),
@@ -58,7 +64,7 @@ class Run:
         environment: What `environment.json` says.
         logged: The lines of `metrics.jsonl`, with tokens a second.
         evaluation: The figures of the latest evaluation; empty without one.
-        answers: Its first rows.
+        answers: The file of its answers; None without one.
     """
 
     folder: Path
@@ -67,7 +73,13 @@ class Run:
     environment: Mapping[str, Any]
     logged: Sequence[dict[str, Any]]
     evaluation: Mapping[str, Any]
-    answers: Sequence[Mapping[str, Any]]
+    answers: Path | None
+
+    @property
+    def state(self) -> str:
+        """Its status; `killed` where it calls itself running, and has no process."""
+        status = str(self.status.get("status"))
+        return "killed" if status == "running" and not is_active(self.folder) else status
 
     @property
     def name(self) -> str:
@@ -76,12 +88,15 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """From the start to the last change of the status."""
+        """From the start to the last that was heard of it."""
         try:
-            begun, changed = (datetime.fromisoformat(str(self.status[key])) for key in ("started", "updated"))
-        except (KeyError, ValueError):
+            begun, changed = (
+                datetime.fromisoformat(str(self.status[key])).timestamp() for key in ("started", "updated")
+            )
+        except (KeyError, ValueError, OverflowError):
             return None
-        return max((changed - begun).total_seconds(), 0.0)
+        last = [float(entry["time"]) for entry in self.logged[-1:] if "time" in entry]
+        return max(changed, *last, begun) - begun
 
     @property
     def step(self) -> int:
@@ -101,19 +116,28 @@ def read_run(folder: Path) -> Run:
         fix = "name a run folder: one with status.json and resolved.yaml"
         raise user_error("not-a-run", f"{folder} is no run folder", fix) from error
     evaluations = sorted(folder.glob("evaluations/*/results.json"))
-    answers: list[Mapping[str, Any]] = []
-    if evaluations:
-        with (evaluations[-1].parent / "answers.jsonl").open(encoding="utf-8") as stream:
-            answers = [json.loads(line) for line in itertools.islice(stream, SHOWN)]
     return Run(
         folder,
         values,
         read_object(folder / "status.json") | {"status": read_status(folder)},
         read_object(folder / "environment.json"),
-        add_speed(read_metrics(folder)),
+        add_speed([clean(entry) for entry in read_metrics(folder)]),
         read_object(evaluations[-1]) if evaluations else {},
-        answers,
+        evaluations[-1].parent / "answers.jsonl" if evaluations else None,
     )
+
+
+def clean(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the metrics with the numbers that can be drawn, and the samples."""
+    kept = {key: value for key, value in entry.items() if _is_number(value) and key != "step"}
+    samples = entry.get("samples")
+    if isinstance(samples, list) and samples and all(isinstance(sample, dict) for sample in samples):
+        kept["samples"] = samples
+    return {"step": min(abs(int(entry["step"])), 10**15), **kept}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def add_speed(logged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,7 +160,8 @@ def leave_report(folder: Path) -> None:
     try:
         write_report(folder)
     except Exception as error:  # the run is what counts: its result is there, or its own error is said
-        message, fix = f"{type(error).__name__}: {error}", f"recipe-run report {folder} writes it again"
+        told = error.problems[0].message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        message, fix = told, f"recipe-run report {folder} writes it again"
         print(as_warning(Problem("report-not-written", message, Mark(str(folder / FILE)), (), fix)), file=sys.stderr)
 
 
@@ -151,42 +176,85 @@ def write_report(folder: Path) -> Path:
     return folder / FILE
 
 
-def describe_run(run: Run) -> str:
-    """The page of a run. Everything that comes from data or recipe is escaped."""
-    values, title = run.values, str(run.values.get("name", run.folder.name))
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(str(values.get('description', '')))}</p>"]
-    parts.append(f'<p class="quiet">{escape(_headline(run))}</p>')
-    if error := run.status.get("error"):
-        parts.append(f'<p class="error">{escape(make_visible(str(error)))}</p>')
-    parts += _section(
-        "Warnings", "".join(f"<p class='warning'>{escape(str(w))}</p>" for w in run.environment.get("warnings") or [])
-    )
-    parts += _section("Before and after", "".join(_samples(run)))
-    curves = [_run_chart(title, names, logarithmic, run.logged) for title, names, logarithmic in CHARTS]
-    parts += _section("Curves", f'<div class="charts">{"".join(curves)}</div>' if any(curves) else "")
-    parts += _section("Evaluation", "".join(_evaluation(run.evaluation)))
-    if values.get("stage") == PIPELINE:
-        parts += _section("Stages", _stages(run))
-    for split, account in (run.environment.get("data") or {}).items():
-        parts += _section(f"{split} data", _account(account))
-    parts += _section("Time and memory", write_facts(_measured(run)))
-    parts += _section("Environment", write_facts(_environment(run)))
-    parts += _section("Run it again", f"<pre>{escape(command_of(run))}</pre>")
-    resolved = read_text(run.folder / "resolved.yaml")
-    parts += _section("Recipe", f"<details><summary>as it was run</summary><pre>{escape(resolved)}</pre></details>")
+def describe_run(run: Run, place: Path | None = None) -> str:
+    """The page of a run. Everything that comes from data or recipe is escaped.
+
+    Args:
+        run: What was read.
+        place: The folder that the page is for, from where links begin; the run's where None.
+    """
+    title = str(run.values.get("name", run.folder.name))
+    sections: list[tuple[str, Callable[[], str]]] = [
+        ("", lambda: _head(run)),
+        ("Warnings", lambda: _warnings(run)),
+        ("Before and after", lambda: "".join(_samples(run))),
+        ("Curves", lambda: _curves([_run_chart(title, names, scale, run.logged) for title, names, scale in CHARTS])),
+        ("Evaluation", lambda: "".join(_evaluation(run.evaluation))),
+        ("Stages", lambda: _stages(run, place or run.folder)),
+        ("Training data", lambda: _account(_data(run, "train"))),
+        ("Evaluation data", lambda: _account(_data(run, "eval"))),
+        ("Time and memory", lambda: write_facts(_measured(run))),
+        ("Environment", lambda: write_facts(_environment(run))),
+        ("Run it again", lambda: f"<pre>{_escape(command_of(run))}</pre>"),
+        ("Recipe", lambda: _recipe(run)),
+    ]
+    parts = [f"<h1>{_escape(title)}</h1>"]
+    for name, write in sections:
+        parts += _section(name, write)
     return hide_home(write_page(f"{title}: report", parts))
 
 
-def _section(title: str, content: str) -> list[str]:
-    return [f"<h2>{escape(title[0].upper() + title[1:])}</h2>", content] if content else []
+def _section(title: str, write: Callable[[], str]) -> list[str]:
+    """A part of a page with its title; where what it is made from is damaged, that is said in its place."""
+    try:
+        content = write()
+    except (UserError, *UNREADABLE) as error:
+        told = error.problems[0].message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        content = f"<p class='warning'>This part can't be written, a file of the run is damaged: {_escape(told)}</p>"
+    return [f"<h2>{escape(title)}</h2>" * bool(title), content] if content else []
+
+
+def _escape(text: Any) -> str:
+    return escape(make_visible(str(text)))
+
+
+def _head(run: Run) -> str:
+    parts = [
+        f"<p>{_escape(run.values.get('description') or '')}</p>",
+        f'<p class="quiet">{_escape(_headline(run))}</p>',
+    ]
+    if error := run.status.get("error"):
+        parts.append(f'<p class="error">{_escape(error)}</p>')
+    return "".join(parts)
+
+
+def _warnings(run: Run) -> str:
+    found = run.environment.get("warnings") or []
+    more = f"<p class='quiet'>and {len(found) - WARNINGS:,} more in environment.json</p>" * (len(found) > WARNINGS)
+    return "".join(f"<p class='warning'>{_escape(str(text)[:LONGEST])}</p>" for text in found[:WARNINGS]) + more
+
+
+def _curves(charts: Sequence[str]) -> str:
+    return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+
+
+def _data(run: Run, split: str) -> Mapping[str, Any]:
+    found = (run.environment.get("data") or {}).get(split) or {}
+    return dict(found)
+
+
+def _recipe(run: Run) -> str:
+    text = read_text(run.folder / "resolved.yaml")
+    return f"<details><summary>as it was run</summary><pre>{_escape(text)}</pre></details>"
 
 
 def _headline(run: Run) -> str:
     values, model = run.values, run.values.get("model") or {}
     method = (values.get("peft") or {}).get("method") or "full fine-tuning"
     base = share_path(str(model.get("name_or_path", "")))
-    told = [str(values.get("stage", "")), *([base, str(method)] if base else []), str(run.status.get("status"))]
-    return "; ".join([*filter(None, told), f"step {run.step:,}", f"recipe-run {__version__}"])
+    told = [str(values.get("stage", "")), *([base, str(method)] if base else []), run.state]
+    step = [] if values.get("stage") == PIPELINE else [f"step {run.step:,}"]
+    return "; ".join([*filter(None, told), *step, f"recipe-run {__version__}"])
 
 
 def _run_chart(title: str, names: Sequence[str], logarithmic: bool, logged: Sequence[dict[str, Any]]) -> str:
@@ -209,8 +277,12 @@ def _samples(run: Run) -> Iterator[str]:
                 str(before.get("prompt")), before.get("wanted"), told | {f"step {last['step']}": after.get("answer")}
             )
         return
-    if run.answers and any("answer" in of for row in run.answers for of in row["columns"].values()):
-        for row in run.answers:
+    answers: list[Mapping[str, Any]] = []
+    if run.answers:
+        with run.answers.open(encoding="utf-8") as stream:
+            answers = [json.loads(line) for line in itertools.islice(stream, SHOWN)]
+    if any("answer" in of for row in answers for of in row["columns"].values()):
+        for row in answers:
             told = {name: of.get("answer") for name, of in row["columns"].items()}
             yield _answers(_last_turn(row.get("prompt")), row.get("wanted"), told)
         return
@@ -227,11 +299,18 @@ def _last_turn(content: Any) -> str:
 def _answers(prompt: str, wanted: Any, told: Mapping[str, Any]) -> str:
     facts = {"asked": prompt, "wanted": str(wanted or "")} | {name: str(text or "") for name, text in told.items()}
     rows = (
-        f'<tr><th>{escape(name)}</th><td class="answer">{escape(make_visible(text))}</td></tr>'
+        f'<tr><th>{_escape(name)}</th><td class="answer">{_fold(text)}</td></tr>'
         for name, text in facts.items()
         if text or name not in ("asked", "wanted")
     )
     return f"<table>{''.join(rows)}</table>"
+
+
+def _fold(text: str) -> str:
+    """A text; of a long one the begin, and the whole where it is asked for."""
+    if len(text) <= LONGEST:
+        return _escape(text)
+    return f"<details><summary>{_escape(text[:LONGEST])} ...</summary>{_escape(text)}</details>"
 
 
 def _evaluation(found: Mapping[str, Any]) -> Iterator[str]:
@@ -260,12 +339,11 @@ def _estimate(found: Any) -> str:
     return f"{value:.3g}" + (f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else "")
 
 
-def _stages(run: Run) -> str:
+def _stages(run: Run, place: Path) -> str:
     rows = []
     for number, stage in enumerate(run.status.get("stages") or [], 1):
-        link = (
-            f'<a href="{escape(str(stage["run"]))}/{FILE}">{escape(str(stage["name"]))}</a>' if stage.get("run") else ""
-        )
+        page = os.path.relpath(run.folder / str(stage.get("run")) / FILE, place)
+        link = f'<a href="{escape(page)}">{escape(str(stage["name"]))}</a>' if stage.get("run") else ""
         told = (str(number), link or escape(str(stage.get("name"))), escape(str(stage.get("stage"))))
         rows.append(
             "<tr>" + "".join(f"<td>{cell}</td>" for cell in (*told, escape(str(stage.get("status"))))) + "</tr>"
@@ -300,13 +378,13 @@ def _account(account: Mapping[str, Any]) -> str:
 
 def _measured(run: Run) -> dict[str, str]:
     """Time and memory of a run, as far as they were measured."""
-    trained = next((entry["train_runtime"] for entry in reversed(run.logged) if "train_runtime" in entry), None)
+    trained = [float(entry["train_runtime"]) for entry in run.logged if "train_runtime" in entry]
     speeds = sorted(value for _, value in measure_series(run.logged, "tokens_per_second"))
     sampled = sum(float(entry.get("samples_runtime") or 0) for entry in run.logged)
     return {
         "started": str(run.status.get("started", ""))[:19].replace("T", " "),
         "whole run": _duration(run.seconds),
-        "training": _duration(trained),
+        "training": _duration(sum(trained)) if trained and run.state == "completed" else "",
         "samples": f"{_duration(sampled)} of it" if sampled else "",
         "speed": f"{speeds[len(speeds) // 2]:,.0f} tokens a second (median)" if speeds else "",
         "peak memory": describe_memory(run.status.get("measured")),
@@ -361,17 +439,20 @@ def compare_runs(folders: Sequence[Path], output: Path, force: bool = False) -> 
     """
     if output.exists() and not force:
         raise user_error("file-exists", "the file is there already", "choose another --output", Mark(str(output)))
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise user_error("not-a-run", "a run is named twice", "name each once")
     runs = [read_run(folder) for folder in folders]
     names = [f"{number}: {run.name}" for number, run in enumerate(runs, 1)]
     parts = ["<h1>Runs compared</h1>"]
-    parts += [f'<p class="c{place}">{escape(name)}</p>' for place, name in enumerate(names)]
+    parts += [f'<p class="c{place % COLOURS}">{_escape(name)}</p>' for place, name in enumerate(names)]
     changed: list[str] = []
     for name, run in zip(names[1:], runs[1:], strict=True):
-        changes = (change.replace(" None", " (unset)") for change in recipe_changes(runs[0].folder, run.values))
+        changes = recipe_changes(runs[0].folder, run.values)
         lines = "".join(f"<li>{escape(change)}</li>" for change in changes)
         changed.append(f"<p>{escape(name)}, beside 1:</p><ul>{lines or '<li>the same recipe</li>'}</ul>")
-    parts += _section("What their recipes say otherwise", "".join(changed))
-    parts += _section("Figures", write_grid(["", *[str(number) for number in range(1, len(runs) + 1)]], _figures(runs)))
+    numbers = ["", *[str(number) for number in range(1, len(runs) + 1)]]
+    parts += _section("What their recipes say otherwise", lambda: "".join(changed))
+    parts += _section("Figures", lambda: write_grid(numbers, _figures(runs)))
     charts = []
     for title, measures, logarithmic in CHARTS:
         for measure in measures:
@@ -381,7 +462,7 @@ def compare_runs(folders: Sequence[Path], output: Path, force: bool = False) -> 
             ]
             told = f"held-out {title}" if measure.startswith("eval_") else title
             charts.append(draw_chart(told, [curve for curve in curves if curve.points], logarithmic))
-    parts += _section("Curves", f'<div class="charts">{"".join(charts)}</div>' if any(charts) else "")
+    parts += _section("Curves", lambda: _curves(charts))
     write_text(output, hide_home(write_page("Runs compared", parts)))
     return output
 
@@ -412,7 +493,8 @@ def best_of(run: Run) -> tuple[str, float] | None:
     stage = STAGES.get(str(run.values.get("stage")))
     for measure in (*(stage.measures if stage else ()), "loss"):
         if series := measure_series(run.logged, measure):
-            values = [value for _, value in series if isinstance(value, int | float)]
+            values = [value for _, value in series if math.isfinite(value)]
             higher = "accurac" in measure or "margin" in measure
-            return (measure, max(values) if higher else min(values)) if values else None
+            if values:
+                return measure, max(values) if higher else min(values)
     return None
