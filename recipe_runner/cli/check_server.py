@@ -39,9 +39,14 @@ def command(url: str, name: str, model: str | None, api_key_env: str, timeout: f
         raise user_error("no-golden-rows", f"{run} has no golden.jsonl", "train again: each run writes it")
     tokenizer, _ = serving.open_contract(run)
     server = serving.connect(url, model, os.environ.get(api_key_env, ""), timeout)
-    replies = [serving.ask_row(server, row) for row in rows]
-    for line in (*serving.describe(rows, replies), *serving.find_hints(rows, replies)):
-        click.echo(make_visible(line))
-    if problems := list(serving.find_causes(rows, replies, tokenizer, recipe_of(run))):
+    replies = []
+    click.echo(serving.HEAD)
+    for number, row in enumerate(rows, 1):
+        replies.append(serving.ask_row(server, row))
+        click.echo(make_visible(serving.describe_row(number, row, replies[-1])))
+    for line in (*serving.describe_limits(replies), *serving.find_hints(rows, replies)):
+        click.echo(line)
+    if problems := serving.find_causes(rows, replies, tokenizer, recipe_of(run)):
         raise UserError(problems)
-    click.echo(f"{server.model} at {server.url} makes the prompts of {run}, and ends its answers where it does")
+    prompts = f"makes the prompts of {run}" if serving.can_tell(replies) else "answers"
+    click.echo(f"{server.model} at {server.url} {prompts}, and ends its answers where training did")

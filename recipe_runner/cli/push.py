@@ -39,6 +39,8 @@ def command(
     with explaining("close other programs"), tempfile.TemporaryDirectory(prefix="recipe-run-push-") as folder:
         upload = publishing.stage_upload(target, merged, base_model, name, Path(folder), private)
         files = publishing.list_files(upload)
+        if upload.left:
+            click.echo(f"left here: {', '.join(upload.left)}", err=True)
         if dry_run:
             click.echo(f"would be sent to {name}{' (private)' * private}:")
             for file, size in files:

@@ -118,6 +118,31 @@ def fits(parts: Parts, tokenizer: PreTrainedTokenizerBase, conversations: list[T
         return False
 
 
+# Turns that some templates render in a way of their own.
+UNUSUAL: dict[str, Turns] = {
+    "white space around a text": [{"role": "user", "content": " x \n"}],
+    "thoughts in earlier answers": [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "<think>\ny\n</think>\n\nz"},
+        {"role": "user", "content": "x"},
+    ],
+    "an empty system prompt": [{"role": "system", "content": ""}, {"role": "user", "content": "x"}],
+    "tools": [{"role": "user", "content": "x"}],
+}
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+
+
+def _fits_or_refuses(parts: Parts, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> bool:
+    """Whether the parts render unusual turns as the chat template does, or it refuses them."""
+    try:
+        if turns is UNUSUAL["tools"]:
+            given: Any = tokenizer.apply_chat_template(turns, tools=[TOOL], tokenize=False)
+            return bool(given == tokenizer.apply_chat_template(turns, tokenize=False))
+        return fits(parts, tokenizer, [turns])
+    except Exception:  # a template is a program: it may refuse these in any way
+        return True
+
+
 def write_modelfile(folder: Path, target: Target) -> list[str]:
     """Writes an Ollama Modelfile beside a merged model.
 
@@ -163,7 +188,10 @@ def _template_lines(tokenizer: PreTrainedTokenizerBase, target: Target) -> list[
     if not parts or '"""' in go or any("{{" in text for text in texts) or not fits(parts, tokenizer, conversations):
         return ["# The chat template is more than texts around turns: Ollama takes the one in the GGUF file."]
     system = target.recipe.dataset.system if target.recipe and target.recipe.dataset.system else parts.system
-    lines = [f'TEMPLATE """{go}"""']
+    lines = []
+    if differing := [name for name, turns in UNUSUAL.items() if not _fits_or_refuses(parts, tokenizer, turns)]:
+        lines.append(f"# Unlike the chat template of training, this does not know: {', '.join(differing)}.")
+    lines.append(f'TEMPLATE """{go}"""')
     if system and '"""' not in system:
         lines.append(f'SYSTEM """{system}"""')
     return lines

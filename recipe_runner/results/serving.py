@@ -6,11 +6,14 @@ difference is the one change of the prompt that explains all rows.
 """
 
 import contextlib
+import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from recipe_runner.data.checks import find_special_tokens
 from recipe_runner.data.prompts import render_prompt
 from recipe_runner.model.load import find_result, read_tokenizer
-from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Problem
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.results.gguf import take_apart
 from recipe_runner.runs.golden import GoldenRow
 
 TOKENS = 32  # of an answer, where the golden row has none
+MOST = 1000  # parts of 64 KiB of an answer
 SPARE = 8  # tokens more, in which an answer that ended may go on
 
 
@@ -81,7 +85,8 @@ def connect(url: str, model: str | None, key: str, seconds: float) -> Server:
         fix = error.problems[0].suggestion + " if it is, name its model: --model NAME"
         raise user_error(error.problems[0].code, error.problems[0].message, fix) from error
     listed = found.get("data") if isinstance(found, dict) else None
-    names = [str(entry.get("id")) for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    names = [entry["id"] for entry in entries if isinstance(entry.get("id"), str)]
     if not isinstance(listed, list):
         message = f"{url}/v1/models answers something else than a list of models"
         raise user_error("server-unreachable", message, "is it the address of a server with OpenAI's interface?")
@@ -92,29 +97,42 @@ def connect(url: str, model: str | None, key: str, seconds: float) -> Server:
 
 
 def _ask(server: Server, path: str, body: dict[str, Any] | None) -> Any:
-    """The JSON that a server answers.
+    """The JSON that a server answers, within the server's time.
 
     Raises:
-        UserError: It does not, or answers something else.
+        UserError: It does not, or answers something else. The key is in no message.
     """
+    address, fix = server.url + path, "is the server running, and is this its address?"
+
+    def hide(text: Any) -> str:
+        told = " ".join(str(text).split())
+        return told.replace(server.key.strip(), "***") if server.key.strip() else told
+
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {server.key}"} if server.key else {})
     data = json.dumps(body).encode() if body is not None else None
-    request = urllib.request.Request(server.url + path, data, headers)
-    address, fix = server.url + path, "is the server running, and is this its address?"
+    end = time.monotonic() + server.seconds
     try:
-        with urllib.request.urlopen(request, timeout=server.seconds) as response:
-            text = response.read()
+        request = urllib.request.Request(address, data, headers)
+        with urllib.request.urlopen(request, timeout=min(server.seconds, 1e6)) as response:
+            parts: list[bytes] = []
+            while part := response.read1(1 << 16):
+                parts.append(part)
+                if time.monotonic() > end or len(parts) > MOST:
+                    raise TimeoutError("the answer does not come to an end")
+        return json.loads(b"".join(parts))
     except urllib.error.HTTPError as error:
-        told = error.read(500).decode(errors="replace")
-        raise user_error(
-            "server-refused", f"{address}: status {error.code}: {first_line(ValueError(told))}", fix
-        ) from error
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise user_error("server-unreachable", f"{address}: {getattr(error, 'reason', error)}", fix) from error
-    try:
-        return json.loads(text)
-    except ValueError as error:
+        told = hide(error.read(500).decode(errors="replace"))
+        raise user_error("server-refused", f"{address}: status {error.code}: {told[:200]}", fix) from error
+    except RecursionError as error:
         raise user_error("server-unreachable", f"{address} does not answer in JSON", fix) from error
+    except ValueError as error:  # of the address, the key, or the answer
+        what = (
+            "does not answer in JSON" if isinstance(error, json.JSONDecodeError) else f"can't be asked: {hide(error)}"
+        )
+        raise user_error("server-unreachable", f"{address} {what}", fix) from error
+    except (OSError, http.client.HTTPException) as error:
+        told = hide(getattr(error, "reason", error)) or type(error).__name__
+        raise user_error("server-unreachable", f"{address}: {told}", fix) from error
 
 
 def ask_row(server: Server, row: GoldenRow) -> Reply:
@@ -133,6 +151,8 @@ def ask_row(server: Server, row: GoldenRow) -> Reply:
     try:
         choice = found["choices"][0]
         text = choice["message"]["content"] if row.messages is not None else choice["text"]
+        if not isinstance(text, str | None):
+            raise TypeError("the text of an answer")
         count = (found.get("usage") or {}).get("prompt_tokens")
         count = count if isinstance(count, int) and count > 0 else None
         return Reply(count, _show_tokens(server, row), str(text or ""), str(choice.get("finish_reason")))
@@ -146,7 +166,8 @@ def _show_tokens(server: Server, row: GoldenRow) -> list[int] | None:
     if row.messages is None:
         ways: list[Callable[[], Any]] = [lambda: _ask(server, "/tokenize", {"model": server.model, "prompt": row.text})]
     else:
-        asked = {"model": server.model, "messages": row.messages, "add_generation_prompt": True}
+        tools = {"tools": row.tools} if row.tools else {}
+        asked = {"model": server.model, "messages": row.messages, "add_generation_prompt": True, **tools}
         ways = [lambda: _tokenize_rendered(server, row), lambda: _ask(server, "/tokenize", asked)]
     for way in ways:
         with contextlib.suppress(Exception):  # another server's address: it has no such door
@@ -157,39 +178,41 @@ def _show_tokens(server: Server, row: GoldenRow) -> list[int] | None:
 
 
 def _tokenize_rendered(server: Server, row: GoldenRow) -> Any:
-    text = _ask(server, "/apply-template", {"messages": row.messages})["prompt"]
+    tools = {"tools": row.tools} if row.tools else {}
+    text = _ask(server, "/apply-template", {"messages": row.messages, **tools})["prompt"]
     return _ask(server, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
 
 
 def find_causes(
     rows: list[GoldenRow], replies: list[Reply], tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None
-) -> Iterator[Problem]:
-    """What is wrong with a server, and the likely cause: an error for each thing."""
-    shown = all(reply.ids is not None for reply in replies)
-    known = all(reply.count is not None for reply in replies)
-    if shown or known:
-        theirs: list[Any] = [reply.ids if shown else reply.count for reply in replies]
-        ours: list[Any] = [row.prompt_ids if shown else len(row.prompt_ids) for row in rows]
-        if wrong := [place for place in range(len(rows)) if theirs[place] != ours[place]]:
-            yield _explain_prompts(rows, theirs, wrong, shown, tokenizer, recipe)
-            return  # what it answers to other prompts says nothing of its stop tokens
-    yield from _explain_ends(rows, replies, tokenizer)
+) -> list[Problem]:
+    """What is wrong with a server, and the likely cause. Of other prompts, what is answered says nothing more."""
+    if all(reply.ids is not None for reply in replies):
+        theirs: list[Any] = [reply.ids for reply in replies]
+        if theirs != [row.prompt_ids for row in rows]:
+            return [_explain_prompts(rows, theirs, tokenizer, recipe)]
+    counts = [reply.count for reply in replies]
+    if all(count is not None for count in counts) and counts != [len(row.prompt_ids) for row in rows]:
+        return [_explain_prompts(rows, counts, tokenizer, recipe)]
+    return list(_explain_ends(rows, replies, tokenizer))
+
+
+def can_tell(replies: list[Reply]) -> bool:
+    """Whether it is known what the server makes of the prompts."""
+    return all(reply.ids is not None or reply.count is not None for reply in replies)
 
 
 def _explain_prompts(
-    rows: list[GoldenRow],
-    theirs: list[Any],
-    wrong: list[int],
-    shown: bool,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe | None,
+    rows: list[GoldenRow], theirs: list[Any], tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None
 ) -> Problem:
+    """What the server makes of the prompts, as tokens or their numbers, and the one change that explains all rows."""
+    shown = isinstance(theirs[0], list)
+    ours: list[Any] = [row.prompt_ids if shown else len(row.prompt_ids) for row in rows]
+    wrong = [place for place in range(len(rows)) if theirs[place] != ours[place]]
     cause, fix = "another chat template", "serve the result with the chat_template.jinja that it was saved with"
     for name, remedy, change in _changes(tokenizer, recipe):
         made = [change(row) for row in rows]
-        if all(
-            ids is not None and (ids if shown else len(ids)) == found for ids, found in zip(made, theirs, strict=True)
-        ):
+        if [ids if shown or ids is None else len(ids) for ids in made] == theirs:
             cause, fix = name, remedy
             break
     first = wrong[0]
@@ -207,12 +230,11 @@ def _changes(tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None) -> Itera
     """Changes of a prompt that servers make: what it is, what to do, and the tokens that a row then has."""
     bos = tokenizer.bos_token_id
 
-    def render(turns: Any, **options: Any) -> list[int] | None:
+    def render(turns: Any, row: GoldenRow, **options: Any) -> list[int] | None:
+        options = {"add_generation_prompt": True, "tools": row.tools} | options
         try:
-            if options:
-                made: Any = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **options)
-                return list(made)
-            return render_prompt(turns, tokenizer)
+            made: Any = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **options)
+            return list(made) if turns else None
         except Exception:  # a template is a program: this change can't be what the server does
             return None
 
@@ -227,20 +249,34 @@ def _changes(tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None) -> Itera
         fix = "the server leaves the BOS token out: add_bos_token in tokenizer_config.json, or in the template"
         yield "BOS missing", fix, lambda row: row.prompt_ids[1:] if row.prompt_ids[:1] == [bos] else None
     fix = "serve the result's own chat_template.jinja, which has a place for it"
-    yield "the system prompt is dropped", fix, lambda row: render(talk(row))
+    yield "the system prompt is dropped", fix, lambda row: render(talk(row), row)
     yield "the system prompt is dropped", fix, lambda row: _without_system(tokenizer, row, talk(row))
+    fix = "serve the result's own chat_template.jinja, which has a place of its own for it"
+    for between in ("\n\n", "\n", " "):
+        yield "the system prompt is put into the user's turn", fix, partial(_render_joined, render, between)
+    if "tools" in str(tokenizer.chat_template):
+        fix = "pass the tools on to the chat template"
+        yield "the tools are dropped", fix, lambda row: render(row.messages, row, tools=None)
     fix = "serve the result's own chat_template.jinja, which begins without a system prompt that nobody wrote"
     yield "no default system prompt", fix, lambda row: _without_system(tokenizer, row, row.messages or [])
     fix = "the template must get add_generation_prompt=True"
-    yield "the generation prompt is missing", fix, lambda row: render(row.messages, add_generation_prompt=False)
+    yield "the generation prompt is missing", fix, lambda row: render(row.messages, row, add_generation_prompt=False)
     fix = "the server drops what was said before: check how it passes the messages on"
-    yield "earlier turns are dropped", fix, lambda row: render((row.messages or [])[-1:])
+    yield "earlier turns are dropped", fix, lambda row: render((row.messages or [])[-1:], row)
     if recipe:
         with contextlib.suppress(Exception):  # the base may be gone, or have no template: it explains nothing then
             base = AutoTokenizer.from_pretrained(recipe.model.name_or_path, **recipe.model.location)
             if base.chat_template and base.chat_template != tokenizer.chat_template:
                 fix = "serve the result with the chat_template.jinja that it was saved with"
                 yield "the base's chat template", fix, lambda row: render_prompt(row.content, base)
+
+
+def _render_joined(render: Callable[..., list[int] | None], between: str, row: GoldenRow) -> list[int] | None:
+    """The tokens of turns whose system prompt stands in the user's first turn."""
+    first, *rest = row.messages or [{"role": "user", "content": ""}]
+    if first["role"] != "system" or not rest:
+        return render(row.messages, row)
+    return render([rest[0] | {"content": f"{first['content']}{between}{rest[0]['content']}"}, *rest[1:]], row)
 
 
 def _without_system(tokenizer: PreTrainedTokenizerBase, row: GoldenRow, turns: Any) -> list[int] | None:
@@ -255,19 +291,26 @@ def _without_system(tokenizer: PreTrainedTokenizerBase, row: GoldenRow, turns: A
 def _explain_ends(rows: list[GoldenRow], replies: list[Reply], tokenizer: PreTrainedTokenizerBase) -> Iterator[Problem]:
     """Answers that do not end where the trained model ended them, or print the token that ends them."""
     ends = [place for place, row in enumerate(rows) if row.ended and row.answer_ids]
-    printed = next((token for reply in replies for token in find_special_tokens(reply.text, tokenizer)), "")
-    if printed:
-        message = f"answers print {printed}: the server does not take it for a special token, or does not stop there"
-        yield Problem("server-differs", message, suggestion=f"make it a stop token of the server: stop: ['{printed}']")
-    late = [place for place in ends if replies[place].finish == "length" or _goes_on(rows[place], replies[place])]
-    if late and not printed:
-        row = rows[late[0]]
-        token = tokenizer.convert_ids_to_tokens((row.answer_ids or [0])[-1])
-        message = (
-            f"{len(late)} of {len(ends)} answers go on after their end; likely cause: the stop token {token} is missing"
-        )
+    silent = [place for place in ends if rows[place].answer and not replies[place].text.strip()]
+    if ends and len(silent) == len(ends):
+        message = "the answers hold no text"
+        yield Problem("server-differs", message, suggestion="does the server hide what it takes for thoughts?")
+        return
+    printed = [find_special_tokens(reply.text, tokenizer) for reply in replies]
+    if found := next((tokens for tokens in printed if tokens), []):
+        own: Any = tokenizer.convert_ids_to_tokens((rows[ends[0]].answer_ids or [0])[-1]) if ends else None
+        token = own if own in found else found[0]
+        message = f"answers print {token}: the server does not take it for a special token, or does not stop there"
+        yield Problem("server-differs", message, suggestion=f"make it a stop token of the server: stop: ['{token}']")
+        return
+    longer = [place for place in ends if _goes_on(rows[place], replies[place])]
+    cut = [place for place in ends if replies[place].finish == "length"]
+    late = longer if longer else cut if len(cut) > len(ends) / 2 else []  # greedy text alone is no proof
+    if late:
+        token = tokenizer.convert_ids_to_tokens((rows[late[0]].answer_ids or [0])[-1])
+        message = f"{len(late)} of {len(ends)} answers go on after their end; likely cause: the stop token {token}"
         fix = "serve the result's own generation_config.json, or pass it as a stop token"
-        yield Problem("server-differs", message, suggestion=fix)
+        yield Problem("server-differs", f"{message} is missing", suggestion=fix)
 
 
 def _goes_on(row: GoldenRow, reply: Reply) -> bool:
@@ -275,22 +318,28 @@ def _goes_on(row: GoldenRow, reply: Reply) -> bool:
     return bool(row.answer) and reply.text.strip() != row.answer and reply.text.strip().startswith(row.answer)
 
 
-def describe(rows: list[GoldenRow], replies: list[Reply]) -> Iterator[str]:
-    """A line a row, and what can't be told."""
-    yield f"  {'row':<28}{'prompt tokens':<24}{'ends':<10}{'answer'}"
-    for number, (row, reply) in enumerate(zip(rows, replies, strict=True), 1):
-        own = len(row.prompt_ids)
-        count = "not told" if reply.count is None else str(reply.count)
-        same = {None: "", True: ", same ids", False: ", other ids"}[
-            None if reply.ids is None else reply.ids == row.prompt_ids
-        ]
-        told = f"{count} of {own}{same}" if reply.ids is None else f"{len(reply.ids)} of {own}{same}"
-        answer = "same text" if reply.text.strip() == row.answer else "other text"
-        yield f"  {number:>2} {row.kind:<25}{told:<24}{reply.finish:<10}{answer if row.answer_ids else ''}"
+HEAD = f"  {'row':<28}{'prompt tokens':<24}{'ends':<10}answer"
+
+
+def describe_row(number: int, row: GoldenRow, reply: Reply) -> str:
+    """What a server made of a row, in a line."""
+    own = len(row.prompt_ids)
+    count = "not told" if reply.count is None else str(reply.count)
+    told = f"{count} of {own}"
+    if reply.ids is not None:
+        told += ", same ids" if reply.ids == row.prompt_ids else ", other ids"
+    answer = "same text" if reply.text.strip() == row.answer else "other text"
+    return f"  {number:>2} {row.kind:<25}{told:<24}{reply.finish:<10}{answer if row.answer_ids else ''}".rstrip()
+
+
+def describe_limits(replies: list[Reply]) -> Iterator[str]:
+    """What can't be told of a server."""
     if not any(reply.ids for reply in replies):
         yield "This server does not show its tokens: their number is compared, not which they are."
-    if all(reply.count is None for reply in replies):
+    if not can_tell(replies):
         yield "It does not count the prompt's tokens, either: what it makes of a prompt can't be told."
+    if all(reply.finish not in ("stop", "length") for reply in replies):
+        yield "It does not say why its answers end: whether it stops where the model does can't be told."
 
 
 def find_hints(rows: list[GoldenRow], replies: list[Reply]) -> Iterator[str]:
