@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import HF_HOME, ROOT
-from shared import LORA, NF4, losses, status, write_rows
+from shared import LORA, NF4, losses, metrics, status, write_rows
 
 ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
@@ -96,13 +96,15 @@ def launch_several(launcher, commands, folder):
 
 @pytest.mark.parametrize("launcher", LAUNCHES)
 def test_the_same_training_on_any_number_of_processes(launch, tmp_path, launcher):
-    """Same global batch and seed: per-step losses and adapters of one process and of two agree."""
+    """Same global batch and seed: per-step losses and adapters of one process and of two agree; and both answer."""
     from safetensors.torch import load_file
 
     settings = {f"{stage}_{bits}": (stage, bits) for stage in ("sft", "dpo") for bits in (None, "nf4")}
     alone, recipes = {}, []
     for name, (stage, bits) in settings.items():
-        done, alone[name] = launch(stage=stage, quantization=NF4 if bits else None, name=name)
+        asked = {"prompts": ["say hello"], "every": 2, "max_new_tokens": 4}
+        run = {"output_dir": str(tmp_path / "runs"), "global_batch_size": 4, "samples": asked}
+        done, alone[name] = launch(stage=stage, quantization=NF4 if bits else None, name=name, run=run)
         assert done.returncode == 0, done.stderr
         assert "of 4 rows: 2 per device x 2 accumulated x 1 process;" in done.stdout
         recipes.append(str(tmp_path / f"{name}.yaml"))
@@ -117,6 +119,12 @@ def test_the_same_training_on_any_number_of_processes(launch, tmp_path, launcher
         assert folder != before
         assert status(folder)["status"] == "completed"
         assert losses(folder) == pytest.approx(losses(before), rel=1e-3), name
+        assert [entry["step"] for entry in metrics(folder) if "samples" in entry] == [2, 4]
+        golden = [
+            [json.loads(line) for line in (of / "golden.jsonl").read_text().splitlines()] for of in (before, folder)
+        ]
+        assert all(row["answer_ids"] for row in golden[1])
+        assert [row["prompt_ids"] for row in golden[0]] == [row["prompt_ids"] for row in golden[1]]
         one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (before, folder))
         assert one.keys() == two.keys()
         for tensor in one:
@@ -156,6 +164,12 @@ def test_every_way_of_tuning_is_the_same_on_two_processes(launch, tmp_path, laun
         assert folder != before, (name, done.stderr)
         assert status(folder)["status"] == "completed", (name, done.stderr)
         assert losses(folder) == pytest.approx(losses(before), rel=1e-3), name
+        assert [entry["step"] for entry in metrics(folder) if "samples" in entry] == [2, 4]
+        golden = [
+            [json.loads(line) for line in (of / "golden.jsonl").read_text().splitlines()] for of in (before, folder)
+        ]
+        assert all(row["answer_ids"] for row in golden[1])
+        assert [row["prompt_ids"] for row in golden[0]] == [row["prompt_ids"] for row in golden[1]]
         (one,), (two,) = (list(run.glob("*/*.safetensors")) for run in (before, folder))
         one, two = load_file(one), load_file(two)
         assert one.keys() == two.keys()

@@ -60,7 +60,7 @@ def test_an_adapter_is_sent_with_a_card_that_others_can_use(run_cli, learned, co
     assert 'folder = "me/tickets"' in body
     assert re.search(r"^\| exact_match \| 0\.000 \| 1\.000 \|$", body, flags=re.MULTILINE)
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "someone/some-base"
-    places = (str(run), str(run.parent), "/tmp/", os.path.expanduser("~") + "/")
+    places = (str(run), str(run.parent), "/tmp/", f"{Path.home()}/")
     for name, data in hub.files.items():
         assert not [place for place in places if place.encode() in data], name
 
