@@ -29,7 +29,8 @@ $(MODEL)/config.json: | install
 quickstart: install model ## fine-tunes a real model on a CPU, and shows what it learned
 	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 accelerate launch --config_file accelerate_configs/cpu.yaml \
 		recipe-run recipes/$(QUICKSTART).yaml
-	HF_HUB_OFFLINE=1 $(BIN)/python scripts/quickstart_report.py runs/$(QUICKSTART)
+	HF_HUB_OFFLINE=1 $(BIN)/recipe-run evaluate runs/$(QUICKSTART) --data recipes/data/tickets_heldout.jsonl --few-shot 3 \
+		--scorer json --scorer json:category --scorer json:priority --max-new-tokens 40
 
 # What needs a program that Python's packages don't bring: Chromium.
 test-browser: install ## the tests that need Chromium

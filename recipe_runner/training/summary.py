@@ -1,6 +1,6 @@
 """The start-up summary, which is printed before the first step: what is trained, on what, how long, and where."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "steps": describe_steps(config, rows, config.world_size),
         "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g},"
         f" {config.lr_scheduler_type.value}{unpaged}",
+        "samples": describe_samples(recipe.run.samples, len(prepared.samples)),
         "precision": str(prepared.precision),
         "device": describe_device(config),
         "launcher": describe_launcher(),
@@ -65,6 +66,15 @@ def describe_initialisation(name: object, rows: int) -> str:
     if name in FROM_DATA:
         return f"{name}, by a pass over {min(rows, ROWS):,} rows of the training data before the first step"
     return "loftq, by what the base's weights lose in 4 bits" if name == "loftq" else ""
+
+
+def describe_samples(section: Mapping[str, Any] | None, prompts: int) -> str:
+    """How many prompts are answered while the model trains, when, and what they may cost."""
+    if not section:
+        return ""
+    when = "at each evaluation" if section["every"] == "eval" else f"every {section['every']:,} steps"
+    most = prompts * section["max_new_tokens"]
+    return f"{prompts} prompts {when}, up to {most:,} tokens; a tenth of the time at most"
 
 
 def describe_steps(config: Any, rows: int, processes: int) -> str:
