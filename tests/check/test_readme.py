@@ -233,10 +233,13 @@ def test_inputs_of_the_action_are_those_of_the_reference():
 
 
 def test_the_figures_of_the_readme_are_those_of_the_run_that_is_shown():
-    figures = re.findall(r"^\| (\w+ \w+) \| (\d+/20) \| (\d+/20) \|$", README, flags=re.MULTILINE)
-    assert len(figures) == 3
-    for name, before, after in figures:
-        assert re.search(rf"^  {name} +{before} +{after}$", CLI, flags=re.MULTILINE)
+    names = {"the JSON object is right": "json", "right category": "json:category", "right priority": "json:priority"}
+    row = r"^\| ([\w ]+) \| (\d\.\d\d) \| (\d\.\d\d) \| (\d\.\d\d) \| (\d\.\d\d) to (\d\.\d\d) \|$"
+    figures = re.findall(row, README, flags=re.MULTILINE)
+    assert [name for name, *_ in figures] == list(names)
+    for name, base, shown, tuned, low, high in figures:
+        measured = rf"^{names[name]} +{base}0 \[[^]]+\] +{shown}0 \[[^]]+\] +{tuned}0 \[{low}0, {high}0\]$"
+        assert re.search(measured, CLI, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
