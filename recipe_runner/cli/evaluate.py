@@ -1,10 +1,11 @@
 """`recipe-run evaluate`: measures a model on data that it was not trained on."""
 
+import contextlib
 from pathlib import Path
 
 import click
 
-from recipe_runner.cli.options import dtype_option, prepare_process, quantized_option
+from recipe_runner.cli.options import dtype_option, prepare_process, quantized_option, seed_option
 
 
 @click.command(name="evaluate")
@@ -19,7 +20,7 @@ from recipe_runner.cli.options import dtype_option, prepare_process, quantized_o
 @click.option("--scorer", "scorers", multiple=True, metavar="NAME", help="How answers are scored. Repeatable.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of an answer.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts at a time.")
-@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of examples and intervals.")
+@seed_option
 @click.option("--tasks", metavar="NAMES", help="Also run these tasks of lm-eval, with commas between, or task files.")
 @click.option("--output", type=click.Path(path_type=Path), help="A new folder for the figures and the answers.")
 @click.option("--format", "shown", type=click.Choice(["text", "json"]), default="text", show_default=True)
@@ -50,11 +51,13 @@ def command(
     from recipe_runner.results import evaluation_report
     from recipe_runner.results.target import explaining, find_target
 
-    with explaining("lower --batch-size, or take a smaller --dtype"):
+    if columns and not data:
+        raise click.UsageError("--column goes with --data")
+    with explaining("lower --batch-size, or take a smaller --dtype", place=output):
         target = find_target(result)
         recipe = evaluation_report.choose_recipe(target, data, form, columns)
         folder = evaluation_report.new_folder(target, output)
-        with recipe.placing_errors():
+        with recipe.placing_errors() if target.recipe else contextlib.nullcontext():
             values = evaluation_report.run_evaluation(
                 target, recipe, folder, tasks, limit=limit, shots=few_shot, scorers=scorers, batch_size=batch_size,
                 new_tokens=max_new_tokens, seed=seed, dtype=dtype, quantized=quantized,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from recipe_runner.cli.options import dtype_option, prepare_process, quantized_option
+from recipe_runner.cli.options import check_number, dtype_option, prepare_process, quantized_option, seed_option
 
 
 @click.command(name="generate")
@@ -17,13 +17,30 @@ from recipe_runner.cli.options import dtype_option, prepare_process, quantized_o
 @click.option("--compare-base", is_flag=True, help="Show the base's answer, too: the adapter switched off.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="The most tokens of an answer (256).")
 @click.option("--do-sample/--no-do-sample", default=None, help="Sample, or take the likeliest token.")
-@click.option("--temperature", type=click.FloatRange(0), help="Sampling: lower is more certain; 0 does not sample.")
-@click.option("--top-p", type=click.FloatRange(0, 1), help="Sampling: the likeliest tokens of this share.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 1000),
+    callback=check_number,
+    help="Sampling: lower is more certain; 0 does not sample.",
+)
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1), callback=check_number, help="Sampling: the likeliest tokens of this share."
+)
 @click.option("--top-k", type=click.IntRange(0), help="Sampling: the k likeliest tokens.")
-@click.option("--min-p", type=click.FloatRange(0, 1), help="Sampling: tokens of at least this share of the likeliest.")
-@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="Above 1: repeat less.")
-@click.option("--num-beams", type=click.IntRange(1), help="Beams of a beam search.")
-@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of sampling.")
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    callback=check_number,
+    help="Sampling: tokens of at least this share of the likeliest.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0, 100, min_open=True),
+    callback=check_number,
+    help="Above 1: repeat less.",
+)
+@click.option("--num-beams", type=click.IntRange(1, 64), help="Beams of a beam search.")
+@seed_option
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts at a time.")
 @dtype_option
 @quantized_option
@@ -57,13 +74,17 @@ def command(
     for text in prompt:
         if not text.strip():
             raise click.UsageError("the prompt is empty")
-    with explaining("lower --batch-size or --max-new-tokens, or take a smaller --dtype", "run it again: it goes on"):
+    talks = not file and not prompt and sys.stdin.isatty()
+    if talks and (options["num_beams"] or 1) > 1:
+        raise click.UsageError("a beam search has no words to show as they come: give --prompt or --file")
+    memory = "lower --batch-size or --max-new-tokens, or take a smaller --dtype"
+    with explaining(memory, "run it again: it goes on", output):
         asker = generation.open_asker(target, dtype, quantized, options, seed)
         if file and output:
             for done, of in generation.answer_file(asker, target, file, output, batch_size, compare_base):
                 click.echo(f"\r{done} of {of} answered", nl=False, err=True)
             click.echo(f"\n{output} is written", err=True)
-        elif prompt or not sys.stdin.isatty():
+        elif not talks:
             texts = prompt or (sys.stdin.read(),)
             _show(generation.ask(asker, target, texts, batch_size, compare_base), texts)
         else:

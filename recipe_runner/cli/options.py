@@ -39,6 +39,22 @@ quantized_option = click.option(
 )
 
 
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=42,
+    show_default=True,
+    help="Of what is drawn: sampled words, examples, intervals.",
+)
+
+
+def check_number(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Refuses nan, which click takes for a number of any range."""
+    if value is not None and value != value:
+        raise click.BadParameter("it is no number", context, parameter)
+    return value
+
+
 def read_checked_launch(launch_file: str, given: Sequence[str], recipe: "Recipe") -> "Launch":
     """A launch configuration, with options of the command line (`--num_processes=2`), checked against a recipe.
 

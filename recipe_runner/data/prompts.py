@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.formats import Turns, normalise_row
@@ -97,6 +98,8 @@ def render_prompt(prompt: Turns | str, tokenizer: PreTrainedTokenizerBase, tools
         rendered: Any = tokenizer.apply_chat_template(
             prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
         )
+    except TemplateSyntaxError as error:
+        raise user_error("template-broken", f"the chat template can't be read: line {error.lineno}: {error}") from error
     except Exception as error:  # a template is a program: anything may come
         raise user_error("row-refused", f"the chat template refuses the prompt: {first_line(error)}") from error
     return list(rendered)

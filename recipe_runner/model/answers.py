@@ -61,6 +61,9 @@ def answer_prompts(
 ) -> Iterator[dict[int, Answer]]:
     """Answers prompts, those of like length together, the longest first.
 
+    With an adapter of virtual tokens only those of equal length: PEFT 0.21 gives a model then no position ids, and what
+    pads a prompt would count.
+
     Args:
         model: In evaluation mode.
         tokenizer: Its own.
@@ -74,9 +77,11 @@ def answer_prompts(
     ends = find_ends(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        width = len(prompts[places[0]])
+    virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    while order:
+        width = len(prompts[order[0]])
+        places = [place for place in order[:batch_size] if not virtual or len(prompts[place]) == width]
+        order = order[len(places) :]
         rows = [[pad] * (width - len(prompts[place])) + list(prompts[place]) for place in places]
         masks = [[0] * (width - len(prompts[place])) + [1] * len(prompts[place]) for place in places]
         device = model.get_input_embeddings().weight.device

@@ -123,11 +123,15 @@ def drop_idle_flags(config: GenerationConfig) -> None:
 
 
 @contextlib.contextmanager
-def refusing_other_weights(model: ModelSection) -> Iterator[None]:
+def refusing_other_weights(model: ModelSection, strict: bool = True) -> Iterator[None]:
     """While weights are loaded: refuses files that do not hold exactly what the configuration asks for.
 
     transformers 5.23 writes a table to the log, fills what is missing with random numbers, and goes on
     (modeling_utils.py, _finalize_model_loading).
+
+    Args:
+        model: Names tensors that may be missing or left over.
+        strict: Whether tensors may not be left over.
 
     Raises:
         UserError: Tensors are missing, have another shape, or have no place; and the recipe does not name them.
@@ -136,13 +140,14 @@ def refusing_other_weights(model: ModelSection) -> Iterator[None]:
 
     def check(*args: Any, **kwargs: Any) -> None:
         loading_info = kwargs["loading_info"]
+        left_over = loading_info.unexpected_keys if strict else ()
         shapes = {
             name: f"{name} {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in loading_info.mismatched_keys
         }
         for what, found, key, named in (
             ("are missing, and would be random", loading_info.missing_keys, "new_weights", model.new_weights),
             ("have another shape", shapes.values(), "", ()),
-            ("have no place in the model", loading_info.unexpected_keys, "unused_weights", model.unused_weights),
+            ("have no place in the model", left_over, "unused_weights", model.unused_weights),
         ):
             if idle := [name for name in named if not any(f"{text}.".startswith(f"{name}.") for text in found)]:
                 message = f"'{idle[0]}' names none of the tensors that {what.partition(',')[0]}"

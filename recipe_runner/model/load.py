@@ -1,21 +1,26 @@
 """The result of a run, loaded for inference: a run folder, an adapter or a model -> model and tokenizer."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.constants import DEFAULT_REVISION
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipe_runner.files import read_object, read_status
 from recipe_runner.model import bottleneck  # noqa: F401 (makes its method known to PEFT)
+from recipe_runner.model.adapter import saves_embeddings
+from recipe_runner.model.base import refusing_other_weights
 from recipe_runner.model.hub import find_model
 from recipe_runner.model.quantization import keep_4bit_weights_trainable
 from recipe_runner.problems.errors import UserError, first_line, user_error
-from recipe_runner.recipe.rules.adapter import CONFIG
+from recipe_runner.recipe.rules.adapter import CONFIG, WEIGHTS
 from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.runs.folder import result_name
 
@@ -69,13 +74,17 @@ def read_tokenizer(result: str | Path, **options: Any) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def load_result(folder: str | Path, plain_base: bool = False, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_result(
+    folder: str | Path, section: ModelSection | None = None, plain_base: bool = False, **options: Any
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """Loads a result for inference: in evaluation mode, with the tokenizer it was saved with, padding on the left.
 
     The base of an adapter is loaded from where `find_base` finds it; `model.disable_adapter()` gives it back.
 
     Args:
         folder: A run folder, an adapter or a model; or a model's id on the hub.
+        section: Of the recipe: which tensors of the base's files may be missing or left over. Without one, none may be
+            missing.
         plain_base: Whether a base that was published quantized gets plain weights under the adapter.
         options: For `from_pretrained`: dtype, quantization_config, ...
 
@@ -90,27 +99,72 @@ def load_result(folder: str | Path, plain_base: bool = False, **options: Any) ->
             name = find_base(config, result)
             _refuse_missing(name, result)
             tokenizer = read_tokenizer(result)
-            base: Any = AutoModelForCausalLM.from_pretrained(name, **{"revision": config.revision} | options)
+            with _refusing(section, name):
+                base: Any = AutoModelForCausalLM.from_pretrained(name, **{"revision": config.revision} | options)
             if plain_base and getattr(base, "is_quantized", False):
                 base = base.dequantize()
             if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
                 base.resize_token_embeddings(len(tokenizer))  # as PEFT's AutoPeftModel does
-            model: Any = PeftModel.from_pretrained(base, str(result))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are refused below
+                model: Any = PeftModel.from_pretrained(base, str(result))
+            _check_adapter(model, result)
         else:
             if not result.is_dir():
                 _find_on_hub(str(folder), place.get("revision", DEFAULT_REVISION))
             tokenizer = read_tokenizer(result, **place)
-            model = AutoModelForCausalLM.from_pretrained(str(result), **options)
+            with _refusing(section, str(result)):
+                model = AutoModelForCausalLM.from_pretrained(str(result), **options)
         if (result / GENERATION_CONFIG_NAME).is_file():  # of an adapter, PEFT leaves it out
             model.generation_config = GenerationConfig.from_pretrained(str(result))
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         message = f"{result} can't be loaded: {first_line(error)}"
         fix = "is its base model where it was? was it copied whole?"
         raise user_error("result-not-loaded", message, fix) from error
     keep_4bit_weights_trainable(model)
     return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _refusing(section: ModelSection | None, name: str) -> Iterator[None]:
+    """While weights are loaded: refuses files that lack tensors; with a recipe's section also those left over.
+
+    Raises:
+        UserError: They do; without the keys of a recipe, which is not what is at fault.
+    """
+    known = section or ModelSection(name, DEFAULT_REVISION, True, False)
+    try:
+        with refusing_other_weights(known, strict=section is not None):
+            yield
+    except UserError as error:
+        problem = error.problems[0]
+        raise user_error(
+            problem.code, problem.message, "was it copied whole? do config.json and weights go together?"
+        ) from error
+
+
+def _check_adapter(model: Any, result: Path) -> None:
+    """Checks that the file of an adapter holds the tensors of the adapter, and no others: PEFT 0.21 only warns.
+
+    Raises:
+        UserError: It does not, or it is missing.
+    """
+    file = result / WEIGHTS
+    if not file.is_file():
+        return  # an old one, pickled: PEFT has read it, or said why not
+    with safe_open(str(file), framework="pt") as tensors:
+        saved = set(tensors.keys())
+    config = model.active_peft_config
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Could not find a config file in")  # of a base seen from elsewhere
+        wanted = set(get_peft_model_state_dict(model, save_embedding_layers=saves_embeddings(config)))
+    for what, names in (("lacks", wanted - saved), ("has, and no place for,", saved - wanted)):
+        if names:
+            message = f"{file} {what} {len(names):,} tensor(s) of the adapter, {min(names)} for one"
+            fix = "was it copied whole? does adapter_config.json go with it?"
+            raise user_error("result-not-loaded", message, fix)
 
 
 def _find_on_hub(name: str, revision: str) -> None:
@@ -128,11 +182,13 @@ def _find_on_hub(name: str, revision: str) -> None:
 
 
 def _refuse_missing(base: str, result: Path) -> None:
-    """Checks that the folder of a base is there, where it is one.
+    """Checks that the weights of an adapter are there, and the folder of its base, where it is one.
 
     Raises:
         UserError: It has moved.
     """
+    if not any(result.glob("adapter_model.*")):
+        raise user_error("result-not-loaded", f"{result / WEIGHTS} is missing", "was it copied whole?")
     if (Path(base).is_absolute() and not Path(base).is_dir()) or (
         base.startswith((".", "~")) and not Path(base).is_dir()
     ):

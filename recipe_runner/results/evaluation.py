@@ -63,13 +63,13 @@ class Column:
 
     Attributes:
         name: Of the column.
-        answers: One a row; empty where nothing is asked.
+        answers: One a row, None where it has no answer that is known; empty where nothing is asked.
         scores: Answer -> one score a row; empty where the tokens of the examples can't be told from those of the row.
         rewards: Answer -> array `(rows,)`: beta times the log-probability beyond the reference's; empty without one.
     """
 
     name: str
-    answers: list[Answer]
+    answers: list[Answer | None]
     scores: dict[str, list[Score]]
     rewards: Mapping[str, np.ndarray]
 
@@ -124,11 +124,16 @@ def evaluate(
     warn_of_prompts(rows)
     wanted = [row.prompt.wanted for row in rows if row.prompt and row.prompt.wanted]
     built = build_scorers(scorers, wanted if not pairs else [])
-    if built and len(wanted) < len(rows):
-        raise user_error("nothing-to-score", "there are rows without an answer to score", "leave out --scorer")
+    if built and not wanted:
+        raise user_error("nothing-to-score", "no row has an answer to score", "leave out --scorer")
+    if shots and target.recipe is None:
+        message = "a plain model has no training data that examples could be taken from"
+        raise user_error("no-examples", message, "leave out --few-shot, or evaluate a run or a recipe")
     examples = choose_examples(job, preview.orders["train"], shots, seed)
     opened = open_target(target, dtype, quantized)
-    measure = _Measuring(rows, built != {}, examples, job.tokenizer, batch_size, new_tokens, tell)
+    shown = [render_prompt(few_shot(examples, row.prompt), job.tokenizer) if row.prompt else [] for row in rows]
+    measure = _Measuring(rows, built != {}, examples, shown if examples else [], batch_size, new_tokens, tell)
+    measure.check(count_context(opened.model))
     begun = target.holds_base or (target.run is not None)  # there is a base to compare with
     first = measure.of(TUNED if begun else BASE, opened, few=not begun)
     then(first[0].name, opened)
@@ -169,40 +174,51 @@ class _Measuring:
     rows: list[Row]
     asks: bool
     examples: list[Prompt]
-    tokenizer: Any
+    shown: list[list[int]]
     batch_size: int
     new_tokens: int
     tell: Callable[[str], None]
+
+    def check(self, context: int | None) -> None:
+        """Checks that all prompts fit, before anything is computed.
+
+        Raises:
+            UserError: One does not.
+        """
+        for place, row in enumerate(self.rows if self.asks else ()):
+            for prompts in ([row.prompt_ids for row in self.rows], self.shown):
+                if prompts and row.prompt and row.prompt.wanted:
+                    check_prompt(
+                        prompts[place], context, self.new_tokens, f"{row.source}: the prompt of row {row.number}"
+                    )
 
     def of(self, name: str, opened: Opened, few: bool = True) -> list[Column]:
         """The column of a model, and the one with examples."""
         prompts = [row.prompt_ids for row in self.rows]
         columns = [self._column(name, opened, prompts, [row.sequences for row in self.rows])]
         if few and self.examples:
-            shown = [few_shot(self.examples, row.prompt) for row in self.rows if row.prompt]
-            prompts = [render_prompt(content, self.tokenizer) for content in shown]
-            sequences = [with_examples(row, prompt) for row, prompt in zip(self.rows, prompts, strict=True)]
+            sequences = [with_examples(row, prompt) for row, prompt in zip(self.rows, self.shown, strict=True)]
             whole = [found for found in sequences if found is not None]
             whole = whole if len(whole) == len(self.rows) else []
-            columns.append(self._column(f"{name}, {len(self.examples)} shown", opened, prompts, whole))
+            columns.append(self._column(f"{name}, {len(self.examples)} shown", opened, self.shown, whole))
         return columns
 
     def _column(
         self, name: str, opened: Opened, prompts: list[list[int]], sequences: Sequence[dict[str, Sequence_]]
     ) -> Column:
         began = time.monotonic()
-        context = count_context(opened.model)
-        prompts = prompts if self.asks else []
-        for row, prompt in zip(self.rows, prompts, strict=False):
-            check_prompt(prompt, context, self.new_tokens, f"{row.source}: the prompt of row {row.number}")
         scores = {
             answer: score_sequences(opened.model, [row[answer] for row in sequences])
             for answer in (sequences[0] if sequences else ())
         }
+        asked = [place for place, row in enumerate(self.rows) if self.asks and row.prompt and row.prompt.wanted]
         options = GREEDY | {"max_new_tokens": self.new_tokens}
-        answers = answer_all(opened.model, opened.tokenizer, prompts, self.batch_size, **options)
+        answers = answer_all(
+            opened.model, opened.tokenizer, [prompts[place] for place in asked], self.batch_size, **options
+        )
+        known: dict[int, Answer] = dict(zip(asked, answers, strict=True))
         self.tell(f"{name}: {len(self.rows):,} rows in {time.monotonic() - began:.0f} s")
-        return Column(name, answers, scores, {})
+        return Column(name, [known.get(place) for place in range(len(self.rows))] if self.asks else [], scores, {})
 
 
 def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | None) -> list[Row]:
@@ -217,7 +233,7 @@ def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | Non
     if job.packing("eval"):
         unpacked = {"packing": False} | ({"eval_packing": False} if hasattr(job.config, "eval_packing") else {})
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, **unpacked))
-    order, tally, rows = orders["eval"][:limit], job.tally(), []
+    order, tally, rows = choose_rows(orders["eval"], limit), job.tally(), []
     for table in prepare_chunks(job, "eval", order, tally):
         for entry in table.to_pylist():
             source, number = order[entry["documents"][0]]
@@ -234,6 +250,13 @@ def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | Non
         message = f"of {len(order):,} rows are left out: {told}"
         print(as_warning(Problem("rows-left-out", message)), file=sys.stderr)
     return rows
+
+
+def choose_rows(order: np.ndarray, limit: int | None) -> np.ndarray:
+    """The first rows, `(rows, 2)` of source and row in it; of several sources, evenly from all of them."""
+    if limit is None or limit >= len(order) or len(np.unique(order[:, 0])) == 1:
+        return order[:limit]
+    return order[np.linspace(0, len(order) - 1, limit).round().astype(int)]
 
 
 def warn_of_prompts(rows: Sequence[Row]) -> None:
@@ -321,25 +344,26 @@ def measure_column(evaluation: Evaluation, column: Column) -> dict[str, Measure]
         found["pairs ranked right"] = Measure((margins > 0).astype(float), ones)
         found["reward margin"] = Measure(margins, ones)
     elif column.rewards and all(row.label is not None for row in rows):
-        labels = np.array([bool(row.label) for row in rows])
-        signs = np.where(labels, len(rows) / max(labels.sum(), 1), -len(rows) / max((~labels).sum(), 1))
-        found["reward margin"] = Measure(next(iter(column.rewards.values())) * signs, ones)
+        good = np.array([float(bool(row.label)) for row in rows])
+        rewards = next(iter(column.rewards.values()))
+        found["reward margin"] = Measure(rewards * good, good, minus=Measure(rewards * (1 - good), 1 - good))
+    asked = np.array([float(answer is not None) for answer in column.answers])
     for name, values in score_answers(evaluation, column).items():
-        found[name] = Measure(np.array(values), ones)
+        found[name] = Measure(np.array([value or 0.0 for value in values]), asked)
     if column.answers:
-        found["ended by itself"] = Measure(np.array([float(answer.ended) for answer in column.answers]), ones)
+        ended = [float(bool(answer and answer.ended)) for answer in column.answers]
+        found["ended by itself"] = Measure(np.array(ended), asked)
     return found
 
 
-def score_answers(evaluation: Evaluation, column: Column) -> dict[str, list[float]]:
-    """Scorer -> one score a row."""
-    if not column.answers:
-        return {}
+def score_answers(evaluation: Evaluation, column: Column) -> dict[str, list[float | None]]:
+    """Scorer -> one score a row; None where nothing was asked."""
     pairs = [
-        (answer.text, row.prompt.wanted if row.prompt else "")
-        for answer, row in zip(column.answers, evaluation.rows, strict=True)
+        (answer.text, row.prompt.wanted) if answer and row.prompt else None
+        for answer, row in zip(column.answers, evaluation.rows, strict=False)
     ]
-    return {name: [scorer(*pair) for pair in pairs] for name, scorer in evaluation.scorers.items()}
+    scorers = evaluation.scorers if column.answers else {}
+    return {name: [scorer(*pair) if pair else None for pair in pairs] for name, scorer in scorers.items()}
 
 
 def summarize(evaluation: Evaluation) -> dict[str, Any]:
@@ -359,7 +383,7 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
 
 def _estimate_all(measures: Mapping[str, Mapping[str, Measure]], kept: np.ndarray, seed: int) -> dict[str, Any]:
     flat = {
-        json.dumps([column, name]): Measure(measure.sums[kept], measure.parts[kept], measure.exponential)
+        json.dumps([column, name]): measure.of(kept)
         for column, found in measures.items()
         for name, measure in found.items()
     }
@@ -388,10 +412,11 @@ def list_answers(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
         for column in evaluation.columns:
             told: dict[str, Any] = {}
             if column.answers:
-                told = {"answer": column.answers[place].text, "ended": column.answers[place].ended}
+                answer = column.answers[place]
+                told = {"answer": answer.text, "ended": answer.ended} if answer else {}
             told |= {name: values[place] for name, values in scored[column.name].items()}
-            for answer, scores in column.scores.items():
-                told[f"loss{f' ({answer})' if answer else ''}"] = scores[place].loss / max(scores[place].tokens, 1)
+            for name, scores in column.scores.items():
+                told[f"loss{f' ({name})' if name else ''}"] = scores[place].loss / max(scores[place].tokens, 1)
             told |= {
                 f"reward ({answer or 'answer'})": float(values[place]) for answer, values in column.rewards.items()
             }

@@ -31,17 +31,26 @@ def choose_recipe(target: Target, data: str | None, form: str | None, columns: S
     Raises:
         UserError: There is no data, or it is not of the layout.
     """
+    form = form or None
     given = dict(text.split("=", 1) for text in columns if "=" in text)
-    if wrong := next((text for text in columns if "=" not in text), ""):
-        raise user_error("unknown-column", f"--column {wrong}: expected ROLE=NAME", "write --column prompt=question")
+    layout = FORMATS.get(target.recipe.dataset.format if target.recipe else form or "")
+    known = layout.roles if layout else ()
+    for text in columns:
+        role, _, name = text.partition("=")
+        if not role or not name:
+            raise user_error("unknown-column", f"--column {text}: expected ROLE=NAME", "write --column prompt=question")
+        if known and role not in known:
+            raise user_error("unknown-column", f"--column {text}: no role of this layout", f"roles: {', '.join(known)}")
     if target.recipe is None:
         return _compose(target, data, form, given)
     if form and form != target.recipe.dataset.format:
         message = f"the recipe's format is {target.recipe.dataset.format}, and masks are made for it"
         raise user_error("format-differs", message, "leave out --data-format, or evaluate the result's folder alone")
-    if not data:
-        return target.recipe
     values = target.recipe.values
+    if target.is_adapter and target.recipe.model.folder and not target.recipe.model.folder.is_dir():
+        values = {**values, "model": {**values["model"], "name_or_path": target.base}}  # it has moved, and was named
+    if not data:
+        return dataclasses.replace(target.recipe, values=values)
     train = values["dataset"]["train"]
     first = train[0] if isinstance(train, list) else train
     kept = {key: first[key] for key in ("columns", "sample_by") if key in first}
@@ -124,7 +133,12 @@ def run_evaluation(target: Target, recipe: Recipe, folder: Path, named: str | No
         if asked:
             found[name] = tasks.run_tasks(opened, asked, options["batch_size"], options["limit"], options["seed"])
 
-    result = evaluation.evaluate(target, recipe, then=run_tasks, **options)
+    folder.mkdir(parents=True, exist_ok=True)  # now: what can't be written is said before anything is computed
+    try:
+        result = evaluation.evaluate(target, recipe, then=run_tasks, **options)
+    except BaseException:
+        folder.rmdir()
+        raise
     sources = [source.source for source in recipe.dataset.eval] or [f"{recipe.dataset.fraction} held out"]
     values = {
         "evaluated": target.name,
@@ -135,7 +149,6 @@ def run_evaluation(target: Target, recipe: Recipe, folder: Path, named: str | No
     } | evaluation.summarize(result)
     if found:
         values["tasks"] = found
-    folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in evaluation.list_answers(result))
     write_text(folder / ANSWERS, "".join(lines))
     write_json(folder / RESULTS, _finite(values), shared=True)  # last: a folder with it is whole

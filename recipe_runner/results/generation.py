@@ -13,13 +13,14 @@ from recipe_runner.data.checks import find_special_tokens
 from recipe_runner.data.prompts import Prompt, pose, render_prompt
 from recipe_runner.files import read_text, write_text
 from recipe_runner.model.answers import GREEDY, answer_all, answer_prompts, check_prompt, count_context
-from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Mark, Problem, as_warning
 from recipe_runner.recipe.sections import DatasetSection
 from recipe_runner.results.target import Opened, Target, open_target
 from recipe_runner.runs.metrics import append_line
 
 NEW_TOKENS = 256  # where nobody says how many
+TOLD = ("answer", "tokens", "ended", "base_answer")  # keys of a line of answers
 
 
 def choose_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -46,12 +47,16 @@ class Asker:
         dataset: How prompts are rendered: the section of the recipe; None for a model without one.
         options: Of `generate`.
         seed: Of sampling.
+        dtype: Of the weights, as the person says.
+        quantized: Whether the base is quantized as in training.
     """
 
     opened: Opened
     dataset: DatasetSection | None
     options: dict[str, Any]
     seed: int
+    dtype: str | None = None
+    quantized: bool = True
 
     def pose(self, text: str) -> Prompt:
         """What a person asks, as in training: with its system prompt, or in its plain-text template."""
@@ -69,7 +74,14 @@ class Asker:
         told = content if isinstance(content, str) else content[-1]["content"] if content else ""
         if not str(told).strip():
             raise user_error("empty-prompt", f"{what} is empty", "write a prompt")
-        tokens = render_prompt(content, self.opened.tokenizer)
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+            tokens = render_prompt(content, self.opened.tokenizer)
+        except UnicodeEncodeError as error:
+            raise user_error("prompts-unreadable", f"{what} is not valid Unicode", "correct it") from error
+        except UserError as error:
+            problem = error.problems[0]
+            raise user_error(problem.code, f"{what}: {problem.message}", problem.suggestion) from error
         check_prompt(tokens, count_context(self.opened.model), self.options["max_new_tokens"], what)
         return tokens
 
@@ -137,12 +149,16 @@ def read_prompts(file: Path, asker: Asker) -> list[Line]:
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
-        except ValueError as error:
+            row = json.loads(text.removeprefix("\ufeff"))
+        except (ValueError, RecursionError) as error:
             raise user_error(
                 "prompts-unreadable", f"no JSON: {first_line(error)}", mark=Mark(str(file), number, 1)
             ) from error
-        found.append(Line(number, _read_prompt(row, asker, Mark(str(file), number, 1)), row))
+        prompt = _read_prompt(row, asker, Mark(str(file), number, 1))
+        if taken := [key for key in TOLD if key in row]:
+            fix = "rename it: the model's answer would take its place"
+            raise user_error("prompts-unreadable", f"a line has '{taken[0]}' already", fix, Mark(str(file), number, 1))
+        found.append(Line(number, prompt, row))
     if not found:
         raise user_error("prompts-unreadable", f"{file} holds no prompt", 'write lines of {"prompt": "..."}')
     return found
@@ -182,6 +198,7 @@ def answer_file(
     rendered = [asker.render(line.prompt, f"{file}: the prompt of line {line.number}") for line in lines]
     warn_of_special([json.dumps(line.row, ensure_ascii=False) for line in lines], asker.opened.tokenizer)
     settings = {"result": target.result, "options": asker.options, "seed": asker.seed, "compare_base": compare}
+    settings |= {"dtype": asker.dtype, "quantized": asker.quantized}
     partial = output.with_name(f"{output.name}.partial")
     done = _read_partial(partial, settings, rendered)
     if not partial.exists():
@@ -245,4 +262,4 @@ def open_asker(target: Target, dtype: str | None, quantized: bool, given: dict[s
         UserError: It can't be loaded.
     """
     dataset = target.recipe.dataset if target.recipe else None
-    return Asker(open_target(target, dtype, quantized), dataset, choose_options(given), seed)
+    return Asker(open_target(target, dtype, quantized), dataset, choose_options(given), seed, dtype, quantized)

@@ -92,7 +92,7 @@ def _equal_at(key: str, answer: str, wanted: str) -> float:
     value, right = _parse(answer), _parse(wanted)
     if not isinstance(value, dict) or not isinstance(right, dict):
         return 0.0
-    return float(key in value and _same(value[key], right.get(key)))
+    return float(key in value and key in right and _same(value[key], right[key]))
 
 
 def _same_found(pattern: re.Pattern[str], answer: str, wanted: str) -> float:

@@ -17,11 +17,18 @@ class Measure:
         sums: Array `(rows,)` of what is summed.
         parts: Array `(rows,)` of what the sum is divided by: tokens of the row, or 1.
         exponential: Whether e to the ratio is meant (perplexity).
+        minus: What is taken off it: a difference of two means over other rows.
     """
 
     sums: np.ndarray
     parts: np.ndarray
     exponential: bool = False
+    minus: "Measure | None" = None
+
+    def of(self, rows: np.ndarray) -> "Measure":
+        """The same of some rows."""
+        minus = self.minus.of(rows) if self.minus else None
+        return Measure(self.sums[rows], self.parts[rows], self.exponential, minus)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,13 @@ def resample(measures: Mapping[str, Measure], seed: int) -> Resampled:
     """Values of measures of the same rows, and of resamples of them: the same ones for all, so they can be paired."""
     if not measures:
         return {}
-    table = np.concatenate([[measure.sums, measure.parts] for measure in measures.values()]).astype(float)
+    nothing = np.zeros(len(next(iter(measures.values())).sums))
+    table = np.concatenate(
+        [
+            [of.sums, of.parts, *((of.minus.sums, of.minus.parts) if of.minus else (nothing, nothing + 1))]
+            for of in measures.values()
+        ]
+    ).astype(float)
     rows, generator = table.shape[1], np.random.default_rng(seed)
     totals = np.empty((RESAMPLES + 1, len(table)))
     totals[0] = table.sum(axis=1)
@@ -49,8 +62,8 @@ def resample(measures: Mapping[str, Measure], seed: int) -> Resampled:
     found = {}
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         for place, (name, measure) in enumerate(measures.items()):
-            ratio = totals[:, 2 * place] / totals[:, 2 * place + 1]
-            ratio = np.exp(ratio) if measure.exponential else ratio
+            sums, parts, less, of = (totals[:, 4 * place + number] for number in range(4))
+            ratio = np.exp(sums / parts) if measure.exponential else sums / parts - less / of
             found[name] = float(ratio[0]), ratio[1:]
     return found
 

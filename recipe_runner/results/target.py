@@ -23,7 +23,7 @@ from recipe_runner.recipe.resolve import load_recipe
 from recipe_runner.recipe.rules.adapter import CONFIG
 from recipe_runner.runs.find import FIX, names_recipe, recipe_of, seek_run
 from recipe_runner.runs.golden import read_golden
-from recipe_runner.training.failures import is_out_of_memory
+from recipe_runner.training.failures import find_system_error, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def open_target(target: Target, dtype: str | None = None, quantized: bool = True
     recipe = target.recipe
     if recipe and target.run is None:
         options |= recipe.model.location
+    section = recipe.model if recipe else None
     if recipe and recipe.model.trust_remote_code:
         options["trust_remote_code"] = True
     if quantized and recipe and (config := build_quantization(recipe.quantization.said)):
@@ -128,12 +129,12 @@ def open_target(target: Target, dtype: str | None = None, quantized: bool = True
     if changed := find_changed_base(target):
         print(changed, file=sys.stderr)
     if not base:
-        model, tokenizer = load_result(target.result, **options)
+        model, tokenizer = load_result(target.result, section, **options)
         check_tokenizer(target, tokenizer)
         return Opened(model, tokenizer)
     assert recipe is not None
     tokenizer = read_tokenizer(target.result)
-    model, own = load_result(recipe.model.name_or_path, **options | recipe.model.location)
+    model, own = load_result(recipe.model.name_or_path, section, **options | recipe.model.location)
     return Opened(model, tokenizer if target.is_trained else own)
 
 
@@ -153,7 +154,7 @@ def check_tokenizer(target: Target, tokenizer: PreTrainedTokenizerBase) -> None:
 def find_changed_base(target: Target) -> Problem | None:
     """Says so where the base of an adapter has other weights than in training."""
     recorded = read_object(target.run / "environment.json").get("base_model") if target.run else None
-    if not isinstance(recorded, dict) or not recorded.get("weights"):
+    if not isinstance(recorded, dict) or not recorded.get("weights") or not recorded.get("name_or_path"):
         return None
     folder = Path(str(recorded["name_or_path"])).expanduser()
     if not folder.is_dir() or hash_weights(folder) == recorded["weights"]:
@@ -163,12 +164,13 @@ def find_changed_base(target: Target) -> Problem | None:
 
 
 @contextlib.contextmanager
-def explaining(memory: str, going_on: str = "run it again") -> Iterator[None]:
+def explaining(memory: str, going_on: str = "run it again", place: Path | None = None) -> Iterator[None]:
     """Explains what ends a command after training: no memory, no room on the disk.
 
     Args:
         memory: What to do where memory is short.
         going_on: What to do once there is room on the disk.
+        place: What is written: of some errors upstream does not say which file it was.
 
     Raises:
         UserError: One of them is at fault.
@@ -180,6 +182,8 @@ def explaining(memory: str, going_on: str = "run it again") -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise user_error("out-of-memory", first_line(error), memory) from error
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise disk_full(error.errno, Path(error.filename or "."), going_on) from error
+        number = find_system_error(error)
+        if number in FULL:
+            file = Path(getattr(error, "filename", None) or place or ".")
+            raise disk_full(number, file, going_on) from error
         raise

@@ -70,5 +70,6 @@ def recipe_of(run: Path, *overrides: str) -> Recipe:
     except UserError as error:
         if overrides:
             raise
-        message = f"{run} was made by another version: its recipe is not valid here: {error.problems[0]}"
+        wrong = next(problem for problem in error.problems if problem.severity == "error")
+        message = f"{run} was made by another version: its recipe is not valid here: {wrong}"
         raise user_error("other-version", message, "run its recipe.yaml again, or use the version of then") from error

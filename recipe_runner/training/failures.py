@@ -49,7 +49,7 @@ def explain(error: BaseException, folder: Path, config: Any, said: Any) -> UserE
     if is_out_of_memory(error):
         fix = "lower per_device_train_batch_size (and raise gradient_accumulation_steps), or max_length"
         return user_error("out-of-memory", first_line(error), fix)
-    if number := _system_error(error):
+    if number := find_system_error(error):
         going_on = f"--resume {folder} continues the run" if last_checkpoint(folder) else "start the run again"
         file = getattr(error, "filename", None) or _being_written(folder)
         if number in FULL:
@@ -67,13 +67,13 @@ def explain(error: BaseException, folder: Path, config: Any, said: Any) -> UserE
     return None
 
 
-def _system_error(error: BaseException) -> int:
+def find_system_error(error: BaseException) -> int:
     """The system's number for what went wrong with a file; 0 when it is something else."""
     if isinstance(error, OSError):
         return error.errno or errno.EIO
     if found := SYSTEM.search(str(error)):
         return int(found[1])
-    return errno.ENOSPC if SHORT.search(str(error)) else 0
+    return errno.ENOSPC if SHORT.search(str(error)) or os.strerror(errno.ENOSPC) in str(error) else 0
 
 
 def _being_written(folder: Path) -> Path:

@@ -87,6 +87,38 @@ def test_what_cannot_be_loaded_is_one_line(completed, tmp_path):
         find_result(run)
 
 
+def without(file, *names):
+    """Writes a file of weights again, without some of its tensors."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    left = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in names)}
+    assert 0 < len(left) < len(tensors)
+    save_file(left, file, metadata={"format": "pt"})
+
+
+def test_weights_that_are_not_all_there_are_not_loaded(completed, tiny_phi3, tmp_path):
+    """PEFT only warns, and transformers fills what is missing with random numbers."""
+    from recipe_runner.model.load import load_result
+
+    base = shutil.copytree(tiny_phi3, tmp_path / "base")
+    run = completed(peft=LORA, model={"name_or_path": str(base)})
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["o_proj"]}))
+    with pytest.raises(UserError, match="has, and no place for,"):
+        load_result(run)
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    without(run / "adapter" / "adapter_model.safetensors", "layers.1.")
+    with pytest.raises(UserError, match="lacks"):
+        load_result(run)
+    without(base / "model.safetensors", "layers.1.")
+    with pytest.raises(UserError, match="other-weights"):
+        load_result(base)
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="is missing"):
+        load_result(run)
+
+
 def test_the_result_of_a_pipeline_is_that_of_its_last_stage(completed, tmp_path):
     from recipe_runner.model.load import find_result
 

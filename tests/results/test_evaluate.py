@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TICKETS
 from learned import ADAPTER, ROWS, SYSTEM, WORDS
 from shared import PAIRS, metrics
 
@@ -157,6 +158,8 @@ def test_sources_of_a_mixture_have_figures_of_their_own(run_cli, train):
         "rows.jsonl": 4,
         "other.jsonl": 1,
     }
+    limited, _ = evaluate(run_cli, run, "--limit", "2")
+    assert len(limited["by_source"]) == 2  # rows of both
     other = figures["by_source"][answers[-1]["source"]]
     assert other["columns"]["tuned"]["loss"]["value"] == pytest.approx(answers[-1]["columns"]["tuned"]["loss"])
 
@@ -250,6 +253,34 @@ def test_intervals_are_those_of_a_bootstrap():
     assert not paired.any()  # the same resamples: a difference of equals is 0, without an interval
 
 
+def test_a_difference_of_means_is_of_the_rows_that_are_there():
+    """A margin of KTO: good rewards less bad ones, whatever their shares in a part of the data."""
+    from recipe_runner.results.statistics import Measure, estimate, resample
+
+    good = np.array([1.0, 1, 1, 0, 0, 0, 0, 0])
+    rewards = np.array([0.5, 0.6, 0.7, 0.1, 0.2, 0.3, 0.1, 0.2])
+    margin = Measure(rewards * good, good, minus=Measure(rewards * (1 - good), 1 - good))
+    found = estimate(*resample({"margin": margin}, 1)["margin"])
+    assert found.value == pytest.approx(0.6 - 0.18)
+    assert 0.29 < found.low < found.value < found.high < 0.55
+    part = estimate(*resample({"margin": margin.of(np.array([0, 3, 4]))}, 1)["margin"])
+    assert part.value == pytest.approx(0.5 - 0.15)
+    only_good = estimate(*resample({"margin": margin.of(np.array([0, 1]))}, 1)["margin"])
+    assert math.isnan(only_good.value)
+
+
+def test_a_row_without_a_prompt_is_in_the_loss_alone(run_cli, train):
+    from shared import write_rows
+
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 2
+    run = train("turns", rows, "chat", "all", training={"max_steps": 2})
+    alone = [{"messages": [{"role": "assistant", "content": "b"}]}]
+    data = write_rows(run.parent / "alone.jsonl", rows[:1] + alone)
+    figures, answers = evaluate(run_cli, run, "--data", data)
+    assert figures["rows"] == 2
+    assert ["answer" in row["columns"]["tuned"] for row in answers] == [True, False]
+
+
 def test_what_cannot_be_measured_is_one_line(run_cli, learned, run_recipe, tiny_phi3, tmp_path):
     from shared import write_rows
 
@@ -269,7 +300,9 @@ def test_what_cannot_be_measured_is_one_line(run_cli, learned, run_recipe, tiny_
         ((learned, "--few-shot", "40"), "error[no-examples] 40 examples were asked for, and the training data has 4"),
         ((learned, "--output", full), "error[file-exists]"),
         ((learned, "--tasks", "hellaswag"), "error[missing-package]"),
-        ((learned, "--column", "prompt"), "error[unknown-column]"),
+        ((learned, "--data", strange, "--column", "prompt"), "error[unknown-column]"),
+        ((learned, "--data", strange, "--column", "prompt=foo"), "error[unknown-column] --column prompt=foo: no role"),
+        ((tiny_phi3, "--data", TICKETS, "--few-shot", "2"), "error[no-examples] a plain model has no training data"),
         ((tiny_phi3,), "error[no-evaluation-data]"),
         ((tiny_phi3, "--data", strange), "error[unknown-format]"),
     ):

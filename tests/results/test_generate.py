@@ -119,6 +119,9 @@ PROMPTS = [
     ('{"prompt": "a"}\n{"prompt": 3}', "PROMPTS:2:1: error[prompts-unreadable] neither a prompt nor messages"),
     ("not json", "PROMPTS:1:1: error[prompts-unreadable] no JSON"),
     ("", "error[prompts-unreadable] PROMPTS holds no prompt"),
+    ("[" * 200_000, "PROMPTS:1:1: error[prompts-unreadable] no JSON"),
+    ('{"prompt": "a", "answer": "gold"}', "PROMPTS:1:1: error[prompts-unreadable] a line has 'answer' already"),
+    ('{"prompt": "\\ud800"}', "error[prompts-unreadable] PROMPTS: the prompt of line 1 is not valid Unicode"),
     ('{"messages": [{"role": "assistant", "content": "x"}]}', "error[prompts-unreadable] the last turn is an answer"),
     ('{"messages": [{"role": "user"}]}', "error[prompts-unreadable] a turn is no {role, content}"),
     (json.dumps({"prompt": "word " * 4000}), "error[prompt-too-long] PROMPTS: the prompt of line 1 has"),
@@ -133,6 +136,40 @@ def test_a_prompt_that_cannot_be_asked_is_one_line(run_cli, learned, tmp_path, t
     assert (result.status, result.err.count("\n")) == (1, 1), result.err
     assert said.replace("PROMPTS", str(file)) in result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl"]
+
+
+def test_lines_are_as_json_has_them(run_cli, learned, tmp_path):
+    """A mark at the begin of a file, and characters that Python takes for the end of a line."""
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    file.write_text('\ufeff{"prompt": "say\u2028two"}\n\n{"prompt": "say\x85one"}\n', encoding="utf-8")
+    result = run_cli("generate", learned, "--file", file, "--output", output, "--max-new-tokens", 4)
+    assert result.status == 0, result.err
+    rows = [json.loads(line) for line in output.read_text().split("\n") if line]
+    assert [row["prompt"] for row in rows] == ["say\u2028two", "say\x85one"]
+
+
+def test_virtual_tokens_get_no_padding(train, tmp_path):
+    """PEFT gives such a model no position ids: what pads a prompt would count."""
+    from recipe_runner.data.prompts import render_prompt
+    from recipe_runner.model.answers import GREEDY, answer_all
+    from recipe_runner.model.load import load_result
+
+    model, tokenizer = load_result(train("prompts", peft={"method": "prompt_tuning", "num_virtual_tokens": 8}))
+    texts = ["say one", "say two and then all that comes to mind, at length", "say three", "four"]
+    prompts = [render_prompt([{"role": "user", "content": text}], tokenizer) for text in texts]
+    options = GREEDY | {"max_new_tokens": 8, "min_new_tokens": 8}
+    together, alone = (answer_all(model, tokenizer, prompts, size, **options) for size in (4, 1))
+    assert together == alone
+
+
+OPTIONS = [
+    ("--temperature", "nan"), ("--num-beams", "1000"), ("--seed", "99999999999"), ("--max-new-tokens", "0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option[0])
+def test_an_option_that_cannot_be_is_exit_status_2(run_cli, learned, option):
+    assert run_cli("generate", learned, "--prompt", "x", *option).status == 2
 
 
 def test_a_prompt_that_spells_a_special_token_is_warned_of(run_cli, learned):
@@ -231,8 +268,9 @@ def test_a_conversation_in_a_terminal(learned):
         terminal.type("/reset\n")
         terminal.read_until("A new conversation.")
         terminal.read_until("> ")
-        terminal.process.send_signal(signal.SIGINT)
-        terminal.read_until("> ")  # at the prompt, Ctrl-C ends nothing either
+        terminal.process.send_signal(signal.SIGINT)  # at the prompt, Ctrl-C ends nothing either
+        terminal.type("\n")
+        terminal.read_until("> ")
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
     finally:

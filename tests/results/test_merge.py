@@ -136,6 +136,9 @@ def test_merged_weights_are_quantized_where_it_is_asked_for(run_cli, learned, tm
     assert result.status == 0, result.err
     config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
     assert config[key] is True
+    record = json.loads((tmp_path / "small" / "merge.json").read_text())
+    assert record["dtype"] == kind  # and the difference is that of what was saved
+    assert record["largest_logit_difference"] > 1e-3
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").is_quantized
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
@@ -184,6 +187,10 @@ def test_a_merge_that_cannot_be_made_leaves_nothing(run_cli, learned, whole, cop
     assert said(run) == "disk-full"
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     monkeypatch.undo()
+    (tmp_path / "good.partial").mkdir()
+    (tmp_path / "good.partial" / "mine.txt").write_text("mine")
+    assert run_cli("merge", run, "--output", tmp_path / "good").status == 0
+    assert (tmp_path / "good.partial" / "mine.txt").read_text() == "mine"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     result = run_cli("merge", run, "--output", tmp_path / "full")
@@ -202,10 +209,27 @@ def test_a_merge_that_computes_something_else_is_refused(run_cli, learned, tmp_p
         model.get_base_model().model.layers[0].self_attn.o_proj.get_base_layer().weight.data.mul_(1.1)
 
     monkeypatch.setattr(merging, "_merge_layers", wrongly)
-    result = run_cli("merge", learned, "--output", tmp_path / "merged")
-    assert (result.status, result.err.count("\n")) == (1, 1), result.err
-    assert "error[merge-differs] logits of the merged model differ by" in result.err
-    assert not list(tmp_path.iterdir())
+    for options in ((), ("--allow-loss",), ("--allow-loss", "--dtype", "bfloat16")):
+        result = run_cli("merge", learned, "--output", tmp_path / "merged", *options)
+        assert (result.status, result.err.count("\n")) == (1, 1), result.err
+        assert "error[merge-differs] logits of the merged model differ by" in result.err
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_embeddings_that_are_tied_and_adapted_on_one_side_are_not_merged(run_cli, train, tmp_path, tokenizer):
+    from transformers import LlamaConfig
+
+    from recipe_runner.model.tiny import write_tiny
+
+    base = write_tiny(LlamaConfig(tie_word_embeddings=True), tokenizer, tmp_path / "tied")
+    peft = {"method": "lora", "r": 4, "target_modules": ["q_proj", "embed_tokens"]}
+    steps = STEPS | {"learning_rate": 0.01}
+    run = train("tied", peft=peft, model={"name_or_path": str(base)}, training=steps, dataset={"eval": None})
+    result = run_cli("merge", run, "--output", tmp_path / "merged", "--allow-loss")
+    assert result.status == 1
+    assert "error[merge-differs]" in result.err
+    assert "the base's embeddings are tied" in result.err
 
 
 CONVERSATIONS = [
