@@ -216,7 +216,7 @@ def test_a_merge_that_computes_something_else_is_refused(run_cli, learned, tmp_p
         assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT says it, too
 def test_embeddings_that_are_tied_and_adapted_on_one_side_are_not_merged(run_cli, train, tmp_path, tokenizer):
     from transformers import LlamaConfig
 
