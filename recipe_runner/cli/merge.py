@@ -27,13 +27,11 @@ def command(result: str, output: Path | None, dtype: str | None, quantize: str |
     prepare_process(on_cpu=True)
     from recipe_runner.problems.words import write_facts
     from recipe_runner.results import gguf, merging
-    from recipe_runner.results.target import explaining, find_target
+    from recipe_runner.results.target import find_target
 
     target = find_target(result)
-    memory, again = "merging takes about three times the base's bytes in bfloat16", "merge again: the run is as it was"
-    with explaining(memory, again, output or target.run or Path(target.result)):
-        made = merging.merge(target, output, dtype, allow_loss, quantize)
-        notes = [] if quantize else gguf.write_modelfile(made.folder, target)
+    made = merging.merge(target, output, dtype, allow_loss, quantize)
+    notes = [] if quantize else gguf.write_modelfile(made.folder, target)
     click.echo(write_facts(merging.describe_merge(made)))
     for note in notes:
         click.echo(note)

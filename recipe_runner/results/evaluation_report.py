@@ -127,7 +127,7 @@ def run_evaluation(target: Target, recipe: Recipe, folder: Path, named: str | No
         UserError: Data or model is at fault.
     """
     found: dict[str, Any] = {}
-    asked = tasks.find_tasks(named) if named else []
+    asked = tasks.find_tasks(named) if named else None
 
     def run_tasks(name: str, opened: Any) -> None:
         if asked:

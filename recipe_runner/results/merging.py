@@ -27,7 +27,7 @@ from recipe_runner.methods import METHODS
 from recipe_runner.model.bottleneck import NO_MERGE
 from recipe_runner.model.load import can_switch_off, load_result
 from recipe_runner.problems.errors import UserError, first_line, user_error
-from recipe_runner.results.target import Target, check_tokenizer, find_changed_base
+from recipe_runner.results.target import Target, check_tokenizer, explaining, find_changed_base
 from recipe_runner.runs.golden import FILE as GOLDEN
 from recipe_runner.runs.golden import read_golden
 
@@ -35,6 +35,7 @@ NAME = "merged"  # the folder in the run's, where nobody says another
 SHARE = 0.5  # of what was learned: a layer that keeps less is not what was trained
 POSITIONS = 8  # at the end of each golden row, whose logits are compared
 CLOSE = 1e-4  # what logits may differ by in float32, times the largest of them where that is above 1
+MEMORY = "merging takes about three times the base's bytes in bfloat16"
 PLAIN = "The weather was fine, and so they went on"  # for results without golden rows
 
 
@@ -85,7 +86,8 @@ def merge(target: Target, output: Path | None, dtype: str | None, allow_loss: bo
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     _return_memory()
     try:
-        made = _merge_into(partial, target, config, dtype, allow_loss, quantize)
+        with explaining(MEMORY, "merge again: the run is as it was", partial):  # inside: what is free is told as it was
+            made = _merge_into(partial, target, config, dtype, allow_loss, quantize)
         partial.chmod(0o755)  # mkdtemp's is the person's alone
         if folder.exists():
             folder.rmdir()

@@ -1,36 +1,49 @@
 """Tasks of lm-eval (EleutherAI's lm-evaluation-harness), where it is installed: their names are passed through."""
 
 import importlib
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipe_runner.files import read_text
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.rules.packages import is_installed
 
 
-def find_tasks(names: str) -> list[Any]:
-    """Tasks by their names, or by the paths of their YAML files.
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that lm-eval knows, and its manager of them."""
+
+    names: list[str]
+    manager: Any
+
+
+def find_tasks(names: str) -> Tasks:
+    """Tasks by their names, or by the paths of their YAML files; with commas between.
 
     Raises:
         UserError: lm-eval is not installed, or does not know a task.
     """
     if not is_installed("lm_eval"):
         raise user_error("missing-package", "the package lm_eval is not installed", "pip install lm_eval")
-    manager = importlib.import_module("lm_eval.tasks").TaskManager()
-    load: Any = importlib.import_module("lm_eval.utils").load_yaml_config
-    found: list[Any] = []
-    for name in filter(None, (part.strip() for part in names.split(","))):
-        if Path(name).is_file():
-            found.append(load(yaml_path=name) if "yaml_path" in load.__code__.co_varnames else load(name))
-        elif matched := manager.match_tasks([name]):
-            found += matched
-        else:
-            raise user_error("unknown-task", f"lm-eval has no task '{name}'", "lm_eval ls tasks lists them")
-    return found
+    asked = [part.strip() for part in names.split(",") if part.strip()]
+    files = [Path(name) for name in asked if Path(name).is_file()]
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(
+        include_path=sorted({str(file.parent.resolve()) for file in files}) or None
+    )
+    found: list[str] = []
+    for name in asked:
+        own = re.search(r"^task:\s*(\S+)", read_text(Path(name)), re.MULTILINE) if Path(name) in files else None
+        matched = manager.match_tasks([own[1] if own else name])
+        if not matched:
+            raise user_error("unknown-task", f"lm-eval has no task '{name}'", "lm-eval ls tasks lists them")
+        found += matched
+    return Tasks(found, manager)
 
 
-def run_tasks(opened: Any, names: list[Any], batch_size: int, limit: int | None, seed: int) -> dict[str, Any]:
+def run_tasks(opened: Any, tasks: Tasks, batch_size: int, limit: int | None, seed: int) -> dict[str, Any]:
     """Task -> its measures.
 
     Raises:
@@ -38,10 +51,11 @@ def run_tasks(opened: Any, names: list[Any], batch_size: int, limit: int | None,
     """
     lm_eval = importlib.import_module("lm_eval")
     wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
-    model = wrapper(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=batch_size)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
+        model = wrapper(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=batch_size)
         found = lm_eval.simple_evaluate(
-            model=model, tasks=names, limit=limit, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed
+            model=model, tasks=tasks.names, task_manager=tasks.manager, limit=limit, **seeds
         )
     except Exception as error:  # another program's: data that can't be loaded, a broken task
         raise user_error("tasks-failed", f"lm-eval: {type(error).__name__}: {first_line(error)}") from error
