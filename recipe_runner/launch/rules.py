@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from recipe_runner.launch.configuration import Launch
+from recipe_runner.methods import METHODS
 from recipe_runner.problems.problem import Found, Mark, Problem, as_warning, sort_problems
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import FROM_DATA
@@ -21,7 +22,7 @@ def apply_rules(launch: Launch, recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "fsdp-quantized-storage", fsdp_quantized_storage(launch, quantization)
     yield "sharded-8bit", sharded_8bit(launch, quantization)
     yield "method-not-sharded", method_not_sharded(launch, recipe.peft, training)
-    yield "samples-not-sharded", samples_not_sharded(launch, recipe.run)
+    yield "samples-not-sharded", samples_not_sharded(launch, recipe.run, recipe.peft)
     yield "deepspeed-optimizer", deepspeed_optimizer(launch, training)
     yield "launcher-precision", launcher_precision(launch, training)
     yield "pinned-by-launcher", pinned_by_deepspeed(launch, training, recipe.run)
@@ -87,13 +88,19 @@ def method_not_sharded(launch: Launch, peft: UpstreamSection, training: Upstream
         yield ("distributed_type",), found, "take accelerate_configs/ddp.yaml"
 
 
-def samples_not_sharded(launch: Launch, run: RunSection) -> Found:
-    """Answers while a model trains need its weights. Source: transformers 5.23, generate; FSDP shards them by layer."""
-    if launch.kind == "FSDP" and run.samples:
+def samples_not_sharded(launch: Launch, run: RunSection, peft: UpstreamSection) -> Found:
+    """Answers while a model trains need its weights, which FSDP shards by layer, and ZeRO-3 gathers in its modules.
+
+    Source: transformers 5.23, generate; PEFT 0.21 reads virtual tokens outside of them.
+    """
+    method = METHODS.get(str(peft["method"]))
+    if run.samples and launch.kind == "FSDP":
+        yield ("distributed_type",), "FSDP can't answer run.samples", "take ddp or deepspeed_zero3"
+    elif run.samples and launch.zero_stage == 3 and method and method.is_prompt:
         yield (
             ("distributed_type",),
-            "FSDP can't answer run.samples",
-            "take accelerate_configs/deepspeed_zero3.yaml or ddp",
+            "with ZeRO-3 virtual tokens can't answer run.samples",
+            "take ddp or deepspeed_zero2",
         )
 
 

@@ -5,7 +5,6 @@ Everything is computed in float32 and rounded once, to the dtype that is saved. 
 
 import ctypes
 import gc
-import json
 import re
 import shutil
 import tempfile
@@ -333,9 +332,3 @@ def describe_merge(made: Merge) -> dict[str, str]:
         + f", which moved them by {made.moved:.3g}" * bool(made.moved)
         + f"; same first choice at {made.agreeing:.1%} of positions",
     }
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What was compared when a model was merged; empty where it was not."""
-    file = folder / "merge.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

@@ -94,11 +94,22 @@ def answer_in_training(trainer: Any, prompts: Sequence[list[int]], tokens: int) 
     return answers
 
 
+def _can_answer(trainer: Any) -> bool:
+    """Whether a model can generate as the launcher has sharded it.
+
+    Not under FSDP; nor virtual tokens under ZeRO-3, where PEFT 0.21 reads them outside of the modules whose hooks would
+    gather them: the processes would wait for each other until the timeout.
+    """
+    config = getattr(trainer.accelerator.unwrap_model(trainer.model), "active_peft_config", None)
+    zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    return not trainer.is_fsdp_enabled and not (zero3 and getattr(config, "is_prompt_learning", False))
+
+
 def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_base: bool) -> None:
     """Writes the golden rows of a model that is trained; every process has to call it.
 
     What a chat template refuses (a system prompt) is left out, and so is what is too long. Weights that FSDP sharded
-    answer nothing.
+    answer nothing, and virtual tokens that ZeRO-3 sharded don't, either: see `_can_answer`.
 
     Args:
         trainer: With the trained model.
@@ -118,7 +129,7 @@ def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_b
     ids = [tokens for _, tokens in rendered]
     answers: list[Answer] = []
     before: list[Answer] = []
-    if ids and not trainer.is_fsdp_enabled:
+    if ids and _can_answer(trainer):
         try:
             answers = answer_in_training(trainer, ids, GOLDEN_TOKENS)
             model = trainer.accelerator.unwrap_model(trainer.model)

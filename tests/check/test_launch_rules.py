@@ -51,6 +51,15 @@ CONTRADICTIONS = [
     ("method-not-sharded", FSDP, ("peft.init_lora_weights=eva",)),
     ("method-not-sharded", ZERO3, ("training.peft_optimizer={name: loraplus, loraplus_lr_ratio: 8}",)),
     ("samples-not-sharded", FSDP, ("run.samples={prompts: [hello], every: 10}",)),
+    (
+        "samples-not-sharded",
+        ZERO3,
+        (
+            "run.samples={prompts: [hello], every: 10}",
+            "peft={method: prompt_tuning, num_virtual_tokens: 4}",
+            "training.packing=false",
+        ),
+    ),
     ("sharded-8bit", FSDP, IN_8BIT),
     ("sharded-8bit", ZERO3, IN_8BIT),
     ("deepspeed-optimizer", with_section(DEEPSPEED, "deepspeed_config", offload_optimizer_device="cpu"), ()),

@@ -487,12 +487,12 @@ def contrast(one, other):
 
 
 def test_text_has_contrast_in_light_and_dark():
-    from recipe_runner.preview.page import STYLE
+    from recipe_runner.pages.frame import STYLE
 
     light, dark = re.findall(r":root \{(.*?)\}", STYLE, flags=re.DOTALL)
     for style, paper in ((light, "#ffffff"), (dark, "#0d1117")):
         colours = dict(re.findall(r"--(\w+): (#\w{6})", style))
-        for name in ("ink", "quiet", "bad", "good", "warn"):
+        for name in ("ink", "quiet", "bad", "good", "warn", *(f"c{number}" for number in range(6))):
             assert contrast(colours[name], paper) >= 4.5, name
         assert contrast(colours["ink"], colours["learned"]) >= 4.5
     assert "color: #" not in STYLE  # every text has one of these

@@ -164,12 +164,6 @@ def test_every_way_of_tuning_is_the_same_on_two_processes(launch, tmp_path, laun
         assert folder != before, (name, done.stderr)
         assert status(folder)["status"] == "completed", (name, done.stderr)
         assert losses(folder) == pytest.approx(losses(before), rel=1e-3), name
-        assert [entry["step"] for entry in metrics(folder) if "samples" in entry] == [2, 4]
-        golden = [
-            [json.loads(line) for line in (of / "golden.jsonl").read_text().splitlines()] for of in (before, folder)
-        ]
-        assert all(row["answer_ids"] for row in golden[1])
-        assert [row["prompt_ids"] for row in golden[0]] == [row["prompt_ids"] for row in golden[1]]
         (one,), (two,) = (list(run.glob("*/*.safetensors")) for run in (before, folder))
         one, two = load_file(one), load_file(two)
         assert one.keys() == two.keys()

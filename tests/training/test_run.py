@@ -39,7 +39,7 @@ def test_run_folder_holds_what_explains_and_repeats_the_run(run_recipe, tiny_phi
     result, folder = run_recipe(peft=LORA, metadata={"tags": ["tiny"]})
     assert result.status == 0, result.err
     names = "README.md adapter checkpoints environment.json metrics.jsonl recipe.yaml resolved.yaml status.json"
-    assert {file.name for file in folder.iterdir()} == set(names.split())
+    assert {file.name for file in folder.iterdir()} == {*names.split(), "golden.jsonl", "report.html"}
     assert (folder / "recipe.yaml").read_text() == (tmp_path / "tiny.yaml").read_text()
     assert read_document(folder / "resolved.yaml").values["model"]["name_or_path"] == str(tiny_phi3)
     environment = json.loads((folder / "environment.json").read_text())
@@ -49,7 +49,8 @@ def test_run_folder_holds_what_explains_and_repeats_the_run(run_recipe, tiny_phi
     assert [entry["step"] for entry in metrics(folder) if "loss" in entry] == [1, 2, 3, 4]
     adapter = {file.name for file in (folder / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= adapter
-    assert (folder / "README.md").read_text().startswith("---\nlibrary_name: peft\ntags:\n- trl\n- sft\n- tiny\n---")
+    header = "---\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- trl\n- sft\n- tiny\n---"
+    assert (folder / "README.md").read_text().startswith(header)
 
 
 def test_resolved_recipe_of_a_run_repeats_it(run_recipe, run_cli):
