@@ -69,6 +69,7 @@ bench: install model ## benchmarks
 	$(BIN)/python benchmarks/validate.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/startup.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/prepare.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/results.py generate
 	@echo "and: benchmarks/batching.py DATA.json, on instructions of your own"
 
 clean: ## removes what the other targets made
