@@ -126,6 +126,18 @@ def read_object(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def refuse_existing(file: Path, fix: str) -> None:
+    """Checks that a file is not there yet, or that a folder is not there or empty.
+
+    Raises:
+        UserError: It is.
+    """
+    if file.is_dir() and any(file.iterdir()):
+        raise user_error("file-exists", f"{file} is there already, and not empty", fix)
+    if file.exists() and not file.is_dir():
+        raise user_error("file-exists", "the file is there already", fix, Mark(str(file)))
+
+
 def write_new(file: Path, text: str) -> None:
     """Writes a file that is not there yet.
 

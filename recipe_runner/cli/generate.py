@@ -86,7 +86,7 @@ def command(
             click.echo(f"\n{output} is written", err=True)
         elif not talks:
             texts = prompt or (sys.stdin.read(),)
-            _show(generation.ask(asker, target, texts, batch_size, compare_base), texts)
+            _show(generation.ask(asker, texts, batch_size, compare_base), texts)
         else:
             from recipe_runner.results.chat import talk
 

@@ -14,21 +14,12 @@ def command(runs: tuple[str, ...], output: Path | None, force: bool) -> None:
 
     RUN is a run folder, a folder of run folders, or a recipe that has been run.
     """
-    from recipe_runner.problems.errors import user_error
-    from recipe_runner.problems.problem import Mark
     from recipe_runner.runs.find import find_run
-    from recipe_runner.runs.report import FILE, compare_runs, describe_run, read_run, write_report
+    from recipe_runner.runs.report import compare_runs, write_report
 
     folders = [Path(name) if (Path(name) / "status.json").is_file() else find_run(name) for name in runs]
     if len(folders) > 1:
         written = compare_runs(folders, output or Path("comparison.html"), force)
-    elif output is None:
-        written = write_report(folders[0])
-    elif output.exists() and not force:
-        raise user_error("file-exists", "the file is there already", "choose another --output", Mark(str(output)))
     else:
-        from recipe_runner.files import write_text
-
-        write_text(output, describe_run(read_run(folders[0]), output.absolute().parent))
-        written = output
-    click.echo(f"{written if written else FILE} is written")
+        written = write_report(folders[0], output, force)
+    click.echo(f"{written} is written")

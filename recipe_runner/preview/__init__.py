@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from recipe_runner.files import write_text
+from recipe_runner.files import refuse_existing, write_text
 from recipe_runner.preview import page, rows, text
-from recipe_runner.problems.errors import user_error
-from recipe_runner.problems.problem import Mark, sort_problems
+from recipe_runner.problems.problem import sort_problems
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.training.prepare import raise_errors
 
@@ -46,8 +45,8 @@ def preview_recipe(
     Raises:
         UserError: The recipe, the data or the environment is at fault.
     """
-    if html and html.exists() and not force:
-        raise user_error("file-exists", "the file is there already", "choose another name, or --force", Mark(str(html)))
+    if html and not force:
+        refuse_existing(html, "choose another name, or --force")
     opened = rows.open_preview(recipe, processes)
     shown = rows.take_row(opened, row) if row is not None else rows.take_rows(opened, number)
     if form == "json":

@@ -4,7 +4,7 @@ import difflib
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 LIKE = 0.6  # what people may have meant
@@ -32,6 +32,13 @@ def _write_fact(name: str, text: str, width: int) -> str:
         return first + text
     lines = textwrap.wrap(text, max(width - len(first), 30), break_long_words=False, break_on_hyphens=False)
     return first + f"\n{' ' * len(first)}".join(lines)
+
+
+def align(rows: Sequence[Sequence[str]], most: int = 0) -> list[str]:
+    """Rows of cells as lines, in columns two spaces apart; one space, where they would be wider than `most`, if given."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    gap = " " if most and sum(widths) + 2 * len(widths) > most else "  "
+    return [gap.join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def nearest(word: str, choices: Iterable[str]) -> list[str]:

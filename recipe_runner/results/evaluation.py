@@ -26,6 +26,7 @@ from recipe_runner.model.scores import Score, score_sequences
 from recipe_runner.preview.rows import open_preview
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.problem import Problem, as_warning
+from recipe_runner.problems.words import align
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.results.scorers import Scorer, build_scorers
 from recipe_runner.results.statistics import Measure, estimate, resample
@@ -431,10 +432,10 @@ def write_table(values: Mapping[str, Any]) -> str:
     lines = [["", *columns]]
     for name in names:
         lines.append([name, *(_cell(found.get(name)) for found in columns.values())])
-    text = [_align(lines)]
+    text = ["\n".join(align(lines, WIDTH))]
     if values.get("difference"):
         rows = [["tuned minus base", ""], *([name, _cell(found)] for name, found in values["difference"].items())]
-        text.append(_align(rows))
+        text.append("\n".join(align(rows, WIDTH)))
     for source, found in values.get("by_source", {}).items():
         text.append(f"{source} ({found['rows']:,} rows)\n{write_table(found)}")
     return "\n\n".join(text)
@@ -448,11 +449,3 @@ def _cell(found: Mapping[str, float] | None) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
-
-
-def _align(rows: list[list[str]]) -> str:
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    gap = " " if sum(widths) + 2 * len(widths) > WIDTH else "  "
-    return "\n".join(
-        gap.join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.data.look import look_at
-from recipe_runner.files import write_json, write_text
+from recipe_runner.files import refuse_existing, write_json, write_text
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.words import make_visible, suggest
 from recipe_runner.recipe.document import dump_values
@@ -108,8 +108,7 @@ def new_folder(target: Target, output: Path | None) -> Path:
     """
     now = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
     folder = output or (target.run / "evaluations" / now if target.run else Path("evaluations") / now)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise user_error("file-exists", f"{folder} is there already, and not empty", "choose another --output")
+    refuse_existing(folder, "choose another --output")
     return folder
 
 

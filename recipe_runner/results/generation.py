@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from recipe_runner.data.checks import find_special_tokens
 from recipe_runner.data.prompts import Prompt, pose, render_prompt
-from recipe_runner.files import read_text, write_text
+from recipe_runner.files import read_text, refuse_existing, write_text
 from recipe_runner.model.answers import GREEDY, answer_all, answer_prompts, check_prompt, count_context
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Mark, Problem, as_warning
@@ -93,7 +93,7 @@ def warn_of_special(texts: Sequence[str], tokenizer: Any) -> None:
         print(as_warning(Problem("special-tokens-in-prompt", told)), file=sys.stderr)
 
 
-def ask(asker: Asker, target: Target, texts: Sequence[str], batch_size: int, compare: bool) -> list[dict[str, str]]:
+def ask(asker: Asker, texts: Sequence[str], batch_size: int, compare: bool) -> list[dict[str, str]]:
     """Answers texts; with `compare` also by the base.
 
     Raises:
@@ -192,8 +192,7 @@ def answer_file(
     Raises:
         UserError: The output is there, a prompt can't be asked, or what was begun was begun with other settings.
     """
-    if output.exists():
-        raise user_error("file-exists", "the file is there already", "choose another name", Mark(str(output)))
+    refuse_existing(output, "choose another name")
     lines = read_prompts(file, asker)
     rendered = [asker.render(line.prompt, f"{file}: the prompt of line {line.number}") for line in lines]
     warn_of_special([json.dumps(line.row, ensure_ascii=False) for line in lines], asker.opened.tokenizer)

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from recipe_runner.files import write_json, write_text
+from recipe_runner.files import refuse_existing, write_json, write_text
 from recipe_runner.methods import METHODS
 from recipe_runner.model.bottleneck import NO_MERGE
 from recipe_runner.model.load import can_switch_off, load_result
@@ -77,8 +77,7 @@ def merge(target: Target, output: Path | None, dtype: str | None, allow_loss: bo
     disable_progress_bar()
     config = check_mergeable(target)
     folder = output or (target.run or Path(target.result)) / NAME
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise user_error("file-exists", f"{folder} is there already, and not empty", "choose another --output")
+    refuse_existing(folder, "choose another --output")
     if problem := find_changed_base(target):
         raise user_error(problem.code, problem.message, problem.suggestion)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +93,7 @@ def merge(target: Target, output: Path | None, dtype: str | None, allow_loss: bo
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Merge(**{**made.__dict__, "folder": folder})
+    return replace(made, folder=folder)
 
 
 def check_mergeable(target: Target) -> PeftConfig:
@@ -181,7 +180,8 @@ def _merge_into(
     gc.collect()
     same = [one.argmax(-1) == two.argmax(-1) for one, two in zip(after, wanted, strict=True)]
     agreeing = float(torch.cat(same).float().mean())
-    made = Merge(folder, name, shares, difference, moved, agreeing, _was_quantized(target))
+    unquantized = bool(target.recipe and target.recipe.quantization)
+    made = Merge(folder, name, shares, difference, moved, agreeing, unquantized)
     _write_record(folder, target, made)
     return made
 
@@ -199,10 +199,6 @@ def _dtype_of(config: Any) -> torch.dtype:
     """The dtype in which a base was published."""
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.float32
-
-
-def _was_quantized(target: Target) -> bool:
-    return bool(target.recipe and target.recipe.quantization)
 
 
 def _read_rows(target: Target, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

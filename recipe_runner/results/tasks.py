@@ -9,6 +9,7 @@ from typing import Any
 
 from recipe_runner.files import read_text
 from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.problems.words import align
 from recipe_runner.recipe.rules.packages import is_installed
 
 
@@ -74,5 +75,4 @@ def write_tasks(tasks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
             rows.append(
                 [f"{task} {measure}", *(f"{tasks[name][task].get(measure, float('nan')):.4f}" for name in names)]
             )
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(align(rows))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipe_runner.files import write_text
+from recipe_runner.problems.words import align
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.runs.metrics import measure_series, read_metrics
 from recipe_runner.runs.stages import StageRun
@@ -31,8 +32,7 @@ def describe_effects(runs: Sequence[StageRun]) -> list[tuple[str, str, str, str]
 def write_effects(recipe: Recipe, folder: Path, runs: Sequence[StageRun]) -> str:
     """Writes the report of a pipeline's run, README.md, and returns its table as text."""
     rows = [("stage", "measure", "before", "after"), *describe_effects(runs)]
-    widths = [max(len(row[place]) for row in rows) for place in range(4)]
-    table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    table = align(rows)
     last = runs[-1].result
     stages = [
         f"{number}. {run.recipe.name} ({run.recipe.stage.name}): "

@@ -7,6 +7,7 @@ from typing import Any
 
 from recipe_runner.files import started_at
 from recipe_runner.problems.errors import UserError
+from recipe_runner.problems.words import align
 from recipe_runner.runs.folder import lock_run
 from recipe_runner.runs.report import UNREADABLE, best_of, read_run
 from recipe_runner.stages import PIPELINE
@@ -47,9 +48,8 @@ def write_overview(runs: Sequence[Mapping[str, Any]]) -> str:
         best = f"{run['measure']} {run['best']:.4g}" if run["best"] is not None else None
         cells = (run["name"], run["stage"], run["status"], run["steps"], best, run["seconds"])
         rows.append(["" if cell is None else str(cell) for cell in cells])
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], *(f"{line}\n    {run['folder']}" for line, run in zip(lines[1:], runs, strict=True))])
+    head, *lines = align(rows)
+    return "\n".join([head, *(f"{line}\n    {run['folder']}" for line, run in zip(lines, runs, strict=True))])
 
 
 def choose_failed(runs: Sequence[Mapping[str, Any]]) -> tuple[list[Path], list[Path]]:

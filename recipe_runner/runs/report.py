@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner import __version__
-from recipe_runner.files import hide_home, read_object, read_status, read_text, share_path, write_text
+from recipe_runner.files import hide_home, read_object, read_status, read_text, refuse_existing, share_path, write_text
 from recipe_runner.pages.charts import COLOURS, Curve, draw_chart, draw_histogram
 from recipe_runner.pages.frame import write_facts, write_grid, write_page
 from recipe_runner.problems.errors import UserError, user_error
@@ -155,33 +155,44 @@ def add_speed(logged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def _tell(error: Exception) -> str:
+    """What went wrong, for a message that has a code of its own."""
+    return error.problems[0].message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
 def leave_report(folder: Path) -> None:
     """Writes the report of a run that has ended; where that fails, it is said, and the run is what it was."""
     try:
         write_report(folder)
     except Exception as error:  # the run is what counts: its result is there, or its own error is said
-        told = error.problems[0].message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        message, fix = told, f"recipe-run report {folder} writes it again"
+        message, fix = _tell(error), f"recipe-run report {folder} writes it again"
         print(as_warning(Problem("report-not-written", message, Mark(str(folder / FILE)), (), fix)), file=sys.stderr)
 
 
-def write_report(folder: Path) -> Path:
-    """Writes the report of a run into its folder, over an older one.
+def write_report(folder: Path, output: Path | None = None, force: bool = False) -> Path:
+    """Writes the report of a run, and returns where it is.
+
+    Args:
+        folder: The run folder.
+        output: The page; None for the one in the run folder, which is written again.
+        force: Whether a page that is there already is written again, too.
 
     Raises:
-        UserError: It is no run folder.
+        UserError: It is no run folder, or the page is there already.
     """
-    run = read_run(folder)
-    write_text(folder / FILE, describe_run(run))
-    return folder / FILE
+    if output and not force:
+        refuse_existing(output, "choose another --output")
+    page = output or folder / FILE
+    write_text(page, describe_run(read_run(folder), page.absolute().parent))
+    return page
 
 
-def describe_run(run: Run, place: Path | None = None) -> str:
+def describe_run(run: Run, place: Path) -> str:
     """The page of a run. Everything that comes from data or recipe is escaped.
 
     Args:
         run: What was read.
-        place: The folder that the page is for, from where links begin; the run's where None.
+        place: The folder that the page is for, from where links begin.
     """
     title = str(run.values.get("name", run.folder.name))
     sections: list[tuple[str, Callable[[], str]]] = [
@@ -190,7 +201,7 @@ def describe_run(run: Run, place: Path | None = None) -> str:
         ("Before and after", lambda: "".join(_samples(run))),
         ("Curves", lambda: _curves([_run_chart(title, names, scale, run.logged) for title, names, scale in CHARTS])),
         ("Evaluation", lambda: "".join(_evaluation(run.evaluation))),
-        ("Stages", lambda: _stages(run, place or run.folder)),
+        ("Stages", lambda: _stages(run, place)),
         ("Training data", lambda: _account(_data(run, "train"))),
         ("Evaluation data", lambda: _account(_data(run, "eval"))),
         ("Time and memory", lambda: write_facts(_measured(run))),
@@ -209,8 +220,9 @@ def _section(title: str, write: Callable[[], str]) -> list[str]:
     try:
         content = write()
     except (UserError, *UNREADABLE) as error:
-        told = error.problems[0].message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        content = f"<p class='warning'>This part can't be written, a file of the run is damaged: {_escape(told)}</p>"
+        content = (
+            f"<p class='warning'>This part can't be written, a file of the run is damaged: {_escape(_tell(error))}</p>"
+        )
     return [f"<h2>{escape(title)}</h2>" * bool(title), content] if content else []
 
 
@@ -342,7 +354,7 @@ def _estimate(found: Any) -> str:
 def _stages(run: Run, place: Path) -> str:
     rows = []
     for number, stage in enumerate(run.status.get("stages") or [], 1):
-        page = os.path.relpath(run.folder / str(stage.get("run")) / FILE, place)
+        page = os.path.relpath(run.folder.absolute() / str(stage.get("run")) / FILE, place)
         link = f'<a href="{escape(page)}">{escape(str(stage["name"]))}</a>' if stage.get("run") else ""
         told = (str(number), link or escape(str(stage.get("name"))), escape(str(stage.get("stage"))))
         rows.append(
@@ -437,8 +449,8 @@ def compare_runs(folders: Sequence[Path], output: Path, force: bool = False) -> 
     Raises:
         UserError: A folder is no run, or the page is there already.
     """
-    if output.exists() and not force:
-        raise user_error("file-exists", "the file is there already", "choose another --output", Mark(str(output)))
+    if not force:
+        refuse_existing(output, "choose another --output")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise user_error("not-a-run", "a run is named twice", "name each once")
     runs = [read_run(folder) for folder in folders]
