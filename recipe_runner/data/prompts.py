@@ -1,7 +1,7 @@
 """Prompts of rows: what a model is asked, and what it should answer."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from recipe_runner.data.formats import Turns, normalise_row
 from recipe_runner.data.job import Job
 from recipe_runner.data.prepare import shape_of
-from recipe_runner.data.sources import order_rows, read_rows
+from recipe_runner.data.sources import read_rows
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.sections import DatasetSection
 
+Orders = Mapping[str, np.ndarray]  # of `sources.order_rows`
 COMPARED = 20  # rows whose prompts are compared
 LOOKED_AT = 200  # rows from which prompts are chosen
 SYSTEM = "You are a helpful assistant."  # where the data has no system prompt of its own
@@ -62,17 +63,15 @@ def pose(text: str, dataset: DatasetSection) -> Prompt:
     return Prompt([*system, {"role": "user", "content": text}])
 
 
-def choose_prompts(job: Job, number: int, split: str = "eval") -> list[Prompt]:
+def choose_prompts(job: Job, orders: Orders, number: int) -> list[Prompt]:
     """The prompts of the first rows of the evaluation data, or of the training data where there is none.
 
     Of raw text, the first words are the prompt.
     """
-    return list(itertools.islice(_read_prompts(job, split), number))
+    return list(itertools.islice(_read_prompts(job, orders.get("eval", orders["train"])), number))
 
 
-def _read_prompts(job: Job, split: str) -> Iterator[Prompt]:
-    orders = order_rows(job.dataset, job.sources, job.seed)
-    order: np.ndarray = orders.get(split, orders["train"])
+def _read_prompts(job: Job, order: np.ndarray) -> Iterator[Prompt]:
     for row in read_rows(job.dataset, job.sources, order[:LOOKED_AT]):
         if row["dropped"]:
             continue
@@ -105,14 +104,14 @@ def render_prompt(prompt: Turns | str, tokenizer: PreTrainedTokenizerBase, tools
     return list(rendered)
 
 
-def find_split_prompts(job: Job) -> tuple[int, int]:
+def find_split_prompts(job: Job, orders: Orders) -> tuple[int, int]:
     """Of some rows, how many begin with other tokens than their prompt alone has; and how many were looked at.
 
     What a server asks is the prompt alone. A template whose prompt ends with a space (`Answer: {output}`) lets the
     tokenizer join it to the answer; a chat template may render a last turn in its own way.
     """
-    order = order_rows(job.dataset, job.sources, job.seed)["train"][:COMPARED]
-    rows = [row for row in read_rows(job.dataset, job.sources, order) if not row.pop("dropped")]
+    first = orders["train"][:COMPARED]
+    rows = [row for row in read_rows(job.dataset, job.sources, first) if not row.pop("dropped")]
     shape = shape_of(job.stage)
     asked = [split_row(row) for row in rows]
     if not rows or not all(asked):
@@ -125,13 +124,13 @@ def find_split_prompts(job: Job) -> tuple[int, int]:
     return found, len(rows)
 
 
-def choose_golden(job: Job, number: int) -> list[Prompt]:
+def choose_golden(job: Job, orders: Orders, number: int) -> list[Prompt]:
     """Prompts by which a served model is compared with the trained one: as in the data, and in forms people ask in.
 
     Conversations are also asked with a system prompt, without one, and in several turns, made of the data's own rows
     where it has none such.
     """
-    found = choose_prompts(job, number)
+    found = choose_prompts(job, orders, number)
     if not found or any(isinstance(prompt.content, str) for prompt in found):
         return found
     own = next((turn["content"] for prompt in found for turn in _turns(prompt) if turn["role"] == "system"), SYSTEM)

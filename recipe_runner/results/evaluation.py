@@ -65,23 +65,24 @@ class Column:
     Attributes:
         name: Of the column.
         answers: One a row, None where it has no answer that is known; empty where nothing is asked.
+        marks: Scorer -> one a row, None where nothing is asked.
         scores: Answer -> one score a row; empty where the tokens of the examples can't be told from those of the row.
         rewards: Answer -> array `(rows,)`: beta times the log-probability beyond the reference's; empty without one.
     """
 
     name: str
     answers: list[Answer | None]
+    marks: dict[str, list[float | None]]
     scores: dict[str, list[Score]]
     rewards: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation: rows, what each column made of them, and how answers are scored."""
+    """An evaluation: rows, what each column made of them, and the examples that were shown."""
 
     rows: list[Row]
     columns: list[Column]
-    scorers: Mapping[str, Scorer]
     shots: list[Prompt]
     seed: int
 
@@ -133,13 +134,13 @@ def evaluate(
     examples = choose_examples(job, preview.orders["train"], shots, seed)
     opened = open_target(target, dtype, quantized)
     shown = [render_prompt(few_shot(examples, row.prompt), job.tokenizer) if row.prompt else [] for row in rows]
-    measure = _Measuring(rows, built != {}, examples, shown if examples else [], batch_size, new_tokens, tell)
+    measure = _Measuring(rows, built, examples, shown if examples else [], batch_size, new_tokens, tell)
     measure.check(count_context(opened.model))
     begun = target.holds_base or (target.run is not None)  # there is a base to compare with
     first = measure.of(TUNED if begun else BASE, opened, few=not begun)
     then(first[0].name, opened)
     if not begun:
-        return Evaluation(rows, first, built, examples, seed)
+        return Evaluation(rows, first, examples, seed)
     tuned, started = first[0], None
     if pairs and target.is_adapter and recipe.model.adapter:
         started = _reference_scores(opened, recipe, rows)
@@ -152,7 +153,7 @@ def evaluate(
     if pairs:
         reference = started or columns[0].scores
         tuned = dataclasses.replace(tuned, rewards=reward(tuned.scores, reference, recipe.training["beta"]))
-    return Evaluation(rows, [*columns, tuned], built, examples, seed)
+    return Evaluation(rows, [*columns, tuned], examples, seed)
 
 
 def reward(
@@ -173,12 +174,17 @@ class _Measuring:
     """How each model is measured."""
 
     rows: list[Row]
-    asks: bool
+    scorers: Mapping[str, Scorer]
     examples: list[Prompt]
     shown: list[list[int]]
     batch_size: int
     new_tokens: int
     tell: Callable[[str], None]
+
+    @property
+    def asked(self) -> list[int]:
+        """Places of the rows that are answered: those with an answer to compare with, where answers are scored."""
+        return [n for n, row in enumerate(self.rows) if self.scorers and row.prompt and row.prompt.wanted]
 
     def check(self, context: int | None) -> None:
         """Checks that all prompts fit, before anything is computed.
@@ -186,12 +192,10 @@ class _Measuring:
         Raises:
             UserError: One does not.
         """
-        for place, row in enumerate(self.rows if self.asks else ()):
-            for prompts in ([row.prompt_ids for row in self.rows], self.shown):
-                if prompts and row.prompt and row.prompt.wanted:
-                    check_prompt(
-                        prompts[place], context, self.new_tokens, f"{row.source}: the prompt of row {row.number}"
-                    )
+        for place in self.asked:
+            row = self.rows[place]
+            for tokens in (row.prompt_ids, *self.shown[place : place + 1]):
+                check_prompt(tokens, context, self.new_tokens, f"{row.source}: the prompt of row {row.number}")
 
     def of(self, name: str, opened: Opened, few: bool = True) -> list[Column]:
         """The column of a model, and the one with examples."""
@@ -212,14 +216,18 @@ class _Measuring:
             answer: score_sequences(opened.model, [row[answer] for row in sequences])
             for answer in (sequences[0] if sequences else ())
         }
-        asked = [place for place, row in enumerate(self.rows) if self.asks and row.prompt and row.prompt.wanted]
         options = GREEDY | {"max_new_tokens": self.new_tokens}
-        answers = answer_all(
-            opened.model, opened.tokenizer, [prompts[place] for place in asked], self.batch_size, **options
-        )
-        known: dict[int, Answer] = dict(zip(asked, answers, strict=True))
+        asked = [prompts[place] for place in self.asked]
+        found = answer_all(opened.model, opened.tokenizer, asked, self.batch_size, **options)
+        known: dict[int, Answer] = dict(zip(self.asked, found, strict=True))
+        answers = [known.get(place) for place in range(len(self.rows))] if self.scorers else []
+        pairs = [
+            (answer.text, row.prompt.wanted) if answer and row.prompt else None
+            for answer, row in zip(answers, self.rows, strict=False)
+        ]
+        marks = {of: [scorer(*pair) if pair else None for pair in pairs] for of, scorer in self.scorers.items()}
         self.tell(f"{name}: {len(self.rows):,} rows in {time.monotonic() - began:.0f} s")
-        return Column(name, [known.get(place) for place in range(len(self.rows))] if self.asks else [], scores, {})
+        return Column(name, answers, marks, scores, {})
 
 
 def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | None) -> list[Row]:
@@ -236,9 +244,9 @@ def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | Non
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, **unpacked))
     order, tally, rows = choose_rows(orders["eval"], limit), job.tally(), []
     for table in prepare_chunks(job, "eval", order, tally):
-        for entry in table.to_pylist():
-            source, number = order[entry["documents"][0]]
-            raw = read_rows(job.dataset, job.sources, order[entry["documents"][0] : entry["documents"][0] + 1])[0]
+        entries = table.to_pylist()
+        part = order[[entry["documents"][0] for entry in entries]]
+        for entry, (source, number), raw in zip(entries, part, read_rows(job.dataset, job.sources, part), strict=True):
             prompt = split_row(raw)
             ids = render_prompt(prompt.content, job.tokenizer) if prompt else []
             sequences = shape_of(job.stage).as_trained(entry, job.config)
@@ -349,22 +357,12 @@ def measure_column(evaluation: Evaluation, column: Column) -> dict[str, Measure]
         rewards = next(iter(column.rewards.values()))
         found["reward margin"] = Measure(rewards * good, good, minus=Measure(rewards * (1 - good), 1 - good))
     asked = np.array([float(answer is not None) for answer in column.answers])
-    for name, values in score_answers(evaluation, column).items():
+    for name, values in column.marks.items():
         found[name] = Measure(np.array([value or 0.0 for value in values]), asked)
     if column.answers:
         ended = [float(bool(answer and answer.ended)) for answer in column.answers]
         found["ended by itself"] = Measure(np.array(ended), asked)
     return found
-
-
-def score_answers(evaluation: Evaluation, column: Column) -> dict[str, list[float | None]]:
-    """Scorer -> one score a row; None where nothing was asked."""
-    pairs = [
-        (answer.text, row.prompt.wanted) if answer and row.prompt else None
-        for answer, row in zip(column.answers, evaluation.rows, strict=False)
-    ]
-    scorers = evaluation.scorers if column.answers else {}
-    return {name: [scorer(*pair) if pair else None for pair in pairs] for name, scorer in scorers.items()}
 
 
 def summarize(evaluation: Evaluation) -> dict[str, Any]:
@@ -404,7 +402,6 @@ def _estimate_all(measures: Mapping[str, Mapping[str, Measure]], kept: np.ndarra
 
 def list_answers(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     """Every row with what each column made of it, as JSON values."""
-    scored = {column.name: score_answers(evaluation, column) for column in evaluation.columns}
     for place, row in enumerate(evaluation.rows):
         entry: dict[str, Any] = {"source": row.source, "row": row.number}
         if row.prompt:
@@ -415,7 +412,7 @@ def list_answers(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
             if column.answers:
                 answer = column.answers[place]
                 told = {"answer": answer.text, "ended": answer.ended} if answer else {}
-            told |= {name: values[place] for name, values in scored[column.name].items()}
+            told |= {name: values[place] for name, values in column.marks.items()}
             for name, scores in column.scores.items():
                 told[f"loss{f' ({name})' if name else ''}"] = scores[place].loss / max(scores[place].tokens, 1)
             told |= {

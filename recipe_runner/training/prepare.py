@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.checks import find_problems
 from recipe_runner.data.job import Job, Replaced
-from recipe_runner.data.prompts import Prompt, choose_golden, choose_prompts, find_split_prompts, pose
-from recipe_runner.data.sources import open_sources
+from recipe_runner.data.prompts import Orders, Prompt, choose_golden, choose_prompts, find_split_prompts, pose
+from recipe_runner.data.sources import open_sources, order_rows
 from recipe_runner.data.store import PreparedData, PreparedSplit, hash_tokenizer, prepare_data
 from recipe_runner.files import hash_file, hash_weights
 from recipe_runner.launch import processes
@@ -123,7 +123,8 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     steps = count_steps(config, len(data.splits["train"].dataset), config.world_size)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe, steps)
-    problems += compare_prompts(job)
+    orders = order_rows(job.dataset, job.sources, job.seed)
+    problems += compare_prompts(job, orders)
     raise_errors(problems)
     if isinstance(peft_config, AdaLoraConfig) and not adapter:
         peft_config.total_step = steps
@@ -155,14 +156,14 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         inputs,
         job.replaced,
         tuple(problems),
-        choose_golden(job, ROWS),
-        choose_samples(recipe.run.samples or {}, job),
+        choose_golden(job, orders, ROWS),
+        choose_samples(recipe.run.samples or {}, job, orders),
     )
 
 
-def compare_prompts(job: Job) -> list[Problem]:
+def compare_prompts(job: Job, orders: Orders) -> list[Problem]:
     """Warns where a server would ask otherwise than the model is trained to answer."""
-    found, looked = find_split_prompts(job)
+    found, looked = find_split_prompts(job, orders)
     if not found:
         return []
     message = (
@@ -173,10 +174,10 @@ def compare_prompts(job: Job) -> list[Problem]:
     return [as_warning(Problem("prompt-differs", message, None, ("dataset",), fix))]
 
 
-def choose_samples(section: Mapping[str, Any], job: Job) -> list[Prompt]:
+def choose_samples(section: Mapping[str, Any], job: Job, orders: Orders) -> list[Prompt]:
     """The prompts of `run.samples`: those that it says, then those of the first rows of the evaluation data."""
     said = [pose(text, job.dataset) for text in section.get("prompts", ())]
-    return said + (choose_prompts(job, section["rows"]) if section.get("rows") else [])
+    return said + (choose_prompts(job, orders, section["rows"]) if section.get("rows") else [])
 
 
 def check_norms(model: torch.nn.Module, precision: Precision) -> None:
