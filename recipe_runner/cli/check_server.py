@@ -4,7 +4,7 @@ import os
 
 import click
 
-from recipe_runner.cli.options import prepare_process
+from recipe_runner.cli.options import Number, prepare_process
 
 
 @click.command(name="check-server")
@@ -18,15 +18,14 @@ from recipe_runner.cli.options import prepare_process
     show_default=True,
     help="Environment variable that holds the server's key.",
 )
-@click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=120, show_default=True, help="Of an answer."
-)
+@click.option("--timeout", type=Number(0, min_open=True), default=120, show_default=True, help="Of an answer.")
 def command(url: str, name: str, model: str | None, api_key_env: str, timeout: float) -> None:
     """Compare a server with the golden rows of a run: prompt tokens, stop behaviour, greedy text.
 
     URL is that of any server with OpenAI's interface: vLLM, llama-server, transformers serve, Ollama.
     """
     prepare_process(on_cpu=True)
+    from recipe_runner.model.load import find_result, read_tokenizer
     from recipe_runner.problems.errors import UserError, user_error
     from recipe_runner.problems.words import make_visible
     from recipe_runner.results import serving
@@ -37,7 +36,7 @@ def command(url: str, name: str, model: str | None, api_key_env: str, timeout: f
     rows = read_golden(run)
     if not rows:
         raise user_error("no-golden-rows", f"{run} has no golden.jsonl", "train again: each run writes it")
-    tokenizer, _ = serving.open_contract(run)
+    tokenizer = read_tokenizer(find_result(run))
     server = serving.connect(url, model, os.environ.get(api_key_env, ""), timeout)
     replies = []
     click.echo(serving.HEAD)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from recipe_runner.cli.options import check_number, dtype_option, prepare_process, quantized_option, seed_option
+from recipe_runner.cli.options import Number, dtype_option, prepare_process, quantized_option, seed_option
 
 
 @click.command(name="generate")
@@ -17,28 +17,11 @@ from recipe_runner.cli.options import check_number, dtype_option, prepare_proces
 @click.option("--compare-base", is_flag=True, help="Show the base's answer, too: the adapter switched off.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="The most tokens of an answer (256).")
 @click.option("--do-sample/--no-do-sample", default=None, help="Sample, or take the likeliest token.")
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0, 1000),
-    callback=check_number,
-    help="Sampling: lower is more certain; 0 does not sample.",
-)
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1), callback=check_number, help="Sampling: the likeliest tokens of this share."
-)
+@click.option("--temperature", type=Number(0, 1000), help="Sampling: lower is more certain; 0 does not sample.")
+@click.option("--top-p", type=Number(0, 1), help="Sampling: the likeliest tokens of this share.")
 @click.option("--top-k", type=click.IntRange(0), help="Sampling: the k likeliest tokens.")
-@click.option(
-    "--min-p",
-    type=click.FloatRange(0, 1),
-    callback=check_number,
-    help="Sampling: tokens of at least this share of the likeliest.",
-)
-@click.option(
-    "--repetition-penalty",
-    type=click.FloatRange(0, 100, min_open=True),
-    callback=check_number,
-    help="Above 1: repeat less.",
-)
+@click.option("--min-p", type=Number(0, 1), help="Sampling: tokens of at least this share of the likeliest.")
+@click.option("--repetition-penalty", type=Number(0, 100, min_open=True), help="Above 1: repeat less.")
 @click.option("--num-beams", type=click.IntRange(1, 64), help="Beams of a beam search.")
 @seed_option
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts at a time.")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -48,11 +48,13 @@ seed_option = click.option(
 )
 
 
-def check_number(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    """Refuses nan, which click takes for a number of any range."""
-    if value is not None and value != value:
-        raise click.BadParameter("it is no number", context, parameter)
-    return value
+class Number(click.FloatRange):
+    """A number in a range. click takes nan, which is in no range, for one of any."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number that a text stands for."""
+        number = super().convert(value, param, ctx)
+        return self.fail("it is no number", param, ctx) if number != number else number
 
 
 def read_checked_launch(launch_file: str, given: Sequence[str], recipe: "Recipe") -> "Launch":

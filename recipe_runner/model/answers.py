@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from recipe_runner.model.tokenizer import stop_ids
 from recipe_runner.problems.errors import user_error
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
@@ -49,11 +50,11 @@ def check_prompt(tokens: Sequence[int], context: int | None, new: int, what: str
         raise user_error("prompt-too-long", f"{message} of {context:,}", "shorten it, or lower --max-new-tokens")
 
 
-def find_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens at which an answer ends."""
-    ends = model.generation_config.eos_token_id
-    numbers = ends if isinstance(ends, list) else [ends]
-    return {number for number in (*numbers, tokenizer.eos_token_id) if isinstance(number, int)}
+def stop_options(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """For `generate`: the tokens at which an answer ends, and the one that pads it."""
+    ends = stop_ids(model.generation_config, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    return {"eos_token_id": ends or None, "pad_token_id": pad}
 
 
 def answer_prompts(
@@ -74,8 +75,8 @@ def answer_prompts(
     Yields:
         Of each batch: place of the prompt -> its answer.
     """
-    ends = find_ends(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    stops = stop_options(model, tokenizer)
+    pad = stops["pad_token_id"]
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     while order:
@@ -86,14 +87,14 @@ def answer_prompts(
         masks = [[0] * (width - len(prompts[place])) + [1] * len(prompts[place]) for place in places]
         device = model.get_input_embeddings().weight.device
         batch = {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(masks, device=device)}
-        made = model.generate(**batch, pad_token_id=pad, eos_token_id=sorted(ends) or None, **options)
+        made = model.generate(**batch, **stops, **options)
         yield {
-            place: read_answer(tokens[width:].tolist(), ends, tokenizer)
+            place: read_answer(tokens[width:].tolist(), stops["eos_token_id"] or (), tokenizer)
             for place, tokens in zip(places, made, strict=True)
         }
 
 
-def read_answer(tokens: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+def read_answer(tokens: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     """An answer from the tokens after its prompt; what pads it after its end is left out."""
     end = next((place for place, token in enumerate(tokens) if token in ends), None)
     kept = tokens if end is None else tokens[: end + 1]

@@ -106,6 +106,12 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         raise user_error("template-broken", found, "fix it", path=("training", "chat_template_path")) from error
 
 
+def stop_ids(config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Numbers of the tokens at which generation stops: those of a generation configuration, and the tokenizer's own."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return [number for number in dict.fromkeys((*ends, tokenizer.eos_token_id)) if isinstance(number, int)]
+
+
 def find_stops(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Tokens at which generation stops: those of the base's generation configuration, and the tokenizer's own.
 
@@ -118,8 +124,7 @@ def find_stops(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> set[s
         config = AutoConfig.from_pretrained(model.name_or_path, **model.location)
     except Exception as error:  # a file of the user's, read by code that is not ours: anything may come
         raise user_error("model-config", f"generation_config.json: {first_line(error)}", path=PLACE) from error
-    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ids = [number for number in (*ids, tokenizer.eos_token_id) if isinstance(number, int) and number < len(tokenizer)]
+    ids = [number for number in stop_ids(config, tokenizer) if number < len(tokenizer)]
     return {str(token) for token in tokenizer.convert_ids_to_tokens(ids)}
 
 

@@ -35,7 +35,7 @@ def _write_fact(name: str, text: str, width: int) -> str:
 
 
 def align(rows: Sequence[Sequence[str]], most: int = 0) -> list[str]:
-    """Rows of cells as lines, in columns two spaces apart; one space where they would be wider than `most` (0: never)."""
+    """Rows of cells as lines, in columns two spaces apart; one, where they would be wider than `most`, if not 0."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     gap = " " if most and sum(widths) + 2 * len(widths) > most else "  "
     return [gap.join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -11,7 +11,7 @@ from transformers import StoppingCriteria, TextStreamer, set_seed
 
 from recipe_runner.data.formats import Turns
 from recipe_runner.data.prompts import Prompt
-from recipe_runner.model.answers import find_ends, read_answer
+from recipe_runner.model.answers import read_answer, stop_options
 from recipe_runner.problems.errors import UserError
 from recipe_runner.problems.words import make_visible
 from recipe_runner.results.generation import Asker, warn_of_special
@@ -99,18 +99,17 @@ def _answer(asker: Asker, tokens: list[int], compare: bool, say: Callable[[str],
 
 def _generate(asker: Asker, tokens: list[int], stopper: Stopper, streamer: TextStreamer | None) -> str:
     model, tokenizer = asker.opened.model, asker.opened.tokenizer
-    ends = find_ends(model, tokenizer)
+    stops = stop_options(model, tokenizer)
     batch = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
     made = model.generate(
         input_ids=batch,
         attention_mask=torch.ones_like(batch),
         streamer=streamer,
         stopping_criteria=[stopper],
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0),
-        eos_token_id=sorted(ends) or None,
+        **stops,
         **asker.options,
     )
-    return read_answer(made[0, len(tokens) :].tolist(), ends, tokenizer).text
+    return read_answer(made[0, len(tokens) :].tolist(), stops["eos_token_id"] or (), tokenizer).text
 
 
 def side_by_side(base: str, tuned: str, width: int = 0) -> str:

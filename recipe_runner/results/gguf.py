@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from recipe_runner.data.checks import count_common
 from recipe_runner.data.formats import Turns
-from recipe_runner.files import write_text
+from recipe_runner.files import read_object, write_text
+from recipe_runner.model.tokenizer import stop_ids
 from recipe_runner.results.target import Target
 from recipe_runner.runs.golden import read_golden
 
@@ -151,30 +152,22 @@ def write_modelfile(folder: Path, target: Target) -> list[str]:
     """
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     config: Any = GenerationConfig.from_pretrained(str(folder))
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [number for number in dict.fromkeys((*ends, tokenizer.eos_token_id)) if isinstance(number, int)]
     name = target.recipe.name if target.recipe else folder.name
     lines = [
         f"# {name}, after the command that makes the GGUF file: `recipe-run merge` printed it.",
         f"FROM ./{name}.gguf",
     ]
     lines += _template_lines(tokenizer, target)
-    lines += [
-        f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in tokenizer.convert_ids_to_tokens(ends)
-    ]
+    stops = tokenizer.convert_ids_to_tokens(stop_ids(config, tokenizer))
+    lines += [f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in stops]
     write_text(folder / FILE, "\n".join(lines) + "\n")
-    out = OUT_TYPES.get(str(getattr(config, "dtype", None) or _dtype(folder)), "auto")
+    out = OUT_TYPES.get(str(read_object(folder / "config.json").get("dtype")), "auto")
     place, file = shlex.quote(str(folder)), shlex.quote(str(folder / f"{name}.gguf"))
     return [
         "llama.cpp and Ollama:",
         f"  python llama.cpp/convert_hf_to_gguf.py {place} --outfile {file} --outtype {out}",
         f"  ollama create {name} -f {shlex.quote(str(folder / FILE))}",
     ]
-
-
-def _dtype(folder: Path) -> str:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("dtype") or config.get("torch_dtype") or "")
 
 
 def _template_lines(tokenizer: PreTrainedTokenizerBase, target: Target) -> list[str]:

@@ -105,11 +105,7 @@ def check_mergeable(target: Target) -> PeftConfig:
     if not target.is_adapter:
         fix = "it can be served as it is" if target.is_trained else "run the recipe first"
         raise user_error("no-adapter", f"{target.result} is no adapter: there is nothing to merge", fix)
-    try:
-        config = PeftConfig.from_pretrained(target.result)
-    except (ValueError, TypeError, KeyError) as error:
-        message = f"{target.result}: adapter_config.json can't be read: {first_line(error)}"
-        raise user_error("result-not-loaded", message) from error
+    config = target.peft_config
     name = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     method = METHODS.get(name)
     if method and not method.merges:

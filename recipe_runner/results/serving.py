@@ -14,14 +14,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipe_runner.data.checks import find_special_tokens
 from recipe_runner.data.prompts import render_prompt
-from recipe_runner.model.load import find_result, read_tokenizer
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Problem
 from recipe_runner.recipe.recipe import Recipe
@@ -352,9 +350,3 @@ def find_hints(rows: list[GoldenRow], replies: list[Reply]) -> Iterator[str]:
             yield "hint: the answers are those of the base: is the adapter loaded?"
         else:
             yield "hint: no answer is that of the trained model: are these its weights? quantized ones answer otherwise"
-
-
-def open_contract(run: Path) -> tuple[PreTrainedTokenizerBase, Path]:
-    """The tokenizer of a run's result, and where it is."""
-    result = find_result(run)
-    return read_tokenizer(result), result

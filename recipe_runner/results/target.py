@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,31 @@ class Target:
         """Whether the result is an adapter, which can be switched off."""
         return (Path(self.result) / CONFIG).is_file()
 
+    @cached_property
+    def peft_config(self) -> PeftConfig:
+        """The configuration of an adapter.
+
+        Raises:
+            UserError: It can't be read.
+        """
+        try:
+            config: PeftConfig = PeftConfig.from_pretrained(self.result)
+        except (ValueError, TypeError, KeyError) as error:
+            message = f"{self.result}: {CONFIG} can't be read: {first_line(error)}"
+            raise user_error("result-not-loaded", message) from error
+        return config
+
     @property
     def holds_base(self) -> bool:
         """Whether the base is there when the adapter is switched off."""
-        return self.is_adapter and can_switch_off(PeftConfig.from_pretrained(self.result))
+        return self.is_adapter and can_switch_off(self.peft_config)
 
     @property
     def base(self) -> str:
         """The base of an adapter; any other result itself."""
         if not self.is_adapter:
             return self.result
-        return find_base(PeftConfig.from_pretrained(self.result), Path(self.result))
+        return find_base(self.peft_config, Path(self.result))
 
     @property
     def is_trained(self) -> bool:
@@ -108,7 +123,7 @@ def open_target(target: Target, dtype: str | None = None, quantized: bool = True
         target: What `find_target` found.
         dtype: Of the weights.
         quantized: Whether the base is quantized as the recipe says.
-        base: Load the recipe's base model, with the tokenizer of the result.
+        base: Load the base model of a run's recipe, with the tokenizer of the result.
 
     Raises:
         UserError: It can't be loaded, or its tokenizer is not the one of the training.
@@ -134,8 +149,8 @@ def open_target(target: Target, dtype: str | None = None, quantized: bool = True
         return Opened(model, tokenizer)
     assert recipe is not None
     tokenizer = read_tokenizer(target.result)
-    model, own = load_result(recipe.model.name_or_path, section, **options | recipe.model.location)
-    return Opened(model, tokenizer if target.is_trained else own)
+    model, _ = load_result(recipe.model.name_or_path, section, **options | recipe.model.location)
+    return Opened(model, tokenizer)
 
 
 def check_tokenizer(target: Target, tokenizer: PreTrainedTokenizerBase) -> None:
