@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from recipe_runner.problems.words import make_visible
 
@@ -63,6 +64,24 @@ def write_facts(facts: Mapping[str, str]) -> str:
     """Facts with a name, as a table; empty ones are left out."""
     rows = [f"<tr><th>{_escape(name)}</th><td>{_escape(text)}</td></tr>" for name, text in facts.items() if text]
     return f"<table>{''.join(rows)}</table>" if rows else ""
+
+
+def count_rows(account: Mapping[str, Any]) -> dict[str, str]:
+    """What became of the rows of a split, one fact a line; `account` is an `Accounting` as JSON has it."""
+
+    def count(name: str) -> int:
+        return int(account.get(name) or 0)
+
+    tokens, learned, twice, packed = map(count, ("tokens", "supervised_tokens", "duplicates", "packed_rows"))
+    dropped = account.get("dropped") or {}
+    return {
+        "read": f"{count('rows_read'):,} rows",
+        "kept": f"{count('rows_kept'):,} rows" + f", {twice:,} duplicates" * bool(twice),
+        "dropped": "; ".join(f"{rows:,} {reason}" for reason, rows in dropped.items()) or "none",
+        "truncated": f"{count('rows_truncated'):,} rows, {count('tokens_truncated'):,} tokens lost",
+        "tokens": f"{tokens:,}, of which {learned:,} ({learned / max(tokens, 1):.0%}) are in the loss",
+        "packed": f"into {packed:,} rows" * bool(packed),
+    }
 
 
 def write_grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,7 @@
 """One self-contained page: the accounting, the lengths as a picture, rows with the loss mask in colour. No network."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
@@ -41,10 +42,8 @@ def write_page(recipe: Recipe, facts: Facts, rows: list[Row]) -> str:
 
 def _shorten_paths(text: str, recipe: Recipe) -> str:
     """The page with files named as from the recipe, or by their last name: it is made to be shown to others."""
-    named: list[str | None] = [source.source for source in recipe.dataset.sources]
-    named += [recipe.model.name_or_path, recipe.model.adapter, recipe.training["chat_template_path"]]
     folder = recipe.file.resolve().parent
-    for path in sorted({name for name in named if name and Path(name).is_absolute()}, key=len, reverse=True):
+    for path in recipe.local_paths:
         beside = Path(path).is_relative_to(folder)
         shown = str(Path(path).relative_to(folder)) if beside else Path(path).name
         text = text.replace(escape(path), escape(shown))
@@ -52,24 +51,15 @@ def _shorten_paths(text: str, recipe: Recipe) -> str:
 
 
 def _table(account: Accounting, facts: Facts | None) -> Iterator[str]:
-    share = account.supervised_tokens / max(account.tokens, 1)
-    lines = {
-        "read": f"{account.rows_read:,} rows",
-        "kept": f"{account.rows_kept:,} rows" + (f", {account.duplicates:,} duplicates" if account.duplicates else ""),
-        "dropped": "; ".join(f"{count:,} {reason}" for reason, count in account.dropped.items()) or "none",
-        "truncated": f"{account.rows_truncated:,} rows, {account.tokens_truncated:,} tokens lost",
-        "tokens": f"{account.tokens:,}, of which {account.supervised_tokens:,} ({share:.0%}) are in the loss",
+    lines = frame.count_rows(asdict(account)) | {
         "lengths": account.describe_lengths(),
         "batches": account.describe_batches(),
-        "packed": f"into {account.packed_rows:,} rows" if account.packed_rows else "",
         "sources": account.describe_sources(),
         "not used": account.describe_unused(),
         "steps": facts.steps if facts else "",
         "template": facts.template if facts else "",
     }
-    yield "<table>"
-    yield from (f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in lines.items() if text)
-    yield "</table>"
+    yield frame.write_facts(lines)
 
 
 def _row(number: int, row: Row) -> str:

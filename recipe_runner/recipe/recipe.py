@@ -94,6 +94,13 @@ class Recipe:
         """The recipe's own tags."""
         return list((self.values.get("metadata") or {}).get("tags", []))
 
+    @property
+    def local_paths(self) -> list[str]:
+        """Files and folders of this machine that it reads, the longest first: a folder never hides what is in it."""
+        named: list[str | None] = [source.source for source in self.dataset.sources]
+        named += [self.model.name_or_path, self.model.adapter, self.training["chat_template_path"]]
+        return sorted({name for name in named if name and Path(name).is_absolute()}, key=len, reverse=True)
+
     def _read_upstream(self, section: str) -> UpstreamSection:
         said = self.values.get(section) or {}
         return UpstreamSection(said, schema.defaults_of(section, schema.kinds_of(self.values).get(section, "")))

@@ -21,6 +21,7 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import CONFIG
 from recipe_runner.results.merging import NAME as MERGED
 from recipe_runner.results.target import Target
+from recipe_runner.runs.report import latest_evaluation
 from recipe_runner.training.card import describe_header, write_usage
 
 # What is sent: the result as transformers and PEFT save it. What else is in its folder may be private.
@@ -155,8 +156,8 @@ def _read_card(run: Path) -> str:
 
 def _describe_evaluation(run: Path) -> Iterator[str]:
     """The figures of the latest evaluation, as a table of Markdown."""
-    found = sorted(run.glob("evaluations/*/results.json"))
-    columns = read_object(found[-1]).get("columns") if found else None
+    found = latest_evaluation(run)
+    columns = read_object(found).get("columns") if found else None
     table = {
         str(name): {
             measure: cell["value"] for measure, cell in of.items() if isinstance(cell, dict) and "value" in cell
@@ -174,14 +175,8 @@ def _describe_evaluation(run: Path) -> Iterator[str]:
 
 def shorten_paths(text: str, recipe: Recipe) -> str:
     """A text in which files of this machine are named by their last name."""
-    named: list[str | None] = [source.source for source in recipe.dataset.sources]
-    named += [
-        recipe.model.name_or_path,
-        recipe.model.adapter,
-        recipe.training["chat_template_path"],
-        recipe.run.output_dir,
-    ]
-    for path in sorted({name for name in named if name and Path(name).is_absolute()}, key=len, reverse=True):
+    written = [path for path in [recipe.run.output_dir] if Path(path).is_absolute()]
+    for path in sorted([*recipe.local_paths, *written], key=len, reverse=True):
         text = text.replace(path, Path(path).name)
     return PATH.sub(lambda match: Path(match[1].rstrip("/")).name if _is_place(match[1]) else match[1], text)
 

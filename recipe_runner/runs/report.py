@@ -18,7 +18,7 @@ from typing import Any
 from recipe_runner import __version__
 from recipe_runner.files import hide_home, read_object, read_status, read_text, refuse_existing, share_path, write_text
 from recipe_runner.pages.charts import COLOURS, Curve, draw_chart, draw_histogram
-from recipe_runner.pages.frame import write_facts, write_grid, write_page
+from recipe_runner.pages.frame import count_rows, write_facts, write_grid, write_page
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Mark, Problem, as_warning
 from recipe_runner.problems.words import make_visible
@@ -115,16 +115,21 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError, UserError) as error:
         fix = "name a run folder: one with status.json and resolved.yaml"
         raise user_error("not-a-run", f"{folder} is no run folder", fix) from error
-    evaluations = sorted(folder.glob("evaluations/*/results.json"))
+    evaluation = latest_evaluation(folder)
     return Run(
         folder,
         values,
         read_object(folder / "status.json") | {"status": read_status(folder)},
         read_object(folder / "environment.json"),
         add_speed([clean(entry) for entry in read_metrics(folder)]),
-        read_object(evaluations[-1]) if evaluations else {},
-        evaluations[-1].parent / "answers.jsonl" if evaluations else None,
+        read_object(evaluation) if evaluation else {},
+        evaluation.parent / "answers.jsonl" if evaluation else None,
     )
+
+
+def latest_evaluation(run: Path) -> Path | None:
+    """The figures of the latest evaluation of a run: `results.json`; None where it has none."""
+    return max(run.glob("evaluations/*/results.json"), default=None)
 
 
 def clean(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -364,8 +369,8 @@ def _stages(run: Run, place: Path) -> str:
 
 
 def _account(account: Mapping[str, Any]) -> str:
-    dropped = "; ".join(f"{count:,} {reason}" for reason, count in (account.get("dropped") or {}).items())
-    tokens, learned = account.get("tokens", 0), account.get("supervised_tokens", 0)
+    if not account:
+        return ""
     batches = account.get("batches") or {}
     shares = {
         "random": "random batches {:.0%} padding",
@@ -373,14 +378,8 @@ def _account(account: Mapping[str, Any]) -> str:
         "packed": "packed {:.0%} empty",
     }
     sources = [f"{Path(str(of.get('name'))).name}: {of.get('rows', 0):,} rows" for of in account.get("sources") or []]
-    facts = {
-        "read": f"{account.get('rows_read', 0):,} rows",
-        "kept": f"{account.get('rows_kept', 0):,} rows, {account.get('duplicates', 0):,} of them duplicates",
-        "dropped": dropped or "none",
-        "truncated": f"{account.get('rows_truncated', 0):,} rows, {account.get('tokens_truncated', 0):,} tokens lost",
-        "tokens": f"{tokens:,}, of which {learned:,} ({learned / max(tokens, 1):.0%}) are in the loss",
+    facts = count_rows(account) | {
         "batches": ", ".join(text.format(batches[name]) for name, text in shares.items() if name in batches),
-        "packed": f"into {account['packed_rows']:,} rows" if account.get("packed_rows") else "",
         "sources": "; ".join(sources) if len(sources) > 1 else "",
     }
     histogram = account.get("histogram") or {}
