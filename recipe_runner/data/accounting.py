@@ -108,21 +108,43 @@ class Accounting:
         return "; ".join(named)
 
 
+@dataclass
 class Tally:
-    """Counts while rows go by, and makes the accounting at the end."""
+    """Counts while rows go by, and makes the accounting at the end.
 
-    def __init__(self, limit: int | None, source_names: list[str]) -> None:
-        self.limit, self.source_names = limit, source_names
-        self.read, self.packed_rows, self.special, self.two_bos = 0, 0, 0, 0
-        self.changed_texts, self.change = 0, ""
-        self.ends: set[str] = set()
-        self.dropped: Counter[str] = Counter()
-        self.roles: Counter[str] = Counter()
-        self.lost_roles: Counter[str] = Counter()
-        self.looked_at: Counter[str] = Counter()
-        self.columns: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("length", "tokens", "lost", "supervised", "source", "hash")
-        }
+    Attributes:
+        limit: Tokens of a row; None for no limit.
+        source_names: The files or hub ids.
+        columns: Arrays of what `add` was told of kept rows.
+    """
+
+    limit: int | None
+    source_names: list[str]
+    read: int = 0
+    packed_rows: int = 0
+    special: int = 0
+    two_bos: int = 0
+    changed_texts: int = 0
+    change: str = ""
+    ends: set[str] = field(default_factory=set)
+    dropped: Counter[str] = field(default_factory=Counter)
+    roles: Counter[str] = field(default_factory=Counter)
+    lost_roles: Counter[str] = field(default_factory=Counter)
+    looked_at: Counter[str] = field(default_factory=Counter)
+    columns: dict[str, list[np.ndarray]] = field(
+        default_factory=lambda: {name: [] for name in ("length", "tokens", "lost", "supervised", "source", "hash")}
+    )
+
+    def merge(self, later: "Tally") -> None:
+        """Adds what was counted of later rows."""
+        for name in ("read", "packed_rows", "special", "two_bos", "changed_texts"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.change = self.change or later.change
+        self.ends |= later.ends
+        for name in ("dropped", "roles", "lost_roles", "looked_at"):
+            getattr(self, name).update(getattr(later, name))
+        for name, arrays in later.columns.items():
+            self.columns[name] += arrays
 
     def add(self, **columns: np.ndarray) -> None:
         """Adds kept rows.

@@ -81,13 +81,13 @@ def turns_of(row: dict[str, Any]) -> list[dict[str, str]]:
 
 def count_special_tokens(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows whose text spells a special token: the model would read it as one (a turn that nobody spoke)."""
-    first, spelt = _special_pattern(tokenizer)
+    begins, spelt = _special_pattern(tokenizer)
     count = 0
     for row in rows:
         texts = [turn["content"] for turn in turns_of(row) + list(row.get("rejected", []))] or [
             v for v in row.values() if isinstance(v, str)
         ]
-        count += any(first.intersection(text) and spelt.search(text) is not None for text in texts)
+        count += any(begin in text and spelt.search(text) is not None for text in texts for begin in begins)
     return count
 
 
@@ -121,9 +121,9 @@ def count_rendered_roles(rows: list[dict[str, Any]], tokenizer: PreTrainedTokeni
 
 def compare_templates(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, own: str, tally: Tally) -> None:
     """Counts rows whose text is not what the model's own template makes of them, and keeps the first difference."""
-    for row in rows:
-        turns = turns_of(row)
-        if change := find_change(_render(turns, tokenizer, own) or "", _render(turns, tokenizer) or ""):
+    chats = [turns_of(row) for row in rows]
+    for before, after in zip(_render_all(chats, tokenizer, own), _render_all(chats, tokenizer), strict=True):
+        if change := find_change(before or "", after or ""):
             tally.changed_texts += 1
             tally.change = tally.change or change
 
@@ -155,6 +155,16 @@ def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, tem
         return str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False))
     except REFUSALS:
         return None
+
+
+def _render_all(
+    chats: list[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase, template: str | None = None
+) -> list[str | None]:
+    """`_render` of several conversations at once."""
+    try:
+        return list(tokenizer.apply_chat_template(chats, chat_template=template, tokenize=False))
+    except REFUSALS:
+        return [_render(turns, tokenizer, template) for turns in chats]
 
 
 def find_turn(

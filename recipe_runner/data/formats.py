@@ -43,6 +43,7 @@ LOST_KEYS = (
 )
 SWITCHES = ("train", "training", "trainable", "loss")  # false: a turn is not learned (axolotl, ms-swift)
 TURN_KEYS = ("role", "content", "from", "value", "weight", *SWITCHES)  # that are read
+USUAL_KEYS = frozenset(TURN_KEYS[:4])
 KNOWN_KEYS = frozenset(TURN_KEYS + LOST_KEYS)
 
 
@@ -160,6 +161,8 @@ def _chat_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[
 def _is_learned(turn: dict[str, Any], where: str) -> bool:
     """Whether a turn may be in the loss: OpenAI's `weight: 0` says no, and so do the switches of other tools."""
     learned = True
+    if turn.keys() <= USUAL_KEYS:
+        return learned
     for key, values in (("weight", (0, 1)), *((switch, (False, True)) for switch in SWITCHES)):
         if (value := turn.get(key)) is not None:
             if value not in values:
@@ -175,13 +178,16 @@ def _turn(turn: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str
         raise RowError(
             f"{where}: {'no role' if role is None else f'unknown role {role!r}'} (keys: {', '.join(turn)}); {hint}"
         )
-    for key in LOST_KEYS:
-        if key not in dataset.ignore and says_something(turn.get(key)):
+    unusual = [key for key in turn if key not in USUAL_KEYS]
+    for key in unusual:
+        if key in LOST_KEYS and key not in dataset.ignore and says_something(turn[key]):
             fix = f"remove it, write it into the content, or list it in dataset.ignore: [{key}]"
             if not isinstance(content, str):
                 fix = "a turn without a text as content can't be trained on: write a text, or remove the row"
             raise RowError(f"{where}: the key '{key}' has no place in this format, and would be lost; {fix}")
-    for key in () if turn.keys() <= KNOWN_KEYS else turn.keys() - KNOWN_KEYS:
+    for key in unusual:
+        if key in KNOWN_KEYS:
+            continue
         if (known := misspelt(key, TURN_KEYS + LOST_KEYS)) and key not in dataset.ignore and says_something(turn[key]):
             fix = f"write '{known}', or list it in dataset.ignore: [{key}]"
             raise RowError(f"{where}: unknown key '{key}', did you mean '{known}'? It would be lost; {fix}")

@@ -1,8 +1,10 @@
-"""From rows to what the trainer is given, by TRL's own code, chunk by chunk, with every lost row and token counted."""
+"""From rows to what the trainer is given, by several processes, with every lost row and token counted."""
 
 import contextlib
 import importlib
 from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,12 @@ from recipe_runner.data.checks import (
 from recipe_runner.data.job import Job
 from recipe_runner.data.sources import read_rows
 from recipe_runner.data.tables import PACKED_TOGETHER, make_table, pack, with_documents
+from recipe_runner.data.workers import work_in_order
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.stages import Stage
 
-CHUNK = 5_000  # rows prepared at once: what bounds the memory
+CHUNK = 1_000  # rows prepared at once: what bounds the memory
 CHUNK_SECONDS, ROW_SECONDS = 60, 10  # a chunk that takes longer is looked at row by row: templates may be endless
 CHECKED_ROWS = 100  # rows of a split whose masks are checked token by token
 
@@ -33,7 +36,10 @@ def shape_of(stage: Stage) -> Any:
     return importlib.import_module(f"recipe_runner.data.shapes.{stage.shape}")
 
 
-def prepare_chunks(job: Job, split: str, order: np.ndarray, tally: Tally) -> Iterator[pa.Table]:
+@contextlib.contextmanager
+def prepare_chunks(
+    job: Job, split: str, order: np.ndarray, tally: Tally, workers: int = 1
+) -> Iterator[Iterator[pa.Table]]:
     """Tokenizes rows, builds labels, cuts or packs: what the trainer is given.
 
     Args:
@@ -41,33 +47,45 @@ def prepare_chunks(job: Job, split: str, order: np.ndarray, tally: Tally) -> Ite
         split: `train` or `eval`.
         order: Array `(rows, 2)` of source and row in it.
         tally: Is told what became of every row.
+        workers: Processes. What comes out is the same for any number of them.
 
     Yields:
-        Tables of the shape's columns; `documents`, the places in `order` of the rows that a row is
+        An iterator of tables of the shape's columns; `documents`, the places in `order` of the rows that a row is
         made of; and `document_lengths`, how many tokens each of them has there.
 
     Raises:
         UserError: A row has the wrong shape, is refused by the template, or is too long; or masks are wrong.
     """
-    waiting = None
-    for start in range(0, len(order), CHUNK):
-        table = _prepare_chunk(job, split, order, start, tally)
-        if not job.packing(split):
-            yield table
-            continue
-        waiting = table if waiting is None else pa.concat_tables([waiting, table])
-        whole = len(waiting) // PACKED_TOGETHER * PACKED_TOGETHER
-        whole = whole if start + CHUNK < len(order) else len(waiting)
+    task = partial(_prepare_chunk, job, split, order)
+    with work_in_order(task, range(0, len(order), CHUNK), workers) as results:
+        tables = _count(results, tally)
+        yield _pack_together(tables, job, tally) if job.packing(split) else tables
+
+
+def _count(results: Iterator[tuple[pa.Table, Tally]], tally: Tally) -> Iterator[pa.Table]:
+    for table, counted in results:
+        tally.merge(counted)
+        yield table
+
+
+def _pack_together(tables: Iterator[pa.Table], job: Job, tally: Tally) -> Iterator[pa.Table]:
+    """Packs as many rows at a time as TRL does, wherever the tables end."""
+    waiting: list[pa.Table] = []
+    for table in chain(tables, [None]):
+        waiting += [] if table is None else [table]
+        rows = sum(map(len, waiting))
+        whole = rows if table is None else rows // PACKED_TOGETHER * PACKED_TOGETHER
         if whole:
-            packed = pack(waiting.slice(0, whole), job.config)
+            together = pa.concat_tables(waiting)
+            packed = pack(together.slice(0, whole), job.config)
             tally.packed_rows += len(packed)
             yield packed
-            waiting = waiting.slice(whole)
+            waiting = [together.slice(whole)]
 
 
-def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int, tally: Tally) -> pa.Table:
-    """The shape's columns and `document` of the rows of a chunk that are kept."""
-    part, shape = order[start : start + CHUNK], shape_of(job.stage)
+def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int) -> tuple[pa.Table, Tally]:
+    """The shape's columns and `document` of the rows of a chunk that are kept, and what became of all."""
+    part, shape, tally = order[start : start + CHUNK], shape_of(job.stage), job.tally()
     rows = read_rows(job.dataset, job.sources, part)
     tally.read += len(rows)
     reasons = [row.pop("dropped") for row in rows]
@@ -76,7 +94,7 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int, tally: T
     places = np.array([place for place, reason in enumerate(reasons) if not reason], dtype=np.int64)
     if not len(places):
         empty = pa.schema(list(shape.COLUMNS.items())).empty_table()
-        return with_documents(make_table(empty, shape.COLUMNS, places), places, job.packing(split))
+        return with_documents(make_table(empty, shape.COLUMNS, places), places, job.packing(split)), tally
     usable = [rows[place] for place in places]
     table = _tokenize(job, usable, part[places])  # first: it finds the rows that the template refuses
     tally.special += count_special_tokens(usable, job.tokenizer)
@@ -86,8 +104,7 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int, tally: T
     if start == 0:
         for name in shape.LEARNED:
             tally.ends |= check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
-    kept: pa.Table = shape.keep(job, split, table, part, places, tally, start)
-    return kept
+    return shape.keep(job, split, table, part, places, tally, start), tally
 
 
 def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Table:

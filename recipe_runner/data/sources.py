@@ -249,10 +249,11 @@ def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray)
     for number in np.unique(order[:, 0]):
         source, places = sources[number], np.flatnonzero(order[:, 0] == number)
         batch = source.rows[order[places, 1].tolist()]
-        for position, place in enumerate(places):
-            row = {role: batch[column][position] for role, column in source.columns.items()}
-            if Path(source.name).suffix == ".csv" and "label" in row:  # whose cells are texts
-                row["label"] = {"true": True, "false": False}.get(row["label"].lower(), row["label"])
+        cells = {role: batch[column] for role, column in source.columns.items()}
+        if Path(source.name).suffix == ".csv" and "label" in cells:  # whose cells are texts
+            cells["label"] = [{"true": True, "false": False}.get(cell.lower(), cell) for cell in cells["label"]]
+        for place, *values in zip(places.tolist(), *cells.values(), strict=True):
+            row = dict(zip(cells, values, strict=True))
             try:
                 rows[place] = normalise_row(row, dataset, f"{source.name}: row {order[place, 1] + 1}")
             except RowError as error:

@@ -5,6 +5,7 @@ and row of each document), `accounting.json`, and `manifest.json` with the check
 last. An entry that was cut off or damaged is not used, and made again.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -12,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.accounting import Accounting, Tally, simulate_batches
@@ -29,6 +32,7 @@ from recipe_runner.data.job import Job
 from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
 from recipe_runner.data.sources import order_rows
 from recipe_runner.data.tables import NUMBERS
+from recipe_runner.data.workers import count_workers
 from recipe_runner.files import FULL, disk_full, hash_file, write_json
 from recipe_runner.recipe.rules.data import is_file_source
 
@@ -36,7 +40,7 @@ CODE = Path(__file__).resolve().parent
 # Of `training`, what decides on tokens, labels and packing.
 KEYS = ("max_length", "packing", "packing_strategy", "eval_packing", "truncation_mode", "eos_token")
 MADE_BY = ("trl", "transformers", "tokenizers", "datasets", "recipe-runner")
-SLOW_SECONDS = 10  # from then on, progress is told
+SLOW_SECONDS, SAY_SECONDS = 2, 10  # when progress is told: from then on; where there is no terminal, this often
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def describe_origin(job: Job) -> dict[str, Any]:
         files[source.name] = hash_file(Path(source.name)) if local else source.rows._fingerprint
     return {
         "stage": job.stage.name,
-        "dataset": asdict(replace(job.dataset, max_dropped=0)),
+        "dataset": asdict(replace(job.dataset, max_dropped=0, workers=None)),
         "seed": job.seed,
         "training": {key: getattr(job.config, key, None) for key in KEYS},
         "files": files,
@@ -181,20 +185,39 @@ def _drop_leftovers(store: Path) -> None:
 
 
 def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Tally:
-    tally, began, told = job.tally(), time.monotonic(), 0.0
+    tally = job.tally()
     columns = shape_of(job.stage).COLUMNS | {"document_lengths": NUMBERS, "documents": pa.list_(pa.int64())}
     schema = pa.schema(list(columns.items()))
     with (folder / f"{split}.arrow").open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
-        for table in prepare_chunks(job, split, order, tally):
-            writer.write_table(table.select(schema.names).cast(schema))
-            seconds = time.monotonic() - began
-            if seconds - told > SLOW_SECONDS and tally.read < len(order):
-                told = seconds
-                print(f"  prepared {tally.read:,} of {len(order):,} {split} rows", file=sys.stderr, flush=True)
+        workers = count_workers(job.dataset.workers)
+        with prepare_chunks(job, split, order, tally, workers) as tables, _progress(split, len(order)) as say:
+            for table in tables:
+                writer.write_table(table.select(schema.names).cast(schema))
+                say(tally.read)
     np.save(folder / f"{split}.npy", order)
     if not tally.columns["length"] or not sum(len(lengths) for lengths in tally.columns["length"]):
         raise nothing_left(split, tally.dropped)
     return tally
+
+
+@contextlib.contextmanager
+def _progress(split: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that tells how many rows are prepared, how fast, and how long it will take, if it takes seconds."""
+    began, due = time.monotonic(), float(SLOW_SECONDS)
+    form = f"  {split}: {{n_fmt}} of {{total_fmt}} rows, {{rate_fmt}}, {{remaining}} left"
+    bar = tqdm(total=total, bar_format=form, unit=" rows", delay=SLOW_SECONDS, leave=False, disable=None)
+
+    def say(done: int) -> None:
+        nonlocal due
+        bar.update(done - bar.n)
+        seconds = time.monotonic() - began
+        if bar.disable and due < seconds and done < total:
+            due = seconds + SAY_SECONDS
+            left = f"{done / seconds:,.0f} rows/s, {seconds * (total - done) / done:,.0f} s left"
+            print(f"  {split}: {done:,} of {total:,} rows, {left}", file=sys.stderr, flush=True)
+
+    with bar:
+        yield say
 
 
 def _load(folder: Path, job: Job) -> dict[str, PreparedSplit]:

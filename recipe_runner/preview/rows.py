@@ -129,10 +129,11 @@ def take_rows(opened: Opened, number: int) -> list[Row]:
     part = order if job.packing("train") else order[: number + SPARE]  # packing looks at the rows around
     while True:
         tally = job.tally()
-        for table in prepare_chunks(job, "train", part, tally):
-            found += _read_table(job, order, table, tally, number - len(found))
-            if len(found) >= number:
-                return found
+        with prepare_chunks(job, "train", part, tally) as tables:
+            for table in tables:
+                found += _read_table(job, order, table, tally, number - len(found))
+                if len(found) >= number:
+                    return found
         if len(part) == len(order):
             if not found:
                 raise nothing_left("train", tally.dropped)
@@ -156,7 +157,8 @@ def take_row(opened: Opened, number: int) -> list[Row]:
     if job.packing("train"):
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, packing=False, eval_packing=False))
     tally = job.tally()
-    (table,) = prepare_chunks(job, "train", order, tally)
+    with prepare_chunks(job, "train", order, tally) as tables:
+        (table,) = tables
     if not len(table):
         reason = next(iter(tally.dropped))
         name = f"{job.sources[source].name}: row {order[0, 1] + 1}"

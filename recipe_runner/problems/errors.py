@@ -9,6 +9,7 @@ Anything else that reaches the command line is a bug in this project (exit statu
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from recipe_runner.problems.problem import KeyPath, Mark, Problem
 
@@ -19,6 +20,9 @@ class UserError(Exception):
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("\n".join(str(problem) for problem in problems))
         self.problems = problems
+
+    def __reduce__(self) -> Any:  # between processes: by the problems, not by the text
+        return type(self), (self.problems,)
 
 
 class Interrupted(Exception):

@@ -90,6 +90,7 @@ class DatasetSection:
     train: tuple[SourceSection, ...]
     on_overlong: str
     max_dropped: float
+    workers: int | None = None
     ignore: Sequence[str] = ()
     eval: tuple[SourceSection, ...] = ()
     fraction: float | None = None

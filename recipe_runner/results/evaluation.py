@@ -243,8 +243,8 @@ def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | Non
         unpacked = {"packing": False} | ({"eval_packing": False} if hasattr(job.config, "eval_packing") else {})
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, **unpacked))
     order, tally, rows = choose_rows(orders["eval"], limit), job.tally(), []
-    for table in prepare_chunks(job, "eval", order, tally):
-        entries = table.to_pylist()
+    with prepare_chunks(job, "eval", order, tally) as tables:
+        entries = [entry for table in tables for entry in table.to_pylist()]
         part = order[[entry["documents"][0] for entry in entries]]
         for entry, (source, number), raw in zip(entries, part, read_rows(job.dataset, job.sources, part), strict=True):
             prompt = split_row(raw)

@@ -6,13 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from recipe_runner.data.accounting import Accounting, Tally
+from recipe_runner.data.encode import encode_answers, split
 from recipe_runner.data.job import Job, drop_overlong
 from recipe_runner.data.tables import IGNORED, NUMBERS, hash_rows, make_table, with_documents
-from recipe_runner.data.upstream import call_preparation
 
 COLUMNS = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), NUMBERS)
 LEARNED = ("chosen_ids", "rejected_ids")
@@ -21,7 +20,7 @@ FIRST = ("prompt_ids", "chosen_ids")
 
 def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of whole rows."""
-    return call_preparation(DPOTrainer, job, rows, COLUMNS, "")
+    return split(*encode_answers(job.tokenizer, rows, ("chosen", "rejected")))
 
 
 def keep(

@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from recipe_runner.data.accounting import Accounting, Tally
+from recipe_runner.data.encode import encode, encode_answers, join, label
 from recipe_runner.data.job import Job, drop_overlong
 from recipe_runner.data.tables import (
     IGNORED,
@@ -20,7 +20,6 @@ from recipe_runner.data.tables import (
     measure_rows,
     with_documents,
 )
-from recipe_runner.data.upstream import call_preparation
 
 COLUMNS = dict.fromkeys(("input_ids", "labels"), NUMBERS)
 LEARNED = ("labels",)
@@ -29,14 +28,16 @@ FIRST = ("input_ids",)
 
 def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
     """`input_ids` and `labels` of whole rows."""
-    attributes = {
-        "chat_template": None,  # the tokenizer already has the training template: see `model/tokenizer.py`
-        "completion_only_loss": job.dataset.train_on == "completion",
-    }
-    if not any("muted" in row for row in rows):
-        return call_preparation(SFTTrainer, job, rows, COLUMNS, False, None, "", **attributes)
-    whole = [{key: value for key, value in row.items() if key != "muted"} for row in rows]
-    return _mute(call_preparation(SFTTrainer, job, whole, COLUMNS, False, None, "", **attributes), rows)
+    tokenizer, train_on = job.tokenizer, job.dataset.train_on
+    if train_on == "completion":
+        shared, wholes = encode_answers(tokenizer, rows, ("completion",))
+        return label(wholes["completion"], begins=shared)
+    if "prompt" in rows[0]:
+        contents = [join(row["prompt"], row["completion"], tokenizer) for row in rows]
+    else:
+        contents = [row["messages"] if "messages" in row else join("", row["text"], tokenizer) for row in rows]
+    table = label(*encode(tokenizer, contents, marks=train_on == "assistant"))
+    return _mute(table, rows) if any("muted" in row for row in rows) else table
 
 
 def _mute(table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:

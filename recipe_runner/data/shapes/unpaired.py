@@ -6,14 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from trl import KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from recipe_runner.data.accounting import Accounting, Tally
+from recipe_runner.data.encode import encode_answers, split
 from recipe_runner.data.job import Job
 from recipe_runner.data.shapes.pairs import keep_answers, read_batch
 from recipe_runner.data.tables import NUMBERS
-from recipe_runner.data.upstream import call_preparation
 
 COLUMNS = dict.fromkeys(("prompt_ids", "completion_ids", "label"), NUMBERS)  # the label is a list of one number
 LEARNED = ("completion_ids",)
@@ -22,7 +21,7 @@ FIRST = ("prompt_ids", "completion_ids")
 
 def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
     """`prompt_ids`, `completion_ids` and `label` of whole rows."""
-    table = call_preparation(KTOTrainer, job, rows, FIRST, "", calculate_KL=False)
+    table = split(*encode_answers(job.tokenizer, rows, ("completion",)))
     return table.append_column("label", pa.array([[int(row["label"])] for row in rows], NUMBERS))
 
 
