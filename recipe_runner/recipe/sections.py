@@ -121,6 +121,7 @@ class RunSection:
     output_dir: str
     seed: int
     global_batch_size: int | None = None
+    longest_batch_first: bool = True
     early_stopping: Mapping[str, Any] | None = None
     samples: Mapping[str, Any] | None = None
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
+from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -157,6 +157,7 @@ def say_progress(trainer: Any, stage: Stage) -> None:
         trainer.add_callback(Bar())
 
 
+SIGNALLED = "recipe_runner/signal"  # in the store of the processes: the signal, and the last step
 ECHO_SECONDS = 5  # a launcher passes a signal on within about a second
 
 
@@ -168,6 +169,7 @@ class Interruption(TrainerCallback):
 
     def __init__(self, speaks: bool) -> None:
         self.requested, self.number, self.speaks, self.since = False, signal.SIGINT, speaks, 0.0
+        self.last = 0  # the step after which all processes stop, once they agree on it
 
     def __call__(self, number: int, frame: Any) -> None:
         """Notes a signal."""
@@ -182,11 +184,26 @@ class Interruption(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops all processes at the same step."""
-        number = torch.tensor(int(self.number) if self.requested else 0, device=args.device)
-        if args.world_size > 1:  # it reaches the processes in different steps, or one of them only: they stop together
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-        if number:
-            self.since = self.since if self.requested else time.monotonic()
-            self.number = signal.Signals(int(number))
-            self.requested = control.should_training_stop = control.should_save = True
+        if args.world_size > 1:
+            self._agree(state.global_step)
+        if self.requested and state.global_step >= self.last:
+            control.should_training_stop = control.should_save = True
             control.should_evaluate = False  # it would come before the checkpoint
+
+    def _agree(self, step: int) -> None:
+        """Agrees with the other processes on the step after which all stop.
+
+        A signal reaches them in different steps, or one of them only. The first one that notices it writes the next
+        step into the store by which the processes found each other, and all look there after each of their steps: no
+        GPU has to wait. None can end that next step, in which they add their gradients, before it is written.
+        """
+        store = _get_default_store()
+        if self.requested and not self.last:
+            said = store.compare_set(SIGNALLED, "", f"{int(self.number)} {step + 1}").decode()
+        elif not self.last and store.check([SIGNALLED]):
+            said = store.get(SIGNALLED).decode()
+        else:
+            return
+        self.since = self.since if self.requested else time.monotonic()
+        number, last = said.split()
+        self.requested, self.number, self.last = True, signal.Signals(int(number)), int(last)

@@ -20,6 +20,7 @@ SYSTEM = re.compile(r"\(os error (\d+)\)")
 SHORT = re.compile(r"inline_container\.cc|PytorchStreamWriter")
 # What torch 2.13 says when a process of the group does not answer (gloo, NCCL, DeepSpeed over them).
 LOST = re.compile(r"timed? ?out|closed by peer|reset by peer|gloo|NCCL|ProcessGroup", re.IGNORECASE)
+MORE_MEMORY = "lower per_device_train_batch_size (and raise gradient_accumulation_steps), or max_length"
 REFUSALS = (ValueError, RuntimeError, ImportError)  # by which upstream says that values can't be, or don't go together
 
 
@@ -47,8 +48,7 @@ def explain(error: BaseException, folder: Path, config: Any, said: Any) -> UserE
     if isinstance(error, UserError):
         return None
     if is_out_of_memory(error):
-        fix = "lower per_device_train_batch_size (and raise gradient_accumulation_steps), or max_length"
-        return user_error("out-of-memory", first_line(error), fix)
+        return user_error("out-of-memory", first_line(error), MORE_MEMORY)
     if number := find_system_error(error):
         going_on = f"--resume {folder} continues the run" if last_checkpoint(folder) else "start the run again"
         file = getattr(error, "filename", None) or _being_written(folder)

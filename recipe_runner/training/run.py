@@ -27,6 +27,7 @@ from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, 
 from recipe_runner.training.environment import measure_memory
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
+from recipe_runner.training.longest import LongestBatch
 from recipe_runner.training.optimizer import forget_modules, use_peft_optimizer
 from recipe_runner.training.samples import Sampler, record_golden
 from recipe_runner.training.state import keep_state
@@ -87,6 +88,9 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         interruption = Interruption(speaks=config.process_index == 0)
         trainer.add_callback(interruption)
         trainer.add_callback(Recorder(folder, config))
+        if recipe.run.longest_batch_first:
+            sources = [source.source for source in recipe.dataset.sources]
+            trainer.add_callback(LongestBatch(trainer, prepared.data.splits, sources))
         say_progress(trainer, recipe.stage)
         early = EarlyStop(**recipe.run.early_stopping) if recipe.run.early_stopping else None
         if early:

@@ -150,10 +150,14 @@ def watch_gradients(trainer: Any, folder: Path) -> None:
 
     Notes in `trainer.learned` whether any gradient was other than zero; it is not there when no step was taken.
 
-    transformers 5.23 replaces such losses in its log (logging_nan_inf_filter) and trains on. With float16 the gradient
-    scaler deals with gradients that overflow, so only the loss is looked at.
+    transformers 5.23 replaces such losses in its log (logging_nan_inf_filter) and trains on; as this looks at every
+    batch twice, and makes a GPU wait each time, it is switched off. What is found here stays on the device, and is
+    read once before each step of the optimizer. With float16 the gradient scaler deals with gradients that overflow,
+    so only the loss is looked at.
     """
     training_step, get_grad_norm = trainer.training_step, trainer._get_grad_norm
+    trainer.args.logging_nan_inf_filter = False
+    losses: list[torch.Tensor] = []  # of the batches of a step: whether they are not finite
 
     def fail(what: str) -> None:
         checkpoint = last_checkpoint(folder)
@@ -165,16 +169,23 @@ def watch_gradients(trainer: Any, folder: Path) -> None:
 
     def checked_step(*args: Any, **kwargs: Any) -> torch.Tensor:
         loss = training_step(*args, **kwargs)
-        if not torch.isfinite(loss).all():
-            fail("loss")
+        losses.append(~torch.isfinite(loss).all())
         return loss
 
     def checked_norm(*args: Any, **kwargs: Any) -> Any:
         norm = get_grad_norm(*args, **kwargs)
-        if norm is not None and not trainer.args.fp16 and not torch.isfinite(torch.as_tensor(norm)).all():
+        found = torch.stack(losses).any()
+        losses.clear()
+        if norm is not None:
+            size = torch.as_tensor(norm, device=found.device, dtype=torch.float32)
+            found = torch.stack([found, ~torch.isfinite(size), size > 0])
+        lost, unbounded, learned = found.tolist() if norm is not None else (bool(found), False, None)
+        if lost:
+            fail("loss")
+        if unbounded and not trainer.args.fp16:
             fail("gradient")
         if norm is not None:
-            trainer.learned = bool(torch.as_tensor(norm) > 0) or getattr(trainer, "learned", False)
+            trainer.learned = learned or getattr(trainer, "learned", False)
         return norm
 
     trainer.training_step, trainer._get_grad_norm = checked_step, checked_norm

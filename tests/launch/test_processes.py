@@ -171,6 +171,30 @@ def test_every_way_of_tuning_is_the_same_on_two_processes(launch, tmp_path, laun
             assert float((one[tensor].float() - two[tensor].float()).abs().max()) < 2e-3, (name, tensor)
 
 
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_the_longest_batch_leaves_no_trace_on_two_processes(small_recipe, tmp_path, launcher):
+    """Gradients of a part of a step are kept in places of DeepSpeed's own: none may be left for the first step."""
+    recipes = {}
+    for stage in ("sft", "dpo"):
+        for first in (True, False):
+            name = f"{stage}_{first}".lower()
+            run = {"output_dir": str(tmp_path / "runs"), "longest_batch_first": first}
+            training = {"learning_rate": 2e-3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+            rows = PAIRS if stage == "dpo" else None
+            file = small_recipe(stage, rows, name, training=training, peft=LORA | {"lora_dropout": 0.2}, run=run)
+            recipes[name] = str(file)
+    done = launch_several(launcher, recipes.values(), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tried in") == 2
+    weights = {}
+    for name in recipes:
+        (folder,) = (tmp_path / "runs" / name).iterdir()
+        weights[name] = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        assert len(losses(folder)) == 4
+    assert weights["sft_true"] == weights["sft_false"]
+    assert weights["dpo_true"] == weights["dpo_false"]
+
+
 def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
