@@ -10,6 +10,8 @@ from datasets import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTConfig, pack_dataset
 
+from recipe_runner.pages.frame import describe_batches
+
 BINS = 20  # of the length histogram
 SIMULATED = 20_000  # rows that batching is simulated on
 
@@ -31,7 +33,8 @@ class Accounting:
         histogram: `counts` of rows between `edges` of length, in tokens, before cutting.
         max_length: Where rows are cut, split or packed up to; None for nowhere.
         batches: Share of padding in batches of `random` rows and of rows `grouped` by length; `packed`: the share of
-            packed rows that stays empty (which is not computed: bfd packing is padding-free).
+            packed rows that stays empty (which is not computed: bfd packing is padding-free); of training rows also
+            `left`: the share of padding as the recipe makes batches.
         sources: Name, rows and tokens of each source of a mixture.
         unused: Source -> its columns that no role takes.
         packed_rows: Rows after packing; 0 without.
@@ -89,9 +92,7 @@ class Accounting:
 
     def describe_batches(self) -> str:
         """What padding costs, in a line."""
-        shares = self.batches
-        packed = f", packed to {self.max_length:,} {shares['packed']:.0%} empty" if "packed" in shares else ""
-        return f"random batches {shares['random']:.0%} padding, grouped by length {shares['grouped']:.0%}{packed}"
+        return describe_batches(self.batches, self.max_length)
 
     def describe_sources(self) -> str:
         """Shares of the sources of a mixture, in a line."""
@@ -203,14 +204,15 @@ class Tally:
         )
 
 
-def simulate_batches(lengths: np.ndarray, config: SFTConfig) -> dict[str, float]:
+def simulate_batches(lengths: np.ndarray, config: SFTConfig, split: str) -> dict[str, float]:
     """What padding would cost by each way of batching, as a share of tokens: see `Accounting.batches`.
 
     Source: transformers' LengthGroupedSampler (batches of device batch x accumulation) and TRL's `pack_dataset`.
 
     Args:
         lengths: Array `(documents,)` of tokens.
-        config: For batch size, accumulation, seed and `max_length`.
+        config: For batch size, accumulation, seed and `max_length`, and for the way in which batches are made.
+        split: `train` or `eval`.
     """
     chance = np.random.default_rng(config.seed)
     lengths = chance.permutation(lengths)[:SIMULATED]
@@ -224,6 +226,10 @@ def simulate_batches(lengths: np.ndarray, config: SFTConfig) -> dict[str, float]
         ones = Dataset.from_dict({"input_ids": [np.zeros(length, dtype=np.int8) for length in fitted]})
         packed = pack_dataset(ones, config.max_length, "bfd")
         shares["packed"] = 1 - int(fitted.sum()) / (len(packed) * config.max_length)
+    if split == "train":
+        way = "grouped" if config.train_sampling_strategy == "group_by_length" else "random"
+        whole = getattr(config, "packing", False) or getattr(config, "padding_free", False)
+        shares["left"] = 0.0 if whole else shares[way]
     return {name: round(float(share), 4) for name, share in shares.items()}
 
 

@@ -227,7 +227,7 @@ def _load(folder: Path, job: Job) -> dict[str, PreparedSplit]:
     for split, values in told.items():
         dataset = Dataset.from_file(str(folder / f"{split}.arrow"))
         lengths = pc.list_flatten(dataset.data.column("document_lengths")).to_numpy()
-        accounting = replace(Accounting(**values), batches=simulate_batches(lengths, job.config))
+        accounting = replace(Accounting(**values), batches=simulate_batches(lengths, job.config, split))
         dataset = shape_of(job.stage).finish(dataset, accounting, job.config)
         splits[split] = PreparedSplit(dataset, np.load(folder / f"{split}.npy", mmap_mode="r"), accounting)
     return splits

@@ -84,6 +84,17 @@ def count_rows(account: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def describe_batches(batches: Mapping[str, float], length: int | None) -> str:
+    """What padding costs, in a line. `batches` are an `Accounting`'s; `length` is what packed rows are filled to."""
+    texts = {
+        "left": "{:.0%} padding;",
+        "random": "random batches {:.0%},",
+        "grouped": "grouped by length {:.0%},",
+        "packed": f"packed to {length or 0:,} {{:.0%}} empty",
+    }
+    return " ".join(text.format(batches[name]) for name, text in texts.items() if name in batches).rstrip(",")
+
+
 def write_grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with a head, whose first column names the rows; on a narrow page it moves by itself."""
     if not rows:

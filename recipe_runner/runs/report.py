@@ -18,7 +18,7 @@ from typing import Any
 from recipe_runner import __version__
 from recipe_runner.files import hide_home, read_object, read_status, read_text, refuse_existing, share_path, write_text
 from recipe_runner.pages.charts import COLOURS, Curve, draw_chart, draw_histogram
-from recipe_runner.pages.frame import count_rows, write_facts, write_grid, write_page
+from recipe_runner.pages.frame import count_rows, describe_batches, write_facts, write_grid, write_page
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Mark, Problem, as_warning
 from recipe_runner.problems.words import make_visible
@@ -371,15 +371,9 @@ def _stages(run: Run, place: Path) -> str:
 def _account(account: Mapping[str, Any]) -> str:
     if not account:
         return ""
-    batches = account.get("batches") or {}
-    shares = {
-        "random": "random batches {:.0%} padding",
-        "grouped": "grouped by length {:.0%}",
-        "packed": "packed {:.0%} empty",
-    }
     sources = [f"{Path(str(of.get('name'))).name}: {of.get('rows', 0):,} rows" for of in account.get("sources") or []]
     facts = count_rows(account) | {
-        "batches": ", ".join(text.format(batches[name]) for name, text in shares.items() if name in batches),
+        "batches": describe_batches(account.get("batches") or {}, account.get("max_length")),
         "sources": "; ".join(sources) if len(sources) > 1 else "",
     }
     histogram = account.get("histogram") or {}

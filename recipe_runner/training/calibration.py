@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
 from huggingface_hub import snapshot_download
 from peft import initialize_lora_eva_weights
@@ -168,6 +167,8 @@ def _begin_at_quantization_error(trained: Any, model: ModelSection) -> None:
     PEFT 0.21's own `replace_lora_weights_loftq` computes on a GPU only (utils/loftq_utils.py, _loftq_init_new); this
     is the same on any device. Source: arXiv 2310.08659, algorithm 1, with one iteration.
     """
+    from bitsandbytes.functional import dequantize_4bit
+
     try:
         name = model.name_or_path
         folder = model.folder or Path(snapshot_download(name, revision=model.revision, local_files_only=True))
@@ -176,9 +177,7 @@ def _begin_at_quantization_error(trained: Any, model: ModelSection) -> None:
             if isinstance(module, Linear4bit):
                 packed = module.get_base_layer().weight
                 weight = plain.get_tensor(name.removeprefix("base_model.model.") + ".weight")
-                lost = weight.to(packed.device, torch.float32) - bitsandbytes.functional.dequantize_4bit(
-                    packed.data, packed.quant_state
-                )
+                lost = weight.to(packed.device, torch.float32) - dequantize_4bit(packed.data, packed.quant_state)
                 rank, scaling = module.r["default"], module.scaling["default"]
                 parts = _low_rank_decomposition(lost.float(), reduced_rank=rank)
                 for side, part in ((module.lora_B, parts["L"] / scaling), (module.lora_A, parts["R"])):

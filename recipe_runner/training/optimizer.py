@@ -27,8 +27,8 @@ def forget_modules() -> None:
     bitsandbytes 0.50, optim/optimizer.py: GlobalOptimManager; transformers 5.23 registers them. Of a pipeline on a GPU,
     every stage had the embeddings of those before it in memory.
     """
-    if bitsandbytes := sys.modules.get("bitsandbytes"):
-        bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
+    if optim := sys.modules.get("bitsandbytes.optim"):
+        optim.GlobalOptimManager.get_instance().initialize()
 
 
 def check_optimizer(config: Any, model: Any) -> None:
