@@ -1,15 +1,16 @@
-"""Real (unpadded) tokens a second, and held-out loss: a recipe's batching against TRL's defaults, in turn.
+"""Real (unpadded) tokens a second, and held-out loss: a recipe's batching against the defaults of others, in turn.
 
-    python benchmarks/batching.py DATA.json [--tokens 8000] [--pairs 1]
+    python benchmarks/batching.py DATA.json [--tokens 8000] [--pairs 1] [--llamafactory PYTHON]
 
-DATA holds rows of instruction, input and output. Both train the same LoRA on SmolLM2-135M on the same rows, on a CPU in
-float32, until they have seen the same number of real tokens; only the batches differ: TRL's are 8 random rows, padded;
-the recipe packs documents into rows of 768 tokens, two a step (of Alpaca's first thousand the longest has 751). 40 rows
-are held out, one at a time.
+DATA holds rows of instruction, input and output. All train the same LoRA on SmolLM2-135M on the same rows, on a CPU in
+float32, until they have seen the same number of real tokens; only the batches differ: TRL's and LLaMA-Factory's are 8
+random rows, padded; the recipe packs documents into rows of 768 tokens, two a step (of Alpaca's first thousand the
+longest has 751). 40 rows are held out, one at a time (not with LLaMA-Factory, which runs by a Python of its own).
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,26 +31,31 @@ def main() -> None:
     arguments.add_argument("data", type=Path)
     arguments.add_argument("--tokens", type=int, default=8000)
     arguments.add_argument("--pairs", type=int, default=1)
-    arguments.add_argument("--worker", choices=["trl", "recipe"], help=argparse.SUPPRESS)
+    arguments.add_argument("--llamafactory", help="a Python that has LLaMA-Factory")
+    arguments.add_argument("--worker", choices=["trl", "recipe", "llamafactory"], help=argparse.SUPPRESS)
     options = arguments.parse_args()
     if options.worker:
-        print(json.dumps(work(options.worker, options.data, options.tokens)))
+        way = work_llamafactory if options.worker == "llamafactory" else work
+        print(json.dumps(way(options.worker, options.data, options.tokens)))
         return
-    ratios = []
+    pythons = {"recipe": sys.executable, "trl": sys.executable}
+    pythons |= {"llamafactory": options.llamafactory} if options.llamafactory else {}
+    ratios: dict[str, list[float]] = {worker: [] for worker in list(pythons)[1:]}
     for number in range(1, options.pairs + 1):
         found = {}
-        for worker in ("trl", "recipe"):
-            command = [sys.executable, __file__, str(options.data), "--tokens", str(options.tokens), "--worker", worker]
-            answer = subprocess.run(command, capture_output=True, text=True)
+        for worker, python in pythons.items():
+            command = [python, __file__, str(options.data), "--tokens", str(options.tokens), "--worker", worker]
+            environment = os.environ | {"DISABLE_VERSION_CHECK": "1"}
+            answer = subprocess.run(command, capture_output=True, text=True, env=environment)
             if answer.returncode:
                 sys.exit(answer.stderr)
             found[worker] = json.loads(answer.stdout.splitlines()[-1])
-            print(
-                f"pair {number}: {worker:<6} " + ", ".join(f"{k} {v:,.4g}" for k, v in found[worker].items()),
-                flush=True,
-            )
-        ratios.append(found["recipe"]["tokens_per_second"] / found["trl"]["tokens_per_second"])
-    print(f"median ratio of pairs: {statistics.median(ratios):.2f}")
+            told = ", ".join(f"{name} {value:,.4g}" for name, value in found[worker].items())
+            print(f"round {number}: {worker:<12} {told}", flush=True)
+        for worker, series in ratios.items():
+            series.append(found["recipe"]["tokens_per_second"] / found[worker]["tokens_per_second"])
+    for worker, series in ratios.items():
+        print(f"median ratio to {worker}: {statistics.median(series):.2f}")
 
 
 def work(worker: str, data: Path, tokens: int) -> dict[str, float]:
@@ -69,6 +75,48 @@ def work(worker: str, data: Path, tokens: int) -> dict[str, float]:
             "seconds": seconds,
             "held_out_loss": evaluate(trainer, held_out),
         }
+
+
+def work_llamafactory(_: str, data: Path, tokens: int) -> dict[str, float]:
+    """Trains by LLaMA-Factory until so many tokens that are no padding were seen, and measures."""
+    from llamafactory.train.tuner import run_exp
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        began = seconds = seen = steps = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.began = time.monotonic()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seen, self.steps = state.num_input_tokens_seen, state.global_step
+            self.seconds = time.monotonic() - self.began
+            control.should_training_stop = self.seen >= tokens
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = json.loads(data.read_text(encoding="utf-8"))[40:]
+        (Path(folder) / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        (Path(folder) / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}), "utf-8")
+        settings = SAME | {
+            "model_name_or_path": str(MODEL),
+            "stage": "sft",
+            "do_train": True,
+            "finetuning_type": "lora",
+            "lora_rank": LORA["r"],
+            "lora_alpha": LORA["lora_alpha"],
+            "lora_target": "all",
+            "dataset_dir": folder,
+            "dataset": "rows",
+            "template": "chatml",
+            "output_dir": f"{folder}/out",
+            "save_strategy": "no",
+            "report_to": "none",
+            "include_num_input_tokens_seen": "non_padding",
+        }
+        stop = Stop()
+        run_exp(settings, [stop])
+    measured = {"tokens": stop.seen, "steps": stop.steps, "seconds": stop.seconds}
+    return {"tokens_per_second": stop.seen / stop.seconds} | measured
 
 
 def build_trl(rows: list[dict[str, str]], folder: Path) -> Any:

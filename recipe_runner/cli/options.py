@@ -93,11 +93,15 @@ def load_to_run(name: str, overrides: Sequence[str]) -> "Recipe":
     said = "RECIPE_RUN_LAUNCH" in os.environ or os.environ.get("RANK", "0") != "0"  # by who started this process
     for warning in () if said else recipe.warnings:
         click.echo(warning, err=True)
-    prepare_process(on_cpu=any(stage.training["use_cpu"] for stage in recipe.stages or (recipe,)))
+    from recipe_runner.recipe.rules.packages import find_unused
+
+    stages = recipe.stages or (recipe,)
+    unused = find_unused(stages, os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true")
+    prepare_process(on_cpu=any(stage.training["use_cpu"] for stage in stages), unused=unused)
     return recipe
 
 
-def prepare_process(on_cpu: bool = False) -> None:
+def prepare_process(on_cpu: bool = False, unused: Sequence[str] = ()) -> None:
     """Sets a process up for a command that needs the ML stack.
 
     Raises:
@@ -110,4 +114,4 @@ def prepare_process(on_cpu: bool = False) -> None:
     if not is_installed("trl"):  # installed without dependencies, to validate only
         fix = "pip install recipe-runner, with its dependencies"
         raise user_error("training-stack-missing", "TRL is not installed: recipes can be checked here, not run", fix)
-    set_up_process(on_cpu)
+    set_up_process(on_cpu, unused)

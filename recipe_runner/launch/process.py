@@ -1,12 +1,11 @@
 """What a process sets for itself before the ML stack is imported: variables that upstream reads then, and its voice."""
 
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,11 +31,12 @@ def has_accelerator() -> bool:
     return sys.platform == "darwin" or any(Path(device).exists() for device in _ACCELERATORS)
 
 
-def set_up_process(on_cpu: bool = False) -> None:
+def set_up_process(on_cpu: bool = False, unused: Iterable[str] = ()) -> None:
     """Sets what upstream reads when it is imported, and leaves the word to the first process of a launch.
 
     Args:
         on_cpu: Whether the recipe asks for a CPU.
+        unused: Packages that take a second to import and are not used: upstream imports them where they are installed.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a run reports to nobody unless report_to says so
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
@@ -45,32 +45,14 @@ def set_up_process(on_cpu: bool = False) -> None:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
     if cpu and importlib.util.find_spec("deepspeed"):  # it guesses, and says so in every process
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _load_when_used("bitsandbytes")  # PEFT imports it (with torch's compiler: a second) though nothing is quantized
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true":
-        sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]  # not there: accelerate imports it to look
+    for package in unused:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # from now on it is not there
     if not is_rank_zero():
         os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (as long as the process)
     _silence_upstream()
-
-
-def _load_when_used(name: str) -> None:
-    """Has a package loaded when something of it is used for the first time, not when it is imported."""
-    if name not in sys.modules and not any(isinstance(finder, _Lazy) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Lazy(name))
-
-
-class _Lazy(importlib.abc.MetaPathFinder):
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        found = importlib.machinery.PathFinder.find_spec(name, path) if name == self.name else None
-        if found and found.loader:
-            found.loader = importlib.util.LazyLoader(found.loader)
-        return found
 
 
 class _Unbroken:

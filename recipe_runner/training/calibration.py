@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import initialize_lora_eva_weights
-from peft.tuners.lora import Linear4bit
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
@@ -167,7 +166,8 @@ def _begin_at_quantization_error(trained: Any, model: ModelSection) -> None:
     PEFT 0.21's own `replace_lora_weights_loftq` computes on a GPU only (utils/loftq_utils.py, _loftq_init_new); this
     is the same on any device. Source: arXiv 2310.08659, algorithm 1, with one iteration.
     """
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit  # a second, for quantized models only
+    from peft.tuners.lora import Linear4bit
 
     try:
         name = model.name_or_path

@@ -1,10 +1,18 @@
 """Optional packages: which choices of a recipe need one, and whether it is installed here."""
 
 import importlib.util
+import json
+from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from recipe_runner.files import read_text
 from recipe_runner.problems.problem import Found
 from recipe_runner.recipe.sections import ModelSection, UpstreamSection
+
+if TYPE_CHECKING:
+    from recipe_runner.recipe.recipe import Recipe
 
 # What needs which module. Source: transformers 5.23, trainer_optimizer.py and integrations/integration_utils.py.
 _KERNELS = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -19,6 +27,7 @@ _OPTIMIZERS = {
     "adamw_torch_4bit": "torchao",
     "adamw_torch_8bit": "torchao",
 }
+_PLAIN = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")  # torch's, transformers' own
 _TRACKERS = {name: name for name in ("wandb", "trackio", "clearml", "comet_ml", "mlflow", "codecarbon", "swanlab")}
 _TRACKERS |= {"tensorboard": "tensorboard", "dvclive": "dvclive", "neptune": "neptune", "dagshub": "dagshub"}
 _ON_PYPI = {"optimi": "torch-optimi", "flash_attn_interface": "flash-attn-3"}
@@ -44,6 +53,35 @@ def missing_packages(model: ModelSection, training: UpstreamSection) -> Found:
         if package and not is_installed(package):
             name = _ON_PYPI.get(package, package.replace("_", "-"))
             yield path, f"{choice} needs the package {name}, which is not installed here", f"pip install {name}"
+
+
+def find_unused(recipes: Iterable["Recipe"], with_deepspeed: bool) -> list[str]:
+    """Packages that some recipes do without, though upstream imports them wherever they are installed.
+
+    Of bitsandbytes it is not known, and it is not named, where the base model's configuration can't be read yet.
+    """
+    needed = any(
+        recipe.quantization.said
+        or recipe.training["optim"] not in _PLAIN
+        or recipe.training["peft_optimizer"]
+        or _may_be_quantized(recipe.model)
+        for recipe in recipes
+    )
+    return ["bitsandbytes"] * (not needed) + ["deepspeed"] * (not with_deepspeed)
+
+
+def _may_be_quantized(model: ModelSection) -> bool:
+    """Whether a base is published quantized, or that is not known."""
+    if model.folder:
+        file: Any = model.folder / "config.json"
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(model.name_or_path, "config.json", revision=model.revision)
+    try:
+        return "quantization_config" in json.loads(read_text(Path(file)))
+    except (OSError, ValueError, TypeError):
+        return True
 
 
 @cache
