@@ -1,11 +1,13 @@
 """Time from launch to the first optimizer step: a recipe against a minimal TRL script for the same job, in turn.
 
-    python benchmarks/startup.py [PAIRS]
+    python benchmarks/startup.py [ROUNDS]
 
 Each is a process of its own. The clock runs from its start to the first loss that it prints; caches are warm (one
-unmeasured run of each first). Prints every pair, the medians and their ratio.
+unmeasured run of each first). The recipe is measured as it is, and without trying the longest batch, which takes as
+long as a step. Prints every round, the medians and their ratios to the script.
 """
 
+import re
 import statistics
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "smollm2_tickets_lora.yaml"
+FIRST_STEP = re.compile(r"'loss'|^ +1 +\d+\.\d+ ")  # a dictionary of transformers, a line of ours
 SCRIPT = """
 from datasets import load_dataset
 from peft import LoraConfig
@@ -37,24 +40,30 @@ SFTTrainer("{model}", config, train_dataset=data, peft_config=lora).train()
 """
 
 
-def main(pairs: int) -> None:
+def main(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, data = ROOT / "models" / "SmolLM2-135M-Instruct", ROOT / "recipes" / "data" / "tickets_train.jsonl"
         script = Path(folder) / "minimal_trl.py"
         script.write_text(SCRIPT.format(out=folder, model=model, data=data), encoding="utf-8")
-        settings = ("max_steps=1", "logging_steps=1", "save_strategy='no'")
+        settings = ("max_steps=1", "warmup_steps=0", "save_strategy='no'", "save_steps=500", "save_total_limit=null")
         overrides = [word for setting in settings for word in ("--set", f"training.{setting}")]
         ours = [sys.executable, "-m", "recipe_runner", str(RECIPE), *overrides, "--output-dir", f"{folder}/runs"]
-        theirs = [sys.executable, str(script)]
-        first_loss(theirs)
-        first_loss(ours)
-        measured = []
-        for number in range(1, pairs + 1):
-            measured.append((first_loss(theirs), first_loss(ours)))
-            print(f"pair {number}: TRL script {measured[-1][0]:.2f} s, recipe {measured[-1][1]:.2f} s", flush=True)
-    script_median, recipe_median = (statistics.median(times) for times in zip(*measured, strict=True))
-    ratio = statistics.median(recipe / trl for trl, recipe in measured)
-    print(f"median: TRL script {script_median:.2f} s, recipe {recipe_median:.2f} s; median ratio of pairs {ratio:.2f}")
+        commands = {
+            "TRL script": [sys.executable, str(script)],
+            "recipe": ours,
+            "without longest": [*ours, "--set", "run.longest_batch_first=false"],
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        for command in list(commands.values())[:2]:
+            first_loss(command)
+        for number in range(1, rounds + 1):
+            for name, command in commands.items():
+                seconds[name].append(first_loss(command))
+            told = ", ".join(f"{name} {series[-1]:.2f} s" for name, series in seconds.items())
+            print(f"round {number}: {told}", flush=True)
+    for name, series in seconds.items():
+        ratios = [ours / theirs for ours, theirs in zip(series, seconds["TRL script"], strict=True)]
+        print(f"{name:<16} median {statistics.median(series):.2f} s, {statistics.median(ratios):.2f} times the script")
 
 
 def first_loss(command: list[str]) -> float:
@@ -65,7 +74,7 @@ def first_loss(command: list[str]) -> float:
     output, seconds = [], 0.0
     for line in process.stdout:
         output.append(line)
-        if not seconds and "'loss'" in line:
+        if not seconds and FIRST_STEP.search(line):
             seconds = time.monotonic() - began
     if process.wait() or not seconds:
         sys.exit("".join(output))

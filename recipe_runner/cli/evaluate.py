@@ -48,8 +48,11 @@ def command(
     Scorers: exact_match, normalized_match, json, json:KEY, regex:PATTERN, rouge1, rouge2, rougeL.
     """
     prepare_process()
-    from recipe_runner.results import evaluation_report
-    from recipe_runner.results.target import explaining, find_target
+    from recipe_runner.launch.process import without_collector
+
+    with without_collector():
+        from recipe_runner.results import evaluation_report
+        from recipe_runner.results.target import explaining, find_target
 
     if columns and not data:
         raise click.UsageError("--column goes with --data")

@@ -48,8 +48,11 @@ def command(
     if file and prompt:
         raise click.UsageError("--prompt and --file exclude each other")
     prepare_process()
-    from recipe_runner.results import generation
-    from recipe_runner.results.target import explaining, find_target
+    from recipe_runner.launch.process import without_collector
+
+    with without_collector():
+        from recipe_runner.results import generation
+        from recipe_runner.results.target import explaining, find_target
 
     target = find_target(result)
     if compare_base:

@@ -25,9 +25,12 @@ def command(result: str, output: Path | None, dtype: str | None, quantize: str |
     RUN is a run folder, a folder of run folders, a recipe that has been run, or an adapter's folder.
     """
     prepare_process(on_cpu=True)
+    from recipe_runner.launch.process import without_collector
     from recipe_runner.problems.words import write_facts
-    from recipe_runner.results import gguf, merging
-    from recipe_runner.results.target import find_target
+
+    with without_collector():
+        from recipe_runner.results import gguf, merging
+        from recipe_runner.results.target import find_target
 
     target = find_target(result)
     made = merging.merge(target, output, dtype, allow_loss, quantize)

@@ -49,6 +49,8 @@ def command(
 
     Supervised tokens are green; without colour (NO_COLOR, a pipe) they stand in [[double brackets]].
     """
+    from recipe_runner.launch.process import without_collector
+
     try:
         resolved = load_to_run(recipe, overrides)
     except UserError as error:
@@ -67,7 +69,8 @@ def command(
             write_training_template(resolved.model, resolved.training["chat_template_path"], template)
             click.echo(f"{template} is written; set training.chat_template_path to it")
             return
-        from recipe_runner.preview import preview_recipe
+        with without_collector():
+            from recipe_runner.preview import preview_recipe
 
         processes = num_processes or 1
         if launch_file is not None:  # of any machine: none of its processes is started

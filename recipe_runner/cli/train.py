@@ -48,19 +48,15 @@ def command(
         sets = [part for override in overrides for part in ("--set", override)]
         sys.exit(_start_processes(resolved, launch_file, given, ["train", recipe, *sets, "--resume", resume]))
     from recipe_runner.launch.configuration import launch_from_environment
-    from recipe_runner.launch.process import outlive_readers
+    from recipe_runner.launch.process import outlive_readers, without_collector
 
     outlive_readers()
     launch = launch_from_environment(os.environ)  # now: accelerate writes into the environment, too
+    with without_collector():
+        from recipe_runner.training.pipeline import run_pipeline
+        from recipe_runner.training.run import run_recipe
     with resolved.placing_errors():
-        if resolved.stages:
-            from recipe_runner.training.pipeline import run_pipeline
-
-            run_pipeline(resolved, resume, launch)
-        else:
-            from recipe_runner.training.run import run_recipe
-
-            run_recipe(resolved, resume, launch)
+        (run_pipeline if resolved.stages else run_recipe)(resolved, resume, launch)
 
 
 def _start_processes(recipe: Recipe, launch_file: str, options: Sequence[str], arguments: Sequence[str]) -> int:

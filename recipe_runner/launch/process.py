@@ -1,11 +1,13 @@
 """What a process sets for itself before the ML stack is imported: variables that upstream reads then, and its voice."""
 
+import contextlib
+import gc
 import importlib.util
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,6 +55,22 @@ def set_up_process(on_cpu: bool = False, unused: Iterable[str] = ()) -> None:
         logging.disable(logging.WARNING)
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (as long as the process)
     _silence_upstream()
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """For imports: Python's collector would look at all that the training stack makes again and again, for seconds.
+
+    What is there afterwards stays as long as the process, and is not looked at any more.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 class _Unbroken:
