@@ -1,7 +1,12 @@
 """`recipe-run validate`: checks recipes. Nothing here imports the ML stack."""
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,6 +15,11 @@ from recipe_runner.problems.errors import UserError
 from recipe_runner.problems.problem import Problem
 from recipe_runner.recipe.library import collect_recipes
 from recipe_runner.recipe.resolve import examine_recipe
+
+if TYPE_CHECKING:
+    from recipe_runner.launch.configuration import Launch
+
+MANY, PART = 200, 25  # recipes from which on several processes are worth it; and how many one takes at a time
 
 
 @click.command(name="validate")
@@ -33,6 +43,49 @@ def command(
     errors, warnings = check_recipes(paths, overrides, launch_file, form, fix, choose_colour())
     if errors or (strict and warnings):
         sys.exit(1)
+
+
+def _fix(files: Sequence[Path], overrides: Sequence[str], form: str) -> None:
+    """Mends recipes, and prints the differences."""
+    from recipe_runner.recipe.fix import fix_file
+
+    for file in files:
+        with contextlib.suppress(Exception):  # a bug of ours: the check that follows meets it, too, and says so
+            if found := examine_recipe(file, overrides)[1]:
+                click.echo(fix_file(file, found), nl=False, err=form != "text")
+
+
+def _check(
+    files: Sequence[Path], overrides: Sequence[str], launch: "Launch | None"
+) -> Iterator[list[Problem] | Exception]:
+    """What was found in each recipe, or a bug of ours that it met; many recipes are checked by several processes."""
+    check = partial(_check_file, overrides=overrides, launch=launch)
+    if len(files) < MANY:
+        yield from map(check, files)
+        return
+    from recipe_runner.workers import count_workers, work_in_order
+
+    parts = [files[begin : begin + PART] for begin in range(0, len(files), PART)]
+    with work_in_order(partial(_check_part, check, parts), range(len(parts)), count_workers(None)) as results:
+        yield from chain.from_iterable(results)
+
+
+def _check_part(
+    check: "Callable[[Path], list[Problem] | Exception]", parts: Sequence[Sequence[Path]], number: int
+) -> list[list[Problem] | Exception]:
+    return [check(file) for file in parts[number]]
+
+
+def _check_file(file: Path, overrides: Sequence[str], launch: "Launch | None") -> list[Problem] | Exception:
+    try:
+        recipe, found = examine_recipe(file, overrides)
+        if launch and recipe:
+            from recipe_runner.launch.rules import check_launch
+
+            found = [*found, *check_launch(launch, recipe)]
+    except Exception as error:
+        return error
+    return list(found)
 
 
 def check_recipes(
@@ -60,22 +113,11 @@ def check_recipes(
             problems += error.problems
             continue
         count += len(files)
-        for file in files:
-            try:
-                recipe, found = examine_recipe(file, overrides)
-            except Exception as error:  # a bug of ours: the other files are reported first
-                bugs.append(error)
-                continue
-            if fix and found:
-                from recipe_runner.recipe.fix import fix_file
-
-                click.echo(fix_file(file, found), nl=False, err=form != "text")
-                recipe, found = examine_recipe(file, overrides)
-            problems += found
-            if launch and recipe:
-                from recipe_runner.launch.rules import check_launch
-
-                problems += check_launch(launch, recipe)
+        if fix:
+            _fix(files, overrides, form)
+        for found in _check(files, overrides, launch):
+            problems += found if isinstance(found, list) else []
+            bugs += [] if isinstance(found, list) else [found]  # the other files are reported first
     problems = list(dict.fromkeys(problems))  # a recipe may be looked at twice: by itself, and as a pipeline's stage
     if problems or form in ("json", "sarif"):
         from recipe_runner.problems.writers import WRITERS  # here: most recipes are fine

@@ -21,10 +21,10 @@ from recipe_runner.data.checks import (
 from recipe_runner.data.job import Job
 from recipe_runner.data.sources import read_rows
 from recipe_runner.data.tables import PACKED_TOGETHER, make_table, pack, with_documents
-from recipe_runner.data.workers import work_in_order
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.stages import Stage
+from recipe_runner.workers import work_in_order
 
 CHUNK = 1_000  # rows prepared at once: what bounds the memory
 CHUNK_SECONDS, ROW_SECONDS = 60, 10  # a chunk that takes longer is looked at row by row: templates may be endless
@@ -57,7 +57,8 @@ def prepare_chunks(
         UserError: A row has the wrong shape, is refused by the template, or is too long; or masks are wrong.
     """
     task = partial(_prepare_chunk, job, split, order)
-    with work_in_order(task, range(0, len(order), CHUNK), workers) as results:
+    fix, path = "if memory ran out, set dataset.workers: 1", ("dataset", "workers")
+    with work_in_order(task, range(0, len(order), CHUNK), workers, fix=fix, path=path) as results:
         tables = _count(results, tally)
         yield _pack_together(tables, job, tally) if job.packing(split) else tables
 

@@ -32,9 +32,9 @@ from recipe_runner.data.job import Job
 from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
 from recipe_runner.data.sources import order_rows
 from recipe_runner.data.tables import NUMBERS
-from recipe_runner.data.workers import count_workers
 from recipe_runner.files import FULL, disk_full, hash_file, write_json
 from recipe_runner.recipe.rules.data import is_file_source
+from recipe_runner.workers import count_workers
 
 CODE = Path(__file__).resolve().parent
 # Of `training`, what decides on tokens, labels and packing.

@@ -21,6 +21,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bits
 ORDER = [
     "problems",
     "files",
+    "workers",
     "pages",
     "stages",
     "methods",

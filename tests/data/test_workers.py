@@ -78,7 +78,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_leaves_nothing(preparing, tmp_
     os.kill(workers[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "error[worker-ended] dataset.workers: one of the 2 processes that prepare the data was ended" in errors
+    assert "error[worker-ended] dataset.workers: one of the 2 processes that shared the work was ended" in errors
     assert "Traceback" not in errors
     wait_for_end(workers)
     assert leftovers(tmp_path) == []
@@ -103,8 +103,8 @@ def test_no_worker_outlives_a_run_that_is_killed(preparing):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_results_come_in_order_and_the_first_failure_is_told(method):
-    from recipe_runner.data.workers import work_in_order
     from recipe_runner.problems.errors import UserError
+    from recipe_runner.workers import work_in_order
 
     with work_in_order(square, range(9), 3, method) as results:
         assert list(results) == [number**2 for number in range(9)]
@@ -124,7 +124,7 @@ def square(number):
 
 
 def test_workers_are_the_cores_shared_among_the_processes_of_a_launch(monkeypatch, tmp_path):
-    from recipe_runner.data import workers
+    from recipe_runner import workers
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.problem import KeyPath
 
 Result = TypeVar("Result")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU in each period of microseconds, of a container
@@ -47,7 +48,12 @@ def count_cores() -> int:
 
 @contextlib.contextmanager
 def work_in_order(
-    task: Callable[[int], Result], numbers: Sequence[int], workers: int, method: str = METHOD
+    task: Callable[[int], Result],
+    numbers: Sequence[int],
+    workers: int,
+    method: str = METHOD,
+    fix: str = "",
+    path: KeyPath = (),
 ) -> Iterator[Iterator[Result]]:
     """The results of a function for some numbers, in their order; all workers end with the context.
 
@@ -56,6 +62,8 @@ def work_in_order(
         numbers: What it is called with.
         workers: Processes; with 1, this one does all.
         method: How they are started: see `multiprocessing.get_context`.
+        fix: What to do where a worker was ended from outside.
+        path: The key that is meant.
 
     Raises:
         UserError: A worker was ended from outside; or what the function raises, of the first number that fails.
@@ -69,9 +77,8 @@ def work_in_order(
     try:
         yield _collect(pool, numbers, workers * AHEAD)
     except BrokenProcessPool as error:
-        message = f"one of the {workers} processes that prepare the data was ended from outside"
-        fix = "if memory ran out, set dataset.workers: 1"
-        raise user_error("worker-ended", message, fix, path=("dataset", "workers")) from error
+        message = f"one of the {workers} processes that shared the work was ended from outside"
+        raise user_error("worker-ended", message, fix, path=path) from error
     finally:
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
