@@ -63,10 +63,12 @@ def _check(
     if len(files) < MANY:
         yield from map(check, files)
         return
+    from recipe_runner.launch.process import without_collector
     from recipe_runner.workers import count_workers, work_in_order
 
     parts = [files[begin : begin + PART] for begin in range(0, len(files), PART)]
-    with work_in_order(partial(_check_part, check, parts), range(len(parts)), count_workers(None)) as results:
+    task, numbers = partial(_check_part, check, parts), range(len(parts))
+    with without_collector(), work_in_order(task, numbers, count_workers(None)) as results:
         yield from chain.from_iterable(results)
 
 

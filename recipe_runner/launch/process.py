@@ -59,7 +59,7 @@ def set_up_process(on_cpu: bool = False, unused: Iterable[str] = ()) -> None:
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """For imports: Python's collector would look at all that the training stack makes again and again, for seconds.
+    """For imports, and for many recipes: Python's collector would look at what stays again and again, for seconds.
 
     What is there afterwards stays as long as the process, and is not looked at any more.
     """
