@@ -1,11 +1,12 @@
 """Real (unpadded) tokens a second, and held-out loss: a recipe's batching against the defaults of others, in turn.
 
-    python benchmarks/batching.py DATA.json [--tokens 8000] [--pairs 1] [--llamafactory PYTHON]
+    python benchmarks/batching.py DATA.json [--rows 80] [--pairs 1] [--llamafactory PYTHON]
 
-DATA holds rows of instruction, input and output. All train the same LoRA on SmolLM2-135M on the same rows, on a CPU in
-float32, until they have seen the same number of real tokens; only the batches differ: TRL's and LLaMA-Factory's are 8
-random rows, padded; the recipe packs documents into rows of 768 tokens, two a step (of Alpaca's first thousand the
-longest has 751). 40 rows are held out, one at a time (not with LLaMA-Factory, which runs by a Python of its own).
+DATA holds rows of instruction, input and output. All train the same LoRA on SmolLM2-135M for one epoch over the same
+rows, on a CPU; only the batches differ: TRL's and LLaMA-Factory's are 8 random rows, padded; the recipe packs documents
+into rows of 768 tokens, two a step (of Alpaca's first thousand the longest has 751). The first 40 rows are held out,
+one at a time. LLaMA-Factory runs by a Python of its own, with the base in bfloat16 and nothing held out; the recipe
+beside it has its base in bfloat16, too, and in float32 beside TRL. Times are those of the steps.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-SAME = {"learning_rate": 5e-4, "lr_scheduler_type": "constant", "max_steps": 10_000, "logging_steps": 1}
+SAME = {"learning_rate": 5e-4, "lr_scheduler_type": "constant", "num_train_epochs": 1, "logging_steps": 1}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 PACKED = {"packing": True, "max_length": 768, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 
@@ -29,73 +30,85 @@ PACKED = {"packing": True, "max_length": 768, "per_device_train_batch_size": 1, 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("data", type=Path)
-    arguments.add_argument("--tokens", type=int, default=8000)
+    arguments.add_argument("--rows", type=int, default=80)
     arguments.add_argument("--pairs", type=int, default=1)
     arguments.add_argument("--llamafactory", help="a Python that has LLaMA-Factory")
-    arguments.add_argument("--worker", choices=["trl", "recipe", "llamafactory"], help=argparse.SUPPRESS)
+    arguments.add_argument(
+        "--worker", choices=["trl", "recipe", "recipe-bfloat16", "llamafactory"], help=argparse.SUPPRESS
+    )
     options = arguments.parse_args()
     if options.worker:
         way = work_llamafactory if options.worker == "llamafactory" else work
-        print(json.dumps(way(options.worker, options.data, options.tokens)))
+        print(json.dumps(way(options.worker, read_rows(options.data, options.rows))))
         return
     pythons = {"recipe": sys.executable, "trl": sys.executable}
-    pythons |= {"llamafactory": options.llamafactory} if options.llamafactory else {}
-    ratios: dict[str, list[float]] = {worker: [] for worker in list(pythons)[1:]}
+    if options.llamafactory:
+        pythons = {"recipe-bfloat16": sys.executable, "llamafactory": options.llamafactory}
+    ours, theirs = pythons
+    ratios: list[float] = []
     for number in range(1, options.pairs + 1):
         found = {}
         for worker, python in pythons.items():
-            command = [python, __file__, str(options.data), "--tokens", str(options.tokens), "--worker", worker]
+            command = [python, __file__, str(options.data), "--rows", str(options.rows), "--worker", worker]
             environment = os.environ | {"DISABLE_VERSION_CHECK": "1"}
             answer = subprocess.run(command, capture_output=True, text=True, env=environment)
             if answer.returncode:
                 sys.exit(answer.stderr)
             found[worker] = json.loads(answer.stdout.splitlines()[-1])
             told = ", ".join(f"{name} {value:,.4g}" for name, value in found[worker].items())
-            print(f"round {number}: {worker:<12} {told}", flush=True)
-        for worker, series in ratios.items():
-            series.append(found["recipe"]["tokens_per_second"] / found[worker]["tokens_per_second"])
-    for worker, series in ratios.items():
-        print(f"median ratio to {worker}: {statistics.median(series):.2f}")
+            print(f"round {number}: {worker:<16} {told}", flush=True)
+        ratios.append(found[theirs]["seconds"] / found[ours]["seconds"])
+    print(f"{statistics.median(ratios):.2f} times as fast as {theirs} (median of rounds)")
 
 
-def work(worker: str, data: Path, tokens: int) -> dict[str, float]:
-    """Trains one way until so many tokens were seen, and measures."""
+def read_rows(data: Path, count: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Rows that are held out, and rows to train on."""
     rows = json.loads(data.read_text(encoding="utf-8"))
-    held_out, rows = rows[:40], rows[40:]
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = (build_trl if worker == "trl" else build_recipe)(rows, Path(folder))
-        stop = make_stop(tokens)
-        trainer.add_callback(stop)
-        trainer.train()
-        seconds = stop.ended - stop.began
-        return {
-            "tokens_per_second": stop.seen / seconds,
-            "tokens": stop.seen,
-            "steps": trainer.state.global_step,
-            "seconds": seconds,
-            "held_out_loss": evaluate(trainer, held_out),
-        }
+    return rows[:40], rows[40 : 40 + count]
 
 
-def work_llamafactory(_: str, data: Path, tokens: int) -> dict[str, float]:
-    """Trains by LLaMA-Factory until so many tokens that are no padding were seen, and measures."""
-    from llamafactory.train.tuner import run_exp
+def make_clock() -> Any:
+    """A callback that times the steps of a training."""
     from transformers import TrainerCallback
 
-    class Stop(TrainerCallback):
-        began = seconds = seen = steps = 0
+    class Clock(TrainerCallback):
+        began, seconds, steps = 0.0, 0.0, 0
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.began = time.monotonic()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.seen, self.steps = state.num_input_tokens_seen, state.global_step
-            self.seconds = time.monotonic() - self.began
-            control.should_training_stop = self.seen >= tokens
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seconds, self.steps = time.monotonic() - self.began, state.global_step
 
+    return Clock()
+
+
+def work(worker: str, rows: tuple[list[dict[str, str]], list[dict[str, str]]]) -> dict[str, float]:
+    """Trains one way for an epoch, and measures."""
+    held_out, train = rows
+    clock = make_clock()
     with tempfile.TemporaryDirectory() as folder:
-        rows = json.loads(data.read_text(encoding="utf-8"))[40:]
-        (Path(folder) / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        dtype = {"dtype": "bfloat16"} if worker == "recipe-bfloat16" else {}
+        trainer = build_trl(train, Path(folder)) if worker == "trl" else build_recipe(train, Path(folder), dtype)
+        trainer.add_callback(clock)
+        trainer.train()
+        tokens = int(trainer.state.log_history[-2]["num_tokens"])
+        loss = evaluate(trainer, held_out)
+    return {
+        "seconds": clock.seconds,
+        "steps": clock.steps,
+        "tokens_per_second": tokens / clock.seconds,
+        "held_out_loss": loss,
+    }
+
+
+def work_llamafactory(_: str, rows: tuple[list[dict[str, str]], list[dict[str, str]]]) -> dict[str, float]:
+    """Trains by LLaMA-Factory for an epoch, and measures."""
+    from llamafactory.train.tuner import run_exp
+
+    clock = make_clock()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "rows.json").write_text(json.dumps(rows[1]), encoding="utf-8")
         (Path(folder) / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}), "utf-8")
         settings = SAME | {
             "model_name_or_path": str(MODEL),
@@ -111,12 +124,9 @@ def work_llamafactory(_: str, data: Path, tokens: int) -> dict[str, float]:
             "output_dir": f"{folder}/out",
             "save_strategy": "no",
             "report_to": "none",
-            "include_num_input_tokens_seen": "non_padding",
         }
-        stop = Stop()
-        run_exp(settings, [stop])
-    measured = {"tokens": stop.seen, "steps": stop.steps, "seconds": stop.seconds}
-    return {"tokens_per_second": stop.seen / stop.seconds} | measured
+        run_exp(settings, [clock])
+    return {"seconds": clock.seconds, "steps": clock.steps}
 
 
 def build_trl(rows: list[dict[str, str]], folder: Path) -> Any:
@@ -134,7 +144,7 @@ def build_trl(rows: list[dict[str, str]], folder: Path) -> Any:
     return SFTTrainer(str(MODEL), config, train_dataset=data, peft_config=lora)
 
 
-def build_recipe(rows: list[dict[str, str]], folder: Path) -> Any:
+def build_recipe(rows: list[dict[str, str]], folder: Path, dtype: dict[str, str]) -> Any:
     from recipe_runner.launch.process import set_up_process
     from recipe_runner.recipe.resolve import load_recipe
     from recipe_runner.training import prepare, trainers
@@ -146,7 +156,7 @@ def build_recipe(rows: list[dict[str, str]], folder: Path) -> Any:
         "schema_version": 1,
         "name": "bench",
         "stage": "sft",
-        "model": {"name_or_path": str(MODEL)},
+        "model": {"name_or_path": str(MODEL), **dtype},
         "peft": {"method": "lora", **LORA},
         "dataset": {"format": "instruction", "train": {"source": "rows.json"}},
         "training": {"save_strategy": "no", **SAME, **PACKED},
@@ -156,25 +166,6 @@ def build_recipe(rows: list[dict[str, str]], folder: Path) -> Any:
     prepared = prepare.prepare(resolved, None)
     prepared.config.output_dir = str(folder)
     return trainers.build_trainer(resolved, prepared)
-
-
-def make_stop(tokens: int) -> Any:
-    """A callback that ends training after so many real tokens, as TRL counts them, and times it."""
-    from transformers import TrainerCallback
-
-    class Stop(TrainerCallback):
-        seen, began, ended = 0, 0.0, 0.0
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.began = time.monotonic()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            self.seen = int((logs or {}).get("num_tokens", self.seen))
-            if self.seen >= tokens and not self.ended:
-                self.ended = time.monotonic()
-                control.should_training_stop = True
-
-    return Stop()
 
 
 def prompt(row: dict[str, str]) -> list[dict[str, str]]:

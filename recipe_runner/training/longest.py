@@ -38,24 +38,22 @@ class LongestBatch(TrainerCallback):
         if any(word in args.optim for word in STEPPING):
             return
         trainer, began = self.trainer, time.monotonic()
-        train = find_longest(self.splits["train"], args.per_device_train_batch_size)
-        evaluation = None
-        if "eval" in self.splits and args.eval_strategy != "no":
-            evaluation = find_longest(self.splits["eval"], args.per_device_eval_batch_size)
+        train, tokens = find_longest(self.splits["train"], args.per_device_train_batch_size)
         with _undone(trainer):
-            with self._named("train", train), _held(trainer):
+            with self._named("train", train, tokens), _held(trainer):
                 inputs = self._collate(trainer.train_dataset, train)
                 trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # as in the loop
                 type(trainer).training_step(
                     trainer, trainer.model_wrapped, inputs, trainer._get_num_items_in_batch([inputs], args.device)
                 )
-            if evaluation is not None:
-                with self._named("eval", evaluation):
+            if "eval" in self.splits and args.eval_strategy != "no":
+                evaluation, length = find_longest(self.splits["eval"], args.per_device_eval_batch_size)
+                with self._named("eval", evaluation, length):
                     inputs = self._collate(trainer.eval_dataset, evaluation)
                     trainer.model_wrapped.eval()
                     trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
         if args.process_index == 0:
-            rows, tokens = len(train), measure(self.splits["train"], train[:1])[0]
+            rows = len(train)
             told = f"{rows} row{'s' * (rows > 1)} of up to {tokens:,} tokens, tried in {time.monotonic() - began:.1f} s"
             print(f"  {'longest':<11}{told}", flush=True)
 
@@ -66,35 +64,27 @@ class LongestBatch(TrainerCallback):
         return trainer._prepare_inputs(trainer.data_collator(list(rows)))
 
     @contextlib.contextmanager
-    def _named(self, split: str, places: np.ndarray) -> Iterator[None]:
+    def _named(self, split: str, places: np.ndarray, tokens: int) -> Iterator[None]:
         """Says which rows are too long, where memory ends."""
         try:
             yield
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            prepared = self.splits[split]
-            rows, tokens = len(places), measure(prepared, places[:1])[0]
-            name = name_row(prepared, int(places[0]), self.sources)
+            rows, name = len(places), name_row(self.splits[split], int(places[0]), self.sources)
             message = f"the longest {split} batch, {rows} row{'s' * (rows > 1)} of up to {tokens:,} tokens ({name}),"
             raise user_error("out-of-memory", f"{message} does not fit: {first_line(error)}", MORE_MEMORY) from error
 
 
-def find_longest(prepared: PreparedSplit, number: int) -> np.ndarray:
-    """Places of the longest rows of a split, the longest first."""
-    lengths = measure(prepared)
-    return np.argsort(-lengths, kind="stable")[:number]
-
-
-def measure(prepared: PreparedSplit, places: np.ndarray | None = None) -> np.ndarray:
-    """Tokens of rows: an array `(rows,)`; of a pair, those of the longer sequence."""
-    dataset = prepared.dataset if places is None else prepared.dataset.select(places)
-    name = "seq_lengths" if "seq_lengths" in dataset.column_names else "document_lengths"
-    column = dataset.with_format("arrow")[:][name]
+def find_longest(prepared: PreparedSplit, number: int) -> tuple[np.ndarray, int]:
+    """Places of the longest rows of a split, the longest first, and its tokens; of a pair, of the longer sequence."""
+    data = prepared.dataset.data
+    column = data.column("seq_lengths" if "seq_lengths" in data.column_names else "document_lengths")
     ends = np.concatenate([[0], np.cumsum(pc.list_value_length(column).to_numpy())])
     total = np.concatenate([[0], np.cumsum(pc.list_flatten(column).to_numpy(), dtype=np.int64)])
-    measured: np.ndarray = total[ends[1:]] - total[ends[:-1]]
-    return measured
+    lengths = total[ends[1:]] - total[ends[:-1]]
+    places = np.argsort(-lengths, kind="stable")[:number]
+    return places, int(lengths[places[0]])
 
 
 def name_row(prepared: PreparedSplit, place: int, sources: Sequence[str]) -> str:
