@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from shared import SAMPLES, write_rows
 
+from recipe_runner.recipe.rules import packages
+
 pytest_plugins = ["learned"]  # runs that several files of tests share
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a network
 HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")  # no test reads or fills the caches of the machine
@@ -37,6 +39,10 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(line)
 
 
+# A process of its own runs one recipe; this one runs many, and another may use what this one does not.
+packages.find_unused = lambda *_: []
+
+
 @dataclass(frozen=True)
 class Result:
     status: int
@@ -48,9 +54,6 @@ class Result:
 def run_cli(capsys, monkeypatch):
     """Runs `recipe-run ARGUMENTS` in this process."""
     from recipe_runner.cli import main
-
-    # A process of its own runs one recipe; this one runs many, and another may use what this one does not.
-    monkeypatch.setattr("recipe_runner.recipe.rules.packages.find_unused", lambda *_: [])
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["recipe-run", *map(str, arguments)])

@@ -132,10 +132,11 @@ def test_accounting_is_printed_and_kept_by_a_run(preview, tmp_path):
     (folder,) = (tmp_path / "runs").glob("*/*")
     kept = json.loads((folder / "environment.json").read_text())["data"]["train"]
     assert "  lengths    p50 " in result.out
-    assert "  batches    random " in result.out
+    assert re.search(r"  batches    \d+% padding; random batches ", result.out)
     assert kept["rows_kept"] == 240
     assert sum(kept["histogram"]["counts"]) == 240
-    assert set(kept["batches"]) == {"random", "grouped", "packed"}
+    assert set(kept["batches"]) == {"random", "grouped", "packed", "left"}
+    assert kept["batches"]["left"] == kept["batches"]["random"]
 
 
 def test_mixtures_are_accounted_by_source(preview, tmp_path):
