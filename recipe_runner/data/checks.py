@@ -87,7 +87,7 @@ def count_special_tokens(rows: list[dict[str, Any]], tokenizer: PreTrainedTokeni
         texts = [turn["content"] for turn in turns_of(row) + list(row.get("rejected", []))] or [
             v for v in row.values() if isinstance(v, str)
         ]
-        count += any(begin in text and spelt.search(text) is not None for text in texts for begin in begins)
+        count += any(any(begin in text for begin in begins) and spelt.search(text) is not None for text in texts)
     return count
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from recipe_runner.data.store import PreparedSplit
+from recipe_runner.data.tables import flatten
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.training.failures import MORE_MEMORY, is_out_of_memory
 
@@ -78,10 +78,9 @@ class LongestBatch(TrainerCallback):
 
 def find_longest(prepared: PreparedSplit, number: int) -> tuple[np.ndarray, int]:
     """Places of the longest rows of a split, the longest first, and its tokens; of a pair, of the longer sequence."""
-    data = prepared.dataset.data
-    column = data.column("seq_lengths" if "seq_lengths" in data.column_names else "document_lengths")
-    ends = np.concatenate([[0], np.cumsum(pc.list_value_length(column).to_numpy())])
-    total = np.concatenate([[0], np.cumsum(pc.list_flatten(column).to_numpy(), dtype=np.int64)])
+    table = prepared.dataset.data.table
+    values, ends = flatten(table, "seq_lengths" if "seq_lengths" in table.column_names else "document_lengths")
+    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
     lengths = total[ends[1:]] - total[ends[:-1]]
     places = np.argsort(-lengths, kind="stable")[:number]
     return places, int(lengths[places[0]])

@@ -76,9 +76,9 @@ def prepare(job, workers=1, split="train"):
 def prepare_by_trl(job, rows, **options):
     """Rows by TRL's own preparation of one row at a time, from its layout."""
     trainer = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer, "kto": trl.KTOTrainer}[job.stage.name]
-    config = dataclasses.replace(job.config, assistant_only_loss=True) if job.stage.name == "sft" else job.config
+    config = job.config
     if job.stage.name == "sft":
-        config.assistant_only_loss = job.dataset.train_on == "assistant"
+        config = dataclasses.replace(config, assistant_only_loss=job.dataset.train_on == "assistant")
     stand_in = SimpleNamespace(
         _tokenizer=job.tokenizer,
         chat_template=None,
