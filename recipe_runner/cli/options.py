@@ -93,10 +93,11 @@ def load_to_run(name: str, overrides: Sequence[str]) -> "Recipe":
     said = "RECIPE_RUN_LAUNCH" in os.environ or os.environ.get("RANK", "0") != "0"  # by who started this process
     for warning in () if said else recipe.warnings:
         click.echo(warning, err=True)
+    from recipe_runner.launch.process import is_told_deepspeed
     from recipe_runner.recipe.rules.packages import find_unused
 
     stages = recipe.stages or (recipe,)
-    unused = find_unused(stages, os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true")
+    unused = find_unused(stages, is_told_deepspeed())
     prepare_process(on_cpu=any(stage.training["use_cpu"] for stage in stages), unused=unused)
     return recipe
 

@@ -28,6 +28,11 @@ def is_told_cpu() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
 
 
+def is_told_deepspeed() -> bool:
+    """Whether the launcher was told to train with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
 def has_accelerator() -> bool:
     """Whether this machine looks as if it had an accelerator, without asking torch, which is not imported yet."""
     return sys.platform == "darwin" or any(Path(device).exists() for device in _ACCELERATORS)

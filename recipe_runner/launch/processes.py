@@ -11,7 +11,7 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 
 from recipe_runner.launch.configuration import Launch
-from recipe_runner.launch.process import is_told_cpu
+from recipe_runner.launch.process import is_told_cpu, is_told_deepspeed
 from recipe_runner.launch.rules import check_launch
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Mark, Problem, as_warning
@@ -60,7 +60,7 @@ def join_processes(use_cpu: bool, timeout_seconds: int) -> dict[str, str]:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if not several or device_kind(use_cpu) != "cpu":
         return {}
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+    if is_told_deepspeed():
         return {"ddp_backend": "gloo"}
     if torch.distributed.is_initialized():
         return {}
