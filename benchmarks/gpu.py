@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py speed  [--steps 20] [--minutes 8]   # recipes, variants; a plain TRL script, in turn
     python benchmarks/gpu.py memory [--steps 4]                  # peak memory of set-ups of a 1B model
+    python benchmarks/gpu.py first  [--steps 6]                  # the longest batch first: its time, memory and traces
 
 A model is built from its configuration on the device, with random weights, so nothing is downloaded: time and memory
 don't depend on what a model knows. Rows are made of the shelf's own texts. Gradients are accumulated over two batches
@@ -11,12 +12,15 @@ the table says so. `--tiny` takes two narrow layers: the same way on a CPU, as a
 Tokens are those of batches without padding. A step's time is the median after the first three. Model FLOPs of a token
 (arXiv 2204.02311, appendix B, without the attention): 2 for each weight of a matrix forward, 2 for the gradient of its
 input, and 2 for the gradient of the weight where it is trained; 2 more where DPO's reference passes. What activation
-checkpointing computes twice is not counted.
+checkpointing computes twice is not counted. Stops are the times a step that the host waits for the GPU, as PyTorch's
+sync debug mode counts them, in runs of their own with four batches a step, as counting takes time.
 """
 
 import argparse
+import contextlib
 import copy
 import gc
+import hashlib
 import json
 import os
 import random
@@ -25,6 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,10 +94,12 @@ class Setup:
 
 
 PAIR = ("recipe", "trl")
+RANDOM = {"training.train_sampling_strategy": None}
 SPEED = (
     Setup("chat, as shipped", "phi3_chat_qlora", sides=PAIR),
-    Setup("DPO, in random order", "phi3_dpo_qlora", {"training.train_sampling_strategy": None}, sides=PAIR),
+    Setup("DPO, in random order", "phi3_dpo_qlora", RANDOM, sides=PAIR),
     Setup("DPO, as shipped (by length)", "phi3_dpo_qlora"),
+    Setup("chat, batch 8", "phi3_chat_qlora", {"training.per_device_train_batch_size": 8}, sides=PAIR),
     Setup("chat, optimizer not paged", "phi3_chat_qlora", {"training.optim": "adamw_8bit"}),
     Setup("chat, no double quantization", "phi3_chat_qlora", {"quantization.bnb_4bit_use_double_quant": False}),
     Setup("chat, bf16 instead of NF4", "phi3_chat_qlora", {"quantization": None}),
@@ -128,10 +136,28 @@ MEMORY = tuple(
     )
 )
 
+FIRST = tuple(
+    Setup(name, recipe, changes, "Llama-3.2-1B", ("with", "without"))
+    for name, recipe, changes in (
+        ("QLoRA, paged 8-bit", "phi3_text_qlora", {}),
+        ("LoRA r 64, AdamW", "phi3_text_qlora", {"quantization": None, OPTIMIZER: "adamw_torch"}),
+        ("full bf16, AdamW", "phi3_text_qlora", FULL | {OPTIMIZER: "adamw_torch"}),
+        ("full bf16, 8-bit", "phi3_text_qlora", FULL | {OPTIMIZER: "adamw_8bit"}),
+        ("instruct, batch 4, not packed", "phi3_instruct_qlora", {"training.packing": None, BATCH: 4}),
+        ("DPO QLoRA", "phi3_dpo_qlora", {}),
+    )
+)
+STOPS = (
+    Setup("stops: chat", "phi3_chat_qlora", {}, "Llama-3.2-1B", PAIR),
+    Setup("stops: DPO, in random order", "phi3_dpo_qlora", RANDOM, "Llama-3.2-1B", PAIR),
+)
+SETUPS = {"speed": SPEED, "memory": MEMORY, "first": FIRST + STOPS}
+STEPS = {"speed": 20, "memory": 4, "first": 6}
+
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("what", choices=["speed", "memory", "worker"])
+    arguments.add_argument("what", choices=[*SETUPS, "worker"])
     arguments.add_argument("files", nargs="*", type=Path, help=argparse.SUPPRESS)
     arguments.add_argument("--steps", type=int)
     arguments.add_argument("--minutes", type=float, default=8)
@@ -143,24 +169,24 @@ def main() -> None:
             work(file)
         return
     start = time.monotonic()
-    setups = [s for s in (SPEED if options.what == "speed" else MEMORY) if options.only in s.name]
-    steps = options.steps or (20 if options.what == "speed" else 4)
+    setups = [setup for setup in SETUPS[options.what] if options.only in setup.name]
+    steps = options.steps or STEPS[options.what]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = {model: build_model(model, folder / model, options.tiny) for model in {s.model for s in setups}}
         write_rows(folder)
         print(f"{device_name()}; {steps} steps, {time.monotonic() - start:.0f} s to build the models\n")
-        print("| set-up | by | tokens/s | MFU | allocated, GiB | reserved, GiB | first and last loss |")
-        print("|---|---|---|---|---|---|---|", flush=True)
+        print("| set-up | by | tokens/s | MFU | allocated, GiB | reserved, GiB | first and last loss | beside |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
         jobs = [(setup, side, write_job(setup, side, steps, folder)) for setup in setups for side in setup.sides]
         alone = [
-            job for job in jobs if job[0].sides == PAIR
+            job for job in jobs if job[0].sides != ("recipe",)
         ]  # a process each; others share one, by fours: less waiting
-        shared = [job for job in jobs if job[0].sides != PAIR]
+        shared = [job for job in jobs if job[0].sides == ("recipe",)]
         groups = [[job] for job in alone] + [shared[i : i + 4] for i in range(0, len(shared), 4)]
         for group in groups:
             if time.monotonic() - start > options.minutes * 60:
-                print(f"| {group[0][0].name} | {group[0][1]} | left out: {options.minutes:g} minutes are over |||||")
+                print(f"| {group[0][0].name} | {group[0][1]} | left out: {options.minutes:g} minutes are over ||||||")
                 continue
             command = [sys.executable, __file__, "worker", *(str(file) for _, _, file in group)]
             answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -171,18 +197,24 @@ def main() -> None:
 def row(setup: Setup, side: str, file: Path, weights: int, answer: subprocess.CompletedProcess[str]) -> str:
     result = file.with_suffix(".result")
     if not result.exists():
-        return f"| {setup.name} | {side} | failed: {' '.join(answer.stderr.split())[-600:]} |||||"
+        return f"| {setup.name} | {side} | failed: {' '.join(answer.stderr.split())[-600:]} ||||||"
     found = json.loads(result.read_text(encoding="utf-8"))
     if "error" in found:
-        return f"| {setup.name} | {side} | failed: {' '.join(found['error'].split())[-600:]} |||||"
+        return f"| {setup.name} | {side} | failed: {' '.join(found['error'].split())[-600:]} ||||||"
     forward = 4 if "dpo" in setup.recipe else 2
     flops = (forward + 2) * weights + (2 * weights if "peft" in setup.changes else 6 * found["adapter"])
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name()), None)
     used = f"{flops * found['tokens_per_second'] / peak:.1%}" if peak else "-"
     memory = f"{found['allocated'] / GIB:.2f} | {found['reserved'] / GIB:.2f}"
-    left = f" ({found['before'] / GIB:.2f} GiB were in use before)" if found["before"] > 0.05 * GIB else ""
-    losses = f"{found['losses'][0]:.4f} {found['losses'][-1]:.4f}"
-    return f"| {setup.name} | {side} | {found['tokens_per_second']:,.0f} | {used} | {memory} | {losses}{left} |"
+    losses = f"{found['losses'][0]:.6g} {found['losses'][-1]:.6g}"
+    beside = f"{found['before'] / GIB:.2f} GiB were in use before" if found["before"] > 0.05 * GIB else ""
+    if setup in STOPS:
+        beside = f"{found['stops']:.1f} stops a step"
+    if setup in FIRST:
+        beside = f"a step {found['step']:.2f} s; adapter or weights {found['digest']}"
+    if "tried" in found:
+        beside += f"; tried in {found['tried']:.2f} s with {found['tried_allocated'] / GIB:.2f} GiB"
+    return f"| {setup.name} | {side} | {found['tokens_per_second']:,.0f} | {used} | {memory} | {losses} | {beside} |"
 
 
 def device_name() -> str:
@@ -264,7 +296,8 @@ def write_job(setup: Setup, side: str, steps: int, folder: Path) -> Path:
     recipe["dataset"].pop("eval", None)
     kept = ("eval_strategy", "eval_steps", "eval_packing", "save_steps", "save_total_limit", "num_train_epochs")
     recipe["training"] = {key: value for key, value in recipe["training"].items() if key not in kept}
-    recipe["training"] |= {"gradient_accumulation_steps": 2, "max_steps": steps, "logging_steps": 1}
+    batches = 4 if setup in STOPS else 2
+    recipe["training"] |= {"gradient_accumulation_steps": batches, "max_steps": steps, "logging_steps": 1}
     recipe["training"]["save_strategy"] = "no"
     for key, value in setup.changes.items():
         section, _, name = key.partition(".")
@@ -275,7 +308,7 @@ def write_job(setup: Setup, side: str, steps: int, folder: Path) -> Path:
             place[name or section] = value
     job = folder / f"{''.join(c if c.isalnum() else '_' for c in setup.name)}_{side}"
     recipe["name"] = job.name
-    recipe["run"] = {"output_dir": str(job), "seed": 42}
+    recipe["run"] = {"output_dir": str(job), "seed": 42, "longest_batch_first": side != "without"}
     file = job.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return file
@@ -293,9 +326,11 @@ def work(file: Path) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     start = time.monotonic()
+    tried = watch_longest()
     try:
         train = train_plainly if file.stem.endswith("_trl") else train_recipe
-        adapter = train(file)
+        with count_stops(wanted=file.stem.startswith("stops")) as stops:
+            adapter = train(file)
         (metrics,) = file.with_suffix("").rglob("metrics.jsonl")
         logged = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         steps = [entry for entry in logged if "loss" in entry]
@@ -303,21 +338,79 @@ def work(file: Path) -> None:
         speeds = [(b["num_tokens"] - a["num_tokens"]) / (b["time"] - a["time"]) for a, b in pairs]
         found: dict[str, Any] = {
             "tokens_per_second": statistics.median(speeds),
+            "step": statistics.median(b["time"] - a["time"] for a, b in pairs),
             "losses": [entry["loss"] for entry in steps],
+            "stops": len(stops) / len(steps),
+            "digest": digest(file.with_suffix("")),
             "adapter": adapter,
             "before": before,
             "allocated": torch.cuda.max_memory_allocated() if cuda else 0,
             "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
             "seconds": time.monotonic() - start,
+            **tried,
         }
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {error}"}
     file.with_suffix(".result").write_text(json.dumps(found), encoding="utf-8")
 
 
+def watch_longest() -> dict[str, float]:
+    """Gets the time and the peak memory of the longest batch's trial; the peak begins anew after it."""
+    import torch
+
+    from recipe_runner.training.longest import LongestBatch
+
+    tried: dict[str, float] = {}
+    attempt = LongestBatch.on_train_begin
+
+    def measured(*args: Any, **kwargs: Any) -> None:
+        began = time.monotonic()
+        attempt(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            tried["tried_allocated"] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        tried.setdefault("tried_allocated", 0)
+        tried["tried"] = time.monotonic() - began
+
+    LongestBatch.on_train_begin = measured  # type: ignore[method-assign]
+    return tried
+
+
+@contextlib.contextmanager
+def count_stops(wanted: bool) -> Iterator[list[str]]:
+    """Gets a line for each time that the host waits for the GPU in a training loop."""
+    import torch
+    from transformers import Trainer
+
+    stops: list[str] = []
+    loop = Trainer._inner_training_loop
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return loop(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                stops.extend(f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA" in str(w.message))
+
+    if wanted and torch.cuda.is_available():
+        Trainer._inner_training_loop = counted
+    yield stops
+
+
+def digest(folder: Path) -> str:
+    """Tells whether two runs made the same weights, to the last bit."""
+    found = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:8]
+
+
 def train_recipe(file: Path) -> int:
     """As `recipe-run FILE`; returns the number of the adapter's weights."""
-    import contextlib
     import io
 
     from recipe_runner.cli import main as recipe_run

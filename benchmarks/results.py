@@ -1,6 +1,6 @@
 """What comes after training, measured on SmolLM2-135M: batched answers, and a merge's time and memory.
 
-    python benchmarks/results.py generate [--pairs 3]
+    python benchmarks/results.py generate [--pairs 3] [--model FOLDER]
     python benchmarks/results.py merge RUN
 
 `generate` answers the held-out tickets one by one and in batches of 10, in turn, with 40 tokens each, and compares
@@ -29,13 +29,15 @@ TOKENS = 40
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ways = arguments.add_subparsers(dest="way", required=True)
-    ways.add_parser("generate").add_argument("--pairs", type=int, default=3)
+    generating = ways.add_parser("generate")
+    generating.add_argument("--pairs", type=int, default=3)
+    generating.add_argument("--model", type=Path, default=MODEL)
     merging = ways.add_parser("merge")
     merging.add_argument("run")
     merging.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = arguments.parse_args()
     if options.way == "generate":
-        compare_batches(options.pairs)
+        compare_batches(options.model, options.pairs)
     elif options.worker:
         merge(options.run)
     else:
@@ -43,15 +45,19 @@ def main() -> None:
         sys.exit(subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode)
 
 
-def compare_batches(pairs: int) -> None:
+def compare_batches(folder: Path, pairs: int) -> None:
+    import torch
+
     from recipe_runner.launch.process import set_up_process
 
-    set_up_process(on_cpu=True)
+    set_up_process()
     from recipe_runner.data.prompts import render_prompt
     from recipe_runner.model.answers import GREEDY, answer_all
     from recipe_runner.model.load import load_result
 
-    model, tokenizer = load_result(MODEL, dtype="float32")
+    gpu = torch.cuda.is_available()
+    place: dict[str, Any] = {"dtype": "bfloat16", "device_map": {"": 0}} if gpu else {"dtype": "float32"}
+    model, tokenizer = load_result(folder, **place)
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
     prompts = [
         render_prompt([{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}"}], tokenizer)
