@@ -207,14 +207,15 @@ def row(setup: Setup, side: str, file: Path, weights: int, answer: subprocess.Co
     used = f"{flops * found['tokens_per_second'] / peak:.1%}" if peak else "-"
     memory = f"{found['allocated'] / GIB:.2f} | {found['reserved'] / GIB:.2f}"
     losses = f"{found['losses'][0]:.6g} {found['losses'][-1]:.6g}"
-    beside = f"{found['before'] / GIB:.2f} GiB were in use before" if found["before"] > 0.05 * GIB else ""
+    beside = [f"{found['before'] / GIB:.2f} GiB were in use before"] if found["before"] > 0.05 * GIB else []
     if setup in STOPS:
-        beside = f"{found['stops']:.1f} stops a step"
+        beside.append(f"{found['stops']:.1f} stops a step")
     if setup in FIRST:
-        beside = f"a step {found['step']:.2f} s; adapter or weights {found['digest']}"
+        beside.append(f"a step {found['step']:.2f} s; weights {found['digest']}")
     if "tried" in found:
-        beside += f"; tried in {found['tried']:.2f} s with {found['tried_allocated'] / GIB:.2f} GiB"
-    return f"| {setup.name} | {side} | {found['tokens_per_second']:,.0f} | {used} | {memory} | {losses} | {beside} |"
+        beside.append(f"tried in {found['tried']:.2f} s with {found['tried_allocated'] / GIB:.2f} GiB")
+    speed = f"{found['tokens_per_second']:,.0f} | {used}"
+    return f"| {setup.name} | {side} | {speed} | {memory} | {losses} | {'; '.join(beside)} |"
 
 
 def device_name() -> str:

@@ -58,7 +58,12 @@ def stop_options(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
 
 
 def answer_prompts(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], batch_size: int, **options: Any
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    batch_size: int,
+    room: int | None = None,
+    **options: Any,
 ) -> Iterator[dict[int, Answer]]:
     """Answers prompts, those of like length together, the longest first.
 
@@ -69,7 +74,8 @@ def answer_prompts(
         model: In evaluation mode.
         tokenizer: Its own.
         prompts: In tokens.
-        batch_size: How many at a time.
+        batch_size: How many at a time, at most.
+        room: Tokens of a batch's prompts, with what pads them, at most; one prompt may have more.
         options: For `generate`.
 
     Yields:
@@ -81,7 +87,8 @@ def answer_prompts(
     virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     while order:
         width = len(prompts[order[0]])
-        places = [place for place in order[:batch_size] if not virtual or len(prompts[place]) == width]
+        most = batch_size if room is None else min(batch_size, max(1, room // width))
+        places = [place for place in order[:most] if not virtual or len(prompts[place]) == width]
         order = order[len(places) :]
         rows = [[pad] * (width - len(prompts[place])) + list(prompts[place]) for place in places]
         masks = [[0] * (width - len(prompts[place])) + [1] * len(prompts[place]) for place in places]
@@ -102,10 +109,15 @@ def read_answer(tokens: list[int], ends: Sequence[int], tokenizer: PreTrainedTok
 
 
 def answer_all(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], batch_size: int, **options: Any
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    batch_size: int,
+    room: int | None = None,
+    **options: Any,
 ) -> list[Answer]:
     """The answers to all prompts, in their order. See `answer_prompts`."""
     found: dict[int, Answer] = {}
-    for answers in answer_prompts(model, tokenizer, prompts, batch_size, **options):
+    for answers in answer_prompts(model, tokenizer, prompts, batch_size, room, **options):
         found |= answers
     return [found[place] for place in range(len(prompts))]

@@ -27,7 +27,8 @@ class LongestBatch(TrainerCallback):
     """Trains on the longest rows before the first step, without a step, and leaves no trace of it.
 
     Weights, gradients, random numbers, the order of the data and what is logged are as before. The memory that the
-    optimizer will take with its first step is held meanwhile. Every process of a launch does the same.
+    optimizer will take with its first step is held meanwhile, and what its step takes for a moment is asked for.
+    Every process of a launch does the same.
     """
 
     def __init__(self, trainer: Any, splits: dict[str, PreparedSplit], sources: Sequence[str]) -> None:
@@ -136,12 +137,16 @@ def _forget_gradients(engine: Any) -> None:
 @contextlib.contextmanager
 def _held(trainer: Any) -> Iterator[None]:
     """Holds the memory that the optimizer's state will take; DeepSpeed has taken it already."""
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED or trainer.args.device.type == "cpu":
+    device = trainer.args.device
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED or device.type == "cpu":
         yield
         return
     parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
-    held = torch.empty(state_bytes(trainer.args.optim, parameters), dtype=torch.uint8, device=trainer.args.device)
-    yield
+    size = state_bytes(trainer.args.optim, parameters)
+    held = torch.empty(size, dtype=torch.uint8, device=device)
+    yield  # until the gradients are there
+    if trainer.args.optim == "adamw_torch":  # with all weights at once: the roots of the second moments (torch 2.13)
+        torch.empty(size // 2, dtype=torch.uint8, device=device)
     del held
 
 

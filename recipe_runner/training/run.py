@@ -27,7 +27,7 @@ from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, 
 from recipe_runner.training.environment import measure_memory
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
-from recipe_runner.training.longest import LongestBatch
+from recipe_runner.training.longest import LongestBatch, find_longest
 from recipe_runner.training.optimizer import forget_modules, use_peft_optimizer
 from recipe_runner.training.samples import Sampler, record_golden
 from recipe_runner.training.state import keep_state
@@ -91,16 +91,18 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         if recipe.run.longest_batch_first:
             sources = [source.source for source in recipe.dataset.sources]
             trainer.add_callback(LongestBatch(trainer, prepared.data.splits, sources))
+        rows, longest = find_longest(prepared.data.splits["train"], config.per_device_train_batch_size)
+        room = max(LEAST_ROOM, len(rows) * longest)
         say_progress(trainer, recipe.stage)
         early = EarlyStop(**recipe.run.early_stopping) if recipe.run.early_stopping else None
         if early:
             trainer.add_callback(early)
         if asked := recipe.run.samples:
             every, most = asked["every"], asked["max_new_tokens"]
-            trainer.add_callback(Sampler(trainer, folder, prepared.samples, every, most))
+            trainer.add_callback(Sampler(trainer, folder, prepared.samples, every, most, room))
         _train(trainer, folder, interruption, found is not None, early)
         result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)), recipe.stage, initial)
-        record_golden(trainer, folder, prepared.golden, plain_base=initial is None)
+        record_golden(trainer, folder, prepared.golden, plain_base=initial is None, room=room)
         if config.process_index == 0:
             card.write_card(recipe, folder, result, prepared.train.accounting, trainer.state.log_history)
         measured = {"measured": measure_memory(config.device)}
@@ -187,6 +189,8 @@ def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Pat
         verify.verify_saved(trainer, result, [input_ids_of(stage, row) for row in tried], gathered, initial)
     return result
 
+
+LEAST_ROOM = 512  # tokens that answers may take at a time, however short the rows are
 
 # Ctrl-C, a scheduler, a terminal that is closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))

@@ -31,8 +31,10 @@ class Sampler(TrainerCallback):
     Every process of a launch answers: sharded weights need all of them.
     """
 
-    def __init__(self, trainer: Any, folder: Path, prompts: Sequence[Prompt], every: str | int, tokens: int) -> None:
-        self.trainer, self.folder, self.every, self.most = trainer, folder, every, tokens
+    def __init__(
+        self, trainer: Any, folder: Path, prompts: Sequence[Prompt], every: str | int, tokens: int, room: int
+    ) -> None:
+        self.trainer, self.folder, self.every, self.most, self.room = trainer, folder, every, tokens, room
         self.asked, tokenizer = [], trainer.processing_class
         self.prompts = [render_prompt(prompt.content, tokenizer) for prompt in prompts]
         for prompt in prompts:
@@ -63,7 +65,7 @@ class Sampler(TrainerCallback):
         if self.taken and not last and not affordable:
             self.skipped += 1
             return
-        answers = answer_in_training(self.trainer, self.prompts, self.most)
+        answers = answer_in_training(self.trainer, self.prompts, self.most, self.room)
         self.taken += (seconds := time.monotonic() - began)
         if state.is_world_process_zero:
             told = [asked | {"answer": answer.text} for asked, answer in zip(self.asked, answers, strict=True)]
@@ -71,13 +73,17 @@ class Sampler(TrainerCallback):
             append_metrics(self.folder, entry | ({"samples_skipped": self.skipped} if self.skipped else {}))
 
 
-def answer_in_training(trainer: Any, prompts: Sequence[list[int]], tokens: int) -> list[Answer]:
+def answer_in_training(trainer: Any, prompts: Sequence[list[int]], tokens: int, room: int) -> list[Answer]:
     """Greedy answers of a model in training, which goes on as if nothing had been asked; every process has to call it.
+
+    A layer keeps keys and values of all tokens of a batch, as it keeps activations in training: with no more tokens
+    than a training batch has, answering takes about as much memory as training did.
 
     Args:
         trainer: With the model, as the launcher wrapped it.
         prompts: In tokens.
         tokens: The most of an answer.
+        room: Tokens of a training batch, or a little more.
     """
     was_training = trainer.model.training
     with (
@@ -89,7 +95,7 @@ def answer_in_training(trainer: Any, prompts: Sequence[list[int]], tokens: int) 
     ):
         model.eval()
         options = GREEDY | {"max_new_tokens": tokens, "use_cache": True}
-        answers = answer_all(model, trainer.processing_class, prompts, len(prompts), **options)
+        answers = answer_all(model, trainer.processing_class, prompts, len(prompts), room, **options)
     trainer.model.train(was_training)
     return answers
 
@@ -105,7 +111,7 @@ def _can_answer(trainer: Any) -> bool:
     return not trainer.is_fsdp_enabled and not (zero3 and getattr(config, "is_prompt_learning", False))
 
 
-def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_base: bool) -> None:
+def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_base: bool, room: int) -> None:
     """Writes the golden rows of a model that is trained; every process has to call it.
 
     What a chat template refuses (a system prompt) is left out, and so is what is too long. Weights that FSDP sharded
@@ -116,6 +122,7 @@ def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_b
         folder: The run folder.
         prompts: Of the golden rows.
         plain_base: Whether the base in memory is the plain one, so that it can be asked, too.
+        room: Tokens of a training batch; a longer prompt is left out, too.
     """
     tokenizer, context = trainer.processing_class, count_context(trainer.model) or LONGEST
     rendered: list[tuple[Prompt, list[int]]] = []
@@ -124,18 +131,18 @@ def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_b
             tokens = render_prompt(prompt.content, tokenizer)
         except UserError:
             continue  # of what people may ask, the template takes a part
-        if 0 < len(tokens) <= min(LONGEST, context - GOLDEN_TOKENS):
+        if 0 < len(tokens) <= min(LONGEST, room, context - GOLDEN_TOKENS):
             rendered.append((prompt, tokens))
     ids = [tokens for _, tokens in rendered]
     answers: list[Answer] = []
     before: list[Answer] = []
     if ids and _can_answer(trainer):
         try:
-            answers = answer_in_training(trainer, ids, GOLDEN_TOKENS)
+            answers = answer_in_training(trainer, ids, GOLDEN_TOKENS, room)
             model = trainer.accelerator.unwrap_model(trainer.model)
             if isinstance(model, PeftModel) and plain_base and can_switch_off(model.active_peft_config):
                 with model.disable_adapter():
-                    before = answer_in_training(trainer, ids[:BEFORE], GOLDEN_TOKENS)
+                    before = answer_in_training(trainer, ids[:BEFORE], GOLDEN_TOKENS, room)
         except Exception as error:  # an architecture that can't generate: the result is saved and compared already
             if trainer.args.process_index == 0:
                 message = f"the model does not answer: {first_line(error)}"
