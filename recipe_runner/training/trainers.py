@@ -23,6 +23,7 @@ from recipe_runner.training.calibration import collect_batches, finish_initialis
 from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
 from recipe_runner.training.packing import PackingCheck
 from recipe_runner.training.prepare import Prepared
+from recipe_runner.training.spared import spare
 
 # Trained in float32 on a quantized base: scales near 1, and layers that convert nothing (PEFT 0.21, tuners/*/bnb.py).
 PRECISE = ("ia3", "ln_tuning", "hira", "pvera", "road")
@@ -97,6 +98,7 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     trainer.create_model_card = lambda **kwargs: None
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)
+    spare(trainer)
     if "seq_lengths" in prepared.train.dataset.column_names:
         trainer.add_callback(PackingCheck(trainer, name))
     return trainer

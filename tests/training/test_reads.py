@@ -46,8 +46,8 @@ def reads(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_at_most_one_read_a_step_more_than_trl_alone(run_recipe, reads, tiny_phi3, tmp_path, stage):
+@pytest.mark.parametrize("way", ["sft", "packed", "dpo"])
+def test_at_most_one_read_a_step_more_than_trl_alone(run_recipe, reads, tiny_phi3, tmp_path, way):
     import trl
     from datasets import Dataset
     from peft import LoraConfig
@@ -62,8 +62,11 @@ def test_at_most_one_read_a_step_more_than_trl_alone(run_recipe, reads, tiny_phi
     }
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     pair = {"prompt": talk[:1], "chosen": talk[1:], "rejected": [talk[1] | {"content": "c"}]}
-    row, dataset = {"messages": talk}, {"format": "chat", "train_on": "completion"}
-    if stage == "dpo":
+    row, dataset, stage = {"messages": talk}, {"format": "chat", "train_on": "completion"}, "sft"
+    if way == "packed":
+        settings |= {"packing": True, "max_length": 16}
+    if way == "dpo":
+        stage = "dpo"
         row, dataset = pair, {"format": "preference"}
     run = {"output_dir": str(tmp_path / "runs"), "longest_batch_first": False}
     result, _ = run_recipe(stage=stage, rows=[row] * 40, dataset=dataset, training=settings, peft=LORA, run=run)

@@ -1,0 +1,162 @@
+"""What is not computed: attention between packed documents, the loss of tokens that are not learned. Results stay."""
+
+import pytest
+import torch
+from shared import LORA, metrics
+
+DOCUMENTS = [[5, 9, 2, 7] * 9, [3] * 5, [8, 1, 6] * 7]  # one is longer than the sliding window
+KINDS = {
+    "phi3": {"num_key_value_heads": 2, "sliding_window": 16},
+    "llama": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 4},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16},
+    "gpt_neox": {},
+}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+COUNTING = [
+    {"messages": [{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": "one " * n}]}
+    for n in (3, 30, 7, 12, 5, 22, 9, 4)
+]
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Queries of each call of PyTorch's attention."""
+    found, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, *args, **kwargs):
+        found.append(query.shape[2])
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    return found
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Makes the next runs as upstream computes them."""
+    import trl.trainer.utils
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from trl.kernels.chunked_logprob import _use_triton
+
+    from recipe_runner.training import trainers
+
+    def undo():
+        monkeypatch.setattr(trainers, "spare", lambda trainer: None)
+        monkeypatch.setattr(trl.trainer.utils, "_use_triton", _use_triton)
+        AttentionInterface.register("sdpa", sdpa_attention_forward)
+
+    return undo
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_are_attended_one_by_one(kind, sizes):
+    """With the mask's blocks, so that a sliding window is heeded; gradients are those of the whole row."""
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from recipe_runner.training.spared import DocumentCollator, attend_within_documents
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, **KINDS[kind])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)  # so that context matters
+    first, second, third = DOCUMENTS
+    rows = [{"input_ids": first + second, "labels": first + second, "seq_lengths": [36, 5]}]
+    rows.append({"input_ids": third, "labels": third, "seq_lengths": [21]})
+    found, gradients = [], []
+    for attend in (sdpa_attention_forward, attend_within_documents):
+        AttentionInterface.register("sdpa", attend)
+        batch = DocumentCollator(pad_token_id=0, padding_free=True)(rows)
+        assert batch["document_bounds"] == (0, 36, 41, 62)
+        model.zero_grad()
+        sizes.append("|")
+        output = model(**batch, use_cache=False)
+        output.loss.backward()
+        found.append(output.logits.detach())
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    border = sizes.index("|", 1)
+    assert set(sizes[1:border]) == {62}
+    assert set(sizes[border + 1 :]) == {36, 5, 21}
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_packed_run_is_the_same(run_recipe, sizes, plain):
+    """Two packed rows a batch, which TRL makes one row of: no attention is larger than the longest document."""
+    found, most = [], []
+    training = {"packing": True, "max_length": 64, "per_device_train_batch_size": 2, "max_steps": 3}
+    for number in range(2):
+        if number:
+            plain()
+        sizes.clear()
+        options = {"rows": COUNTING, "dataset": {"format": "chat"}, "training": training, "peft": LORA}
+        result, folder = run_recipe(name=f"run{number}", **options)
+        assert result.status == 0, result.err
+        found.append([(entry["loss"], entry["entropy"]) for entry in metrics(folder) if "loss" in entry])
+        most.append(max(sizes))
+    assert most[0] <= 64 < most[1], "transformers still attends to the whole row"
+    assert len(found[0]) == 3
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_only_what_is_learned_is_scored(run_recipe, plain, monkeypatch, stage):
+    """The loss, its entropy and accuracy are those of TRL, which on a CPU scores the prompts, too."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    scored, apply = [], ChunkedLogProbFunction.apply
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", lambda *args: scored.append(len(args[0])) or apply(*args))
+    rows = [{"instruction": "one two three " * n, "output": "four " * n} for n in range(1, 9)]
+    dataset = {"format": "instruction"}
+    if stage == "dpo":
+        rows = [{"prompt": "one two " * n, "chosen": "four " * n, "rejected": "no"} for n in range(1, 9)]
+        dataset = {"format": "preference"}
+    found, total = [], []
+    for number in range(2):
+        if number:
+            plain()
+        scored.clear()
+        training = {"max_steps": 3, "per_device_train_batch_size": 2}
+        options = {"stage": stage, "rows": rows, "dataset": dataset, "training": training, "peft": LORA}
+        result, folder = run_recipe(name=f"run{number}", **options)
+        assert result.status == 0, result.err
+        found.append([entry for entry in metrics(folder) if "loss" in entry])
+        total.append(sum(scored))
+    assert 0 < total[0] < total[1], "TRL still scores all tokens on a CPU"
+    for ours, theirs in zip(*found, strict=True):
+        for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_batch_without_learned_tokens_is_a_loss_of_0(tiny_phi3, plain):
+    import trl.trainer.utils
+    from transformers import AutoModelForCausalLM
+
+    from recipe_runner.training.spared import scores_only_learned
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_phi3)
+    trl.trainer.utils.add_fused_lm_head(model)
+    plain()
+    trl.trainer.utils._use_triton = scores_only_learned
+    ids = torch.tensor([[1, 2, 3, 4]])
+    output = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+    output.loss.backward()
+    assert output.loss.item() == 0
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
