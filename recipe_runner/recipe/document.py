@@ -31,6 +31,7 @@ _INT = re.compile(r"[-+]?[0-9]{1,300}|0o[0-7]{1,300}|0x[0-9a-fA-F]{1,300}")
 _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
+_FIRST = {"", *"nN~tTfF0123456789+-."}  # characters of null, true, false and numbers
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -115,15 +116,21 @@ def _parse_events(text: str, name: str) -> Iterator[Any]:
         if documents > 1:
             place = _mark(name, event.start_mark)
             raise user_error("several-documents", "the file holds several YAML documents", "one recipe a file", place)
-        if isinstance(event, yaml.NodeEvent | yaml.CollectionEndEvent):
-            count += isinstance(event, yaml.NodeEvent)
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH or count > MAX_VALUES:
-                _check_size(depth, count, _mark(name, event.start_mark))
-            if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_TEXT:
+        if isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if len(event.value) > MAX_TEXT:
                 message = f"a value of {len(event.value):,} characters; {MAX_TEXT:,} are allowed"
                 raise user_error("yaml-too-large", message, "", _mark(name, event.start_mark))
-            yield event
+        elif isinstance(event, yaml.NodeEvent):
+            count += 1
+            depth += isinstance(event, yaml.CollectionStartEvent)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        else:
+            continue
+        if depth > MAX_DEPTH or count > MAX_VALUES:
+            _check_size(depth, count, _mark(name, event.start_mark))
+        yield event
 
 
 def _check_size(depth: int, count: int, mark: Mark) -> None:
@@ -135,6 +142,8 @@ def _check_size(depth: int, count: int, mark: Mark) -> None:
 
 def parse_scalar(text: str) -> Any:
     """Reads a plain scalar by the rules of YAML 1.2's core schema."""
+    if text[:1] not in _FIRST:  # most words: nothing but a string begins so
+        return text
     if _NULL.fullmatch(text):
         return None
     if _BOOL.fullmatch(text):
@@ -171,18 +180,17 @@ class _Builder:
         self.count += 1
         if isinstance(event, yaml.AliasEvent):
             return self.alias(str(event.anchor), path, mark)
-        _check_size(len(path), self.count, mark)
+        if len(path) > MAX_DEPTH or self.count > MAX_VALUES:
+            _check_size(len(path), self.count, mark)
         if event.tag not in (None, "!", "tag:yaml.org,2002:str"):
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             self.problem("yaml-tag", f"the tag '{tag}'", "write the value without a tag", mark, path)
-        if isinstance(event, yaml.MappingStartEvent):
-            value: Any = self.mapping(path)
-        elif isinstance(event, yaml.SequenceStartEvent):
-            value = self.sequence(path)
-        else:
+        if isinstance(event, yaml.ScalarEvent):
             if "\0" in event.value:  # no path, no name and no text of a recipe has one, and the system refuses it
                 raise user_error("yaml-syntax", "the value holds a NUL character", "remove it", mark, path)
-            value = parse_scalar(event.value) if not event.style and event.tag is None else event.value
+            value: Any = parse_scalar(event.value) if not event.style and event.tag is None else event.value
+        else:
+            value = self.mapping(path) if isinstance(event, yaml.MappingStartEvent) else self.sequence(path)
         if isinstance(value, float) and not math.isfinite(value):
             self.problem("not-finite", f"{event.value} is not a finite number", "write a number", mark, path)
         if event.anchor:

@@ -57,14 +57,21 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def examine_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[Problem]]:
+def examine_recipe(
+    file: Path, overrides: Sequence[str] = (), document: Document | None = None
+) -> tuple[Recipe | None, list[Problem]]:
     """Reads, resolves and validates a recipe file.
+
+    Args:
+        file: A recipe.
+        overrides: `a.b=c` assignments.
+        document: What the file holds, where it has been read already; it is used up.
 
     Returns:
         The recipe, or None if it has errors; and all problems, warnings included, in the order of the file.
     """
     try:
-        document = read_document(file)
+        document = document or read_document(file)
         draft = _extend(document, file, [])
         passed = [text for text in overrides if draft.values.get("stage") == PIPELINE and not _is_own(text)]
         for override in overrides:
@@ -115,10 +122,11 @@ def _resolve_pipeline(
     for number, name in enumerate(names):
         path: KeyPath = ("stages", number)
         mark = draft.place(path, False)
-        folder = draft.folders.get(mark.file, Path.cwd())
+        folder, document = draft.folders.get(mark.file, Path.cwd()), None
         try:
             found = Path(os.path.abspath(_locate(name, folder)))
-            if read_document(found).values.get("stage") == PIPELINE:
+            document = read_document(found)
+            if document.values.get("stage") == PIPELINE:
                 own = "itself" if found.resolve() == file.resolve() else "a pipeline"
                 message = f"{name} is {own}: a pipeline's stages are recipes that train"
                 problems.append(Problem("nested-pipeline", message, mark, path, "name the recipes one by one"))
@@ -128,7 +136,7 @@ def _resolve_pipeline(
                 hint = error.problems[0].suggestion or "name a recipe file (.yaml) or a shipped recipe"
                 problems.append(Problem("stage-not-found", f"cannot read {name}", mark, path, hint))
                 continue
-        recipe, wrong = examine_recipe(found, overrides)
+        recipe, wrong = examine_recipe(found, overrides, document)
         problems += wrong
         values["stages"][number] = str(found)
         if recipe:
@@ -259,7 +267,9 @@ def _drop_nulls(values: dict[str, Any]) -> None:
 
 
 def _repaired(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    """A copy with the keys and values that were meant: rules judge the recipe, not the typo."""
+    """The keys and values that were meant, a copy where they are others: rules judge the recipe, not the typo."""
+    if not problems:
+        return values
     values = copy.deepcopy(values)
     for problem in problems:
         if problem.code in ("unknown-key", "renamed-key", "misplaced-key", "removed-key", "out-of-bounds"):

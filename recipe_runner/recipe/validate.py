@@ -40,6 +40,8 @@ def check_values(values: dict[str, Any], place: Place) -> list[Problem]:
     stage = kinds.get("training") if kinds.get("training") in schema.choices("stage") else ""
     method = kinds.get("peft", schema.choices("peft", "method")[0])  # what a method that is left out may be
     method = method if method in METHODS else ""
+    if schema.quick_validator(stage, method).is_valid(values):
+        return []
     errors = list(itertools.islice(schema.validator(stage, method).iter_errors(values), MOST_ERRORS))
     refused = {tuple(error.absolute_path) for error in errors if error.validator == "not"}
     found: list[Problem] = []

@@ -21,9 +21,9 @@ from recipe_runner.runs.folder import last_checkpoint
 from recipe_runner.stages import load_class
 from recipe_runner.training.calibration import collect_batches, finish_initialisation, look_at_data
 from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
-from recipe_runner.training.packing import PackingCheck
+from recipe_runner.training.packing import PackingCheck, split_attention
 from recipe_runner.training.prepare import Prepared
-from recipe_runner.training.spared import spare
+from recipe_runner.training.scoring import score_on_cpu
 
 # Trained in float32 on a quantized base: scales near 1, and layers that convert nothing (PEFT 0.21, tuners/*/bnb.py).
 PRECISE = ("ia3", "ln_tuning", "hira", "pvera", "road")
@@ -98,8 +98,9 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     trainer.create_model_card = lambda **kwargs: None
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)
-    spare(trainer)
+    score_on_cpu()
     if "seq_lengths" in prepared.train.dataset.column_names:
+        split_attention(trainer)
         trainer.add_callback(PackingCheck(trainer, name))
     return trainer
 

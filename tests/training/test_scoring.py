@@ -1,4 +1,4 @@
-"""What is not computed: attention between packed documents, the loss of tokens that are not learned. Results stay."""
+"""What is not computed, or otherwise than upstream does: attention in packed rows, the loss on a CPU. Results stay."""
 
 import pytest
 import torch
@@ -48,13 +48,15 @@ def plain(monkeypatch):
     import trl.trainer.utils
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from trl.kernels.chunked_logprob import _use_triton
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
 
     from recipe_runner.training import trainers
 
     def undo():
-        monkeypatch.setattr(trainers, "spare", lambda trainer: None)
+        monkeypatch.setattr(trainers, "split_attention", lambda trainer: None)
+        monkeypatch.setattr(trainers, "score_on_cpu", lambda: None)
         monkeypatch.setattr(trl.trainer.utils, "_use_triton", _use_triton)
+        monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
         AttentionInterface.register("sdpa", sdpa_attention_forward)
 
     return undo
@@ -66,7 +68,7 @@ def test_documents_are_attended_one_by_one(kind, sizes):
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from recipe_runner.training.spared import DocumentCollator, attend_within_documents
+    from recipe_runner.training.packing import DocumentCollator, attend_within_documents
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SIZES, **KINDS[kind])
@@ -120,41 +122,82 @@ def test_only_what_is_learned_is_scored(run_recipe, plain, monkeypatch, stage):
     """The loss, its entropy and accuracy are those of TRL, which on a CPU scores the prompts, too."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    scored, apply = [], ChunkedLogProbFunction.apply
-    monkeypatch.setattr(ChunkedLogProbFunction, "apply", lambda *args: scored.append(len(args[0])) or apply(*args))
+    from recipe_runner.training import scoring
+
+    scored = []
+    for name, of in (("ours", scoring.Score), ("TRL's", ChunkedLogProbFunction)):
+        watch(monkeypatch, of, lambda hidden, name=name: scored.append((name, len(hidden))))
     rows = [{"instruction": "one two three " * n, "output": "four " * n} for n in range(1, 9)]
     dataset = {"format": "instruction"}
     if stage == "dpo":
         rows = [{"prompt": "one two " * n, "chosen": "four " * n, "rejected": "no"} for n in range(1, 9)]
         dataset = {"format": "preference"}
-    found, total = [], []
+    found = []
     for number in range(2):
         if number:
             plain()
-        scored.clear()
         training = {"max_steps": 3, "per_device_train_batch_size": 2}
         options = {"stage": stage, "rows": rows, "dataset": dataset, "training": training, "peft": LORA}
         result, folder = run_recipe(name=f"run{number}", **options)
         assert result.status == 0, result.err
         found.append([entry for entry in metrics(folder) if "loss" in entry])
-        total.append(sum(scored))
-    assert 0 < total[0] < total[1], "TRL still scores all tokens on a CPU"
+    total = {name: sum(count for by, count in scored if by == name) for name, _ in scored}
+    assert 0 < total["ours"] < total["TRL's"], "TRL still scores all tokens on a CPU"
     for ours, theirs in zip(*found, strict=True):
         for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
             if name in theirs:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
+def watch(monkeypatch, of, look):
+    apply = of.apply
+    monkeypatch.setattr(of, "apply", lambda hidden, *rest: look(hidden) or apply(hidden, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 23])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_are_those_of_trl(monkeypatch, tokens, dtype, autocast):
+    """In one part and in several, with all that an architecture may ask for; the gradients, too."""
+    from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
+
+    from recipe_runner.training import scoring
+
+    monkeypatch.setattr(scoring, "LOGITS", 5 * 300)
+    torch.manual_seed(tokens)
+    targets, found = torch.randint(0, 300, (tokens,)), []
+    values = [torch.randn(tokens, 16, dtype=dtype), torch.randn(300, 16), torch.randn(300)]
+    for of in (scoring.Score, ChunkedLogProbFunction):
+        given = [value.clone().requires_grad_() for value in values]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            scores = of.apply(*given, targets, 0.7, 128, 20.0, 0.5, OPTIONAL_OUTPUTS)
+        (scores[0].sum() + 0.1 * scores[1].sum()).backward()
+        found.append((scores, [value.grad for value in given]))
+    exact = dtype == torch.float32 and not autocast
+    close = {"rtol": 1e-4, "atol": 1e-5} if exact else {"rtol": 2e-2, "atol": 3e-2 * max(1, tokens) ** 0.5}
+    for ours, theirs in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_what_is_not_asked_for_is_not_computed():
+    from recipe_runner.training.scoring import Score
+
+    scores = Score.apply(torch.ones(2, 4), torch.ones(8, 4), None, torch.tensor([1, 2]), 1.0, 8)
+    assert scores[1:] == (None, None, None, None)
+
+
 def test_a_batch_without_learned_tokens_is_a_loss_of_0(tiny_phi3, plain):
     import trl.trainer.utils
     from transformers import AutoModelForCausalLM
 
-    from recipe_runner.training.spared import scores_only_learned
+    from recipe_runner.training.scoring import score_on_cpu
 
     model = AutoModelForCausalLM.from_pretrained(tiny_phi3)
     trl.trainer.utils.add_fused_lm_head(model)
     plain()
-    trl.trainer.utils._use_triton = scores_only_learned
+    score_on_cpu()
     ids = torch.tensor([[1, 2, 3, 4]])
     output = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
     output.loss.backward()
