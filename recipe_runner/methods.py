@@ -248,6 +248,8 @@ _KNOWN = (
 
 METHODS = {method.name: method for method in _KNOWN}
 
+WAYS = ("qlora", "lora", "full")  # of tuning, that `recipe-run new` offers
+
 # Methods of PEFT that no recipe can use, and why.
 REFUSED = {
     "xlora": "it routes between adapters that are trained already: train those, each by a recipe",

@@ -5,9 +5,6 @@ from typing import Any
 
 import click
 
-from recipe_runner.recipe.library import shipped_recipes
-from recipe_runner.recipe.resolve import load_recipe
-
 
 @click.command(name="list")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
@@ -18,6 +15,9 @@ def command(form: str) -> None:
 
 def list_recipes(form: str) -> str:
     """The shipped recipes, one a line or as JSON."""
+    from recipe_runner.recipe.library import shipped_recipes
+    from recipe_runner.recipe.resolve import load_recipe
+
     rows: list[dict[str, Any]] = []
     for file in shipped_recipes():
         recipe = load_recipe(str(file))

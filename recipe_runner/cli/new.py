@@ -1,20 +1,10 @@
 """`recipe-run new`: writes a new recipe."""
 
-import os
-import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
-from recipe_runner.data.look import Look, look_at
-from recipe_runner.files import write_new
-from recipe_runner.problems.errors import UserError, user_error
-from recipe_runner.problems.problem import Mark
-from recipe_runner.recipe.new import WAYS, compose, copy_shipped, find_columns, guess_format, stage_for
-from recipe_runner.recipe.resolve import examine_recipe
-from recipe_runner.recipe.rules.data import is_file_source
-from recipe_runner.recipe.schema import is_name
+from recipe_runner.methods import WAYS
 from recipe_runner.stages import FORMATS, STAGES
 
 
@@ -38,79 +28,6 @@ def command(
     source: str | None,
 ) -> None:
     """Write a new recipe to FILE (NAME.yaml). What no option says is asked; columns are taken from local data."""
-    if file.suffix != ".yaml":
-        raise click.BadParameter("give a name that ends with .yaml", param_hint="FILE")
-    if not is_name(file.stem):
-        hint = "a recipe is named as its file: letters, digits, '.', '_' and '-', a letter or digit first"
-        raise click.BadParameter(hint, param_hint="FILE")
-    fitting = [name for name in FORMATS if stage_for(name) == stage]
-    form = form or (fitting[0] if len(fitting) == 1 else "")
-    if stage and form and stage_for(form) != stage:
-        raise click.BadParameter(f"format {form} is for stage {stage_for(form)}", param_hint="--stage")
-    if source:
-        text = copy_shipped(file.stem, source)
-    else:
-        try:
-            model = model or click.prompt("Base model (hub id or folder)", default="microsoft/Phi-3-mini-4k-instruct")
-            look = _look(file.parent, data) if data else None
-            guess = (guess_format(look.columns) if look else None) or "chat"
-            form = form or click.prompt("Layout of the data", type=click.Choice(list(FORMATS)), default=guess)
-            way = way or click.prompt("Method", type=click.Choice(WAYS), default="qlora")
-            data = data or click.prompt("Data (hub id or file)")
-        except click.Abort as error:
-            if sys.stdin.isatty():  # Ctrl-C
-                raise
-            needed = "there is nobody to ask: give --model, --format, --method and --data, or --from"
-            raise click.UsageError(needed) from error
-        look = look or _look(file.parent, data)
-        columns = _choose_columns(form, data, look, dict(_pair(pair) for pair in given))
-        model, data = (_seen_from(file.parent, name) for name in (model, data))
-        text = compose(file.stem, model, form, way, data, columns, look.rows if look else None)
-    write_new(file, text)
-    recipe, problems = examine_recipe(file)
-    if recipe is None:
-        file.unlink()  # ours, and new
-        raise UserError(problems)
-    for problem in problems:
-        click.echo(problem, err=True)
-    click.echo(f"{file} is written; recipe-run {file} trains")
+    from recipe_runner.cli.asking import write_recipe
 
-
-def _pair(text: str) -> tuple[str, str]:
-    role, equals, name = text.partition("=")
-    if not equals or not name:
-        raise click.BadParameter(f"{text}: expected ROLE=NAME", param_hint="--column")
-    return role, name
-
-
-def _seen_from(folder: Path, name: str) -> str:
-    """A file or folder as the recipe names it: what is typed here may lie elsewhere, seen from the recipe's folder."""
-    path = Path(os.path.expanduser(name))
-    if (folder / path).exists() or not path.exists() or path.is_absolute():
-        return name
-    relative = os.path.relpath(path, folder)
-    return relative if relative.startswith("..") or is_file_source(relative) else f"./{relative}"
-
-
-def _look(folder: Path, data: str) -> Look | None:
-    """What is in local data; None for the hub's."""
-    seen = _seen_from(folder, data)
-    return look_at(folder / os.path.expanduser(seen)) if is_file_source(seen) else None
-
-
-def _choose_columns(form: str, data: str, look: Look | None, given: dict[str, Any]) -> dict[str, str]:
-    """Role -> column: of local data by what is in it, of the hub's by the names of the roles.
-
-    Raises:
-        UserError: Local data has no column for a role.
-    """
-    if look is None:
-        return {role: role for role in FORMATS[form].required} | given
-    columns, missing = find_columns(form, look.columns, given)
-    if missing:
-        roles = ", ".join(f"'{role}'" for role in missing)
-        other = guess_format(look.columns)
-        message = f"no column of the data is known for {roles} of format {form}; its columns: {', '.join(look.columns)}"
-        fix = f"say which: --column {missing[0]}=NAME" + (f"; or take --format {other}" if other else "")
-        raise user_error("missing-column", message, fix, Mark(data))
-    return columns
+    write_recipe(file, model, form, stage, way, data, given, source)

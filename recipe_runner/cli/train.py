@@ -4,11 +4,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from recipe_runner.cli.options import launch_option, load_to_run, read_checked_launch, recipe_argument, set_option
-from recipe_runner.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from recipe_runner.recipe.recipe import Recipe
 
 
 @click.command(name="train")
@@ -59,7 +62,7 @@ def command(
         (run_pipeline if resolved.stages else run_recipe)(resolved, resume, launch)
 
 
-def _start_processes(recipe: Recipe, launch_file: str, options: Sequence[str], arguments: Sequence[str]) -> int:
+def _start_processes(recipe: "Recipe", launch_file: str, options: Sequence[str], arguments: Sequence[str]) -> int:
     """Checks a launch configuration against a recipe, runs `recipe-run ARGUMENTS` in each of its processes, and waits.
 
     Returns:

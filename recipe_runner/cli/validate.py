@@ -11,12 +11,10 @@ import click
 
 from recipe_runner.cli.options import choose_colour, launch_option, set_option
 from recipe_runner.problems.errors import UserError
-from recipe_runner.problems.problem import Problem
-from recipe_runner.recipe.library import collect_recipes
-from recipe_runner.recipe.resolve import examine_recipe
 
 if TYPE_CHECKING:
     from recipe_runner.launch.configuration import Launch
+    from recipe_runner.problems.problem import Problem
 
 MANY, PART = 200, 25  # recipes from which on several processes are worth it; and how many one takes at a time
 
@@ -56,7 +54,7 @@ def _fix(files: Sequence[Path], overrides: Sequence[str], form: str) -> None:
 
 def _check(
     files: Sequence[Path], overrides: Sequence[str], launch: "Launch | None"
-) -> Iterator[list[Problem] | Exception]:
+) -> "Iterator[list[Problem] | Exception]":
     """What was found in each recipe, or a bug of ours that it met; many recipes are checked by several processes."""
     check = partial(_check_file, overrides=overrides, launch=launch)
     if len(files) < MANY:
@@ -73,11 +71,13 @@ def _check(
 
 def _check_part(
     check: "Callable[[Path], list[Problem] | Exception]", parts: Sequence[Sequence[Path]], number: int
-) -> list[list[Problem] | Exception]:
+) -> "list[list[Problem] | Exception]":
     return [check(file) for file in parts[number]]
 
 
-def _check_file(file: Path, overrides: Sequence[str], launch: "Launch | None") -> list[Problem] | Exception:
+def _check_file(file: Path, overrides: Sequence[str], launch: "Launch | None") -> "list[Problem] | Exception":
+    from recipe_runner.recipe.resolve import examine_recipe
+
     try:
         recipe, found = examine_recipe(file, overrides)
         if launch and recipe:
@@ -97,6 +97,8 @@ def check_recipes(
     Returns:
         The number of errors, and of warnings.
     """
+    from recipe_runner.recipe.library import collect_recipes
+
     count, launch = 0, None
     problems: list[Problem] = []
     bugs: list[Exception] = []

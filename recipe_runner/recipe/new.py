@@ -25,7 +25,6 @@ FAMILIAR = {
     "text": ("content", "document", "body", "article"),
 }
 Columns = Mapping[str, Sequence[Any]]  # of local data: name -> its cells in the first rows
-WAYS = ("qlora", "lora", "full")  # of tuning
 QUANTIZATION = """\
 quantization:                      # 4-bit NormalFloat weights under the adapter: QLoRA
   load_in_4bit: true
@@ -94,7 +93,7 @@ def compose(name: str, model: str, form: str, way: str, data: str, columns: Mapp
         name: Its name.
         model: Hub id or folder.
         form: Format of the data.
-        way: What is tuned, of `WAYS`.
+        way: What is tuned, of `methods.WAYS`.
         data: Hub id, or file as it is named from the recipe.
         columns: Role -> column.
         rows: How many there are, where that is known: batches and evaluations suit them.

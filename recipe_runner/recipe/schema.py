@@ -75,8 +75,8 @@ def _flatten(schema: Any, known: Mapping[str, str]) -> Any:
         return schema
     own, together = _decide(schema, known)
     flat = {key: value for key, value in own.items() if key in _ASSERTED}
-    if not flat.keys() & {"then", "else"}:
-        flat.pop("if", None)
+    if "if" not in flat or not flat.keys() & {"then", "else"}:  # each says nothing without the other
+        flat = {key: value for key, value in flat.items() if key not in ("if", "then", "else")}
     for key in flat:
         if key in _MAPS:
             flat[key] = {name: _flatten(entry, known) for name, entry in flat[key].items()}

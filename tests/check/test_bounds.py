@@ -19,6 +19,7 @@ SERVER = """
 import os, sys
 from recipe_runner.cli import main
 import recipe_runner.cli.validate, recipe_runner.problems.writers, recipe_runner.launch.configuration
+import recipe_runner.recipe.resolve
 from recipe_runner.recipe import schema
 for line in sys.stdin:
     child = os.fork()

@@ -201,18 +201,18 @@ def test_an_index_that_is_no_ascii_number_is_an_unknown_key(run_cli, write_recip
 
 
 def test_the_trouble_of_one_file_never_hides_that_of_another(run_cli, tmp_path, monkeypatch, write_recipe):
-    from recipe_runner.cli import validate
+    from recipe_runner.recipe import resolve
 
     for name in ("a", "b", "c"):
         write_recipe(name, folder=tmp_path, typo=1)
-    examine = validate.examine_recipe
+    examine = resolve.examine_recipe
 
     def broken(file, overrides):
         if file.stem == "b":
             raise KeyError("stage")
         return examine(file, overrides)
 
-    monkeypatch.setattr(validate, "examine_recipe", broken)
+    monkeypatch.setattr(resolve, "examine_recipe", broken)
     result = run_cli("validate", *(tmp_path / f"{name}.yaml" for name in "abc"))
     assert result.status == 3
     assert result.out.count("error[unknown-key] typo") == 2

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -13,6 +14,7 @@ from recipe_runner.recipe.document import read_document
 from recipe_runner.recipe.library import shelf, shipped_recipes
 from recipe_runner.stages import STAGES
 
+ROOT = shelf()
 FILES = sorted((shelf() / "schema").rglob("*.schema.json"))
 BUNDLE = shelf() / "schema" / "recipe.bundle.schema.json"
 
@@ -110,3 +112,40 @@ def errors_but_integers(values):
     for error in schema.validator(method=method).iter_errors(values):
         if not (error.validator == "type" and isinstance(error.instance, float) and error.instance.is_integer()):
             yield error
+
+
+@pytest.mark.parametrize("method", ["", *METHODS])
+def test_the_quick_check_says_what_the_whole_one_says(method):
+    """Of all examples, right and wrong, as recipes of each stage."""
+    files = [*sorted((ROOT / "tests" / "examples").rglob("*.yaml")), *shipped_recipes()]
+    verdicts = Counter()
+    for file in files:
+        try:
+            values = read_document(file).values
+        except UserError:
+            continue
+        for stage in ("", *schema.choices("stage")):
+            whole, quick = (of(stage, method).is_valid(values) for of in (schema.validator, schema.quick_validator))
+            assert whole == quick, (file, stage)
+            verdicts[whole] += 1
+    assert verdicts[True] > 10
+    assert verdicts[False] > 100
+
+
+@pytest.mark.parametrize(
+    ("parts", "right", "wrong"),
+    [
+        ([{"properties": {"a": {}}, "additionalProperties": False}, {"properties": {"b": {}}}], {"a": 1}, {"b": 1}),
+        ([{"required": ["a"]}, {"required": ["b"]}], {"a": 1, "b": 1}, {"a": 1}),
+        ([{"properties": {"a": {"minimum": 2}}}, {"properties": {"a": {"minimum": 3}}}], {"a": 3}, {"a": 2}),
+        ([{"properties": {"a": {"maximum": 2}}}, {"properties": {"a": {"minimum": 1}}}], {"a": 1}, {"a": 3}),
+        ([{"if": {"required": ["a"]}, "then": {"required": ["b"]}}, {"then": {"required": ["c"]}}], {}, {"a": 1}),
+        ([{"then": False}, {"if": {"required": ["a"]}, "else": False}], {"a": 1}, {}),
+        ([{"type": "object"}, False], None, {}),
+    ],
+)
+def test_what_is_joined_says_the_same(parts, right, wrong):
+    flat = schema._flatten({"allOf": parts}, {})
+    for checked in (flat, {"allOf": parts}):
+        assert right is None or Draft202012Validator(checked).is_valid(right)
+        assert not Draft202012Validator(checked).is_valid(wrong)
