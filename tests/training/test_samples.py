@@ -110,3 +110,33 @@ def test_a_prompt_that_the_tokenizer_joins_to_its_answer_is_warned_of(run_recipe
     dataset["template"] = "Q: {instruction}\nA:\n{output}"
     result, _ = run_recipe(rows=ROWS * 3, dataset=dataset, peft=LORA)
     assert "prompt-differs" not in result.err
+
+
+def test_no_more_tokens_are_answered_at_a_time_than_are_trained_on(run_recipe, monkeypatch):
+    """Keys and values of ten long prompts at once would take more memory than training did."""
+    from transformers import GenerationMixin
+
+    from recipe_runner.training import run as running
+
+    shapes, generate = [], GenerationMixin.generate
+
+    def watched(self, input_ids, **options):
+        shapes.append(tuple(input_ids.shape))
+        return generate(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(GenerationMixin, "generate", watched)
+    monkeypatch.setattr(running, "LEAST_ROOM", 16)
+    rows = [{"instruction": f"say {'word ' * (20 + n)}", "output": "yes"} for n in range(12)]
+    result, folder = run_recipe(
+        rows=rows,
+        dataset={"format": "instruction"},
+        training={"per_device_train_batch_size": 3, "max_steps": 2},
+        peft=LORA,
+        run={"samples": {"prompts": ["say a"] * 9 + ["say " + "word " * 90], "every": 1, "max_new_tokens": 2}},
+    )
+    assert result.status == 0, result.err
+    longest = int(result.out.split("longest    3 rows of up to ")[1].split()[0])
+    assert max(height for height, _ in shapes) > 1
+    assert all(height * width <= 3 * longest or height == 1 for height, width in shapes), shapes
+    assert any(width > longest for _, width in shapes), "a prompt may be longer, alone"
+    assert 3 <= len((folder / "golden.jsonl").read_text().splitlines()) <= 10
