@@ -98,6 +98,19 @@ def test_documents_are_attended_one_by_one(kind, sizes):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("tokens", "calls"), [(4095, [4095]), (4096, [2048, 2048])])
+def test_an_accelerator_attends_to_short_rows_at_once(sizes, tokens, calls):
+    """Tensors without content stand for those of a GPU."""
+    from recipe_runner.training.packing import attend_within_documents
+
+    query = torch.empty(1, 2, tokens, 8, device="meta")
+    mask = torch.empty(1, 1, tokens, tokens, dtype=torch.bool, device="meta")
+    bounds = (0, 2048, tokens)
+    answer, _ = attend_within_documents(torch.nn.Module(), query, query, query, mask, document_bounds=bounds)
+    assert answer.shape == (1, tokens, 2, 8)
+    assert sizes == calls
+
+
 def test_a_packed_run_is_the_same(run_recipe, sizes, plain):
     """Two packed rows a batch, which TRL makes one row of: no attention is larger than the longest document."""
     found, most = [], []
