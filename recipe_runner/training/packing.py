@@ -97,14 +97,14 @@ def attend_within_documents(
     attention_mask: torch.Tensor | None,
     document_bounds: tuple[int, ...] = (),
     **kwargs: Any,
-) -> Any:
+) -> tuple[torch.Tensor, None]:
     """`sdpa` of transformers 5.23, one document after the other where a row packs several.
 
     There it takes the whole row, in which the mask hides all other documents: the square of the batch's tokens, as TRL
     flattens a batch into one row. The mask's blocks on the diagonal say the rest, as a sliding window.
 
-    On a GPU only rows of `LONG` tokens and more are worth the many small kernels: of 16,229 tokens attention took 72 % of
-    an H100's time, of 2,048 the host is the limit. cuDNN is left out, as it plans anew for each length.
+    On a GPU only rows of `LONG` tokens and more are worth the many small kernels: of 16,229 tokens attention took 72 %
+    of an H100's time, of 2,048 the host is the limit. cuDNN is left out, as it plans anew for each length.
 
     Args:
         module: The attention layer.
@@ -118,10 +118,10 @@ def attend_within_documents(
     Returns:
         `(1, tokens, heads, head size)`, and no weights.
     """
-    device = query.device.type
-    short = len(document_bounds) < 3 or (device != "cpu" and document_bounds[-1] < LONG)
-    if attention_mask is None or short or torch.compiler.is_compiling():
-        whole: Any = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    device, tokens = query.device.type, query.shape[2]
+    packed = len(document_bounds) > 2 and document_bounds[-1] == tokens
+    if attention_mask is None or not packed or (device != "cpu" and tokens < LONG) or torch.compiler.is_compiling():
+        whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return whole
     parts = []
     with sdpa_kernel(KERNELS) if device == "cuda" else contextlib.nullcontext():
