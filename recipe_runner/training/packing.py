@@ -119,8 +119,13 @@ def attend_within_documents(
         `(1, tokens, heads, head size)`, and no weights.
     """
     device, tokens = query.device.type, query.shape[2]
-    packed = len(document_bounds) > 2 and document_bounds[-1] == tokens
-    if attention_mask is None or not packed or (device != "cpu" and tokens < LONG) or torch.compiler.is_compiling():
+    if (
+        torch.compiler.is_compiling()  # first: what is looked at before would be compiled for each number of documents
+        or attention_mask is None
+        or len(document_bounds) < 3
+        or document_bounds[-1] != tokens
+        or (device != "cpu" and tokens < LONG)
+    ):
         whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return whole
     parts = []

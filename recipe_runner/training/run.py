@@ -84,6 +84,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
             allocate_ranks(trainer, folder, continued=prepared.adapter is not None)
         if section := recipe.training["peft_optimizer"]:
             use_peft_optimizer(trainer, section, prepared.peft_config)
+        trainers.load_by_conversion(trainer)
         trainers.keep_dtypes_on_resume(trainer)
         interruption = Interruption(speaks=config.process_index == 0)
         trainer.add_callback(interruption)

@@ -1,12 +1,15 @@
 """TRL's trainer for a stage, and the three places where it is made to say what upstream keeps to itself."""
 
+import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from safetensors import SafetensorError
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import set_seed
 
 from recipe_runner.files import share_path
@@ -98,6 +101,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     trainer.create_model_card = lambda **kwargs: None
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)
+    if getattr(trainer, "aux_loss_enabled", False):  # TRL asks for them in each pass; answering can't do with them
+        trained.config.get_text_config().output_router_logits = False
     score_on_cpu()
     if "seq_lengths" in prepared.train.dataset.column_names:
         split_attention(trainer)
@@ -192,6 +197,43 @@ def watch_gradients(trainer: Any, folder: Path) -> None:
         return norm
 
     trainer.training_step, trainer._get_grad_norm = checked_step, checked_norm
+
+
+def load_by_conversion(trainer: Any) -> None:
+    """Loads the weights of a checkpoint by the names that they have in files, where those are others than in memory.
+
+    transformers 5.23 writes the weights of some architectures (experts of a mixture, GPT-NeoX's head) under other names
+    than they have in memory, but takes a checkpoint's names as they are, when a run is resumed and when the best
+    checkpoint is loaded: what has another name would keep its value.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return
+    resume, best = trainer._load_from_checkpoint, trainer._load_best_model
+
+    def load(folder: str | Path, usual: Callable[[], None]) -> None:
+        if names_of_weights(Path(folder)) <= model.state_dict().keys():
+            usual()
+            return
+        kinds = {parameter.dtype for parameter in model.parameters()}
+        dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+        loaded = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=dtype)
+        model.load_state_dict(loaded.state_dict())
+
+    def load_from_checkpoint(folder: str, *args: Any, **kwargs: Any) -> None:
+        load(folder, lambda: resume(folder, *args, **kwargs))
+
+    trainer._load_from_checkpoint = load_from_checkpoint
+    trainer._load_best_model = lambda: load(trainer.state.best_model_checkpoint, best)
+
+
+def names_of_weights(folder: Path) -> set[str]:
+    """Names of the tensors in the weights' files of a folder."""
+    names: set[str] = set()
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names.update(tensors.keys())
+    return names
 
 
 def keep_dtypes_on_resume(trainer: Any) -> None:
