@@ -33,8 +33,8 @@ def count_workers(asked: int | None) -> int:
     Those asked for, but no more than there are cores for this process; else these cores, shared with the other
     processes of a launch on this machine.
     """
-    cores = count_cores()
-    return min(asked, cores) if asked else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores, sharing = count_cores(), os.environ.get("LOCAL_WORLD_SIZE", "")
+    return min(asked, cores) if asked else max(1, cores // max(1, int(sharing) if sharing.isdecimal() else 1))
 
 
 def count_cores() -> int:

@@ -44,6 +44,16 @@ def write_recipe(
     if stage and form and stage_for(form) != stage:
         raise click.BadParameter(f"format {form} is for stage {stage_for(form)}", param_hint="--stage")
     if source:
+        options = {
+            "--model": model,
+            "--format": form,
+            "--stage": stage,
+            "--method": way,
+            "--data": data,
+            "--column": given,
+        }
+        if others := [name for name, value in options.items() if value]:
+            raise click.UsageError(f"--from copies a recipe as it is: leave out {', '.join(others)}, or --from")
         text = copy_shipped(file.stem, source)
     else:
         try:
@@ -59,6 +69,9 @@ def write_recipe(
             needed = "there is nobody to ask: give --model, --format, --method and --data, or --from"
             raise click.UsageError(needed) from error
         look = look or _look(file.parent, data)
+        if look is None and (file.parent / os.path.expanduser(data)).is_file():
+            told = f"the rows of {data} could not be read, so its columns are not known"
+            click.echo(f"warning: {told}; `recipe-run prepare {file}` says why", err=True)
         columns = _choose_columns(form, data, look, dict(_pair(pair) for pair in given))
         model, data = (_seen_from(file.parent, name) for name in (model, data))
         text = compose(file.stem, model, form, way, data, columns, look.rows if look else None)

@@ -65,7 +65,8 @@ def _check(
 
     parts = [files[begin : begin + PART] for begin in range(0, len(files), PART)]
     task, numbers = partial(_check_part, check, parts), range(len(parts))
-    with without_collector(), work_in_order(task, numbers, count_workers(None)) as results:
+    fix = f"if memory ran out, check fewer than {MANY} files at a time"
+    with without_collector(), work_in_order(task, numbers, count_workers(None), fix=fix) as results:
         yield from chain.from_iterable(results)
 
 

@@ -35,6 +35,8 @@ def look_at(file: Path) -> Look | None:
             return _look_at_parquet(file)
         rows = iterate_rows(file)
         first = list(itertools.islice(rows, FIRST))
+        if not all(isinstance(row, dict) for row in first):
+            return None
         names = dict.fromkeys(key for row in first for key in row)
         columns = {name: [row.get(name) for row in first] for name in names}
         return Look(columns, len(first) + sum(1 for _ in rows))

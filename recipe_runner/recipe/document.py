@@ -96,6 +96,8 @@ def parse_document(text: str, name: str) -> Document:
         events = list(_parse_events(text, name))
     except yaml.MarkedYAMLError as error:
         raise UserError([_explain_syntax_error(error, name)]) from error
+    except UnicodeEncodeError as error:  # bytes of a command line that are no text
+        raise user_error("wrong-encoding", "the text is not UTF-8", "write it in UTF-8", Mark(name)) from error
     except yaml.YAMLError as error:  # ReaderError
         raise user_error("yaml-syntax", str(error).splitlines()[0], "remove the character", Mark(name)) from error
     if not events or (isinstance(events[0], yaml.ScalarEvent) and not events[0].value):

@@ -58,21 +58,20 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def examine_recipe(
-    file: Path, overrides: Sequence[str] = (), document: Document | None = None
+    file: Path, overrides: Sequence[str] = (), begun: tuple[str, _Draft] | None = None
 ) -> tuple[Recipe | None, list[Problem]]:
     """Reads, resolves and validates a recipe file.
 
     Args:
         file: A recipe.
         overrides: `a.b=c` assignments.
-        document: What the file holds, where it has been read already; it is used up.
+        begun: What `_begin` gave, where it was called already; it is used up.
 
     Returns:
         The recipe, or None if it has errors; and all problems, warnings included, in the order of the file.
     """
     try:
-        document = document or read_document(file)
-        draft = _extend(document, file, [])
+        written, draft = begun or _begin(file)
         passed = [text for text in overrides if draft.values.get("stage") == PIPELINE and not _is_own(text)]
         for override in overrides:
             if override not in passed:
@@ -86,7 +85,7 @@ def examine_recipe(
         stages: list[Recipe] = []
         if not problems or not [p for p in validate.check_values(values, draft.place) if p.code != "removed-key"]:
             schema.fill_defaults(values)
-            recipe = Recipe(file, document.text, values, draft.key_marks)
+            recipe = Recipe(file, written, values, draft.key_marks)
             if values["stage"] == PIPELINE:
                 problems += _resolve_pipeline(values, draft, file, passed, stages)
                 found = rules.check_name(recipe)
@@ -102,7 +101,13 @@ def examine_recipe(
     if any(problem.severity == "error" for problem in problems):
         return None, problems
     warnings = tuple(str(problem) for problem in problems)
-    return Recipe(file, document.text, values, draft.key_marks, warnings, tuple(stages)), problems
+    return Recipe(file, written, values, draft.key_marks, warnings, tuple(stages)), problems
+
+
+def _begin(file: Path) -> tuple[str, _Draft]:
+    """The text of a recipe's file, and its values merged over those of the recipes that it extends."""
+    document = read_document(file)
+    return document.text, _extend(document, file, [])
 
 
 def _is_own(override: str) -> bool:
@@ -122,11 +127,11 @@ def _resolve_pipeline(
     for number, name in enumerate(names):
         path: KeyPath = ("stages", number)
         mark = draft.place(path, False)
-        folder, document = draft.folders.get(mark.file, Path.cwd()), None
+        folder, begun = draft.folders.get(mark.file, Path.cwd()), None
         try:
             found = Path(os.path.abspath(_locate(name, folder)))
-            document = read_document(found)
-            if document.values.get("stage") == PIPELINE:
+            begun = _begin(found)
+            if begun[1].values.get("stage") == PIPELINE:
                 own = "itself" if found.resolve() == file.resolve() else "a pipeline"
                 message = f"{name} is {own}: a pipeline's stages are recipes that train"
                 problems.append(Problem("nested-pipeline", message, mark, path, "name the recipes one by one"))
@@ -136,7 +141,7 @@ def _resolve_pipeline(
                 hint = error.problems[0].suggestion or "name a recipe file (.yaml) or a shipped recipe"
                 problems.append(Problem("stage-not-found", f"cannot read {name}", mark, path, hint))
                 continue
-        recipe, wrong = examine_recipe(found, overrides, document)
+        recipe, wrong = examine_recipe(found, overrides, begun)
         problems += wrong
         values["stages"][number] = str(found)
         if recipe:

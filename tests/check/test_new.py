@@ -255,3 +255,20 @@ def test_editors_find_the_schema_from_anywhere(run_cli, tmp_path):
         line = file.read_text().splitlines()[0]
         assert line.startswith("# yaml-language-server: $schema=https://")
         assert line.endswith("/schema/recipe.bundle.schema.json")
+
+
+def test_what_a_copy_would_not_heed_is_refused(run_cli, tmp_path):
+    file = tmp_path / "mine.yaml"
+    result = run_cli("new", file, "--from", "phi3_chat_qlora", "--data", "rows.jsonl", "--method", "full")
+    assert result.status == 2
+    assert "leave out --method, --data, or --from" in result.err
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("content", [b"1\n2\n", b"null\n", b'{"messages": []}\n3\n', b"\xff\xfe1", b'{"a": 1'])
+def test_rows_that_cannot_be_read_are_said(run_cli, tmp_path, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    options = ["--model", "a/b", "--format", "chat", "--method", "lora", "--data", "rows.jsonl"]
+    result = run_cli("new", tmp_path / "mine.yaml", *options)
+    assert result.status == 0, result.err
+    assert "the rows of rows.jsonl could not be read, so its columns are not known" in result.err

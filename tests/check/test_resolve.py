@@ -227,3 +227,29 @@ def test_new_without_anybody_to_ask_is_a_wrong_command_line(run_cli, tmp_path, m
     assert result.status == 2
     assert "give --model, --format, --method and --data" in result.err
     assert not (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.parametrize(("name", "stages"), [("outer", "[inner.yaml]"), ("outer", "[plain.yaml, inner.yaml]")])
+def test_a_stage_that_is_a_pipeline_by_what_it_extends_is_refused(run_cli, write_recipe, tmp_path, name, stages):
+    write_recipe("plain")
+    (tmp_path / "base.yaml").write_text("schema_version: 1\nname: base\nstage: pipeline\nstages: [plain.yaml]\n")
+    (tmp_path / "inner.yaml").write_text("name: inner\nextends: base.yaml\n")
+    (tmp_path / f"{name}.yaml").write_text(f"schema_version: 1\nname: {name}\nstage: pipeline\nstages: {stages}\n")
+    result = run_cli("validate", tmp_path / f"{name}.yaml")
+    assert result.status == 1, result.err
+    assert "error[nested-pipeline]" in result.out
+    assert "inner.yaml is a pipeline" in result.out
+
+
+def test_a_pipeline_whose_stage_extends_it_is_refused(run_cli, tmp_path):
+    (tmp_path / "p.yaml").write_text("schema_version: 1\nname: p\nstage: pipeline\nstages: [s.yaml]\n")
+    (tmp_path / "s.yaml").write_text("name: s\nextends: p.yaml\n")
+    for name in ("p", "s"):
+        result = run_cli("validate", tmp_path / f"{name}.yaml")
+        assert (result.status, "error[nested-pipeline] stages.0: s.yaml is" in result.out) == (1, True), result.err
+
+
+def test_bytes_of_the_command_line_that_are_no_text_are_refused(run_cli, write_recipe):
+    result = run_cli("validate", write_recipe("plain"), "--set", "model.name_or_path=\udcff")
+    assert result.status == 1, result.err
+    assert "error[wrong-encoding] the text is not UTF-8" in result.out

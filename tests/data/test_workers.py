@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROWS = 30_000  # prepared in seconds, so that there is time to interfere
+ROWS = 60_000  # prepared in seconds, so that there is time to interfere
 
 
 @pytest.fixture(scope="module")
