@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROWS = 60_000  # prepared in seconds, so that there is time to interfere
+ROWS = 30_000  # prepared in seconds, so that there is time to interfere
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,8 @@ def preparing(small_recipe, texts, tmp_path):
         recipe = small_recipe("pretrain", dataset=data, training={"packing": False, "max_length": 2000})
         command = [sys.executable, "-m", "recipe_runner", "preview", str(recipe)]
         environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
-        )
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        process = subprocess.Popen(command, env=environment, preexec_fn=heed_ctrl_c, **options)
         started.append(process)
         began = time.monotonic()
         while len(workers := children(process.pid)) < 2:
@@ -46,6 +44,11 @@ def preparing(small_recipe, texts, tmp_path):
     for process in started:
         with process:  # which closes its pipes
             process.kill()
+
+
+def heed_ctrl_c():
+    """What a shell starts in the background ignores Ctrl-C, and so would what the tests start there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def children(pid):
