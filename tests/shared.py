@@ -42,6 +42,19 @@ IN_8BIT = ("quantization={load_in_8bit: true}",)
 UNQUANTIZED = ("quantization=null",)
 
 
+MODEL_SIZES = {
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
 def with_section(base, section, **keys):
     return base | {section: base[section] | keys}
 
@@ -65,3 +78,19 @@ def losses(folder):
 def status(folder):
     """What status.json says."""
     return json.loads((folder / "status.json").read_text())
+
+
+def build_model(kind, **more):
+    """A tiny model of an architecture, with weights large enough that context matters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **MODEL_SIZES, **more), attn_implementation="sdpa"
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    return model

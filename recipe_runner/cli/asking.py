@@ -39,21 +39,14 @@ def write_recipe(
     if not is_name(file.stem):
         hint = "a recipe is named as its file: letters, digits, '.', '_' and '-', a letter or digit first"
         raise click.BadParameter(hint, param_hint="FILE")
+    options = {"--model": model, "--format": form, "--stage": stage, "--method": way, "--data": data, "--column": given}
+    if source and (others := [name for name, value in options.items() if value]):
+        raise click.UsageError(f"--from copies a recipe as it is: leave out {', '.join(others)}, or --from")
     fitting = [name for name in FORMATS if stage_for(name) == stage]
     form = form or (fitting[0] if len(fitting) == 1 else "")
     if stage and form and stage_for(form) != stage:
         raise click.BadParameter(f"format {form} is for stage {stage_for(form)}", param_hint="--stage")
     if source:
-        options = {
-            "--model": model,
-            "--format": form,
-            "--stage": stage,
-            "--method": way,
-            "--data": data,
-            "--column": given,
-        }
-        if others := [name for name, value in options.items() if value]:
-            raise click.UsageError(f"--from copies a recipe as it is: leave out {', '.join(others)}, or --from")
         text = copy_shipped(file.stem, source)
     else:
         try:

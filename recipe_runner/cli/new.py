@@ -1,6 +1,7 @@
 """`recipe-run new`: writes a new recipe."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,17 +18,8 @@ from recipe_runner.stages import FORMATS, STAGES
 @click.option("--data", metavar="ID|FILE", help="Hub id or file of the data.")
 @click.option("--column", "given", multiple=True, metavar="ROLE=NAME", help="Column for a role. Repeatable.")
 @click.option("--from", "source", metavar="NAME", help="Start from a shipped recipe instead.")
-def command(
-    file: Path,
-    model: str,
-    form: str,
-    stage: str | None,
-    way: str,
-    data: str,
-    given: tuple[str, ...],
-    source: str | None,
-) -> None:
+def command(**options: Any) -> None:
     """Write a new recipe to FILE (NAME.yaml). What no option says is asked; columns are taken from local data."""
     from recipe_runner.cli.asking import write_recipe
 
-    write_recipe(file, model, form, stage, way, data, given, source)
+    write_recipe(**options)

@@ -41,8 +41,7 @@ def validator(stage: str = "", method: str = "") -> Any:
     References are followed and conditions on the two decided once, and not for every recipe. Without a stage, it is for
     any; without a method, for none: only the schema of the method that is used is read.
     """
-    known = {"method": method} | ({"stage": stage} if stage else {})
-    return _strict()(_unfold(load(), known))
+    return _strict()(_unfold(load(), _known(stage, method)))
 
 
 @cache
@@ -51,7 +50,12 @@ def quick_validator(stage: str = "", method: str = "") -> Any:
 
     What is put together from several parts (`allOf`) is one part here, without what only describes.
     """
-    return _strict()(_flatten(load(), {"method": method} | ({"stage": stage} if stage else {})))
+    return _strict()(_flatten(load(), _known(stage, method)))
+
+
+def _known(stage: str, method: str) -> dict[str, str]:
+    """What conditions are decided by. Without a stage, those on it stay open; without a method, there is none."""
+    return {"method": method} | ({"stage": stage} if stage else {})
 
 
 @cache

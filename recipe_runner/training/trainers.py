@@ -1,4 +1,4 @@
-"""TRL's trainer for a stage, and the three places where it is made to say what upstream keeps to itself."""
+"""TRL's trainer for a stage, and the places where it is made to do or say what upstream does not."""
 
 import copy
 import functools

@@ -1,34 +1,9 @@
 """Packed documents don't see each other: exact for the families on the shelf, refused where it is not."""
 
 import pytest
-from shared import TEXT
+from shared import TEXT, build_model
 
-SIZES = {
-    "vocab_size": 600,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
 OPT = {"ffn_dim": 128, "word_embed_proj_dim": 64, "do_layer_norm_before": True}
-
-
-def build(kind, **more):
-    """A tiny model of an architecture, with weights large enough that context matters."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **more), attn_implementation="sdpa")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    return model
 
 
 def losses(model, documents):
@@ -53,7 +28,7 @@ def losses(model, documents):
 def test_loss_of_a_packed_document_is_its_loss_alone(kind):
     import torch
 
-    model = build(kind, num_key_value_heads=2)
+    model = build_model(kind, num_key_value_heads=2)
     documents = [torch.randint(1, 600, (length,)).tolist() for length in (30, 7, 55)]
     packed = losses(model, documents)
     alone = [losses(model, [document])[0] for document in documents]
@@ -64,7 +39,7 @@ def test_loss_of_a_packed_document_is_its_loss_alone(kind):
 
 def test_a_model_that_would_mix_documents_is_refused_packing(run_recipe, tokenizer, tmp_path):
     folder = tmp_path / "opt"
-    build("opt", **OPT).save_pretrained(folder)
+    build_model("opt", **OPT).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     training = {"packing": True, "max_length": 64, "max_steps": 1, "learning_rate": 1e-4}
     options = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from shared import LORA, metrics
+from shared import LORA, build_model, metrics
 
 DOCUMENTS = [[5, 9, 2, 7] * 9, [3] * 5, [8, 1, 6] * 7]  # one is longer than the sliding window
 KINDS = {
@@ -11,17 +11,6 @@ KINDS = {
     "qwen2": {"num_key_value_heads": 4},
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16},
     "gpt_neox": {},
-}
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
 }
 COUNTING = [
     {"messages": [{"role": "user", "content": f"count to {n}"}, {"role": "assistant", "content": "one " * n}]}
@@ -65,18 +54,12 @@ def plain(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_are_attended_one_by_one(kind, sizes):
     """With the mask's blocks, so that a sliding window is heeded; gradients are those of the whole row."""
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+    from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from recipe_runner.training.packing import DocumentCollator, attend_within_documents
 
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES, **KINDS[kind])
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)  # so that context matters
+    model = build_model(kind, **KINDS[kind])
     first, second, third = DOCUMENTS
     rows = [{"input_ids": first + second, "labels": first + second, "seq_lengths": [36, 5]}]
     rows.append({"input_ids": third, "labels": third, "seq_lengths": [21]})
