@@ -5,6 +5,7 @@ A new stage is a record here, an entry in `schema/recipe.schema.json` and, if it
 """
 
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,6 +45,7 @@ class Stage:
         measures: What the trainer logs of held-out data -> its name for people.
         logged: All that it logs of held-out data beside the loss. Source: TRL 1.16, `_metrics` of its trainers.
         reference: Whether the trained model is compared with a reference model.
+        first_loss: Loss type -> its loss while the trained model is still its reference. The first is the usual one.
         packs: Whether packed rows are what is meant: its text has no documents that should stay apart.
         notes: Lines that a new recipe of this stage gets in `training`.
     """
@@ -58,6 +60,7 @@ class Stage:
     measures: Mapping[str, str]
     logged: tuple[str, ...]
     reference: bool = False
+    first_loss: Mapping[str, float] = field(default_factory=dict)
     packs: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
 
@@ -101,6 +104,7 @@ STAGES: dict[str, Stage] = {
             {"eval_loss": "held-out loss"} | _REWARDS,
             _DPO_LOGGED,
             reference=True,
+            first_loss={"sigmoid": math.log(2), "sigmoid_norm": math.log(2), "hinge": 1.0},
             notes={"first": _BETA, "batches": _GROUPED},
         ),
         Stage(
@@ -114,6 +118,7 @@ STAGES: dict[str, Stage] = {
             {"eval_loss": "held-out loss", "eval_rewards/margins": _REWARDS["eval_rewards/margins"]},
             _KTO_LOGGED,
             reference=True,
+            first_loss={"kto": 0.5},
             notes={"first": _BETA},
         ),
     )

@@ -2,14 +2,16 @@
 
     python scripts/make_tickets.py
 
-Training and held-out tickets share neither a sentence about the matter nor one about its urgency.
+Training and held-out tickets share neither a sentence about the matter nor one about its urgency. The study of methods
+takes more held-out tickets: twenty say nothing about differences of a percent.
 """
 
 import json
 import random
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "data"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER, STUDIES = ROOT / "recipes" / "data", ROOT / "studies" / "data"
 INSTRUCTION = "File this support ticket. Answer with a JSON object that has the keys category and priority."
 
 TRAIN = {
@@ -135,6 +137,60 @@ HELD_OUT_URGENCY = {
     "medium": ["An answer this week would be good.", "Please look at it in the next days."],
     "low": ["I am not in a hurry at all.", "Take your time."],
 }
+# Of the study: every sentence with every wording. None of them is in the other two.
+STUDY = {
+    "billing": [
+        "My invoice for March is missing from the list.",
+        "The yearly plan was billed although I chose the monthly one.",
+        "Can I pay by bank transfer instead of by card?",
+        "You owe me a credit for the days without service.",
+        "The tax on my bill is calculated with the wrong rate.",
+    ],
+    "account": [
+        "My profile picture and name belong to somebody else now.",
+        "The security question does not take my answer.",
+        "How can I merge my two logins into one?",
+        "I was signed out everywhere and my password is refused.",
+        "A former colleague still has access to our workspace.",
+    ],
+    "delivery": [
+        "The driver left without ringing the bell.",
+        "Half of the shipment is still in the warehouse.",
+        "My package went back to the sender.",
+        "The glasses arrived broken in pieces.",
+        "Which day will the truck come with the furniture?",
+    ],
+    "bug": [
+        "The map shows only a grey square.",
+        "After the restart all my settings are gone.",
+        "The sound cuts out as soon as I open a second window.",
+        "Dates are printed with the month and the day exchanged.",
+        "The login button can't be seen on small screens, it lies under the picture.",
+    ],
+}
+STUDY_URGENCY = {
+    "high": [
+        "This can't wait another hour!",
+        "Drop everything else, please, it is critical.",
+        "I have to have a solution within minutes.",
+        "All our work has stopped because of it.",
+        "Answer me now, the damage grows while I write.",
+    ],
+    "medium": [
+        "I count on an answer before Monday.",
+        "A solution by Thursday is what I need.",
+        "Try to get back to me in two days or so.",
+        "It would help to have this settled within the week.",
+        "Let me know the day after tomorrow at the latest.",
+    ],
+    "low": [
+        "Any time that suits you is good.",
+        "It is only a small thing that can rest for a while.",
+        "Look at it when nothing else is waiting.",
+        "I can live with it for months.",
+        "This has the lowest priority of all.",
+    ],
+}
 
 
 def tickets(matters: dict[str, list[str]], urgency: dict[str, list[str]], per_sentence: int) -> list[dict[str, str]]:
@@ -152,10 +208,10 @@ def tickets(matters: dict[str, list[str]], urgency: dict[str, list[str]], per_se
     return rows
 
 
-def write_rows(name: str, rows: list[dict[str, str]]) -> None:
+def write_rows(name: str, rows: list[dict[str, str]], folder: Path = FOLDER) -> None:
     """Shuffles rows, always in the same way, and writes them."""
     random.Random(0).shuffle(rows)
-    file = FOLDER / f"{name}.jsonl"
+    file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{file}: {len(rows)} rows")
 
@@ -163,6 +219,7 @@ def write_rows(name: str, rows: list[dict[str, str]]) -> None:
 def main() -> None:
     write_rows("tickets_train", tickets(TRAIN, TRAIN_URGENCY, per_sentence=6))
     write_rows("tickets_heldout", tickets(HELD_OUT, HELD_OUT_URGENCY, per_sentence=1))
+    write_rows("tickets_heldout", tickets(STUDY, STUDY_URGENCY, per_sentence=15), STUDIES)
 
 
 if __name__ == "__main__":

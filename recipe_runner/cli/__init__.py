@@ -18,8 +18,8 @@ from recipe_runner.problems.words import make_visible, suggest
 EXIT_USER_ERROR, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
 WORD_SECONDS = 15  # a busy machine needs some to end a process that has torch loaded
 COMMANDS = (
-    *("check-server", "evaluate", "explain", "generate", "list", "merge", "new", "prepare", "preview", "push"),
-    *("report", "runs", "show", "train", "validate"),
+    *("check-server", "compare", "copy", "evaluate", "explain", "generate", "list", "merge", "new", "prepare"),
+    *("preview", "push", "report", "runs", "show", "smoke", "train", "validate"),
 )
 
 

@@ -62,8 +62,8 @@ def command(
         folder = evaluation_report.new_folder(target, output)
         with recipe.placing_errors() if target.recipe else contextlib.nullcontext():
             values = evaluation_report.run_evaluation(
-                target, recipe, folder, tasks, limit=limit, shots=few_shot, scorers=scorers, batch_size=batch_size,
-                new_tokens=max_new_tokens, seed=seed, dtype=dtype, quantized=quantized,
+                target, recipe, folder, tasks, limit=limit, shots=few_shot, scorers=scorers or None,
+                batch_size=batch_size, new_tokens=max_new_tokens, seed=seed, dtype=dtype, quantized=quantized,
                 tell=lambda text: click.echo(text, err=True),
             )  # fmt: skip
     click.echo(evaluation_report.write_values(values, shown))

@@ -1,30 +1,49 @@
 """`recipe-run list`: the shipped recipes."""
 
 import json
-from typing import Any
 
 import click
 
 
 @click.command(name="list")
+@click.argument("words", nargs=-1, metavar="[WORD]...")
+@click.option("--model", metavar="TEXT", help="Part of the model's name.")
+@click.option("--task", metavar="TEXT", help="What the model learns to do: chat, summarisation, ...")
+@click.option("--method", metavar="TEXT", help="full, partial, hybrid, lora, dora, qlora or another method of PEFT.")
+@click.option("--stage", metavar="TEXT", help="Training stage.")
+@click.option("--max-params", metavar="NUMBER", help="Parameters of the model at most: 3B, 500M.")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def command(form: str) -> None:
-    """List the shipped recipes."""
-    click.echo(list_recipes(form))
+def command(
+    words: tuple[str, ...],
+    model: str | None,
+    task: str | None,
+    method: str | None,
+    stage: str | None,
+    max_params: str | None,
+    form: str,
+) -> None:
+    """List the shipped recipes that suit: each WORD must be in one of its words, or nearly."""
+    from recipe_runner.problems.errors import user_error
+    from recipe_runner.problems.words import align, suggest
+    from recipe_runner.recipe.catalogue import choose, read_catalogue, write_count
+    from recipe_runner.recipe.models import read_count
 
-
-def list_recipes(form: str) -> str:
-    """The shipped recipes, one a line or as JSON."""
-    from recipe_runner.recipe.library import shipped_recipes
-    from recipe_runner.recipe.resolve import load_recipe
-
-    rows: list[dict[str, Any]] = []
-    for file in shipped_recipes():
-        recipe = load_recipe(str(file))
-        first = (recipe.stages or (recipe,))[0].values
-        row = {key: recipe.values.get(key) for key in ("name", "stage", "description")}
-        rows.append(row | {"model": first["model"]["name_or_path"], "file": str(file)})
+    try:
+        most = read_count(max_params) if max_params is not None else None
+    except ValueError as error:
+        raise click.UsageError(f"--max-params: {error}") from error
+    entries = read_catalogue()
+    found = choose(entries, words, most, model=model, task=task, method=method, stage=stage)
     if form == "json":
-        return json.dumps(rows, indent=2)
-    names, stages = (max(len(row[key]) for row in rows) for key in ("name", "stage"))
-    return "\n".join(f"{row['name']:<{names}}  {row['stage']:<{stages}}  {row['description']}" for row in rows)
+        click.echo(json.dumps([entry.as_json() for entry in found], indent=2))
+        return
+    if not found:
+        known = {word for entry in entries for word in (*entry.tags, entry.task, entry.method, *entry.name.split("_"))}
+        told = [word for word in (*words, *filter(None, (model, task, method, stage))) if word not in known]
+        fix = next(filter(None, (suggest(word, known) for word in told)), "`recipe-run list` shows all")
+        raise user_error("no-recipes", f"none of {len(entries)} recipes suits", fix)
+    rows = [[entry.name, write_count(entry.parameters), entry.method, entry.task or entry.stage] for entry in found]
+    click.echo("\n".join(align([["name", "model", "method", "task"], *rows])))
+    click.echo(
+        f"\n{len(found)} of {len(entries)} recipes; recipe-run show NAME prints one, recipe-run copy NAME takes it"
+    )

@@ -128,14 +128,24 @@ def find_stops(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> set[s
     return {str(token) for token in tokenizer.convert_ids_to_tokens(ids)}
 
 
-def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the recipe's chat template if it names a file."""
+def read_own(model: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, as it was published.
+
+    Raises:
+        UserError: It can't be read.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **model.location)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.name_or_path, **model.location)
     except Exception as error:  # files of the user's, read by code that is not ours: anything may come
         load_model_config(model)  # which transformers reads as well: is that one at fault?
         message = f"the tokenizer can't be read: {first_line(error)}"
         raise user_error("tokenizer-not-found", message, path=PLACE) from error
+    return tokenizer
+
+
+def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer with the recipe's tokens, and with its chat template if it names a file."""
+    tokenizer = read_own(model)
     _add_tokens(tokenizer, model)
     try:
         tokenizer.chat_template = read_text(Path(template)) if template else tokenizer.chat_template

@@ -44,8 +44,8 @@ def draw_chart(title: str, curves: Sequence[Curve], logarithmic: bool = False) -
     values = [value for _, points in kept for _, value in points]
     logarithmic = logarithmic and min(values) > 0 and max(values) / min(values) > 30
     heights = [math.log10(value) for value in values] if logarithmic else values
-    x = _Axis(min(steps), max(steps), LEFT, WIDTH - RIGHT)
-    y = _Axis(min(heights), max(heights), HEIGHT - BOTTOM, TOP)
+    x = Axis(min(steps), max(steps), LEFT, WIDTH - RIGHT)
+    y = Axis(min(heights), max(heights), HEIGHT - BOTTOM, TOP)
     parts = [f"<figure><figcaption>{escape(title)}{' (logarithmic)' * logarithmic}</figcaption>"]
     parts.append(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">')
     parts += _draw_axes(x, y, logarithmic)
@@ -80,7 +80,7 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
     """From values to places in the picture."""
 
     low: float
@@ -89,6 +89,7 @@ class _Axis:
     end: float
 
     def place(self, value: float) -> float:
+        """Where a value stands."""
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         return self.begin + share * (self.end - self.begin)
 
@@ -102,18 +103,19 @@ class _Axis:
         return [number * apart for number in range(math.ceil(self.low / apart), math.floor(self.high / apart) + 1)]
 
 
-def _draw_axes(x: _Axis, y: _Axis, logarithmic: bool) -> Iterator[str]:
+def _draw_axes(x: Axis, y: Axis, logarithmic: bool) -> Iterator[str]:
     for tick in y.ticks():
         down = y.place(tick)
         yield f'<line x1="{LEFT}" y1="{down:.1f}" x2="{WIDTH - RIGHT}" y2="{down:.1f}" stroke="var(--line)"/>'
-        text = _number(10**tick if logarithmic else tick)
+        text = write_number(10**tick if logarithmic else tick)
         yield f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{text}</text>'
     for tick in x.ticks():
         across = min(max(x.place(tick), LEFT + 8), WIDTH - RIGHT - 14)
-        yield f'<text x="{across:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{_number(tick)}</text>'
+        yield f'<text x="{across:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{write_number(tick)}</text>'
 
 
-def _number(value: float) -> str:
+def write_number(value: float) -> str:
+    """A value beside an axis."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
         return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

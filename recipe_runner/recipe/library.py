@@ -8,6 +8,7 @@ from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.words import ask, nearest
 
 SUFFIXES = (".yaml", ".yml")
+FEW = 4  # names that an error lists
 
 
 @cache
@@ -48,7 +49,9 @@ def find_shipped(name: str) -> Path:
         return shipped[name]
     beside = [file for suffix in SUFFIXES if (file := f"{name}{suffix}") and Path(file).is_file()]
     near = beside or [known for known in shipped if name.lower() in known] or nearest(name, shipped)
-    fix = ask(near) or f"shipped recipes: {', '.join(shipped)}"
+    fix = ask(near[:FEW]) or "`recipe-run list` shows them"
+    if len(near) > FEW:
+        fix = f"`recipe-run list {name}` shows the {len(near)} that are like it"
     raise user_error("recipe-not-found", f"there is no file and no shipped recipe '{name}'", fix)
 
 

@@ -24,6 +24,7 @@ FAMILIAR = {
     "label": ("kto_tag",),
     "text": ("content", "document", "body", "article"),
 }
+BESIDE = ("../", "data/", "samples/", "templates/")  # how paths of shipped recipes begin
 Columns = Mapping[str, Sequence[Any]]  # of local data: name -> its cells in the first rows
 QUANTIZATION = """\
 quantization:                      # 4-bit NormalFloat weights under the adapter: QLoRA
@@ -160,6 +161,6 @@ def copy_shipped(name: str, source: str) -> str:
     schema_line, _, rest = text.partition("\n")
     if schema_line.startswith("# yaml-language-server"):  # its path is relative to the shelf
         text = f"# yaml-language-server: $schema={SCHEMA}\n{rest}"
-    for word in sorted({word for word in text.split() if word.startswith(("../", "data/"))}, key=len, reverse=True):
+    for word in sorted({word for word in text.split() if word.startswith(BESIDE)}, key=len, reverse=True):
         text = text.replace(word, str((recipe.file.parent / word).resolve()))
     return text

@@ -314,6 +314,13 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
     if isinstance(training.get("chat_template_path"), str):
         where = ("training", "chat_template_path")
         training["chat_template_path"] = str(absolute(where, training["chat_template_path"]))
+    metadata = values.get("metadata") or {}
+    if isinstance(sample := metadata.get("sample"), str):
+        metadata["sample"] = str(absolute(("metadata", "sample"), sample))
+    elif sample:
+        metadata["sample"] = {of: str(absolute(("metadata", "sample", of), name)) for of, name in sample.items()}
+    if Path(metadata.get("launch", "")).suffix in SUFFIXES:  # else the name of a shipped one
+        metadata["launch"] = str(absolute(("metadata", "launch"), metadata["launch"]))
     values["run"]["output_dir"] = os.path.abspath(os.path.expanduser(values["run"]["output_dir"]))
 
 

@@ -11,7 +11,7 @@ from jsonschema.validators import extend
 
 from recipe_runner.recipe.library import shelf
 
-ROOT = "recipe.schema.json"
+ROOT, STUDY = "recipe.schema.json", "study.schema.json"
 SECTIONS = ("model", "quantization", "peft", "dataset", "training", "run")
 
 
@@ -42,6 +42,12 @@ def validator(stage: str = "", method: str = "") -> Any:
     any; without a method, for none: only the schema of the method that is used is read.
     """
     return _strict()(_unfold(load(), _known(stage, method)))
+
+
+@cache
+def study_validator() -> Any:
+    """A validator for studies."""
+    return _strict()(load(STUDY))
 
 
 @cache

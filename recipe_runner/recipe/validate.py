@@ -50,6 +50,12 @@ def check_values(values: dict[str, Any], place: Place) -> list[Problem]:
     return [problem for problem in found if problem.code != "unknown-key" or problem.path not in refused]
 
 
+def check_study(values: dict[str, Any], place: Place) -> list[Problem]:
+    """Checks the plain values of a study against its schema."""
+    errors = itertools.islice(schema.study_validator().iter_errors(values), MOST_ERRORS)
+    return [problem for error in errors for problem in _problems(error, tuple(error.absolute_path), place, {})]
+
+
 def _problems(error: Any, path: KeyPath, place: Place, kinds: Mapping[str, str]) -> Iterator[Problem]:
     value, found = error.instance, _show(error.instance)
 

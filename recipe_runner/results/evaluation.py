@@ -92,7 +92,7 @@ def evaluate(
     recipe: Recipe,
     limit: int | None,
     shots: int,
-    scorers: Sequence[str],
+    scorers: Sequence[str] | None,
     batch_size: int,
     new_tokens: int,
     seed: int,
@@ -100,6 +100,7 @@ def evaluate(
     quantized: bool,
     tell: Callable[[str], None],
     then: Callable[[str, Opened], None] = lambda name, opened: None,
+    beside_base: bool = True,
 ) -> Evaluation:
     """Evaluates a target, and the base beside it.
 
@@ -108,7 +109,7 @@ def evaluate(
         recipe: Whose evaluation data is taken.
         limit: The most rows.
         shots: Examples in the prompt of another column of the base; 0 for none.
-        scorers: Names of scorers; empty for those that suit.
+        scorers: Names of scorers; None for those that suit, an empty list where nothing is answered.
         batch_size: Prompts answered at a time.
         new_tokens: The most tokens of an answer.
         seed: Of examples and resamples.
@@ -116,6 +117,7 @@ def evaluate(
         quantized: Whether the base is quantized as in training.
         tell: Is told what was done.
         then: Is given each model by name, while it is in memory.
+        beside_base: Whether the base is evaluated, too.
 
     Raises:
         UserError: Data or model is at fault.
@@ -125,7 +127,7 @@ def evaluate(
     rows = read_evaluation(job, preview.orders, limit)
     warn_of_prompts(rows)
     wanted = [row.prompt.wanted for row in rows if row.prompt and row.prompt.wanted]
-    built = build_scorers(scorers, wanted if not pairs else [])
+    built = build_scorers(scorers or (), wanted if not pairs and scorers is None else [])
     if built and not wanted:
         raise user_error("nothing-to-score", "no row has an answer to score", "leave out --scorer")
     if shots and target.recipe is None:
@@ -139,7 +141,7 @@ def evaluate(
     begun = target.holds_base or (target.run is not None)  # there is a base to compare with
     first = measure.of(TUNED if begun else BASE, opened, few=not begun)
     then(first[0].name, opened)
-    if not begun:
+    if not begun or not beside_base:
         return Evaluation(rows, first, examples, seed)
     tuned, started = first[0], None
     if pairs and target.is_adapter and recipe.model.adapter:

@@ -3,9 +3,10 @@
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,15 +19,21 @@ from recipe_runner.runs import folder as run_folder
 from recipe_runner.runs.effects import write_effects
 from recipe_runner.runs.report import leave_report
 from recipe_runner.runs.stages import StageRun, inspect_stage, inspect_stages, start_from, write_pipeline_status
-from recipe_runner.training.prepare import prepare
+from recipe_runner.training.prepare import Prepared, prepare
 from recipe_runner.training.resume import check_rows
 from recipe_runner.training.run import agree, run_recipe
 
 
-def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None) -> Path:
+def run_pipeline(
+    recipe: Recipe,
+    resume: str,
+    launch: Launch | None = None,
+    watch: Callable[[Any, Prepared, Path], None] | None = None,
+) -> Path:
     """Runs the stages of a pipeline that are not done yet, and returns the pipeline's run folder.
 
-    Everything but the weights is prepared and checked for all stages before the first of them trains.
+    Everything but the weights is prepared and checked for all stages before the first of them trains. For the arguments
+    see `run.run_recipe`.
 
     Raises:
         UserError: A recipe, the data or the environment is at fault.
@@ -58,7 +65,7 @@ def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None) -> P
                 if main:
                     write_pipeline_status(folder, "running", runs)
                 with ready.placing_errors():
-                    done = run_recipe(ready, str(resumed) if resumed else "never", launch)
+                    done = run_recipe(ready, str(resumed) if resumed else "never", launch, watch)
                 runs[place] = StageRun(ready, done, "completed")
                 gc.collect()  # the model of this stage, before that of the next is loaded
                 if torch.accelerator.is_available():

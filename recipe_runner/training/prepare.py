@@ -358,6 +358,7 @@ def describe_run(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "adapter": {"folder": str(adapter), "weights": prepared.inputs.get(ADAPTER)} if adapter else None,
         "processes": describe_batches(prepared.config),
         "precision": str(prepared.precision),
+        "parameters": {"trained": prepared.parameters[0], "total": prepared.parameters[1]},
         "data": {name: asdict(split.accounting) for name, split in prepared.data.splits.items()},
         "dataset_fingerprint": prepared.data.key,
         "data_files": prepared.data.files,

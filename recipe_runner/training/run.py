@@ -4,7 +4,7 @@ import contextlib
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,24 @@ from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
 from recipe_runner.training.longest import LongestBatch, find_longest
 from recipe_runner.training.optimizer import forget_modules, use_peft_optimizer
+from recipe_runner.training.prepare import Prepared
 from recipe_runner.training.samples import Sampler, record_golden
 from recipe_runner.training.state import keep_state
 
 
-def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> Path:
+def run_recipe(
+    recipe: Recipe,
+    resuming: str,
+    launch: Launch | None = None,
+    watch: Callable[[Any, Prepared, Path], None] | None = None,
+) -> Path:
     """Trains by a recipe and returns the run folder.
 
     Args:
         recipe: A resolved recipe.
         resuming: `auto`, `never`, or the folder of a run.
         launch: What the launcher had set up when this process began.
+        watch: Is given the trainer, what was prepared, and the run folder, before the first step.
 
     Raises:
         UserError: The recipe, the data or the environment is at fault.
@@ -101,6 +108,8 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None) -> P
         if asked := recipe.run.samples:
             every, most = asked["every"], asked["max_new_tokens"]
             trainer.add_callback(Sampler(trainer, folder, prepared.samples, every, most, room))
+        if watch:
+            watch(trainer, prepared, folder)
         _train(trainer, folder, interruption, found is not None, early)
         result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)), recipe.stage, initial)
         record_golden(trainer, folder, prepared.golden, plain_base=initial is None, room=room)

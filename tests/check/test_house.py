@@ -33,6 +33,8 @@ ORDER = [
     "training",
     "preview",
     "results",
+    "studies",
+    "smoke",
     "cli",
 ]
 LIGHT = {"problems", "files", "pages", "stages", "methods", "recipe", "runs", "cli"}  # never the ML stack

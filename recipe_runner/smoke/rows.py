@@ -1,0 +1,227 @@
+"""Rows that stand in for a recipe's data, in the layout of the data; and what each of them should teach, by itself.
+
+What is expected of a row is worked out here from the raw row, apart from the code that trains.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe_runner.data.look import iterate_rows
+from recipe_runner.files import read_text, write_text
+from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules.data import BUILDERS, is_file_source
+from recipe_runner.recipe.sections import DatasetSection, SourceSection
+from recipe_runner.stages import FORMATS
+
+MOST = 20_000  # rows of a file of the recipe's own
+SAMPLE = ("metadata", "sample")
+WORDS = (
+    *("river", "stone", "paper", "window", "garden", "number", "letter", "winter", "silver", "market", "bridge"),
+    *("corner", "summer", "picture", "engine", "doctor", "ticket", "copper", "harbour", "lantern"),
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one source.
+
+    Attributes:
+        entries: As they are in the data: column -> cell.
+        told: Where they come from, for people.
+    """
+
+    entries: list[dict[str, Any]]
+    told: str
+
+
+def find_rows(recipe: Recipe, source: SourceSection, number: int) -> Rows:
+    """Rows for a source: of its own file, of the recipe's `metadata.sample`, or made up for its columns.
+
+    Args:
+        recipe: A resolved recipe.
+        source: Of its data.
+        number: How many are wanted; a file of the recipe's own gives all it has, up to `MOST`.
+
+    Raises:
+        UserError: A file can't be read.
+    """
+    if is_file_source(source.source) and Path(source.source).is_file():
+        return Rows(read_file(Path(source.source), source), Path(source.source).name)
+    if sample := find_sample(recipe, source.source):
+        rows = read_file(sample, source)
+        return Rows([rows[place % len(rows)] for place in range(number)], f"{len(rows)} sample rows")
+    return Rows([make_row(recipe.dataset, source, place) for place in range(number)], "made-up rows")
+
+
+def find_sample(recipe: Recipe, source: str) -> Path | None:
+    """The file of sample rows that a recipe names for a source; None where it names none."""
+    named = (recipe.values.get("metadata") or {}).get("sample")
+    name = named.get(source) if isinstance(named, dict) else named
+    return Path(name) if name else None
+
+
+def read_file(file: Path, source: SourceSection) -> list[dict[str, Any]]:
+    """The first rows of a JSON, JSON-lines, CSV, Parquet or text file.
+
+    Raises:
+        UserError: It can't be read, or has no rows.
+    """
+    try:
+        if file.suffix in (".json", ".jsonl"):
+            rows = [row for row, _ in zip(iterate_rows(file), range(MOST), strict=False)]
+        elif file.suffix == ".txt":
+            parts = (
+                re.split(r"\n\s*\n", read_text(file))
+                if source.sample_by == "paragraph"
+                else read_text(file).split("\n")
+            )
+            rows = [{"text": part} for part in parts if part.strip()][:MOST]
+        else:
+            from datasets import load_dataset
+
+            options = {"features": None} if file.suffix == ".csv" else {}
+            loaded = load_dataset(BUILDERS[file.suffix], data_files=str(file), split=f"train[:{MOST}]", **options)
+            rows = [dict(row) for row in loaded]
+    except (OSError, ValueError, KeyError) as error:
+        raise user_error("unreadable-data", f"{file}: {first_line(error)}", path=SAMPLE) from error
+    if not rows:
+        raise user_error("empty-dataset", f"{file} has no rows", path=SAMPLE)
+    return rows
+
+
+def make_row(dataset: DatasetSection, source: SourceSection, number: int) -> dict[str, Any]:
+    """A row with the columns that the recipe names. No two are alike, and no answer is in its question."""
+
+    def words(what: str, count: int) -> str:
+        chosen = [WORDS[(number * 7 + place * (3 + len(what))) % len(WORDS)] for place in range(count)]
+        return f"{what} {number}: {' '.join(chosen)}."
+
+    question, answer, other = words("Question", 6), words("Answer", 4 + number % 7), words("Refusal", 3 + number % 5)
+    cells: dict[str, Any] = {
+        "instruction": question,
+        "input": words("Context", 3),
+        "output": answer,
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": words("Then", 3)},
+            {"role": "assistant", "content": words("Reply", 4)},
+        ],
+        "text": words("Document", 20 + number % 9),
+        "prompt": question,
+        "completion": answer,
+        "chosen": answer,
+        "rejected": other,
+        "label": number % 2 == 0,
+        "system": words("System", 3),
+        "history": [],
+    }
+    roles = FORMATS[dataset.format].required
+    named = {role: column for role, column in source.columns.items() if column is not None}
+    if dataset.format == "preference":
+        roles = ("prompt", *roles)
+    return {named.get(role, role): cells[role] for role in dict.fromkeys((*roles, *named))}
+
+
+def write_rows(rows: Rows, file: Path) -> None:
+    """Writes rows as JSON lines."""
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.entries))
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts in a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from texts_of(entry)
+    elif isinstance(value, Sequence):
+        for entry in value:
+            yield from texts_of(entry)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the rows of a recipe should teach.
+
+    Attributes:
+        learned: Texts, one of which each learned stretch of tokens must say.
+        rejected: Texts of rejected answers: each must stand where a rejected answer does.
+        asked: Texts that must stand before an answer, one for each row.
+        whole: Whether all tokens of a row are learned, the question included.
+    """
+
+    learned: frozenset[str]
+    rejected: frozenset[str]
+    asked: tuple[str, ...]
+    whole: bool
+
+
+def work_out(dataset: DatasetSection, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Wanted:
+    """What rows should teach, from the layout that the recipe says they have.
+
+    Args:
+        dataset: Section of the recipe.
+        columns: Role -> column.
+        rows: As they are in the data.
+    """
+    learned, rejected, asked = set(), set(), []
+    for row in rows:
+        cells = {role: row.get(column) for role, column in columns.items()}
+        match dataset.format:
+            case "text":
+                learned.add(_text(cells["text"]))
+            case "instruction":
+                learned.add(_text(cells["output"]))
+                asked.append(_text(cells["instruction"]))
+            case "chat":
+                turns = cells["messages"] or []
+                answers = [_said(turn) for turn in turns if _role(turn) == "assistant"]
+                learned.update(answers[-1:] if dataset.train_on == "completion" else answers)
+                asked += [_said(turn) for turn in turns if _role(turn) == "user"][:1]
+            case "preference":
+                learned.add(_last(cells["chosen"]))
+                rejected.add(_last(cells["rejected"]))
+                if isinstance(cells.get("prompt"), str):
+                    asked.append(str(cells["prompt"]))
+            case "unpaired_preference":
+                learned.add(_last(cells["completion"]))
+    whole = dataset.format == "text" or dataset.train_on == "all"
+    return Wanted(
+        frozenset(map(squeeze, learned)), frozenset(map(squeeze, rejected)), tuple(map(squeeze, asked)), whole
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+def _role(turn: Mapping[str, Any]) -> str:
+    role = str(turn.get("role") or turn.get("from"))
+    return (
+        "assistant"
+        if role in ("assistant", "gpt", "model", "chatgpt", "bing", "bard")
+        else "user"
+        if role in ("user", "human")
+        else role
+    )
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    return _text(turn.get("content", turn.get("value")))
+
+
+def _last(value: Any) -> str:
+    if isinstance(value, list):
+        return _said(value[-1]) if value else ""
+    return _said(value) if isinstance(value, Mapping) else _text(value)
+
+
+def squeeze(text: str) -> str:
+    """A text without white space, and without what a reasoning template puts before an answer."""
+    return re.sub(r"\s+", "", re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL))

@@ -1,0 +1,165 @@
+"""A recipe at smoke's size: what is changed in it, and nothing else."""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipe_runner.data.sources import choose_columns
+from recipe_runner.problems.problem import KeyPath, join_path
+from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.rules.data import is_file_source
+from recipe_runner.recipe.sections import SourceSection
+from recipe_runner.smoke.rows import Rows, Wanted, find_rows, texts_of, work_out, write_rows
+from recipe_runner.smoke.stand_in import StandIn, build_stand_in
+
+LEAST_ROWS, MOST_ROWS = 24, 96
+TEXTS = 2000  # that a tokenizer is learned from
+KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")  # of a GPU
+
+
+@dataclass
+class Small:
+    """A recipe that can be run here, and what is known of it.
+
+    Attributes:
+        recipe: As it is run.
+        stand_in: What stands in for its model.
+        changed: Key -> what it is instead, in words.
+        wanted: What its rows should teach.
+        rows: Number of rows of each split's sources.
+        told: Where the rows come from.
+    """
+
+    recipe: Recipe
+    stand_in: StandIn
+    changed: dict[KeyPath, str] = field(default_factory=dict)
+    wanted: list[Wanted] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+    told: str = ""
+
+    def is_changed(self, path: KeyPath) -> bool:
+        """Whether smoke has another value for a key."""
+        return path in self.changed
+
+
+def shrink_recipe(recipe: Recipe, folder: Path, steps: int, on_cpu: bool) -> Small:
+    """A recipe with a small model, few rows and few steps; every other key is as it was.
+
+    Args:
+        recipe: A resolved recipe that trains.
+        folder: For its model, its rows and its run.
+        steps: Of the optimizer.
+        on_cpu: Whether there is no GPU here.
+
+    Raises:
+        UserError: Nothing is known of its model, or its rows can't be read.
+    """
+    values = copy.deepcopy(dict(recipe.values))
+    every_layer = bool(find_layer_numbers(values))
+    found = [(source, find_rows(recipe, source, _count_rows(recipe, steps))) for source in recipe.dataset.sources]
+    texts = [text for _, rows in found for row in rows.entries for text in texts_of(row)][:TEXTS]
+    stand_in = build_stand_in(recipe.model, texts, folder / "model", every_layer)
+    small = Small(recipe, stand_in)
+    small.told = ", ".join(dict.fromkeys(rows.told for _, rows in found))
+    values["model"]["name_or_path"] = str(stand_in.folder)
+    small.changed[("model", "name_or_path")] = stand_in.told
+    small.changed[("model", "revision")] = "of the stand-in"
+    if values["model"].get("attn_implementation") in KERNELS and on_cpu:
+        _change(values, small, ("model", "attn_implementation"), "sdpa")
+    for number, (source, rows) in enumerate(found):
+        _replace_source(values, small, source, rows, folder / f"rows-{number}.jsonl")
+        head = {column: [row.get(column) for row in rows.entries[:20]] for column in rows.entries[0]}
+        columns = choose_columns(source, recipe.dataset.format, head)
+        small.wanted.append(work_out(recipe.dataset, columns, rows.entries))
+        split = str(source.path[1])
+        small.rows[split] = small.rows.get(split, 0) + len(rows.entries)
+    _shrink_training(values, small, recipe, steps, on_cpu)
+    _shrink_method(values, small)
+    values["run"]["output_dir"] = str(folder / "runs")
+    small.changed[("run", "output_dir")] = "a folder of smoke's"
+    small.recipe = dataclasses.replace(recipe, values=values)
+    return small
+
+
+def find_layer_numbers(values: Mapping[str, Any]) -> list[str]:
+    """Where a recipe names layers by number: the small model then has all of them."""
+    peft, found = values.get("peft") or {}, []
+    if peft.get("layers_to_transform") is not None or peft.get("layer_replication"):
+        found.append("peft.layers_to_transform")
+    named = [*(values.get("unfreeze") or []), *_texts(peft.get("target_modules")), *_texts(peft.get("exclude_modules"))]
+    return found + [name for name in named if re.search(r"\d", name) and not re.fullmatch(r"layers\[-1:?\]", name)]
+
+
+def _texts(value: Any) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value or []
+
+
+def _count_rows(recipe: Recipe, steps: int) -> int:
+    """How many rows are made: enough for the steps, where that is few."""
+    of_step: int = recipe.training["per_device_train_batch_size"] * recipe.training["gradient_accumulation_steps"]
+    return max(LEAST_ROWS, min(MOST_ROWS, of_step * steps))
+
+
+def _change(values: dict[str, Any], small: Small, path: KeyPath, value: Any) -> None:
+    """Sets a key to another value, or takes it out (None), and notes it."""
+    section: Any = values
+    for part in path[:-1]:
+        section = section.setdefault(part, {})
+    if section.get(path[-1]) == value:
+        return
+    if value is None:
+        section.pop(path[-1], None)
+    else:
+        section[path[-1]] = value
+    small.changed[path] = "left out" if value is None else str(value)
+
+
+def _replace_source(values: dict[str, Any], small: Small, source: SourceSection, rows: Rows, file: Path) -> None:
+    """Puts rows in the place of data on the hub; a file of the recipe's own stays."""
+    if is_file_source(source.source) and Path(source.source).is_file():
+        return
+    write_rows(rows, file)
+    entry: Any = values
+    for part in source.path:
+        entry = entry[part]
+    for key in ("subset", "revision"):
+        entry.pop(key, None)
+    entry |= {"source": str(file), "split": "train"}
+    for key in ("source", "split", "subset", "revision"):
+        small.changed[(*source.path, key)] = rows.told
+    if entry.get("limit", 0) > len(rows.entries):
+        _change(values, small, (*source.path, "limit"), None)
+
+
+def _shrink_training(values: dict[str, Any], small: Small, recipe: Recipe, steps: int, on_cpu: bool) -> None:
+    said = values["training"]
+    every = max(steps - 1, 1)  # a checkpoint before the last step: the run is resumed from there
+    wanted: dict[str, Any] = {"max_steps": steps, "save_strategy": "steps", "save_steps": every, "logging_steps": 1}
+    wanted |= {"logging_strategy": "steps", "save_total_limit": 3}
+    if recipe.dataset.has_eval:
+        wanted |= {"eval_strategy": "steps", "eval_steps": every}
+    if said.get("warmup_steps", 0) >= 1:  # below 1 it is a share of the steps
+        wanted["warmup_steps"] = 1
+    if said.get("report_to"):
+        wanted["report_to"] = "none"
+    if on_cpu:
+        wanted["use_cpu"] = True
+        wanted |= {key: None for key in ("fp16", "tf32") if said.get(key)}
+    for key, value in wanted.items():
+        _change(values, small, ("training", key), value)
+
+
+def _shrink_method(values: dict[str, Any], small: Small) -> None:
+    """What a method counts in steps."""
+    if (values.get("peft") or {}).get("method") == "adalora":
+        for key, value in {"tinit": 1, "tfinal": 1, "deltaT": 1}.items():
+            _change(values, small, ("peft", key), value)
+
+
+def describe_changes(small: Small) -> list[str]:
+    """What is not as in the recipe, a line each."""
+    return [f"{join_path(path)}: {told}" for path, told in small.changed.items()]

@@ -1,0 +1,204 @@
+"""What stands in for a recipe's model: the same architecture with few narrow layers, its chat template, a tokenizer.
+
+The configuration comes from the facts in `recipes/models.json`, else from the model's folder, else from the hub.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from recipe_runner.files import read_object, read_text
+from recipe_runner.model.base import load_model_config
+from recipe_runner.model.hub import find_model
+from recipe_runner.model.tiny import shrink_config
+from recipe_runner.model.tokenizer import read_own, stop_ids
+from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.recipe.library import shelf
+from recipe_runner.recipe.models import ModelFacts, find_facts
+from recipe_runner.recipe.sections import ModelSection
+
+VOCABULARY = 600  # tokens that are learned from the rows, beside the special ones
+WINDOW = 32  # of attention, where the architecture has one: shorter than most rows
+CONFIG_FILES = ("config.json", "tokenizer.json")
+# Spellings of special tokens in chat templates.
+SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>|\[/?[A-Z_]{3,}\]|</?think>")
+PLACE = ("model", "name_or_path")
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A small model of a published one's architecture.
+
+    Attributes:
+        folder: Where it is.
+        config: Of the model at its real size.
+        facts: What is known of the model; None where it is not in `recipes/models.json`.
+        stops: Tokens at which the real model stops to generate.
+        told: What stands in for what, for people.
+    """
+
+    folder: Path
+    config: PretrainedConfig
+    facts: ModelFacts | None
+    stops: frozenset[str]
+    told: str
+
+
+def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, every_layer: bool) -> StandIn:
+    """Writes a small model with a tokenizer for some texts into a folder.
+
+    Args:
+        model: Section of the recipe.
+        texts: Of the rows: what the tokenizer is learned from.
+        folder: A new one.
+        every_layer: Whether it has as many layers as the model: the recipe names them by number.
+
+    Raises:
+        UserError: The architecture is not known, or nothing is known of the model.
+    """
+    facts = find_facts(model.name_or_path)
+    config = read_config(model, facts)
+    tokenizer, stops = make_tokenizer(model, facts, texts)
+    eos = tokenizer.eos_token_id
+    layers = config.get_text_config().num_hidden_layers if every_layer else None
+    small = shrink_config(config.get_text_config(), len(tokenizer), eos if isinstance(eos, int) else 0, layers)
+    small.max_position_embeddings = config.get_text_config().max_position_embeddings
+    if getattr(small, "sliding_window", None):
+        small.sliding_window = min(WINDOW, small.sliding_window)
+    small.dtype = None
+    small.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[small.model_type]]
+    torch.manual_seed(0)
+    build_model(small).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in sorted(stops)]
+    generation: Any = GenerationConfig
+    generation(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    template = facts.template if facts else "of the model's folder"
+    told = f"{small.model_type} of {small.num_hidden_layers} layers, {small.hidden_size} wide"
+    told += (
+        "; synthetic tokenizer" if facts or not (model.folder and (model.folder / "tokenizer.json").is_file()) else ""
+    )
+    return StandIn(folder, config, facts, stops, f"{told}; template {template or 'none'}")
+
+
+def build_model(config: PretrainedConfig) -> Any:
+    """A random model of a configuration.
+
+    Raises:
+        UserError: transformers can't build it.
+    """
+    try:
+        auto: Any = AutoModelForCausalLM
+        return auto.from_config(config)
+    except Exception as error:  # of numbers that make no model
+        message = f"no small {config.model_type} can be built: {type(error).__name__}: {first_line(error)}"
+        raise user_error("model-config", message, path=PLACE) from error
+
+
+def read_config(model: ModelSection, facts: ModelFacts | None) -> PretrainedConfig:
+    """The configuration of a recipe's model, at its real size.
+
+    Raises:
+        UserError: transformers does not know the architecture, it needs code of its own, or nothing is known of it.
+    """
+    if facts is None:
+        if model.folder is None and not _is_cached(model):
+            message = f"{model.name_or_path} is not in recipes/models.json, and the hub can't be reached"
+            fix = "add its facts with their sources, or name a folder with its config.json"
+            raise user_error("model-facts-missing", message, fix, path=PLACE)
+        _refuse_remote_code(model, read_object(model.folder / "config.json") if model.folder else {})
+        return load_model_config(model)
+    try:
+        config = AutoConfig.for_model(facts.model_type, **facts.config)
+    except Exception as error:  # numbers of a file that anybody may have written
+        message = f"recipes/models.json, {facts.name}: {facts.model_type}: {first_line(error)}"
+        fix = "is it an architecture of the installed transformers?"
+        raise user_error("model-config", message, fix, path=PLACE) from error
+    text = config.get_text_config()
+    if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        message = f"{facts.name}: the architecture {facts.model_type} is no language model that generates text"
+        raise user_error("model-config", message, path=PLACE)
+    if model.attn_implementation:
+        text._attn_implementation = model.attn_implementation
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
+    return config
+
+
+def _refuse_remote_code(model: ModelSection, config: dict[str, Any]) -> None:
+    if config.get("auto_map") and not model.trust_remote_code:
+        message = f"{model.name_or_path} brings code of its own (auto_map in config.json), which is not run"
+        fix = "take a model that transformers knows, or set model.trust_remote_code: true and a pinned revision"
+        raise user_error("remote-code", message, fix, path=PLACE)
+
+
+def _is_cached(model: ModelSection) -> bool:
+    """Whether the configuration is in the hub's cache, or can be fetched."""
+    try:
+        find_model(model)
+    except UserError:  # the caller says what is missing
+        return False
+    return True
+
+
+def find_template(facts: ModelFacts) -> str:
+    """The chat template of a model; empty where it has none."""
+    if facts.template.startswith("trl/"):
+        return read_text(Path(trl.__file__).parent / "chat_templates" / facts.template.removeprefix("trl/"))
+    return read_text(shelf() / "recipes" / "templates" / facts.template) if facts.template else ""
+
+
+def make_tokenizer(
+    model: ModelSection, facts: ModelFacts | None, texts: Sequence[str]
+) -> tuple[PreTrainedTokenizerBase, frozenset[str]]:
+    """A tokenizer, and the tokens at which the real model stops.
+
+    A byte-level BPE of the rows' texts with the special tokens of the model and of its chat template; the model's own,
+    where it is in its folder and nothing else is known.
+    """
+    if facts is None:
+        tokenizer = read_own(model)
+        try:
+            config: Any = GenerationConfig.from_pretrained(model.name_or_path)
+        except OSError:
+            config = AutoConfig.from_pretrained(model.name_or_path, **model.location)
+        return tokenizer, frozenset(map(str, tokenizer.convert_ids_to_tokens(stop_ids(config, tokenizer))))
+    template, tokens = find_template(facts), facts.tokens
+    named = [tokens[key] for key in ("bos", "eos", "pad") if tokens.get(key)]
+    special = list(dict.fromkeys([*named, *tokens.get("stops", ()), *SPECIAL.findall(template)]))
+    tokenizer = learn_tokenizer(texts, special)
+    tokenizer.eos_token, tokenizer.pad_token = tokens["eos"], tokens.get("pad") or tokens["eos"]
+    if tokens.get("bos"):
+        tokenizer.bos_token = tokens["bos"]
+    tokenizer.chat_template = template or None
+    return tokenizer, frozenset([*tokens.get("stops", ()), tokens["eos"]])
+
+
+def learn_tokenizer(texts: Iterable[str], special: Sequence[str]) -> Any:
+    """A byte-level BPE of some texts: every text can be written in it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY + len(special),
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=backend, clean_up_tokenization_spaces=False)

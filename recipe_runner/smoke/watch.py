@@ -1,0 +1,193 @@
+"""What is seen of a run while it trains: batches, losses, gradients, rates; and the weights before the first step."""
+
+import copy
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+BATCHES = 2  # of the first step that are kept
+
+
+@dataclass
+class Batch:
+    """One batch of the first step.
+
+    Attributes:
+        inputs: As the model was given them.
+        items: Learned tokens of the whole step, by which the loss is divided; None where the loss is a plain mean.
+        loss: What the trainer made of it.
+        own_loss: The same worked out here, from the logits of each document alone; None where it can't be.
+    """
+
+    inputs: dict[str, Any]
+    items: float | None
+    loss: float
+    own_loss: float | None = None
+
+
+@dataclass
+class Seen:
+    """Everything that was seen.
+
+    Attributes:
+        trainer: TRL's trainer.
+        prepared: What was prepared for it.
+        folder: Of the run.
+        trainable: Name -> value before the first step.
+        frozen: Name -> hash before the first step.
+        batches: The first of the first step.
+        counts: Batches of each step.
+        moved: Names of trainable tensors that had a gradient other than zero in some step.
+        norms: Of the gradient of each step, after it was clipped.
+        rates: Learning rates of each step, one a group of parameters.
+        losses: As they were logged: step -> loss.
+        evaluated: Losses of evaluations.
+    """
+
+    trainer: Any
+    prepared: Any
+    folder: Path
+    trainable: dict[str, torch.Tensor]
+    frozen: dict[str, str]
+    batches: list[Batch] = field(default_factory=list)
+    counts: dict[int, int] = field(default_factory=dict)
+    moved: set[str] = field(default_factory=set)
+    norms: list[float] = field(default_factory=list)
+    rates: list[list[float]] = field(default_factory=list)
+    losses: dict[int, float] = field(default_factory=dict)
+    evaluated: list[float] = field(default_factory=list)
+
+    @property
+    def model(self) -> Any:
+        """The model that was trained."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+
+class Watcher(TrainerCallback):
+    """Looks at a trainer, and changes nothing. `seen` is there once training begins."""
+
+    def __init__(self) -> None:
+        self.seen: Seen | None = None
+        self.inside = False  # of a step: the longest batch, which is tried before, does not count
+        self.step = 0
+
+    def __call__(self, trainer: Any, prepared: Any, folder: Path) -> None:
+        """Begins to watch a trainer. For `run_recipe`."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        trainable = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.seen = Seen(trainer, prepared, folder, trainable, hash_frozen(model))
+        compute_loss = trainer.compute_loss
+
+        def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            kept, items = copy.copy(inputs), kwargs.get("num_items_in_batch")
+            found = compute_loss(model, inputs, *args, **kwargs)
+            if self.inside and model.training:
+                self._note_batch(model, kept, items, found[0] if isinstance(found, tuple) else found)
+            return found
+
+        trainer.compute_loss = watched
+        trainer.add_callback(self)
+
+    def _note_batch(self, model: Any, inputs: dict[str, Any], items: Any, loss: torch.Tensor) -> None:
+        assert self.seen is not None
+        self.seen.counts[self.step] = self.seen.counts.get(self.step, 0) + 1
+        if self.step == self.first and len(self.seen.batches) < BATCHES:
+            number = None if items is None else float(items)
+            batch = Batch(inputs, number, float(loss.detach()))
+            batch.own_loss = compute_own_loss(self.seen.trainer, model, batch)
+            self.seen.batches.append(batch)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes where training begins."""
+        self.first = state.global_step + 1
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step begins."""
+        self.inside, self.step = True, state.global_step + 1
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are there, and clipped."""
+        assert self.seen is not None
+        grads = {n: p.grad for n, p in self.seen.model.named_parameters() if p.requires_grad and p.grad is not None}
+        self.seen.moved |= {name for name, grad in grads.items() if bool(torch.count_nonzero(grad))}
+        squares = [grad.detach().float().pow(2).sum() for grad in grads.values()]
+        self.seen.norms.append(float(torch.stack(squares).sum().sqrt()) if squares else 0.0)
+        optimizer = kwargs["optimizer"]
+        self.seen.rates.append([float(group["lr"]) for group in optimizer.param_groups])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step ends."""
+        self.inside = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Notes losses."""
+        assert self.seen is not None
+        if logs and "loss" in logs:
+            self.seen.losses[state.global_step] = logs["loss"]
+        if logs and "eval_loss" in logs:
+            self.seen.evaluated.append(logs["eval_loss"])
+
+
+def hash_frozen(model: Any) -> dict[str, str]:
+    """Name -> a hash of each tensor that is not trained, those of quantized weights included."""
+    tensors = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: hash_tensor(tensor) for name, tensor in tensors.items()}
+
+
+def hash_tensor(tensor: torch.Tensor) -> str:
+    """A hash of a tensor's bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def split_documents(inputs: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Tokens and labels of each document of a batch, without padding; those of a packed row by their positions."""
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    documents = []
+    for place in range(len(ids)):
+        row, learned = ids[place].tolist(), labels[place].tolist()
+        if mask is not None:
+            real = [bool(of) for of in mask[place].tolist()]
+            row = [token for token, is_real in zip(row, real, strict=True) if is_real]
+            learned = [label for label, is_real in zip(learned, real, strict=True) if is_real]
+        if positions is None:
+            documents.append((row, learned))
+            continue
+        begins = [at for at, position in enumerate(positions[place].tolist()[: len(row)]) if position == 0]
+        for begin, end in zip(begins, [*begins[1:], len(row)], strict=True):
+            documents.append((row[begin:end], learned[begin:end]))
+    return documents
+
+
+def compute_own_loss(trainer: Any, model: Any, batch: Batch) -> float | None:
+    """The loss of a batch by the definition: the mean negative log-likelihood of learned tokens, each document alone.
+
+    Only for trainers of tokens and labels, with the plain loss. Dropout is off: an adapter that has just begun changes
+    nothing, with or without it.
+    """
+    if "labels" not in batch.inputs or "completion_mask" in batch.inputs:
+        return None
+    if trainer.args.loss_type != "nll" or trainer.args.label_smoothing_factor or trainer.args.neftune_noise_alpha:
+        return None
+    total, count, training = 0.0, 0, model.training
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.autocast_smart_context_manager():
+            for ids, labels in split_documents(batch.inputs):
+                wanted = torch.tensor(labels[1:])
+                if not bool((wanted != -100).any()):
+                    continue
+                device = batch.inputs["input_ids"].device
+                logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
+                chances = torch.log_softmax(logits[-len(ids) :][:-1], dim=-1)
+                known = wanted != -100
+                total -= float(chances[known].gather(-1, wanted[known].unsqueeze(-1)).sum())
+                count += int(known.sum())
+    finally:
+        model.train(training)
+    return total / (batch.items or max(count, 1))

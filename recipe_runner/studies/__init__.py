@@ -1,0 +1,1 @@
+"""Studies: a recipe with something varied, run one after another, measured and put side by side."""
