@@ -27,9 +27,7 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def shrink_config(
-    config: PretrainedConfig, vocab_size: int, token_id: int = 0, layers: int | None = None
-) -> PretrainedConfig:
+def shrink_config(config: PretrainedConfig, vocab_size: int, token_id: int = 0, layers: int = 0) -> PretrainedConfig:
     """A copy of a configuration with few narrow layers; what the architecture is stays as it is.
 
     Query heads stay as many a key-value head as they were; there are as many layers as it takes to have one of each
@@ -39,13 +37,13 @@ def shrink_config(
         config: Of a model of any size.
         vocab_size: Tokens of the small model.
         token_id: Its token for beginning, end and padding.
-        layers: How many there are; by default as few as show every kind.
+        layers: How many there are at least; by default as few as show every kind.
     """
     small = copy.deepcopy(config)
     for part in (small, *(getattr(small, name) for name in small.sub_configs)):
         sizes = {**SIZES, **_shrink_heads(part), "vocab_size": vocab_size}
         if isinstance(part, type(config.get_text_config())):
-            sizes["num_hidden_layers"] = layers or _count_layers(part)
+            sizes["num_hidden_layers"] = max(layers, _count_layers(part))
         for name, size in sizes.items():
             if isinstance(getattr(part, name, None), int):
                 setattr(part, name, min(size, getattr(part, name)))
@@ -71,7 +69,8 @@ def _shrink_heads(config: PretrainedConfig) -> dict[str, int]:
         few = 4 if group == 1 else min(2, shared)
         sizes |= {"num_key_value_heads": few, "num_attention_heads": few * group}
         if few * group > 4:
-            sizes["hidden_size"] = few * group * 16
+            sizes["head_dim"] = 16 if few * group <= 8 else 8
+            sizes["hidden_size"] = few * group * sizes["head_dim"]
     return sizes
 
 

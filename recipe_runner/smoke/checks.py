@@ -22,10 +22,11 @@ from recipe_runner.model.load import load_result
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.smoke.rows import Wanted, squeeze
-from recipe_runner.smoke.shrink import Small, find_layer_numbers
+from recipe_runner.smoke.shrink import Small
 from recipe_runner.smoke.watch import Seen, hash_frozen, split_documents
 
 CLOSE, CLOSE_HALF = 1e-3, 3e-2  # of losses and logits, relative: in float32, and where something is in half precision
+MIXED = 0.5  # share of what a document would see of another, above which it does; rounding gives some
 SHOWN = 3  # names in a sentence
 # Keys that the runner reads itself, or that have a check of their own.
 OWN_CHECK = (
@@ -104,8 +105,8 @@ def check_targets(done: Done) -> Found:
     if here != real:
         names = _name(here - real) or "fewer modules", _name(real - here) or "fewer"
         yield f"the adapter is on {names[0]} here, and on {names[1]} at full size"
-    if find_layer_numbers(done.recipe.values):
-        return  # layers are named one by one
+    if done.recipe.peft["layers_to_transform"] is not None or done.recipe.peft["layer_replication"]:
+        return  # the recipe says which layers
     for kind in sorted(real):
         there = [name for name in done.full.modules if _generalize(name) == kind]
         whole = {name.rpartition(".")[0] for name in done.full.trained}  # unfreeze trains them, without an adapter
@@ -135,6 +136,7 @@ def check_base(done: Done) -> Found:
     for name, tensor in files.items():
         for found in (
             name,
+            f"base_model.{name}",  # of an adapter of virtual tokens, which wraps the model and not its layers
             f"base_model.model.{name}",
             f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight",
         ):
@@ -277,7 +279,8 @@ def _check_tokens(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Foun
     if bool((labels[learned] != ids[learned]).any()):
         yield "labels are not the tokens at their place"
         return
-    if "attention_mask" in inputs and bool(learned[inputs["attention_mask"] == 0].any()):
+    real = inputs.get("attention_mask")
+    if real is not None and real.shape == ids.shape and bool(learned[real == 0].any()):
         yield "padding is learned"
     wanted, ends = done.small.wanted, set(tokenizer.convert_tokens_to_ids(sorted(done.small.stand_in.stops)))
     documents = split_documents(dict(inputs))
@@ -372,6 +375,9 @@ def check_loss(done: Done) -> Found:
         allowed = max(done.close, 2e-2 if mixture else 0) * max(abs(batch.own_loss), 1e-3)
         if abs(batch.loss - batch.own_loss) > allowed:
             yield f"the loss of the first step is {batch.loss:.4f}, and {batch.own_loss:.4f} by the definition"
+            return
+        if batch.mixing is not None and batch.mixing > MIXED:
+            yield f"a document of a packed row sees the one before it ({batch.mixing:.0%} of what there is to see)"
             return
     if not done.recipe.stage.first_loss or not begins_at_base:
         return
@@ -528,7 +534,7 @@ def check_optimizer(done: Done) -> Found:
                 said = [name for name, of in named.items() if of == key]
                 yield f"training.{' and '.join(said)}: the optimizer has {key} {found}, not {options[key]}"
     decay = done.recipe.training["weight_decay"]
-    decays = {group.get("weight_decay", 0) for group in optimizer.param_groups}
+    decays = {group.get("weight_decay", 0) for group in optimizer.param_groups if group["params"]}
     if decay is not None and not decays <= {decay, 0.0}:
         yield f"training.weight_decay is {decay}, and the optimizer has {sorted(decays)}"
     if decay and decay not in decays:

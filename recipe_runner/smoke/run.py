@@ -12,10 +12,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import datasets
 import torch
 
+from recipe_runner.data import store
 from recipe_runner.files import write_status
+from recipe_runner.launch.configuration import find_launch, read_launch
+from recipe_runner.launch.rules import check_launch
 from recipe_runner.model import adapter as new_adapter
 from recipe_runner.model.base import build_empty
 from recipe_runner.model.unfreeze import select_parameters, train_beside_adapter
@@ -60,9 +65,10 @@ def _alone(stage: Recipe) -> dict[str, Any]:
 
 def _smoke_one(file: Path, name: str, recipe: Recipe, steps: int) -> Outcome:
     outcome, began = Outcome(file, name), time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="recipe-run-smoke-") as folder, _quiet() as said:
+    with tempfile.TemporaryDirectory(prefix="recipe-run-smoke-") as folder, _apart(Path(folder)), _quiet() as said:
         try:
             on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
+            outcome.problems += check_launch_of(recipe)
             with recipe.placing_errors():
                 small = shrink_recipe(recipe, Path(folder), steps, on_cpu)
                 outcome.rows, outcome.stand_in, outcome.changed = (
@@ -85,6 +91,16 @@ def _smoke_one(file: Path, name: str, recipe: Recipe, steps: int) -> Outcome:
     return outcome
 
 
+def check_launch_of(recipe: Recipe) -> list[Problem]:
+    """What the launch configuration that a recipe is meant for (`metadata.launch`) contradicts in it.
+
+    Raises:
+        UserError: There is no such configuration.
+    """
+    name = (recipe.values.get("metadata") or {}).get("launch")
+    return check_launch(read_launch(find_launch(name)), recipe) if name else []
+
+
 def _problem(check: str, told: str) -> Problem:
     return Problem(CODE, f"{check}: {told}", path=("name",))
 
@@ -92,6 +108,16 @@ def _problem(check: str, told: str) -> Problem:
 def _last_words(said: io.StringIO) -> str:
     lines = [line for line in said.getvalue().splitlines() if line.strip()]
     return f" (the run's last line: {lines[-1].strip()})" if lines else ""
+
+
+@contextlib.contextmanager
+def _apart(folder: Path) -> Iterator[None]:
+    """Keeps prepared data and the datasets library's copies in a folder, and not in the person's caches."""
+    with (
+        mock.patch.object(store, "store_folder", return_value=folder / "prepared"),
+        mock.patch.object(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets")),
+    ):
+        yield
 
 
 @contextlib.contextmanager

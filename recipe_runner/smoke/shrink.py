@@ -59,10 +59,13 @@ def shrink_recipe(recipe: Recipe, folder: Path, steps: int, on_cpu: bool) -> Sma
         UserError: Nothing is known of its model, or its rows can't be read.
     """
     values = copy.deepcopy(dict(recipe.values))
-    every_layer = bool(find_layer_numbers(values))
-    found = [(source, find_rows(recipe, source, _count_rows(recipe, steps))) for source in recipe.dataset.sources]
+    number = _count_rows(recipe, steps)
+    found = [
+        (source, find_rows(recipe, source, number if source.path[1] == "train" else LEAST_ROWS))
+        for source in recipe.dataset.sources
+    ]
     texts = [text for _, rows in found for row in rows.entries for text in texts_of(row)][:TEXTS]
-    stand_in = build_stand_in(recipe.model, texts, folder / "model", every_layer)
+    stand_in = build_stand_in(recipe.model, texts, folder / "model", count_layers(values))
     small = Small(recipe, stand_in)
     small.told = ", ".join(dict.fromkeys(rows.told for _, rows in found))
     values["model"]["name_or_path"] = str(stand_in.folder)
@@ -91,7 +94,22 @@ def find_layer_numbers(values: Mapping[str, Any]) -> list[str]:
     if peft.get("layers_to_transform") is not None or peft.get("layer_replication"):
         found.append("peft.layers_to_transform")
     named = [*(values.get("unfreeze") or []), *_texts(peft.get("target_modules")), *_texts(peft.get("exclude_modules"))]
-    return found + [name for name in named if re.search(r"\d", name) and not re.fullmatch(r"layers\[-1:?\]", name)]
+    return found + [name for name in named if re.search(r"\d", name)]
+
+
+def count_layers(values: Mapping[str, Any]) -> int | None:
+    """How many layers the small model must have: `layers[-8:]` takes nine, so that one is frozen.
+
+    Returns:
+        0 where it names none; None for all that the model has.
+    """
+    named, most = find_layer_numbers(values), 0
+    for name in named:
+        found = re.fullmatch(r"layers\[-(\d+):?\]", name)
+        if not found:
+            return None
+        most = max(most, int(found[1]) + 1)
+    return most
 
 
 def _texts(value: Any) -> Sequence[str]:

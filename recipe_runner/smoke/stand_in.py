@@ -59,14 +59,14 @@ class StandIn:
     told: str
 
 
-def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, every_layer: bool) -> StandIn:
+def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, least_layers: int | None) -> StandIn:
     """Writes a small model with a tokenizer for some texts into a folder.
 
     Args:
         model: Section of the recipe.
         texts: Of the rows: what the tokenizer is learned from.
         folder: A new one.
-        every_layer: Whether it has as many layers as the model: the recipe names them by number.
+        least_layers: That it has at least; None for as many as the model.
 
     Raises:
         UserError: The architecture is not known, or nothing is known of the model.
@@ -75,9 +75,10 @@ def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, ever
     config = read_config(model, facts)
     tokenizer, stops = make_tokenizer(model, facts, texts)
     eos = tokenizer.eos_token_id
-    layers = config.get_text_config().num_hidden_layers if every_layer else None
-    small = shrink_config(config.get_text_config(), len(tokenizer), eos if isinstance(eos, int) else 0, layers)
-    small.max_position_embeddings = config.get_text_config().max_position_embeddings
+    text = config.get_text_config()
+    layers = text.num_hidden_layers if least_layers is None else least_layers
+    small = shrink_config(text, len(tokenizer), eos if isinstance(eos, int) else 0, layers)
+    small.max_position_embeddings = text.max_position_embeddings
     if getattr(small, "sliding_window", None):
         small.sliding_window = min(WINDOW, small.sliding_window)
     small.dtype = None

@@ -21,12 +21,15 @@ class Batch:
         items: Learned tokens of the whole step, by which the loss is divided; None where the loss is a plain mean.
         loss: What the trainer made of it.
         own_loss: The same worked out here, from the logits of each document alone; None where it can't be.
+        mixing: Of a packed row, how far the second document's logits are from those that it has alone, as a share of
+            how far they are when it sees the first; None where no row packs two.
     """
 
     inputs: dict[str, Any]
     items: float | None
     loss: float
     own_loss: float | None = None
+    mixing: float | None = None
 
 
 @dataclass
@@ -99,6 +102,7 @@ class Watcher(TrainerCallback):
             number = None if items is None else float(items)
             batch = Batch(inputs, number, float(loss.detach()))
             batch.own_loss = compute_own_loss(self.seen.trainer, model, batch)
+            batch.mixing = measure_mixing(self.seen.trainer, model, batch)
             self.seen.batches.append(batch)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -151,7 +155,7 @@ def split_documents(inputs: dict[str, Any]) -> list[tuple[list[int], list[int]]]
     documents = []
     for place in range(len(ids)):
         row, learned = ids[place].tolist(), labels[place].tolist()
-        if mask is not None:
+        if mask is not None and mask.shape == ids.shape:
             real = [bool(of) for of in mask[place].tolist()]
             row = [token for token, is_real in zip(row, real, strict=True) if is_real]
             learned = [label for label, is_real in zip(learned, real, strict=True) if is_real]
@@ -191,3 +195,28 @@ def compute_own_loss(trainer: Any, model: Any, batch: Batch) -> float | None:
     finally:
         model.train(training)
     return total / (batch.items or max(count, 1))
+
+
+def measure_mixing(trainer: Any, model: Any, batch: Batch) -> float | None:
+    """How much the second document of a packed row sees of the first: 0 is nothing, 1 is all of it."""
+    inputs = batch.inputs
+    if "position_ids" not in inputs or "labels" not in inputs:
+        return None
+    (first, _), (second, _), *_ = [*split_documents(inputs), ([], []), ([], [])][:2]
+    if not first or not second or len(second) < 2:
+        return None
+    device, training = inputs["input_ids"].device, model.training
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.autocast_smart_context_manager():
+
+            def logits(ids: list[int]) -> torch.Tensor:
+                found: torch.Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+                return found[-len(second) :].float()
+
+            given = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
+            packed = model(**given, use_cache=False).logits[0, len(first) : len(first) + len(second)].float()
+            alone, mixed = logits(second), logits([*first, *second])
+    finally:
+        model.train(training)
+    return float((packed - alone).abs().mean() / (mixed - alone).abs().mean().clamp(min=1e-12))

@@ -1,0 +1,359 @@
+"""Ways to break a recipe or the runner that validation can't see: smoke must say so, and by which check.
+
+`docs/smoke.md` lists them; `test_the_documentation_lists_them` holds the two together.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+RECIPES = ROOT / "recipes"
+
+
+@pytest.fixture
+def smoke():
+    """Executes a recipe in this process; returns which checks said something, and what."""
+    from recipe_runner.smoke.run import smoke
+
+    def run(file):
+        (outcome,) = smoke(Path(file), 4)
+        wrong = [problem for problem in outcome.problems if problem.severity == "error"]
+        return {p.message.split(":")[0] if p.code == "smoke-failed" else p.code: p.message for p in reversed(wrong)}
+
+    return run
+
+
+@pytest.fixture
+def edit(tmp_path):
+    """A copy of a shipped recipe with keys changed: `edit("name", {"peft": {...}})`."""
+    from recipe_runner.recipe.resolve import load_recipe
+
+    def edit(name, **sections):
+        values = json.loads(json.dumps(load_recipe(name).values))
+        for section, keys in sections.items():
+            if isinstance(keys, dict) and isinstance(values.get(section), dict):
+                values[section] |= keys
+            else:
+                values[section] = keys
+        values = {key: value for key, value in values.items() if value is not None}
+        file = tmp_path / f"{values['name']}.yaml"
+        file.write_text(yaml.safe_dump(values, sort_keys=False))
+        return file
+
+    return edit
+
+
+def roll_labels(monkeypatch):
+    from recipe_runner.data.shapes import tokens
+
+    right = tokens.label
+
+    def label(*args, **kwargs):
+        table = right(*args, **kwargs)
+        rolled = [[row[0], *row[:-1]] for row in table["labels"].to_pylist()]
+        return table.set_column(1, "labels", pa.array(rolled, table["labels"].type))
+
+    monkeypatch.setattr(tokens, "label", label)
+
+
+def learn_everything(monkeypatch):
+    from recipe_runner.data.shapes import tokens
+
+    right = tokens.label
+    monkeypatch.setattr(tokens, "label", lambda ids, masks=None, begins=None: right(ids))
+
+
+def learn_padding(monkeypatch):
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as Collator
+
+    right = Collator.torch_call
+
+    def torch_call(self, examples):
+        batch = right(self, examples)
+        hidden = batch["attention_mask"] == 0
+        batch["labels"] = batch["labels"].masked_scatter(hidden, batch["input_ids"][hidden])
+        return batch
+
+    monkeypatch.setattr(Collator, "torch_call", torch_call)
+
+
+def forget_the_end(monkeypatch):
+    """The token that ends a turn is left out of the loss: the model never stops."""
+    from recipe_runner.data.shapes import tokens
+
+    right = tokens.label
+
+    def label(*args, **kwargs):
+        table = right(*args, **kwargs)
+        cut = []
+        for row in table["labels"].to_pylist():
+            last = max(place for place, of in enumerate(row) if of != -100)
+            cut.append([*row[: last - 1], -100, -100, *row[last + 1 :]])
+        return table.set_column(1, "labels", pa.array(cut, table["labels"].type))
+
+    monkeypatch.setattr(tokens, "label", label)
+
+
+def drop_an_option(monkeypatch):
+    from recipe_runner.training import prepare
+
+    right = prepare.build_config
+    monkeypatch.setattr(
+        prepare,
+        "build_config",
+        lambda stage, training, *rest: right(
+            stage, {key: value for key, value in training.items() if key != "per_device_train_batch_size"}, *rest
+        ),
+    )
+
+
+def forget_the_seed(monkeypatch):
+    from recipe_runner.training import prepare
+
+    right = prepare.build_config
+    monkeypatch.setattr(
+        prepare, "build_config", lambda stage, training, model, seed, *rest: right(stage, training, model, 1, *rest)
+    )
+
+
+def replace_the_optimizer(monkeypatch):
+    from transformers import Trainer
+
+    def create_optimizer(self, *args):
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=self.args.learning_rate)
+        return self.optimizer
+
+    monkeypatch.setattr(Trainer, "create_optimizer", create_optimizer)
+
+
+def forget_weight_decay(monkeypatch):
+    from transformers import Trainer
+
+    monkeypatch.setattr(Trainer, "get_decay_parameter_names", lambda self, model: [])
+
+
+def ignore_the_schedule(monkeypatch):
+    from transformers import Trainer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer or self.optimizer, factor=1)
+        return self.lr_scheduler
+
+    monkeypatch.setattr(Trainer, "create_scheduler", create_scheduler)
+
+
+def never_clip(monkeypatch):
+    from accelerate import Accelerator
+
+    def measure(self, parameters, max_norm, norm_type=2):
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", measure)
+
+
+def save_another_adapter(monkeypatch):
+    from peft import PeftModel
+
+    from recipe_runner.training import run
+
+    right = PeftModel.save_pretrained
+
+    def save_pretrained(self, folder, **kwargs):
+        state = {name: torch.zeros_like(p) for name, p in self.state_dict().items() if "lora_" in name}
+        right(self, folder, **{**kwargs, "state_dict": state})
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_pretrained)
+    monkeypatch.setattr(run.verify, "verify_saved", lambda *args: None)
+
+
+def swap_the_pairs(monkeypatch):
+    from recipe_runner.data.shapes import pairs
+
+    right = pairs.tokenize
+    names = ["prompt_ids", "rejected_ids", "chosen_ids"]
+    monkeypatch.setattr(pairs, "tokenize", lambda job, rows: right(job, rows).rename_columns(names))
+
+
+def leave_out_quantization(monkeypatch):
+    from recipe_runner.training import trainers
+
+    monkeypatch.setattr(trainers, "build_quantization", lambda section: None)
+
+
+def quantize_once(monkeypatch):
+    """Double quantization is dropped on the way."""
+    from recipe_runner.training import trainers
+
+    right = trainers.build_quantization
+    monkeypatch.setattr(
+        trainers, "build_quantization", lambda section: right({**section, "bnb_4bit_use_double_quant": False})
+    )
+
+
+def train_the_base(monkeypatch):
+    """Of the base, a norm is trained beside the adapter."""
+    from recipe_runner.training import run
+
+    right = run.trainers.build_trainer
+
+    def build_trainer(*args):
+        trainer = right(*args)
+        for name, parameter in trainer.model.named_parameters():
+            if name.endswith("model.norm.weight"):
+                parameter.requires_grad_(True)
+        return trainer
+
+    monkeypatch.setattr(run.trainers, "build_trainer", build_trainer)
+
+
+def begin_elsewhere(monkeypatch):
+    """The weights are random ones, and not those of the model."""
+    from recipe_runner.training import run
+
+    right = run.trainers.build_trainer
+
+    def build_trainer(*args):
+        trainer = right(*args)
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if name.endswith("embed_tokens.weight"):
+                    parameter.add_(0.01)
+        return trainer
+
+    monkeypatch.setattr(run.trainers, "build_trainer", build_trainer)
+
+
+def forget_accumulation(monkeypatch):
+    from recipe_runner.training import prepare
+
+    monkeypatch.setattr(
+        prepare, "accumulate", lambda recipe, count: {**recipe.training.said, "gradient_accumulation_steps": 1}
+    )
+
+
+def mix_the_documents(monkeypatch):
+    """Documents of a packed row see each other."""
+    from recipe_runner.training import packing
+
+    right = packing.DocumentCollator.torch_call
+
+    def torch_call(self, examples):
+        batch = right(self, examples)
+        places = batch["position_ids"]
+        kept = {key: value for key, value in batch.items() if key != "document_bounds"}
+        kept["cu_seq_lens_q"] = kept["cu_seq_lens_k"] = torch.tensor([0, places.shape[1]], dtype=torch.int32)
+        return kept | {"attention_mask": torch.ones(1, 1, places.shape[1], places.shape[1]).tril().bool()}
+
+    monkeypatch.setattr(packing.DocumentCollator, "torch_call", torch_call)
+    monkeypatch.setattr(packing.PackingCheck, "on_train_begin", lambda *args, **kwargs: None)
+
+
+def resume_without_the_optimizer(monkeypatch):
+    from transformers import Trainer
+
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda self, checkpoint: None)
+
+
+def keep_the_template(monkeypatch):
+    """The tokenizer is saved without the chat template that was trained with."""
+    from recipe_runner.training import run
+
+    right = run._save
+
+    def save(trainer, result, *rest):
+        found = right(trainer, result, *rest)
+        (found / "chat_template.jinja").write_text("{{ messages[0].content }}")
+        return found
+
+    monkeypatch.setattr(run, "_save", save)
+
+
+TICKETS, CHAT, TEXT, DPO = "smollm2_tickets_lora", "phi3_chat_qlora", "phi3_text_qlora", "smollm2_replies_dpo"
+# What is broken -> a recipe that shows it, what breaks it, and the checks of which one must say so.
+RUNNER = {
+    "labels shifted by one": (TICKETS, roll_labels, {"mask"}),
+    "the question learned as well": (TICKETS, learn_everything, {"mask"}),
+    "padding learned": (TICKETS, learn_padding, {"mask", "loss"}),
+    "the token that ends a turn left out of the loss": (TICKETS, forget_the_end, {"mask", "end-of-turn-masked"}),
+    "an option dropped on the way to the trainer": (TICKETS, drop_an_option, {"options"}),
+    "another seed": (TICKETS, forget_the_seed, {"options"}),
+    "another optimizer": (TICKETS, replace_the_optimizer, {"optimizer"}),
+    "the schedule ignored": (TICKETS, ignore_the_schedule, {"schedule"}),
+    "gradients not clipped": (TICKETS, never_clip, {"schedule"}),
+    "gradient accumulation ignored": (CHAT, forget_accumulation, {"options", "schedule"}),
+    "an adapter saved that is not the trained one": (TICKETS, save_another_adapter, {"saved", "nothing-learned"}),
+    "the chat template not saved": (TICKETS, keep_the_template, {"saved"}),
+    "chosen and rejected answers exchanged": (DPO, swap_the_pairs, {"mask"}),
+    "quantization left out": (TEXT, leave_out_quantization, {"options", "targets"}),
+    "double quantization dropped": (TEXT, quantize_once, {"options"}),
+    "a part of the base trained beside the adapter": (TICKETS, train_the_base, {"trained"}),
+    "training begun from other weights": (TICKETS, begin_elsewhere, {"base"}),
+    "documents of a packed row mixed": (TEXT, mix_the_documents, {"loss"}),
+    "the optimizer's state lost when a run is resumed": (TICKETS, resume_without_the_optimizer, {"resumed"}),
+}
+
+
+@pytest.mark.parametrize("broken", RUNNER)
+def test_a_broken_runner_is_caught(smoke, edit, monkeypatch, broken):
+    name, breaking, checks = RUNNER[broken]
+    recipe = edit(name, training={"max_grad_norm": 0.1}) if breaking is never_clip else edit(name)
+    breaking(monkeypatch)
+    found = smoke(recipe)
+    assert found.keys() & checks, found
+
+
+def test_a_weight_decay_that_is_lost_is_caught(smoke, edit, monkeypatch):
+    forget_weight_decay(monkeypatch)
+    assert "optimizer" in smoke(edit(TICKETS, training={"weight_decay": 0.1}))
+
+
+# What is broken in a recipe -> the recipe, its changed sections, and the checks of which one must say so.
+HALF = {"method": "lora", "r": 8, "target_modules": r"model\.layers\.[0-9]\.self_attn\.(q|v)_proj"}
+BROKEN_RECIPES = {
+    "a template of another model": (
+        TICKETS,
+        {"training": {"chat_template_path": "TEMPLATE"}},
+        {"mask", "template-token-missing"},
+    ),
+    "a target that misses two thirds of the layers": (TICKETS, {"peft": HALF}, {"targets"}),
+    "a row length at which no answer is whole": (
+        "phi3_instruct_qlora",
+        {"training": {"max_length": 24}},
+        {"rows", "too-many-dropped"},
+    ),
+    "a learning rate at which training diverges": (
+        TICKETS,
+        {"training": {"learning_rate": 1e6}},
+        {"non-finite", "nothing-learned"},
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_RECIPES)
+def test_a_broken_recipe_is_caught(smoke, edit, tmp_path, broken):
+    import trl
+
+    name, sections, checks = BROKEN_RECIPES[broken]
+    if "chat_template_path" in str(sections):
+        path = Path(trl.__file__).parent / "chat_templates" / "llama3_training.jinja"
+        sections = {"training": {"chat_template_path": str(path)}}
+    found = smoke(edit(name, **sections))
+    assert found.keys() & checks, found
+
+
+def test_the_documentation_lists_them():
+    text = (ROOT / "docs" / "smoke.md").read_text()
+    listed = set(re.findall(r"^\| ([^|]+?) \| `\w+`", text, re.MULTILINE))
+    assert listed == {*RUNNER, *BROKEN_RECIPES, "weight decay lost"}
+
+
+@pytest.mark.parametrize("name", [TICKETS, DPO, TEXT, CHAT])
+def test_an_unbroken_runner_passes(smoke, edit, name):
+    assert smoke(edit(name)) == {}
