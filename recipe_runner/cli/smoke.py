@@ -7,7 +7,7 @@ import click
 
 @click.command(name="smoke")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--steps", type=click.IntRange(2, 100), default=4, show_default=True, help="Of the optimizer.")
+@click.option("--steps", type=click.IntRange(3, 100), default=4, show_default=True, help="Of the optimizer.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the recipes.")
 @click.option("--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", show_default=True)
 @click.option("-v", "--verbose", is_flag=True, help="Also say what stands in for what, and what is excused.")

@@ -11,7 +11,7 @@ from recipe_runner.model.answers import GREEDY, stop_options
 from recipe_runner.results.target import Opened
 
 TOKENS = 33  # of an answer: the first one costs the prompt, the others are what is measured
-ROUNDS = 5  # of each prompt: the median counts
+ROUNDS = 3  # of each prompt: the median counts
 PROMPTS = 3
 
 

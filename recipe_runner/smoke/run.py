@@ -42,7 +42,7 @@ def smoke(file: Path, steps: int) -> Iterator[Outcome]:
 
     Args:
         file: Of the recipe.
-        steps: Of the optimizer, at least 2.
+        steps: Of the optimizer, at least 3: LoRA's first matrix has a gradient once the second has moved.
 
     Yields:
         One outcome a recipe that trains.

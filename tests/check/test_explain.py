@@ -79,11 +79,12 @@ def test_an_unknown_name_suggests_the_nearest(run_cli):
     [
         (["valdate", "x.yaml"], 2, "there is no command and no recipe 'valdate'; did you mean 'validate'?"),
         (["previw"], 2, "did you mean 'preview'?"),
-        (["chat"], 1, "no shipped recipe 'chat'; did you mean 'phi3_chat_qlora'?"),
+        (["chat"], 1, "no shipped recipe 'chat'; `recipe-run list chat` shows the 10 that are like it"),
+        (["phi3_chat"], 1, "no shipped recipe 'phi3_chat'; did you mean 'phi3_chat_qlora'?"),
         (["phi3_chat_qlra"], 1, "did you mean 'phi3_chat_qlora'?"),
         (["mine"], 1, "did you mean 'mine.yaml'?"),
         (["validate", "mine"], 1, "did you mean 'mine.yaml'?"),
-        (["zzz"], 1, "shipped recipes: phi3_chat_qlora, "),
+        (["zzz"], 1, "no shipped recipe 'zzz'; `recipe-run list` shows them"),
     ],
     ids=str,
 )

@@ -1,0 +1,142 @@
+"""The shelf: every recipe says what it should, the catalogue is the shelf's, and facts have sources."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from recipe_runner.recipe.catalogue import choose, read_catalogue, write_count
+from recipe_runner.recipe.library import shipped_recipes
+from recipe_runner.recipe.models import find_facts, read_count, read_models
+from recipe_runner.recipe.resolve import load_recipe
+
+NOT_TRAINED = "# Not trained at full size here: only executed small, by recipe-run smoke."
+FILES = shipped_recipes()
+ENTRIES = read_catalogue()
+
+
+def test_the_shelf_is_one():
+    """At least thirty recipes, of every kind of model, task, stage and method that the library is for."""
+    assert len(ENTRIES) >= 30
+    assert {entry.task for entry in ENTRIES} == set(
+        json.loads((ROOT / "schema" / "recipe.schema.json").read_text())["$defs"]["metadata"]["properties"]["task"][
+            "enum"
+        ]
+    )
+    methods = {"full", "partial", "hybrid", "bottleneck", "lora", "dora", "qlora", "adalora", "ia3", "prefix_tuning"}
+    assert methods | {"prompt_tuning", "p_tuning"} <= {entry.method for entry in ENTRIES}
+    kinds = {facts.model_type for entry in ENTRIES if (facts := find_facts(entry.model))}
+    assert {"phi3", "llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "mistral", "smollm3", "olmo2"} <= kinds
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_recipe_opens_with_its_command_and_its_hardware(file):
+    schema, command, hardware, *more = file.read_text().splitlines()
+    assert schema == "# yaml-language-server: $schema=../schema/recipe.schema.json"
+    assert re.fullmatch(rf"# (accelerate launch )?recipe-run recipes/{file.name}( --accelerate-config \w+)?", command)
+    assert hardware.startswith("# For ")
+    recipe = load_recipe(str(file))
+    launch = (recipe.values["metadata"]).get("launch")
+    assert command.endswith(f"--accelerate-config {launch}") == bool(launch)
+    own = all(
+        stage.model.folder for stage in (recipe.stages or (recipe,))
+    )  # the demo model: trained here, and measured
+    assert (more[0] == NOT_TRAINED) != own
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_a_recipe_names_licenses_task_and_rows(entry):
+    assert entry.task
+    assert entry.license
+    assert entry.data_license
+    assert entry.hardware
+    assert entry.parameters, "its model has no facts in recipes/models.json"
+    recipe = load_recipe(str(entry.file))
+    for stage in recipe.stages or (recipe,):
+        hub = [source.source for source in stage.dataset.sources if "/" in source.source and source.source[0] != "/"]
+        sample = (stage.values.get("metadata") or {}).get("sample")
+        assert bool(hub) == bool(sample)
+        if sample:
+            rows = [json.loads(line) for line in Path(sample).read_text(encoding="utf-8").splitlines()]
+            assert len(rows) == 3
+            for source in stage.dataset.sources:
+                assert set(source.columns.values()) <= set(rows[0]), source.source
+
+
+@pytest.mark.parametrize("facts", read_models().values(), ids=lambda facts: facts.name)
+def test_facts_have_sources(facts):
+    named = {source["what"] for source in facts.sources}
+    assert {"config", "parameters", "license", "tokens"} <= {
+        word for name in named for word in name.replace(",", " ").split()
+    }
+    assert all(source["where"] for source in facts.sources)
+    assert facts.tokens["eos"] in facts.tokens["stops"] or facts.template
+    assert not re.search(r"/work/|/tmp/|index id|corpus", json.dumps(facts.sources))
+    if facts.template and not facts.template.startswith("trl/"):
+        assert (ROOT / "recipes" / "templates" / facts.template).is_file()
+
+
+def test_the_catalogue_is_not_stale():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from make_catalogue import write_catalogue
+
+    assert (ROOT / "recipes" / "README.md").read_text() == write_catalogue(ENTRIES)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"words": ["gsm8k"]}, set()),
+        ({"words": ["mathematics"]}, {"qwen25_05b_math_partial", "qwen3_06b_math_partial"}),
+        ({"words": ["mathmatics"]}, {"qwen25_05b_math_partial", "qwen3_06b_math_partial"}),
+        ({"words": ["law"]}, {"mistral_7b_law_qlora"}),
+        ({"words": [], "task": "preference", "most": 2_000_000_000}, {"llama32_1b_dpo_lora", "smollm2_replies_dpo"}),
+        ({"words": [], "method": "dora"}, {"llama32_3b_instruct_dora"}),
+        ({"words": [], "stage": "pipeline"}, {"smollm2_desk_pipeline"}),
+        ({"words": [], "model": "mistral", "task": "domain"}, {"mistral_7b_law_qlora"}),
+    ],
+    ids=str,
+)
+def test_recipes_are_found(options, found):
+    words, most = options.pop("words"), options.pop("most", None)
+    assert {entry.name for entry in choose(ENTRIES, words, most, **options)} == found
+
+
+def test_list_says_what_was_not_found(run_cli):
+    result = run_cli("list", "sentimnt", "--model", "lama")
+    assert result.status == 1
+    assert "error[no-recipes] none of" in result.err
+    assert run_cli("list", "--max-params", "many").status == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("3.8B", 3_800_000_000), ("135M", 135_000_000), ("3,821,079,552", 3821079552)]
+)
+def test_numbers_of_parameters_are_read(text, number):
+    assert read_count(text) == number
+
+
+def test_numbers_of_parameters_are_written():
+    assert [write_count(number) for number in (134_515_008, 999_885_952, 3_821_079_552, None)] == [
+        "135M",
+        "1B",
+        "3.82B",
+        "",
+    ]
+
+
+def test_a_copy_is_valid_where_it_is(run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run_cli("copy", "smollm2_tickets_lora")
+    assert result.status == 0, result.err
+    assert run_cli("validate", "--strict", "smollm2_tickets_lora.yaml").status == 0
+    text = (tmp_path / "smollm2_tickets_lora.yaml").read_text()
+    assert str(ROOT / "recipes" / "data" / "tickets_train.jsonl") in text
+    again = run_cli("copy", "smollm2_tickets_lora")
+    assert (again.status, "error[file-exists]" in again.err) == (1, True)
+    assert run_cli("copy", "smollm2_tickets_lora", "mine.yaml").status == 0
+    assert "name: mine" in (tmp_path / "mine.yaml").read_text()
+    assert run_cli("copy", "nothing_like_it").status == 1
