@@ -8,7 +8,7 @@ QUICKSTART := smollm2_tickets_lora
 help: ## says what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
 
-.PHONY: help install model quickstart check format test mutants test-browser lint schema bench clean
+.PHONY: help install model quickstart check format test smoke smoke-half mutants test-browser lint schema bench clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed ## the pinned versions, into .venv
@@ -41,8 +41,16 @@ check: install lint ## lint, types and the tests that need no training stack
 	$(BIN)/python -m pytest tests/check
 
 # Everything; two tests at a time, each with one thread (tests/conftest.py).
-test: install lint ## check, and every other test
+test: install lint ## check, every other test, and recipes of each kind executed small
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	HF_HUB_OFFLINE=1 $(BIN)/recipe-run smoke --jobs 2 $$($(BIN)/python scripts/choose_recipes.py families changed)
+
+# A half of the shelf, by the commit; `.ci/run` adds it to `make test`. The whole of it runs every night.
+smoke-half: install
+	HF_HUB_OFFLINE=1 $(BIN)/recipe-run smoke --jobs 2 $$($(BIN)/python scripts/choose_recipes.py half)
+
+smoke: install ## executes every recipe, small
+	HF_HUB_OFFLINE=1 $(BIN)/recipe-run smoke --jobs 2 recipes
 
 # Half an hour; prints its seed.
 mutants: install ## thousands of broken recipes, data files, models, runs
@@ -58,12 +66,14 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/python scripts/build_schema.py --check
 	$(BIN)/python scripts/make_mistakes_table.py --check
+	$(BIN)/python scripts/make_catalogue.py --check
 	$(BIN)/python scripts/compare_validators.py
 	$(BIN)/recipe-run validate recipes
 
 schema: install ## writes the generated schemas and tables
 	$(BIN)/python scripts/build_schema.py
 	$(BIN)/python scripts/make_mistakes_table.py
+	$(BIN)/python scripts/make_catalogue.py
 
 bench: install model ## benchmarks
 	$(BIN)/python benchmarks/validate.py

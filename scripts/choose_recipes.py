@@ -5,6 +5,7 @@ python scripts/choose_recipes.py changed [BASE]     those that a change since BA
 python scripts/choose_recipes.py half [SEED]        half of all, by a seed (the commit)
 """
 
+import os
 import random
 import subprocess
 import sys
@@ -62,15 +63,14 @@ def commit() -> str:
 
 
 def main() -> None:
-    kind, *more = sys.argv[1:] or ["families"]
     entries = read_catalogue()
     choices = {
         "families": lambda: families(entries),
-        "changed": lambda: changed(entries, more[0] if more else "origin/main"),
-        "half": lambda: half(entries, more[0] if more else commit()),
+        "changed": lambda: changed(entries, os.environ.get("BASE") or "origin/main"),
+        "half": lambda: half(entries, commit()),
     }
-    for entry in choices[kind]():
-        print(entry.file)
+    for name in sorted({entry.file for kind in sys.argv[1:] for entry in choices[kind]()}):
+        print(name)
 
 
 if __name__ == "__main__":

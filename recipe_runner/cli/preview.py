@@ -1,8 +1,9 @@
 """`recipe-run preview`: rows as the model sees them."""
 
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,11 @@ from recipe_runner.cli.options import (
     set_option,
 )
 from recipe_runner.problems.errors import UserError, user_error
+
+if TYPE_CHECKING:
+    from recipe_runner.recipe.recipe import Recipe
+
+UNREACHED = ("hub-unreachable", "dataset-unavailable", "model-not-found")  # codes of what is on the hub, and not here
 
 
 @click.command(name="preview")
@@ -77,5 +83,29 @@ def command(
             given = [f"--num_processes={num_processes}"] if num_processes else []
             processes = read_checked_launch(launch_file, given, resolved).processes
         colour = choose_colour() is None and sys.stdout.isatty()
-        for part in preview_recipe(resolved, colour=colour, processes=processes, **options):
+        try:
+            for part in preview_recipe(resolved, colour=colour, processes=processes, **options):
+                click.echo(part)
+        except UserError as error:
+            if not {problem.code for problem in error.problems} & set(UNREACHED):
+                raise
+            _preview_sample(resolved, error, colour=colour, processes=processes, **options)
+
+
+def _preview_sample(recipe: "Recipe", error: UserError, **options: Any) -> None:
+    """Shows sample rows where the model or the data is not reached.
+
+    Raises:
+        UserError: `error`, where the recipe names no sample rows; or something is wrong with them.
+    """
+    if not (recipe.values.get("metadata") or {}).get("sample"):
+        raise error
+    from recipe_runner.preview import preview_recipe
+    from recipe_runner.smoke.run import apart
+    from recipe_runner.smoke.shrink import sample_recipe
+
+    with tempfile.TemporaryDirectory(prefix="recipe-run-preview-") as folder, apart(Path(folder)):
+        sampled, told = sample_recipe(recipe, Path(folder))
+        click.echo(f"{error.problems[0].message}: shown are {told}\n", err=True)
+        for part in preview_recipe(sampled, **options):
             click.echo(part)

@@ -65,7 +65,7 @@ def _alone(stage: Recipe) -> dict[str, Any]:
 
 def _smoke_one(file: Path, name: str, recipe: Recipe, steps: int) -> Outcome:
     outcome, began = Outcome(file, name), time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="recipe-run-smoke-") as folder, _apart(Path(folder)), _quiet() as said:
+    with tempfile.TemporaryDirectory(prefix="recipe-run-smoke-") as folder, apart(Path(folder)), _quiet() as said:
         try:
             on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
             outcome.problems += check_launch_of(recipe)
@@ -111,7 +111,7 @@ def _last_words(said: io.StringIO) -> str:
 
 
 @contextlib.contextmanager
-def _apart(folder: Path) -> Iterator[None]:
+def apart(folder: Path) -> Iterator[None]:
     """Keeps prepared data and the datasets library's copies in a folder, and not in the person's caches."""
     with (
         mock.patch.object(store, "store_folder", return_value=folder / "prepared"),

@@ -17,6 +17,7 @@ from recipe_runner.smoke.rows import Rows, Wanted, find_rows, texts_of, work_out
 from recipe_runner.smoke.stand_in import StandIn, build_stand_in
 
 LEAST_ROWS, MOST_ROWS = 24, 96
+SHOWN = 3  # rows that a person looks at
 TEXTS = 2000  # that a tokenizer is learned from
 KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")  # of a GPU
 
@@ -86,6 +87,31 @@ def shrink_recipe(recipe: Recipe, folder: Path, steps: int, on_cpu: bool) -> Sma
     small.changed[("run", "output_dir")] = "a folder of smoke's"
     small.recipe = dataclasses.replace(recipe, values=values)
     return small
+
+
+def sample_recipe(recipe: Recipe, folder: Path) -> tuple[Recipe, str]:
+    """A recipe with a few rows in the layout of its data, and a tokenizer that stands in for its model's: for a look.
+
+    Args:
+        recipe: A resolved recipe that trains.
+        folder: For the stand-in and the rows.
+
+    Returns:
+        The recipe; and what stands in for what, for people.
+
+    Raises:
+        UserError: Nothing is known of its model, or its rows can't be read.
+    """
+    values = copy.deepcopy(dict(recipe.values))
+    found = [(source, find_rows(recipe, source, SHOWN)) for source in recipe.dataset.train]
+    texts = [text for _, rows in found for row in rows.entries for text in texts_of(row)][:TEXTS]
+    small = Small(recipe, build_stand_in(recipe.model, texts, folder / "model", 0))
+    values["model"]["name_or_path"] = str(small.stand_in.folder)
+    values["dataset"].pop("eval", None)
+    for number, (source, rows) in enumerate(found):
+        _replace_source(values, small, source, rows, folder / f"rows-{number}.jsonl")
+    told = f"{', '.join(dict.fromkeys(rows.told for _, rows in found))}; {small.stand_in.told.partition('; ')[2]}"
+    return dataclasses.replace(recipe, values=values), told
 
 
 def find_layer_numbers(values: Mapping[str, Any]) -> list[str]:

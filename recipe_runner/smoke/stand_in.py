@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from recipe_runner.files import read_object, read_text
 from recipe_runner.model.base import load_model_config
@@ -84,11 +85,11 @@ def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, leas
     small.dtype = None
     small.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[small.model_type]]
     torch.manual_seed(0)
+    logging.disable_progress_bar()  # of writing a file of some hundred kilobytes
     build_model(small).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in sorted(stops)]
-    generation: Any = GenerationConfig
-    generation(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
     template = facts.template if facts else "of the model's folder"
     told = f"{small.model_type} of {small.num_hidden_layers} layers, {small.hidden_size} wide"
     told += (
@@ -104,8 +105,7 @@ def build_model(config: PretrainedConfig) -> Any:
         UserError: transformers can't build it.
     """
     try:
-        auto: Any = AutoModelForCausalLM
-        return auto.from_config(config)
+        return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # of numbers that make no model
         message = f"no small {config.model_type} can be built: {type(error).__name__}: {first_line(error)}"
         raise user_error("model-config", message, path=PLACE) from error
@@ -189,7 +189,7 @@ def make_tokenizer(
     return tokenizer, frozenset([*tokens.get("stops", ()), tokens["eos"]])
 
 
-def learn_tokenizer(texts: Iterable[str], special: Sequence[str]) -> Any:
+def learn_tokenizer(texts: Iterable[str], special: Sequence[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of some texts: every text can be written in it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -201,5 +201,4 @@ def learn_tokenizer(texts: Iterable[str], special: Sequence[str]) -> Any:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    fast: Any = PreTrainedTokenizerFast
-    return fast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
