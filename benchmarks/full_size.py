@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from recipe_runner.model.tiny import fill_padding
 from recipe_runner.problems.words import align
 from recipe_runner.recipe.models import find_facts
 from recipe_runner.recipe.recipe import Recipe
@@ -57,6 +58,7 @@ def build_model(recipe: Recipe, folder: Path) -> None:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fill_padding(model)
     model.save_pretrained(folder)
     tokenizer, stops = make_tokenizer(recipe.model, facts, [" ".join(WORDS)] * 50)
     tokenizer.save_pretrained(folder)

@@ -81,6 +81,14 @@ def _count_layers(config: PretrainedConfig) -> int:
     return max([SIZES["num_hidden_layers"], *(place + 1 for place in first)])
 
 
+def fill_padding(model: Any) -> None:
+    """Gives the token that pads an embedding other than 0, as trained models have: the gradient of a norm at 0 is huge."""
+    embeddings = model.get_input_embeddings()
+    if embeddings.padding_idx is not None:
+        with torch.no_grad():
+            embeddings.weight[embeddings.padding_idx].normal_(std=0.02)
+
+
 def write_tiny(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int = 0) -> Path:
     """Writes a small random model of a configuration's architecture, with a tokenizer, as a model folder."""
     torch.manual_seed(seed)

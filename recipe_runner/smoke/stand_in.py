@@ -26,7 +26,7 @@ from transformers.utils import logging
 from recipe_runner.files import read_object, read_text
 from recipe_runner.model.base import load_model_config
 from recipe_runner.model.hub import find_model
-from recipe_runner.model.tiny import shrink_config
+from recipe_runner.model.tiny import fill_padding, shrink_config
 from recipe_runner.model.tokenizer import read_own, stop_ids
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.recipe.library import shelf
@@ -86,7 +86,9 @@ def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, leas
     small.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[small.model_type]]
     torch.manual_seed(0)
     logging.disable_progress_bar()  # of writing a file of some hundred kilobytes
-    build_model(small).save_pretrained(folder)
+    model = build_model(small)
+    fill_padding(model)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in sorted(stops)]
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
