@@ -86,9 +86,9 @@ def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, leas
     small.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[small.model_type]]
     torch.manual_seed(0)
     logging.disable_progress_bar()  # of writing a file of some hundred kilobytes
-    model = build_model(small)
-    fill_padding(model)
-    model.save_pretrained(folder)
+    built = build_model(small)
+    fill_padding(built)
+    built.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in sorted(stops)]
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
