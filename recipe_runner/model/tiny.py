@@ -82,7 +82,7 @@ def _count_layers(config: PretrainedConfig) -> int:
 
 
 def fill_padding(model: Any) -> None:
-    """Gives the token that pads an embedding other than 0, as trained models have: at 0, gradients of norms are huge."""
+    """Gives the token that pads an embedding other than 0, as trained models have: at 0, a norm has a huge gradient."""
     embeddings = model.get_input_embeddings()
     if embeddings.padding_idx is not None:
         with torch.no_grad():
