@@ -23,25 +23,28 @@ SIZES = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_size": 64}
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def shrink_config(config: PretrainedConfig, vocab_size: int, token_id: int = 0, layers: int = 0) -> PretrainedConfig:
+def shrink_config(
+    config: PretrainedConfig, vocab_size: int, token_id: int = 0, layers: int = 0, keep_heads: bool = False
+) -> PretrainedConfig:
     """A copy of a configuration with few narrow layers; what the architecture is stays as it is.
 
-    Query heads stay as many a key-value head as they were; there are as many layers as it takes to have one of each
-    kind, at least two.
+    There are as many layers as it takes to have one of each kind, at least two.
 
     Args:
         config: Of a model of any size.
         vocab_size: Tokens of the small model.
         token_id: Its token for beginning, end and padding.
         layers: How many there are at least; by default as few as show every kind.
+        keep_heads: Whether there are as many query heads to a key-value head as in the model; else two.
     """
     small = copy.deepcopy(config)
     for part in (small, *(getattr(small, name) for name in small.sub_configs)):
-        sizes = {**SIZES, **_shrink_heads(part), "vocab_size": vocab_size}
+        sizes = {**SIZES, **(_shrink_heads(part) if keep_heads else HEADS), "vocab_size": vocab_size}
         if isinstance(part, type(config.get_text_config())):
             sizes["num_hidden_layers"] = max(layers, _count_layers(part))
         for name, size in sizes.items():
@@ -63,7 +66,7 @@ def shrink_config(config: PretrainedConfig, vocab_size: int, token_id: int = 0, 
 def _shrink_heads(config: PretrainedConfig) -> dict[str, int]:
     """Heads with the same number of query heads for each key-value head, and a hidden size that they fill."""
     heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_size": 64}
+    sizes = dict(HEADS)
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared == 0:
         group = heads // shared
         few = 4 if group == 1 else min(2, shared)

@@ -78,7 +78,7 @@ def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, leas
     eos = tokenizer.eos_token_id
     text = config.get_text_config()
     layers = text.num_hidden_layers if least_layers is None else least_layers
-    small = shrink_config(text, len(tokenizer), eos if isinstance(eos, int) else 0, layers)
+    small = shrink_config(text, len(tokenizer), eos if isinstance(eos, int) else 0, layers, keep_heads=True)
     small.max_position_embeddings = text.max_position_embeddings
     if getattr(small, "sliding_window", None):
         small.sliding_window = min(WINDOW, small.sliding_window)

@@ -166,7 +166,12 @@ def test_wheel_holds_the_shelf_and_works_in_an_empty_folder(wheel, tmp_path):
 
 
 def test_wrong_command_line_is_exit_status_2(tmp_path):
-    for command in ("recipe-run", "recipe-run validate", "recipe-run validate --nonsense x", "recipe-run list extra"):
+    for command in (
+        "recipe-run",
+        "recipe-run validate",
+        "recipe-run validate --nonsense x",
+        "recipe-run list --nothing",
+    ):
         result = sh(command, tmp_path)
         assert result.returncode == 2, command
         assert "Traceback" not in result.stderr

@@ -159,7 +159,7 @@ def test_a_small_model_is_of_the_same_architecture():
         "HuggingFaceTB/SmolLM3-3B-Base",
     ):
         config = read_config(ModelSection(name, "main", True, False), find_facts(name))
-        small = shrink_config(config, 400)
+        small = shrink_config(config, 400, keep_heads=True)
         assert (
             small.num_attention_heads / small.num_key_value_heads
             == config.num_attention_heads / config.num_key_value_heads
