@@ -1,6 +1,7 @@
 """The catalogue of the shelf: what each recipe is for, found by filters and by words."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,11 +123,7 @@ def _is_like(word: str, entry: Entry) -> bool:
     text = f"{entry.name} {entry.description} {entry.model} {entry.task} {entry.method} {' '.join(entry.tags)}".lower()
     if word in text:
         return True
-    words = {
-        part
-        for piece in text.replace("_", " ").replace("-", " ").replace("/", " ").split()
-        for part in [piece.strip(".,:")]
-    }
+    words = {piece.strip(".,:") for piece in re.split(r"[\s_/-]+", text)}
     return any(difflib.SequenceMatcher(None, word, other).ratio() >= ALIKE for other in words)
 
 

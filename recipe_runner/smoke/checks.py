@@ -17,10 +17,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, Trainer, get_scheduler
 
+from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.adapter import saves_embeddings
 from recipe_runner.model.load import load_result
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import alters_base
+from recipe_runner.runs.folder import result_name
 from recipe_runner.smoke.rows import Wanted, squeeze
 from recipe_runner.smoke.shrink import Small
 from recipe_runner.smoke.watch import Seen, hash_frozen, split_documents
@@ -190,16 +192,13 @@ def _is_of_base(name: str) -> bool:
 def list_excused(done: Done) -> dict[str, str]:
     """Trainable tensors that may have no gradient in a few steps -> why."""
     excused = {}
-    experts = getattr(done.model.config.get_text_config(), "num_experts", None) or getattr(
-        done.model.config.get_text_config(), "num_local_experts", None
-    )
+    config = done.model.config.get_text_config()
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     for name in done.seen.trainable:
         if experts and ("expert" in name or "router" in name or "gate." in name):
             excused[name] = "an expert that no token was routed to"
         elif "embed" in name and "embed_tokens" not in name:
             excused[name] = "positions beyond the rows"
-        elif done.recipe.peft["method"] == "adalora" and "lora_E" in name:
-            continue
         elif (done.recipe.training["peft_optimizer"] or {}).get("name") == "lorafa" and "lora_A" in name:
             excused[name] = "LoRA-FA does not train it"
         elif name.endswith(("k_proj.bias", "key.bias")):
@@ -241,9 +240,7 @@ def check_rows(done: Done) -> Found:
     section = done.small.recipe.dataset
     limits = [source.limit for source in section.train if source.limit]
     weighted = any(source.weight is not None for source in section.train)
-    expected = (
-        read - sum(max(1, round(read * section.fraction)) for _ in section.train[:1]) if section.fraction else read
-    )
+    expected = read - max(1, round(read * section.fraction)) if section.fraction else read
     if len(section.train) == 1 and not limits and not weighted and counted.rows_read != expected:
         yield f"{counted.rows_read} rows were read to train on, not {expected}"
     if section.has_eval and held is None:
@@ -275,7 +272,7 @@ def check_mask(done: Done) -> Found:
 
 def _check_tokens(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Found:
     ids, labels = inputs["input_ids"], inputs["labels"]
-    learned = labels != -100
+    learned = labels != IGNORED
     if bool((labels[learned] != ids[learned]).any()):
         yield "labels are not the tokens at their place"
         return
@@ -327,9 +324,9 @@ def _find_runs(tokens: Sequence[int], labels: Sequence[int]) -> list[list[int]]:
     """Stretches of learned tokens."""
     runs: list[list[int]] = []
     for place, (token, label) in enumerate(zip(tokens, labels, strict=True)):
-        if label == -100:
+        if label == IGNORED:
             continue
-        if place and labels[place - 1] != -100 and runs:
+        if place and labels[place - 1] != IGNORED and runs:
             runs[-1].append(token)
         else:
             runs.append([token])
@@ -583,11 +580,6 @@ def check_evaluated(done: Done) -> Found:
         yield f"no evaluation gave a finite loss: {done.seen.evaluated}"
 
 
-def result_of(folder: Path, adapter: bool) -> Path:
-    """The folder of a run's result."""
-    return folder / ("adapter" if adapter else "model")
-
-
 def read_tensors(result: Path) -> dict[str, torch.Tensor]:
     """All tensors in a result's files."""
     found: dict[str, torch.Tensor] = {}
@@ -598,7 +590,7 @@ def read_tensors(result: Path) -> dict[str, torch.Tensor]:
 
 def check_saved(done: Done) -> Found:
     """The result holds what was trained, tensor by tensor, with the template and the tokens at which it stops."""
-    result = result_of(done.seen.folder, bool(done.recipe.peft))
+    result = done.seen.folder / result_name(bool(done.recipe.peft))
     saved = read_tensors(result)
     if not saved:
         yield f"{result} holds no weights"
@@ -634,7 +626,7 @@ def check_saved(done: Done) -> Found:
 
 def check_loaded(done: Done) -> Found:
     """The result, loaded from its folder, gives the logits of the trained model."""
-    result = result_of(done.seen.folder, bool(done.recipe.peft))
+    result = done.seen.folder / result_name(bool(done.recipe.peft))
     options: dict[str, Any] = {"dtype": getattr(torch, done.seen.prepared.precision.dtype)}
     if done.recipe.quantization:
         options["quantization_config"] = done.model.config.quantization_config
@@ -666,12 +658,8 @@ def check_resumed(done: Done) -> Found:
     if done.again.rates[-1] != done.seen.rates[-1]:
         rates = done.again.rates[-1][0], done.seen.rates[-1][0]
         yield f"the learning rate of step {last} is {rates[0]:.3g} when resumed, not {rates[1]:.3g}"
-    saved = read_tensors(result_of(done.again.folder, bool(done.recipe.peft)))
-    apart = [
-        n
-        for n, t in done.first.items()
-        if n in saved and saved[n].shape == t.shape and not _near(saved[n], t, done.close)
-    ]
+    saved = read_tensors(done.again.folder / result_name(bool(done.recipe.peft)))
+    apart = [name for name, tensor in done.first.items() if not _near(saved.get(name), tensor, done.close)]
     if set(saved) != set(done.first) or apart:
         yield f"{len(apart)} tensors differ when the run is resumed: {_name(apart)}"
 

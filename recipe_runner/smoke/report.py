@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from recipe_runner.launch.process import set_up_process
 from recipe_runner.problems.problem import Problem
 from recipe_runner.problems.words import align, make_visible
 from recipe_runner.smoke.outcome import CODE, Outcome
@@ -31,20 +32,13 @@ def smoke_all(files: Sequence[Path], steps: int, jobs: int) -> Iterator[Outcome]
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of small models wait more than they compute
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(files)), mp_context=context, initializer=_begin) as pool:
+    with ProcessPoolExecutor(min(jobs, len(files)), mp_context=context, initializer=set_up_process) as pool:
         asked = [(file, pool.submit(_smoke, file, steps)) for file in files]
         for file, future in asked:
             try:
                 yield from future.result()
             except BrokenProcessPool:
                 yield Outcome(file, file.stem, [Problem(CODE, "run: a process was ended from outside (memory?)")])
-
-
-def _begin() -> None:
-    """Sets a process up, before it imports the training stack."""
-    from recipe_runner.launch.process import set_up_process
-
-    set_up_process(False, ())
 
 
 def _smoke(file: Path, steps: int) -> list[Outcome]:

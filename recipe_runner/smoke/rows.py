@@ -3,6 +3,7 @@
 What is expected of a row is worked out here from the raw row, apart from the code that trains.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipe_runner.data.formats import SHAREGPT_ROLES
 from recipe_runner.data.look import iterate_rows
 from recipe_runner.files import read_text, write_text
 from recipe_runner.problems.errors import first_line, user_error
@@ -72,21 +74,15 @@ def read_file(file: Path, source: SourceSection) -> list[dict[str, Any]]:
         UserError: It can't be read, or has no rows.
     """
     try:
-        if file.suffix in (".json", ".jsonl"):
-            rows = [row for row, _ in zip(iterate_rows(file), range(MOST), strict=False)]
-        elif file.suffix == ".txt":
-            parts = (
-                re.split(r"\n\s*\n", read_text(file))
-                if source.sample_by == "paragraph"
-                else read_text(file).split("\n")
-            )
-            rows = [{"text": part} for part in parts if part.strip()][:MOST]
-        else:
+        if file.suffix == ".parquet":
             from datasets import load_dataset
 
-            options = {"features": None} if file.suffix == ".csv" else {}
-            loaded = load_dataset(BUILDERS[file.suffix], data_files=str(file), split=f"train[:{MOST}]", **options)
+            loaded = load_dataset(BUILDERS[file.suffix], data_files=str(file), split=f"train[:{MOST}]")
             rows = [dict(row) for row in loaded]
+        elif source.sample_by == "paragraph":
+            rows = [{"text": part} for part in re.split(r"\n\s*\n", read_text(file)) if part.strip()][:MOST]
+        else:
+            rows = list(itertools.islice(iterate_rows(file), MOST))
     except (OSError, ValueError, KeyError) as error:
         raise user_error("unreadable-data", f"{file}: {first_line(error)}", path=SAMPLE) from error
     if not rows:
@@ -203,13 +199,7 @@ def _text(value: Any) -> str:
 
 def _role(turn: Mapping[str, Any]) -> str:
     role = str(turn.get("role") or turn.get("from"))
-    return (
-        "assistant"
-        if role in ("assistant", "gpt", "model", "chatgpt", "bing", "bard")
-        else "user"
-        if role in ("user", "human")
-        else role
-    )
+    return SHAREGPT_ROLES.get(role, role)
 
 
 def _said(turn: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,8 +28,8 @@ from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Problem
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import examine_recipe
-from recipe_runner.runs.folder import list_checkpoints, step_of
-from recipe_runner.smoke.checks import CHECKS, Done, FullSize, adapted_modules, list_excused, read_tensors, result_of
+from recipe_runner.runs.folder import list_checkpoints, result_name, step_of
+from recipe_runner.smoke.checks import CHECKS, Done, FullSize, adapted_modules, list_excused, read_tensors
 from recipe_runner.smoke.outcome import CODE, Outcome
 from recipe_runner.smoke.shrink import Small, describe_changes, shrink_recipe
 from recipe_runner.smoke.stand_in import StandIn
@@ -71,11 +71,8 @@ def _smoke_one(file: Path, name: str, recipe: Recipe, steps: int) -> Outcome:
             outcome.problems += check_launch_of(recipe)
             with recipe.placing_errors():
                 small = shrink_recipe(recipe, Path(folder), steps, on_cpu)
-                outcome.rows, outcome.stand_in, outcome.changed = (
-                    small.told,
-                    small.stand_in.told,
-                    describe_changes(small),
-                )
+                outcome.rows, outcome.stand_in = small.told, small.stand_in.told
+                outcome.changed = describe_changes(small)
                 full = build_full(recipe, small.stand_in)
                 done = _execute(recipe, small, full)
             outcome.steps, outcome.excused = len(done.seen.rates), list_excused(done)
@@ -144,11 +141,11 @@ def _execute(recipe: Recipe, small: Small, full: FullSize) -> Done:
     folder = run_recipe(small.recipe, "never", None, watcher)
     seen = watcher.seen
     assert seen is not None
-    done = Done(recipe, small, seen, full, None, read_tensors(result_of(folder, bool(recipe.peft))))
-    return dataclasses.replace(done, again=_resume(small.recipe, folder, done))
+    first = read_tensors(folder / result_name(bool(recipe.peft)))
+    return Done(recipe, small, seen, full, _resume(small.recipe, folder), first)
 
 
-def _resume(recipe: Recipe, folder: Path, done: Done) -> Seen | None:
+def _resume(recipe: Recipe, folder: Path) -> Seen | None:
     """The last step, taken again by a run that goes on from the checkpoint before it."""
     copied = folder.with_name(f"{folder.name}-again")
     shutil.copytree(folder, copied)
@@ -156,7 +153,7 @@ def _resume(recipe: Recipe, folder: Path, done: Done) -> Seen | None:
     if len(checkpoints) < 2:
         raise user_error(CODE, "there is no checkpoint before the last step", path=("training", "save_steps"))
     shutil.rmtree(checkpoints[-1])
-    shutil.rmtree(result_of(copied, bool(recipe.peft)))
+    shutil.rmtree(copied / result_name(bool(recipe.peft)))
     write_status(copied, "interrupted", step=step_of(checkpoints[-2]))
     watcher = Watcher()
     run_recipe(recipe, str(copied), None, watcher)
@@ -176,15 +173,12 @@ def build_full(recipe: Recipe, stand_in: StandIn) -> FullSize:
     empty = build()
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     modules = frozenset(name for name, _ in empty.named_modules())
-    trained: Sequence[str] = ()
     unfrozen = select_parameters(recipe.unfreeze, empty, None) if recipe.unfreeze else {}
     trained = [name for names in unfrozen.values() for name in names]
     if not recipe.peft:
         return FullSize(frozenset(), frozenset(trained), modules, parameters)
-    said = {key: value for key, value in recipe.peft.said.items() if key != "prompt_tuning_init"}
-    said = (
-        said if said.get("prompt_tuning_init_text") is None else {k: v for k, v in said.items() if "init_text" not in k}
-    )
+    # What a prompt begins with takes a tokenizer, and changes no module.
+    said = {key: value for key, value in recipe.peft.said.items() if not key.startswith("prompt_tuning_init")}
     config = new_adapter.build_peft(said, recipe.stage.task)
     if unfrozen and config:
         train_beside_adapter(config, unfrozen, empty)

@@ -42,10 +42,6 @@ class Small:
     rows: dict[str, int] = field(default_factory=dict)
     told: str = ""
 
-    def is_changed(self, path: KeyPath) -> bool:
-        """Whether smoke has another value for a key."""
-        return path in self.changed
-
 
 def shrink_recipe(recipe: Recipe, folder: Path, steps: int, on_cpu: bool) -> Small:
     """A recipe with a small model, few rows and few steps; every other key is as it was.

@@ -35,7 +35,6 @@ from recipe_runner.recipe.sections import ModelSection
 
 VOCABULARY = 600  # tokens that are learned from the rows, beside the special ones
 WINDOW = 32  # of attention, where the architecture has one: shorter than most rows
-CONFIG_FILES = ("config.json", "tokenizer.json")
 # Spellings of special tokens in chat templates.
 SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>|\[/?[A-Z_]{3,}\]|</?think>")
 PLACE = ("model", "name_or_path")

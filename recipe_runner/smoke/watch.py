@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from recipe_runner.model.scores import score_sequences
+
 BATCHES = 2  # of the first step that are kept
 
 
@@ -178,23 +180,14 @@ def compute_own_loss(trainer: Any, model: Any, batch: Batch) -> float | None:
         return None
     if trainer.args.loss_type != "nll" or trainer.args.label_smoothing_factor or trainer.args.neftune_noise_alpha:
         return None
-    total, count, training = 0.0, 0, model.training
+    training = model.training
     model.eval()
     try:
-        with torch.no_grad(), trainer.autocast_smart_context_manager():
-            for ids, labels in split_documents(batch.inputs):
-                wanted = torch.tensor(labels[1:])
-                if not bool((wanted != -100).any()):
-                    continue
-                device = batch.inputs["input_ids"].device
-                logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
-                chances = torch.log_softmax(logits[-len(ids) :][:-1], dim=-1)
-                known = wanted != -100
-                total -= float(chances[known].gather(-1, wanted[known].unsqueeze(-1)).sum())
-                count += int(known.sum())
+        with trainer.autocast_smart_context_manager():
+            scores = score_sequences(model, split_documents(batch.inputs))
     finally:
         model.train(training)
-    return total / (batch.items or max(count, 1))
+    return sum(score.loss for score in scores) / (batch.items or max(sum(score.tokens for score in scores), 1))
 
 
 def measure_mixing(trainer: Any, model: Any, batch: Batch) -> float | None:
