@@ -50,6 +50,13 @@ def study_validator() -> Any:
     return _strict()(load(STUDY))
 
 
+def study_defaults(section: str = "") -> dict[str, Any]:
+    """Defaults of a study's keys, or of those of a section of it."""
+    properties = load(STUDY)["properties"]
+    properties = properties[section]["properties"] if section else properties
+    return {key: entry["default"] for key, entry in properties.items() if "default" in entry}
+
+
 @cache
 def quick_validator(stage: str = "", method: str = "") -> Any:
     """Says what `validator` says of whether a recipe is valid, in a third of the time, and nothing of what is wrong.

@@ -11,7 +11,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from recipe_runner.files import hash_file, list_runs, read_json, read_status, read_text, write_json, write_status
+from recipe_runner.files import (
+    hash_file,
+    list_runs,
+    read_json,
+    read_object,
+    read_status,
+    read_text,
+    write_json,
+    write_status,
+)
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.recipe.document import dump_values, parse_document
 from recipe_runner.stages import PIPELINE
@@ -225,6 +234,19 @@ def find_resumable(home: Path, values: Mapping[str, Any], resume: str) -> Path |
 def recipe_changes(folder: Path, values: Mapping[str, Any]) -> list[str]:
     """What a recipe says otherwise than the one that a run was made with, as `key: old -> new`."""
     return _differences(_read_resolved(folder), dict(values))
+
+
+def find_changed_data(folder: Path, hashes: Mapping[str, str]) -> str:
+    """Which data file differs from the one that a run was trained on; empty when none does, or it never began.
+
+    Args:
+        folder: Of the run.
+        hashes: Data file (or hub id) -> its hash as it is now.
+    """
+    recorded = read_object(folder / "environment.json").get("data_files")
+    if not isinstance(recorded, dict):
+        return ""
+    return next((f"{name} has changed" for name, digest in hashes.items() if recorded.get(name) != digest), "")
 
 
 def _read_resolved(folder: Path) -> dict[str, Any]:

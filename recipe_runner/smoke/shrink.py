@@ -55,23 +55,13 @@ def shrink_recipe(recipe: Recipe, folder: Path, steps: int, on_cpu: bool) -> Sma
     Raises:
         UserError: Nothing is known of its model, or its rows can't be read.
     """
-    values = copy.deepcopy(dict(recipe.values))
-    number = _count_rows(recipe, steps)
-    found = [
-        (source, find_rows(recipe, source, number if source.path[1] == "train" else LEAST_ROWS))
-        for source in recipe.dataset.sources
-    ]
-    texts = [text for _, rows in found for row in rows.entries for text in texts_of(row)][:TEXTS]
-    stand_in = build_stand_in(recipe.model, texts, folder / "model", count_layers(values))
-    small = Small(recipe, stand_in)
-    small.told = ", ".join(dict.fromkeys(rows.told for _, rows in found))
-    values["model"]["name_or_path"] = str(stand_in.folder)
-    small.changed[("model", "name_or_path")] = stand_in.told
+    counts = {"train": _count_rows(recipe, steps), "eval": LEAST_ROWS}
+    values, small, found = _begin(recipe, folder, recipe.dataset.sources, counts, count_layers(recipe.values))
+    small.changed[("model", "name_or_path")] = small.stand_in.told
     small.changed[("model", "revision")] = "of the stand-in"
     if values["model"].get("attn_implementation") in KERNELS and on_cpu:
         _change(values, small, ("model", "attn_implementation"), "sdpa")
-    for number, (source, rows) in enumerate(found):
-        _replace_source(values, small, source, rows, folder / f"rows-{number}.jsonl")
+    for source, rows in found:
         head = {column: [row.get(column) for row in rows.entries[:20]] for column in rows.entries[0]}
         columns = choose_columns(source, recipe.dataset.format, head)
         small.wanted.append(work_out(recipe.dataset, columns, rows.entries))
@@ -98,19 +88,28 @@ def sample_recipe(recipe: Recipe, folder: Path) -> tuple[Recipe, str]:
     Raises:
         UserError: Nothing is known of its model, or its rows can't be read.
     """
-    values = copy.deepcopy(dict(recipe.values))
-    found = [(source, find_rows(recipe, source, SHOWN)) for source in recipe.dataset.train]
-    texts = [text for _, rows in found for row in rows.entries for text in texts_of(row)][:TEXTS]
-    small = Small(recipe, build_stand_in(recipe.model, texts, folder / "model", 0))
-    values["model"]["name_or_path"] = str(small.stand_in.folder)
+    values, small, _ = _begin(recipe, folder, recipe.dataset.train, {"train": SHOWN}, 0)
     values["dataset"].pop("eval", None)
-    for number, (source, rows) in enumerate(found):
-        _replace_source(values, small, source, rows, folder / f"rows-{number}.jsonl")
-    told = f"{', '.join(dict.fromkeys(rows.told for _, rows in found))}; {small.stand_in.told.partition('; ')[2]}"
+    told = f"{small.told}; {small.stand_in.told.partition('; ')[2]}"
     return dataclasses.replace(recipe, values=values), told
 
 
-def find_layer_numbers(values: Mapping[str, Any]) -> list[str]:
+def _begin(
+    recipe: Recipe, folder: Path, sources: Sequence[SourceSection], counts: Mapping[str, int], layers: int | None
+) -> tuple[dict[str, Any], Small, list[tuple[SourceSection, Rows]]]:
+    """A recipe's values with a stand-in for its model and rows for its data, what was changed, and the rows."""
+    values = copy.deepcopy(dict(recipe.values))
+    found = [(source, find_rows(recipe, source, counts[str(source.path[1])])) for source in sources]
+    texts = [text for _, rows in found for row in rows.entries for text in texts_of(row)][:TEXTS]
+    small = Small(recipe, build_stand_in(recipe.model, texts, folder / "model", layers))
+    small.told = ", ".join(dict.fromkeys(rows.told for _, rows in found))
+    values["model"]["name_or_path"] = str(small.stand_in.folder)
+    for number, (source, rows) in enumerate(found):
+        _replace_source(values, small, source, rows, folder / f"rows-{number}.jsonl")
+    return values, small, found
+
+
+def _find_layer_numbers(values: Mapping[str, Any]) -> list[str]:
     """Where a recipe names layers by number: the small model then has all of them."""
     peft, found = values.get("peft") or {}, []
     if peft.get("layers_to_transform") is not None or peft.get("layer_replication"):
@@ -125,7 +124,7 @@ def count_layers(values: Mapping[str, Any]) -> int | None:
     Returns:
         0 where it names none; None for all that the model has.
     """
-    named, most = find_layer_numbers(values), 0
+    named, most = _find_layer_numbers(values), 0
     for name in named:
         found = re.fullmatch(r"layers\[-(\d+):?\]", name)
         if not found:

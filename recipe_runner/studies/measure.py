@@ -39,9 +39,11 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
         UserError: The result or the data is at fault.
     """
     from recipe_runner.results import evaluation, evaluation_report
-    from recipe_runner.results.target import Opened, explaining, find_target
+    from recipe_runner.results.latency import measure_latency
+    from recipe_runner.results.target import Opened, explaining, find_target, open_target
 
     target, found = find_target(task["run"]), {}
+    prompts: list[list[int]] = []
     options = task["evaluate"]
     with explaining("lower evaluate.batch_size"):
         recipe = evaluation_report.choose_recipe(target, options.get("data"), None, ())
@@ -50,9 +52,9 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
 
         def then(name: str, opened: Opened) -> None:
             if task["latency"] and name == evaluation.TUNED:
-                found["latency"] = {"result": asdict(_latency(opened, recipe))} | _latency_merged(
-                    target, opened, recipe
-                )
+                prompts.extend(_render_prompts(recipe, opened.tokenizer))
+                found["latency"] = {"result": asdict(measure_latency(opened, prompts))}
+                found["latency"] |= _latency_merged(target, opened, prompts, bool(recipe.quantization))
 
         with recipe.placing_errors():
             evaluated = evaluation.evaluate(
@@ -71,7 +73,8 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
                 beside_base=recipe.stage.reference,  # whose rewards are relative to it
             )
         if task["latency"]:
-            found["latency"]["base"] = asdict(_latency_base(target, recipe))
+            gc.collect()  # the result, which is not needed any more
+            found["latency"]["base"] = asdict(measure_latency(open_target(target, base=True), prompts))
     measured = evaluation.measure_column(evaluated, evaluated.columns[-1])  # the base comes first
     return found | {
         "measures": {
@@ -83,22 +86,23 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _latency(opened: Any, recipe: Any) -> Any:
-    """The time of a token, for the first prompts of the evaluation data; of raw text for its first words."""
+def _render_prompts(recipe: Any, tokenizer: Any) -> list[list[int]]:
+    """The first prompts of the evaluation data, in tokens; of raw text its first words."""
     from recipe_runner.data.prompts import choose_prompts, render_prompt
     from recipe_runner.preview.rows import open_preview
-    from recipe_runner.results.latency import PROMPTS, measure_latency
+    from recipe_runner.results.latency import PROMPTS
 
     preview = open_preview(recipe, 1)
     prompts = choose_prompts(preview.job, preview.orders, PROMPTS)
-    return measure_latency(opened, [render_prompt(prompt.content, opened.tokenizer) for prompt in prompts])
+    return [render_prompt(prompt.content, tokenizer) for prompt in prompts]
 
 
-def _latency_merged(target: Any, opened: Any, recipe: Any) -> dict[str, Any]:
+def _latency_merged(target: Any, opened: Any, prompts: list[list[int]], quantized: bool) -> dict[str, Any]:
     """The time of a token once the adapter is merged; nothing where no weights can hold it.
 
     A quantized base is loaded with plain weights for it, as `recipe-run merge` does.
     """
+    from recipe_runner.results.latency import measure_latency
     from recipe_runner.results.merging import check_mergeable
     from recipe_runner.results.target import open_target
 
@@ -106,17 +110,9 @@ def _latency_merged(target: Any, opened: Any, recipe: Any) -> dict[str, Any]:
         check_mergeable(target)
     except UserError:  # no adapter, or a method that can't be merged: there is no such figure
         return {}
-    if recipe.quantization:
+    if quantized:
         opened = open_target(target, quantized=False)
-    return {"merged": asdict(_latency(replace(opened, model=opened.model.merge_and_unload()), recipe))}
-
-
-def _latency_base(target: Any, recipe: Any) -> Any:
-    """The time of a token of the base alone, as it was in training."""
-    from recipe_runner.results.target import open_target
-
-    gc.collect()
-    return _latency(open_target(target, base=True), recipe)
+    return {"merged": asdict(measure_latency(replace(opened, model=opened.model.merge_and_unload()), prompts))}
 
 
 if __name__ == "__main__":

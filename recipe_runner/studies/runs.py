@@ -13,7 +13,7 @@ from typing import Any
 from recipe_runner.files import hash_file, list_runs, read_object, read_status, write_json
 from recipe_runner.problems.errors import Interrupted, UserError
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.runs.folder import last_checkpoint, recipe_changes
+from recipe_runner.runs.folder import find_changed_data, last_checkpoint, recipe_changes
 from recipe_runner.runs.metrics import read_metrics
 from recipe_runner.studies.study import Study, Variant
 
@@ -99,12 +99,13 @@ def _train(variant: Variant, seed: int | None, recipe: Recipe, place: Path) -> P
     """
     if run := _find_completed(recipe):
         return run
-    going_on = any(
-        last_checkpoint(run) and read_status(run) not in ("completed", "damaged") and not _differs(run, recipe)
+    unfinished = [
+        run
         for run in list_runs(recipe.home)
-    )
+        if last_checkpoint(run) and read_status(run) not in ("completed", "damaged") and not _differs(run, recipe)
+    ]
     arguments = [part for override in variant.arguments(seed, place) for part in ("--set", override)]
-    command = ["train", variant.recipe, *arguments, "--resume", "auto" if going_on else "never"]
+    command = ["train", variant.recipe, *arguments, "--resume", str(unfinished[-1]) if unfinished else "never"]
     _call(["-m", "recipe_runner", *command], place / "train.log")
     run = _find_completed(recipe)
     if run is None:
@@ -120,11 +121,10 @@ def _find_completed(recipe: Recipe) -> Path | None:
 
 def _differs(run: Path, recipe: Recipe) -> bool:
     """Whether a run was made with another recipe, or on other data."""
-    hashes = read_object(run / "environment.json").get("data_files") or {}
-    files = [Path(source.source) for source in recipe.dataset.sources if Path(source.source).is_file()]
-    return bool(recipe_changes(run, recipe.values)) or any(
-        hashes.get(str(file), digest) != digest for file in files for digest in [hash_file(file)]
-    )
+    if recipe_changes(run, recipe.values):
+        return True
+    files = [source.source for source in recipe.dataset.sources if Path(source.source).is_file()]
+    return bool(find_changed_data(run, {name: hash_file(Path(name)) for name in files}))
 
 
 def _run_merged(

@@ -4,9 +4,8 @@ import itertools
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from recipe_runner.recipe.document import Document, parse_document, parse_scalar
 from recipe_runner.recipe.library import SUFFIXES, find_recipe
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import load_recipe
-from recipe_runner.recipe.schema import SECTIONS
+from recipe_runner.recipe.schema import SECTIONS, study_defaults
 from recipe_runner.recipe.validate import check_study
 
 MOST = 1000  # variants of a study: more is a mistaken list
@@ -128,11 +127,11 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         mark = Mark(f"--set {text}")
         if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
             raise user_error("bad-override", "expected KEY=VALUE, or KEY=[VALUE, VALUE] to vary it", "", mark)
-        given[key] = read_value(value, mark)
+        given[key] = _read_value(value, mark)
     return given
 
 
-def read_value(text: str, mark: Mark) -> Any:
+def _read_value(text: str, mark: Mark) -> Any:
     """A value of the command line: YAML, by the rules of a recipe's file."""
     document = parse_document(f"value: {text}", str(mark))
     if document.problems or set(document.values) != {"value"}:
@@ -158,21 +157,18 @@ def _make(values: Mapping[str, Any], file: Path, place: Any) -> Study:
     said = values.get("variants") or [{"name": values["name"]}]
     variants: list[Variant] = []
     refused: list[tuple[Variant, Problem]] = []
-    names = Counter[str]()
     for number, entry in enumerate(said):
         for variant in _spread(entry, number, values, file):
-            names[variant.name] += 1
-            problem = None
-            if names[variant.name] > 1:
+            if variant.name in {other.name for other in variants}:
                 message = f"another variant has the name '{variant.name}', too"
-                problem = Problem("variant-name-twice", message, suggestion="give it another name")
-            elif Counter(other.slug for other in variants)[variant.slug]:
+            elif variant.slug in {other.slug for other in variants}:
                 message = f"'{variant.name}' would have the same folder as another variant, {variant.slug}"
-                problem = Problem("variant-name-twice", message, suggestion="give it another name")
-            if problem:
-                refused.append((variant, replace(problem, mark=place(variant.path, False), path=variant.path)))
             else:
                 variants.append(variant)
+                continue
+            mark = place(variant.path, False)
+            problem = Problem("variant-name-twice", message, mark, variant.path, "give it another name")
+            refused.append((variant, problem))
     if len(variants) > MOST:
         raise user_error("study-too-large", f"{len(variants):,} variants; at most {MOST:,}", "vary less")
     known = [variant.name for variant in variants]
@@ -187,7 +183,7 @@ def _make(values: Mapping[str, Any], file: Path, place: Any) -> Study:
     if "baseline" in values and baseline not in known:
         mark = place(("baseline",), False)
         raise user_error("unknown-variant", f"there is no variant '{baseline}'", suggest(baseline, known), mark)
-    evaluate = {"max_new_tokens": 128, "batch_size": 8, **values.get("evaluate", {})}
+    evaluate = {**study_defaults("evaluate"), **values.get("evaluate", {})}
     if "data" in evaluate:
         evaluate["data"] = str(_beside(evaluate["data"], file))
         if not Path(evaluate["data"]).is_file():
@@ -201,7 +197,7 @@ def _make(values: Mapping[str, Any], file: Path, place: Any) -> Study:
         tuple(values.get("seeds", [None])),
         baseline,
         evaluate,
-        values.get("latency", False),
+        values.get("latency", study_defaults()["latency"]),
         tuple(refused),
     )
 

@@ -108,11 +108,20 @@ def write_results(study: Study, outcomes: Sequence[Outcome], folder: Path) -> No
     write_text(folder / PAGE, _write_page(study, rows, plots, machine))
 
 
+def _measured(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The variants that have figures, and the names of all measures."""
+    good = [row for row in rows if row["measures"]]
+    return good, list(dict.fromkeys(name for row in good for name in row["measures"]))
+
+
+def _quality_cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [row["name"], *(_cell(row["measures"].get(name)) for name in names)]
+
+
 def write_text_tables(rows: Sequence[Mapping[str, Any]]) -> str:
     """What was learned, and what it cost, for a terminal."""
-    good = [row for row in rows if row["measures"]]
-    names = list(dict.fromkeys(name for row in good for name in row["measures"]))
-    quality = [["", *names], *([row["name"], *(_cell(row["measures"].get(name)) for name in names)] for row in good)]
+    good, names = _measured(rows)
+    quality = [["", *names], *(_quality_cells(row, names) for row in good)]
     parts = ["\n".join(align(quality, 80))] if good else []
     if good:
         parts.append("\n".join(align([COST_HEAD, *(_cost_cells(row) for row in good)], 80)))
@@ -150,14 +159,13 @@ def _cell(told: Mapping[str, Any] | None) -> str:
 
 def write_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The whole table, for a page of documentation."""
-    good = [row for row in rows if row["measures"]]
-    names = list(dict.fromkeys(name for row in good for name in row["measures"]))
+    good, names = _measured(rows)
     head = ["variant", "trained", *names, "saved MB", "memory MiB", "s/step", "tokens/s"]
     head += ["ms/token", "merged ms/token", "base ms/token"]
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for row in good:
-        cost = _cost_cells(row)
-        cells = [row["name"], cost[1], *(_cell(row["measures"].get(name)) for name in names), *cost[2:]]
+        (name, trained, *cost), (_, *quality) = _cost_cells(row), _quality_cells(row, names)
+        cells = [name, trained, *quality, *cost]
         lines.append(f"| {' | '.join([*cells, _one(row['latency'].get('base'), 1, '.1f')])} |")
     return "\n".join(lines) + "\n"
 
@@ -201,9 +209,8 @@ def _write_page(
     study: Study, rows: Sequence[Mapping[str, Any]], plots: Sequence[Plot], machine: Mapping[str, Any]
 ) -> str:
     """The page of a study."""
-    good = [row for row in rows if row["measures"]]
-    names = list(dict.fromkeys(name for row in good for name in row["measures"]))
-    quality = [[row["name"], *(_cell(row["measures"].get(name)) for name in names)] for row in good]
+    good, names = _measured(rows)
+    quality = [_quality_cells(row, names) for row in good]
     differences = [
         [row["name"], *(_cell((row["measures"].get(name) or {}).get("difference")) for name in names)]
         for row in good

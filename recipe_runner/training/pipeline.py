@@ -3,15 +3,13 @@
 import contextlib
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from recipe_runner.files import read_object
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.problems.errors import Interrupted, UserError, user_error
 from recipe_runner.recipe.recipe import Recipe
@@ -19,17 +17,12 @@ from recipe_runner.runs import folder as run_folder
 from recipe_runner.runs.effects import write_effects
 from recipe_runner.runs.report import leave_report
 from recipe_runner.runs.stages import StageRun, inspect_stage, inspect_stages, start_from, write_pipeline_status
-from recipe_runner.training.prepare import Prepared, prepare
+from recipe_runner.training.prepare import prepare
 from recipe_runner.training.resume import check_rows
-from recipe_runner.training.run import agree, run_recipe
+from recipe_runner.training.run import Watch, agree, run_recipe
 
 
-def run_pipeline(
-    recipe: Recipe,
-    resume: str,
-    launch: Launch | None = None,
-    watch: Callable[[Any, Prepared, Path], None] | None = None,
-) -> Path:
+def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None, watch: Watch | None = None) -> Path:
     """Runs the stages of a pipeline that are not done yet, and returns the pipeline's run folder.
 
     Everything but the weights is prepared and checked for all stages before the first of them trains. For the arguments
@@ -100,21 +93,13 @@ def _inspect(stages: Sequence[Recipe], folder: Path, files: list[dict[str, str]]
     """Where each stage stands; one whose data has changed is stale, and so are those after it."""
     runs = inspect_stages(stages, folder)
     for place, run in enumerate(runs):
-        if run.folder and not run.stale and (changed := _changed_data(run.folder, files[place])):
+        if run.folder and not run.stale and (changed := run_folder.find_changed_data(run.folder, files[place])):
             runs[place] = replace(run, stale=changed)
             for later in range(place + 1, len(runs)):
                 if runs[later].folder and not runs[later].stale:
                     why = f"the stage before it, {run.recipe.name}, runs again"
                     runs[later] = replace(runs[later], stale=why)
     return runs
-
-
-def _changed_data(folder: Path, files: dict[str, str]) -> str:
-    """Which data file differs from the one that a run was trained on; empty when none does, or it never began."""
-    recorded = read_object(folder / "environment.json").get("data_files")
-    if not isinstance(recorded, dict):
-        return ""
-    return next((f"{name} has changed" for name, digest in files.items() if recorded.get(name) != digest), "")
 
 
 def _can_resume(run: StageRun) -> bool:

@@ -33,13 +33,10 @@ from recipe_runner.training.prepare import Prepared
 from recipe_runner.training.samples import Sampler, record_golden
 from recipe_runner.training.state import keep_state
 
+Watch = Callable[[Any, Prepared, Path], None]  # is given the trainer, what was prepared, and the run folder
 
-def run_recipe(
-    recipe: Recipe,
-    resuming: str,
-    launch: Launch | None = None,
-    watch: Callable[[Any, Prepared, Path], None] | None = None,
-) -> Path:
+
+def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watch: Watch | None = None) -> Path:
     """Trains by a recipe and returns the run folder.
 
     Args:
