@@ -21,13 +21,13 @@ from recipe_runner.stages import FORMATS
 
 def write_recipe(
     file: Path,
-    model: str,
-    form: str,
-    stage: str | None,
-    way: str,
-    data: str,
-    given: tuple[str, ...],
-    source: str | None,
+    model: str = "",
+    form: str = "",
+    stage: str | None = None,
+    way: str = "",
+    data: str = "",
+    given: tuple[str, ...] = (),
+    source: str | None = None,
 ) -> None:
     """Writes a recipe to a new file. The arguments are the options of `recipe-run new`.
 
