@@ -14,10 +14,10 @@ class Outcome:
 
     Attributes:
         file: The recipe's.
-        name: The recipe's, with the stage where a pipeline has several.
+        name: The recipe's.
         problems: What is wrong, with the check that found it.
         seconds: How long it took.
-        steps: That were taken.
+        steps: That were taken; of a pipeline by all stages.
         rows: Where they come from.
         stand_in: What stands in for the model.
         changed: What is not as in the recipe, a line each.

@@ -28,7 +28,7 @@ def smoke_all(files: Sequence[Path], steps: int, jobs: int) -> Iterator[Outcome]
     """
     if jobs == 1 or len(files) == 1:
         for file in files:
-            yield from _smoke(file, steps)
+            yield _smoke(file, steps)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of small models wait more than they compute
     context = multiprocessing.get_context("spawn")
@@ -36,15 +36,15 @@ def smoke_all(files: Sequence[Path], steps: int, jobs: int) -> Iterator[Outcome]
         asked = [(file, pool.submit(_smoke, file, steps)) for file in files]
         for file, future in asked:
             try:
-                yield from future.result()
+                yield future.result()
             except BrokenProcessPool:
                 yield Outcome(file, file.stem, [Problem(CODE, "run: a process was ended from outside (memory?)")])
 
 
-def _smoke(file: Path, steps: int) -> list[Outcome]:
+def _smoke(file: Path, steps: int) -> Outcome:
     from recipe_runner.smoke.run import smoke  # here: the training stack
 
-    return list(smoke(file, steps))
+    return smoke(file, steps)
 
 
 def write_line(outcome: Outcome, verbose: bool) -> str:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,55 +29,57 @@ from recipe_runner.problems.problem import Problem
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import examine_recipe
 from recipe_runner.runs.folder import list_checkpoints, result_name, step_of
-from recipe_runner.smoke.checks import CHECKS, Done, FullSize, adapted_modules, list_excused, read_tensors
+from recipe_runner.runs.stages import StageRun, start_from
+from recipe_runner.smoke.checks import learned, options, result, weights
+from recipe_runner.smoke.checks.done import Done, Found, FullSize, adapted_modules, read_tensors
 from recipe_runner.smoke.outcome import CODE, Outcome
-from recipe_runner.smoke.shrink import Small, describe_changes, shrink_recipe
+from recipe_runner.smoke.shrink import Small, describe_changes, shrink_recipes
 from recipe_runner.smoke.stand_in import StandIn
 from recipe_runner.smoke.watch import Seen, Watcher
+from recipe_runner.training.pipeline import run_pipeline
 from recipe_runner.training.run import run_recipe
 
+CHECKS: dict[str, Callable[[Done], Found]] = {
+    "size": weights.check_size,
+    "targets": weights.check_targets,
+    "base": weights.check_base,
+    "trained": weights.check_trained,
+    "options": options.check_options,
+    "rows": learned.check_rows,
+    "order": learned.check_order,
+    "mask": learned.check_mask,
+    "loss": learned.check_loss,
+    "gradients": weights.check_gradients,
+    "moved": weights.check_moved,
+    "frozen": weights.check_frozen,
+    "optimizer": options.check_optimizer,
+    "schedule": options.check_schedule,
+    "evaluated": result.check_evaluated,
+    "saved": result.check_saved,
+    "loaded": result.check_loaded,
+    "resumed": result.check_resumed,
+}
 
-def smoke(file: Path, steps: int) -> Iterator[Outcome]:
-    """Executes a recipe; of a pipeline each stage by itself, from the base.
+
+def smoke(file: Path, steps: int) -> Outcome:
+    """Executes a recipe; a pipeline as a whole, each stage from the result of the one before.
 
     Args:
         file: Of the recipe.
         steps: Of the optimizer, at least 3: LoRA's first matrix has a gradient once the second has moved.
-
-    Yields:
-        One outcome a recipe that trains.
     """
     recipe, problems = examine_recipe(file)
     if recipe is None:
-        yield Outcome(file, file.stem, problems)
-        return
-    for stage in recipe.stages or (recipe,):
-        name = recipe.name if not recipe.stages else f"{recipe.name}: {stage.name}"
-        yield _smoke_one(file, name, dataclasses.replace(stage, values=_alone(stage)), steps)
-
-
-def _alone(stage: Recipe) -> dict[str, Any]:
-    """A pipeline's stage, from the base: the adapter of the stage before is not there."""
-    values = dict(stage.values)
-    values["model"] = {key: value for key, value in values["model"].items() if key != "adapter"}
-    return values
-
-
-def _smoke_one(file: Path, name: str, recipe: Recipe, steps: int) -> Outcome:
-    outcome, began = Outcome(file, name), time.monotonic()
+        return Outcome(file, file.stem, problems)
+    outcome, began = Outcome(file, recipe.name), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="recipe-run-smoke-") as folder, apart(Path(folder)), _quiet() as said:
         try:
-            on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
-            outcome.problems += check_launch_of(recipe)
             with recipe.placing_errors():
-                small = shrink_recipe(recipe, Path(folder), steps, on_cpu)
-                outcome.rows, outcome.stand_in = small.told, small.stand_in.told
-                outcome.changed = describe_changes(small)
-                full = build_full(recipe, small.stand_in)
-                done = _execute(recipe, small, full)
-            outcome.steps, outcome.excused = len(done.seen.rates), list_excused(done)
-            for check, function in CHECKS.items():
-                outcome.problems += [recipe.place(_problem(check, told)) for told in function(done)]
+                for done in _execute(recipe, outcome, Path(folder), steps):
+                    outcome.steps += len(done.seen.rates)
+                    outcome.excused |= weights.list_excused(done)
+                    for check, function in CHECKS.items():
+                        outcome.problems += [done.recipe.place(_problem(check, told)) for told in function(done)]
         except UserError as error:
             outcome.problems += error.problems
         except Exception as error:  # what upstream or the runner says here, it would say to the recipe's user
@@ -86,6 +88,29 @@ def _smoke_one(file: Path, name: str, recipe: Recipe, steps: int) -> Outcome:
     outcome.seconds = time.monotonic() - began
     gc.collect()
     return outcome
+
+
+def _execute(recipe: Recipe, outcome: Outcome, folder: Path, steps: int) -> list[Done]:
+    """Trains by a recipe, or by each stage of a pipeline; notes in the outcome what stands in for what.
+
+    Raises:
+        UserError: A run ends with an error.
+    """
+    stages = recipe.stages or (recipe,)
+    on_cpu = torch.accelerator.current_accelerator(check_available=True) is None
+    outcome.problems += [problem for stage in stages for problem in check_launch_of(stage)]
+    smalls = shrink_recipes(stages, folder, steps, on_cpu)
+    outcome.stand_in = smalls[0].stand_in.told
+    outcome.rows = ", ".join(dict.fromkeys(small.told for small in smalls))
+    for stage, small in zip(stages, smalls, strict=True):
+        outcome.changed += [f"{stage.name}: " * bool(recipe.stages) + told for told in describe_changes(small)]
+    full = []
+    for stage, small in zip(stages, smalls, strict=True):
+        with stage.placing_errors():
+            full.append(build_full(stage, small.stand_in))
+    if not recipe.stages:
+        return [_train(recipe, smalls[0], full[0])]
+    return _train_pipeline(recipe, smalls, full, folder / "pipelines")
 
 
 def check_launch_of(recipe: Recipe) -> list[Problem]:
@@ -131,18 +156,42 @@ def _quiet() -> Iterator[io.StringIO]:
         logging.disable(level)
 
 
-def _execute(recipe: Recipe, small: Small, full: FullSize) -> Done:
-    """Trains, then goes on from the checkpoint before the last step, in a copy of the run.
-
-    Raises:
-        UserError: The run ends with an error.
-    """
+def _train(recipe: Recipe, small: Small, full: FullSize) -> Done:
+    """Trains, then goes on from the checkpoint before the last step, in a copy of the run."""
     watcher = Watcher()
-    folder = run_recipe(small.recipe, "never", None, watcher)
-    seen = watcher.seen
-    assert seen is not None
-    first = read_tensors(folder / result_name(bool(recipe.peft)))
-    return Done(recipe, small, seen, full, _resume(small.recipe, folder), first)
+    run_recipe(small.recipe, "never", None, watcher)
+    assert watcher.seen is not None
+    return _go_on(Done(recipe, small, watcher.seen, full), small.recipe)
+
+
+def _train_pipeline(recipe: Recipe, smalls: Sequence[Small], full: Sequence[FullSize], folder: Path) -> list[Done]:
+    """Trains stage by stage, each from the result of the one before; then each stage goes on in a copy of its run."""
+    values = {**recipe.values, "run": {**recipe.values["run"], "output_dir": str(folder)}}
+    pipeline = dataclasses.replace(recipe, values=values, stages=tuple(small.recipe for small in smalls))
+    watchers = [Watcher() for _ in smalls]
+    waiting = iter(watchers)
+    whole = run_pipeline(pipeline, "never", None, lambda *given: next(waiting)(*given))
+    ended: list[Done] = []
+    before: StageRun | None = None
+    for number, (stage, small, watcher) in enumerate(zip(recipe.stages, smalls, watchers, strict=True)):
+        assert watcher.seen is not None
+        ran = start_from(small.recipe, before, whole / str(number + 1))
+        done = Done(stage, small, watcher.seen, full[number], before=before.result if before else None)
+        with stage.placing_errors():
+            ended.append(_go_on(done, ran))
+        before = StageRun(ran, watcher.seen.folder, "completed")
+    return ended
+
+
+def _go_on(done: Done, ran: Recipe) -> Done:
+    """Takes the last step again, from the checkpoint before it.
+
+    Args:
+        done: What is known of the run.
+        ran: Its recipe, as it was run.
+    """
+    first = read_tensors(done.seen.folder / result_name(bool(done.recipe.peft)))
+    return dataclasses.replace(done, first=first, again=_resume(ran, done.seen.folder))
 
 
 def _resume(recipe: Recipe, folder: Path) -> Seen | None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from recipe_runner.smoke.stand_in import StandIn, build_stand_in
 LEAST_ROWS, MOST_ROWS = 24, 96
 SHOWN = 3  # rows that a person looks at
 TEXTS = 2000  # that a tokenizer is learned from
+Found = list[tuple[SourceSection, Rows]]  # the sources of a recipe, each with its rows
 KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")  # of a GPU
 
 
@@ -43,24 +45,39 @@ class Small:
     told: str = ""
 
 
-def shrink_recipe(recipe: Recipe, folder: Path, steps: int, on_cpu: bool) -> Small:
-    """A recipe with a small model, few rows and few steps; every other key is as it was.
+def shrink_recipes(recipes: Sequence[Recipe], folder: Path, steps: int, on_cpu: bool) -> list[Small]:
+    """Recipes with a small model, few rows and few steps; every other key is as it was.
 
     Args:
-        recipe: A resolved recipe that trains.
-        folder: For its model, its rows and its run.
+        recipes: Resolved ones that train: one, or the stages of a pipeline, which begin with the same model.
+        folder: For the model, the rows and the runs.
         steps: Of the optimizer.
         on_cpu: Whether there is no GPU here.
 
     Raises:
-        UserError: Nothing is known of its model, or its rows can't be read.
+        UserError: Nothing is known of the model, or rows can't be read.
     """
-    counts = {"train": _count_rows(recipe, steps), "eval": LEAST_ROWS}
-    values, small, found = _begin(recipe, folder, recipe.dataset.sources, counts, count_layers(recipe.values))
-    small.changed[("model", "name_or_path")] = small.stand_in.told
+    found = [
+        _find_rows(recipe, recipe.dataset.sources, {"train": _count_rows(recipe, steps), "eval": LEAST_ROWS})
+        for recipe in recipes
+    ]
+    named = [count_layers(recipe.values) for recipe in recipes]
+    layers = [count for count in named if count is not None]
+    stand_in = _build_stand_in(recipes[0], found, folder, max(layers) if len(layers) == len(named) else None)
+    return [
+        _shrink(recipe, stand_in, rows, folder / f"rows-{number}", steps, on_cpu)
+        for number, (recipe, rows) in enumerate(zip(recipes, found, strict=True), 1)
+    ]
+
+
+def _shrink(recipe: Recipe, stand_in: StandIn, found: Found, folder: Path, steps: int, on_cpu: bool) -> Small:
+    values, small = _replace(recipe, stand_in, found, folder)
+    small.changed[("model", "name_or_path")] = stand_in.told
     small.changed[("model", "revision")] = "of the stand-in"
     if values["model"].get("attn_implementation") in KERNELS and on_cpu:
         _change(values, small, ("model", "attn_implementation"), "sdpa")
+    if values["model"].get("adapter"):  # it fits the real model
+        _change(values, small, ("model", "adapter"), None)
     for source, rows in found:
         head = {column: [row.get(column) for row in rows.entries[:20]] for column in rows.entries[0]}
         columns = choose_columns(source, recipe.dataset.format, head)
@@ -69,7 +86,7 @@ def shrink_recipe(recipe: Recipe, folder: Path, steps: int, on_cpu: bool) -> Sma
         small.rows[split] = small.rows.get(split, 0) + len(rows.entries)
     _shrink_training(values, small, recipe, steps, on_cpu)
     _shrink_method(values, small)
-    values["run"]["output_dir"] = str(folder / "runs")
+    values["run"]["output_dir"] = str(folder.parent / "runs")
     small.changed[("run", "output_dir")] = "a folder of smoke's"
     small.recipe = dataclasses.replace(recipe, values=values)
     return small
@@ -88,25 +105,35 @@ def sample_recipe(recipe: Recipe, folder: Path) -> tuple[Recipe, str]:
     Raises:
         UserError: Nothing is known of its model, or its rows can't be read.
     """
-    values, small, _ = _begin(recipe, folder, recipe.dataset.train, {"train": SHOWN}, 0)
+    found = _find_rows(recipe, recipe.dataset.train, {"train": SHOWN})
+    stand_in = _build_stand_in(recipe, [found], folder, 0)
+    values, small = _replace(recipe, stand_in, found, folder / "rows")
     values["dataset"].pop("eval", None)
-    told = f"{small.told}; {small.stand_in.told.partition('; ')[2]}"
+    told = f"{small.told}; {stand_in.told.partition('; ')[2]}"
     return dataclasses.replace(recipe, values=values), told
 
 
-def _begin(
-    recipe: Recipe, folder: Path, sources: Sequence[SourceSection], counts: Mapping[str, int], layers: int | None
-) -> tuple[dict[str, Any], Small, list[tuple[SourceSection, Rows]]]:
-    """A recipe's values with a stand-in for its model and rows for its data, what was changed, and the rows."""
+def _find_rows(recipe: Recipe, sources: Sequence[SourceSection], counts: Mapping[str, int]) -> Found:
+    return [(source, find_rows(recipe, source, counts[str(source.path[1])])) for source in sources]
+
+
+def _build_stand_in(recipe: Recipe, found: Sequence[Found], folder: Path, layers: int | None) -> StandIn:
+    """The model that stands in for a recipe's, with a tokenizer for the texts of all rows."""
+    share = TEXTS // len(found)
+    texts = [[text for _, rows in of for row in rows.entries for text in texts_of(row)][:share] for of in found]
+    return build_stand_in(recipe.model, list(itertools.chain(*texts)), folder / "model", layers)
+
+
+def _replace(recipe: Recipe, stand_in: StandIn, found: Found, folder: Path) -> tuple[dict[str, Any], Small]:
+    """A recipe's values with the stand-in for its model and rows for its data, and what was changed."""
     values = copy.deepcopy(dict(recipe.values))
-    found = [(source, find_rows(recipe, source, counts[str(source.path[1])])) for source in sources]
-    texts = [text for _, rows in found for row in rows.entries for text in texts_of(row)][:TEXTS]
-    small = Small(recipe, build_stand_in(recipe.model, texts, folder / "model", layers))
+    small = Small(recipe, stand_in)
     small.told = ", ".join(dict.fromkeys(rows.told for _, rows in found))
-    values["model"]["name_or_path"] = str(small.stand_in.folder)
+    values["model"]["name_or_path"] = str(stand_in.folder)
+    folder.mkdir()
     for number, (source, rows) in enumerate(found):
-        _replace_source(values, small, source, rows, folder / f"rows-{number}.jsonl")
-    return values, small, found
+        _replace_source(values, small, source, rows, folder / f"{number}.jsonl")
+    return values, small
 
 
 def _find_layer_numbers(values: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.scores import score_sequences
 
 BATCHES = 2  # of the first step that are kept
@@ -47,6 +48,8 @@ class Seen:
         batches: The first of the first step.
         counts: Batches of each step.
         moved: Names of trainable tensors that had a gradient other than zero in some step.
+        learned: Learned tokens of each step, of all its batches.
+        items: What the loss of each step is divided by; a step is missing where the trainer was not told.
         norms: Of the gradient of each step, after it was clipped.
         rates: Learning rates of each step, one a group of parameters.
         losses: As they were logged: step -> loss.
@@ -61,6 +64,8 @@ class Seen:
     batches: list[Batch] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)
     moved: set[str] = field(default_factory=set)
+    learned: dict[int, int] = field(default_factory=dict)
+    items: dict[int, float] = field(default_factory=dict)
     norms: list[float] = field(default_factory=list)
     rates: list[list[float]] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
@@ -100,6 +105,11 @@ class Watcher(TrainerCallback):
     def _note_batch(self, model: Any, inputs: dict[str, Any], items: Any, loss: torch.Tensor) -> None:
         assert self.seen is not None
         self.seen.counts[self.step] = self.seen.counts.get(self.step, 0) + 1
+        if "labels" in inputs:
+            learned = int((inputs["labels"][..., 1:] != IGNORED).sum())
+            self.seen.learned[self.step] = self.seen.learned.get(self.step, 0) + learned
+        if items is not None:
+            self.seen.items[self.step] = float(items)
         if self.step == self.first and len(self.seen.batches) < BATCHES:
             number = None if items is None else float(items)
             batch = Batch(inputs, number, float(loss.detach()))

@@ -22,7 +22,7 @@ def smoke():
     from recipe_runner.smoke.run import smoke
 
     def run(file):
-        (outcome,) = smoke(Path(file), 4)
+        outcome = smoke(Path(file), 4)
         wrong = [problem for problem in outcome.problems if problem.severity == "error"]
         return {p.message.split(":")[0] if p.code == "smoke-failed" else p.code: p.message for p in reversed(wrong)}
 

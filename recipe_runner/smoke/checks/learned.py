@@ -1,0 +1,280 @@
+"""Checks of what is learned: rows, masks, the loss."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from recipe_runner.data.tables import IGNORED
+from recipe_runner.model.scores import score_sequences
+from recipe_runner.smoke.checks.done import Done, Found
+from recipe_runner.smoke.rows import Wanted, squeeze
+from recipe_runner.smoke.watch import split_documents
+
+MIXED = 0.5  # share of what a document would see of another, above which it does; rounding gives some
+LONG = 20  # characters of an answer that stands in no other text by chance
+MOVED = 0.05  # standard deviation of what is added to weights, so that a model differs from its reference
+# Methods that change nothing when they begin.
+BEGINS_AT_BASE = ("lora", "adalora", "bottleneck", "ia3", "vera", "hira", "oft", "boft", "ln_tuning", "road")
+
+
+def check_rows(done: Done) -> Found:
+    """The trainer has the rows that the recipe says, and none is in both splits."""
+    trained, held = done.seen.trainer.train_dataset, done.seen.trainer.eval_dataset
+    counted = done.seen.prepared.train.accounting
+    section = done.small.recipe.dataset
+    read = min(done.small.rows["train"], section.train[0].limit or done.small.rows["train"])
+    weighted = any(source.weight is not None for source in section.train)
+    expected = read - max(1, round(read * section.fraction)) if section.fraction else read
+    if len(section.train) == 1 and not weighted and counted.rows_read != expected:
+        yield f"{counted.rows_read} rows were read to train on, not {expected}"
+    yield from _check_held_out(done, read - expected)
+    lost = counted.rows_read - counted.rows_kept
+    if lost > counted.rows_read * section.max_dropped:
+        yield f"{lost} of {counted.rows_read} rows were dropped: {', '.join(counted.dropped)}"
+    if counted.rows_truncated > counted.rows_kept / 2:
+        yield f"{counted.rows_truncated} of {counted.rows_kept} rows lost tokens at max_length"
+    if section.fraction and "made-up" in done.small.told and held is not None:
+        column = "input_ids" if "input_ids" in trained.column_names else "prompt_ids"
+        packed = "seq_lengths" in trained.column_names
+        if not packed and {tuple(row) for row in trained[column]} & {tuple(row) for row in held[column]}:
+            yield "rows that are trained on are held out, too"
+
+
+def _check_held_out(done: Done, taken: int) -> Found:
+    """The evaluation rows are those of their own sources, or those that were taken from the training rows."""
+    section, evaluation = done.small.recipe.dataset, done.seen.prepared.evaluation
+    if not section.has_eval:
+        return
+    if done.seen.trainer.eval_dataset is None:
+        yield "the trainer has no evaluation data"
+        return
+    counted = evaluation.accounting
+    expected = taken if section.fraction else done.small.rows["eval"]
+    if not any(source.limit for source in section.eval) and counted.rows_read != expected:
+        yield f"{counted.rows_read} rows were read to evaluate on, not {expected}"
+    stand_ins = "sample" in done.small.told or "made-up" in done.small.told  # of both splits the same
+    if not stand_ins and counted.rows_in_train == counted.rows_kept:
+        yield "every row that is held out is trained on, too"
+
+
+def check_order(done: Done) -> Found:
+    """Rows come in the order that the recipe asks for: at random, by length, or as they are."""
+    trainer = done.seen.trainer
+    sampler = type(trainer._get_train_sampler()).__name__
+    wanted = {"group_by_length": "LengthGroupedSampler", "sequential": "SequentialSampler", "random": "RandomSampler"}
+    asked = done.recipe.training["train_sampling_strategy"]
+    if asked in wanted and sampler != wanted[asked]:
+        yield f"training.train_sampling_strategy is {asked}, and rows are drawn by a {sampler}"
+
+
+def check_mask(done: Done) -> Found:
+    """What is learned is the answers, whole, with the token that ends a turn; never padding, never a question."""
+    tokenizer = done.seen.prepared.tokenizer
+    if not done.seen.batches:
+        yield "no batch was seen"
+        return
+    for batch in done.seen.batches:
+        if done.recipe.stage.shape == "tokens":
+            yield from _check_tokens(done, batch.inputs, tokenizer)
+        elif done.recipe.stage.shape in ("pairs", "unpaired"):
+            yield from _check_answers(done, batch.inputs, tokenizer)
+
+
+def _check_tokens(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Found:
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    learned = labels != IGNORED
+    if bool((labels[learned] != ids[learned]).any()):
+        yield "labels are not the tokens at their place"
+        return
+    real = inputs.get("attention_mask")
+    if real is not None and real.shape == ids.shape and bool(learned[real == 0].any()):
+        yield "padding is learned"
+    wanted, ends = done.small.wanted, set(tokenizer.convert_tokens_to_ids(sorted(done.small.stand_in.stops)))
+    documents = split_documents(dict(inputs))
+    limit = done.recipe.training["max_length"]
+    texts = frozenset(text for of in wanted for text in of.learned)
+    asked = [text for of in wanted for text in of.asked]
+    whole = wanted[0].whole
+    cut = done.seen.prepared.train.accounting
+    splits = done.recipe.training["packing_strategy"] == "bfd_split" and done.recipe.training["packing"]
+    parted = bool(cut.rows_truncated) or splits or done.recipe.training["packing_strategy"] == "wrapped"
+    ended = 0
+    for tokens, marks in documents:
+        if limit and len(tokens) > limit:
+            yield f"a row has {len(tokens)} tokens: training.max_length is {limit}"
+            return
+        runs = _find_runs(tokens, marks)
+        if not runs:
+            yield f"nothing is learned of a row: {tokenizer.decode(tokens)[:80]!r}"
+            return
+        ended += any(token in ends for run in runs for token in run)
+        if whole:
+            if sum(map(len, runs)) < len(tokens) - 2:  # a first token is never predicted
+                yield f"{len(tokens) - sum(map(len, runs))} of {len(tokens)} tokens of a row are not learned"
+                return
+            continue
+        for run in runs:
+            said = squeeze(tokenizer.decode(run, skip_special_tokens=True))
+            if said in texts or (parted and any(said in text for text in texts)):
+                continue
+            if limit and len(tokens) >= limit and any(text.startswith(said) for text in texts):
+                continue
+            yield f"what is learned is no answer of the data: {tokenizer.decode(run)[:100]!r}"
+            return
+        if not parted and not (limit and len(tokens) >= limit):
+            row = squeeze(tokenizer.decode(tokens, skip_special_tokens=True))
+            said = squeeze(tokenizer.decode([token for run in runs for token in run], skip_special_tokens=True))
+            if asked and not any(question in row for question in asked):
+                yield f"no question of the data is before an answer: {tokenizer.decode(tokens)[:100]!r}"
+                return
+            if lost := [text for text in texts if len(text) > LONG and text in row and text not in said]:
+                yield f"an answer of the data is not learned: {lost[0][:100]!r}"
+                return
+    if not ended:
+        yield f"no token is learned at which the model stops ({', '.join(sorted(done.small.stand_in.stops))})"
+    text = squeeze(tokenizer.decode([t for tokens, _ in documents for t in tokens], skip_special_tokens=True))
+    if done.recipe.dataset.system and squeeze(done.recipe.dataset.system) not in text:
+        yield "the system prompt (dataset.system) is in no row"
+    bos = tokenizer.bos_token_id
+    if bos is not None and any(tokens[:2] == [bos, bos] for tokens, _ in documents):
+        yield "rows begin with two tokens that mark a beginning"
+
+
+def _find_runs(tokens: Sequence[int], labels: Sequence[int]) -> list[list[int]]:
+    """Stretches of learned tokens."""
+    runs: list[list[int]] = []
+    for place, (token, label) in enumerate(zip(tokens, labels, strict=True)):
+        if label == IGNORED:
+            continue
+        if place and labels[place - 1] != IGNORED and runs:
+            runs[-1].append(token)
+        else:
+            runs.append([token])
+    return runs
+
+
+def _check_answers(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Found:
+    wanted: list[Wanted] = done.small.wanted
+    pairs = done.recipe.stage.shape == "pairs"
+    ids, masks, real = (inputs[name] for name in ("input_ids", "completion_mask", "attention_mask"))
+    ends = set(tokenizer.convert_tokens_to_ids(sorted(done.small.stand_in.stops)))
+    chosen = frozenset(text for of in wanted for text in of.learned)
+    rejected = frozenset(text for of in wanted for text in of.rejected)
+    if bool((masks.bool() & ~real.bool()).any()):
+        yield "padding is learned"
+    for place, (row, mask) in enumerate(zip(ids, masks, strict=True)):
+        run = row[mask.bool()].tolist()
+        limit, length = done.recipe.training["max_length"], int(real[place].sum())
+        if limit and length > limit:
+            yield f"a row has {length} tokens: training.max_length is {limit}"
+            return
+        said, is_chosen = squeeze(tokenizer.decode(run, skip_special_tokens=True)), place < len(ids) // 2 or not pairs
+        texts = chosen if is_chosen else rejected
+        if said not in texts and not any(text.startswith(said) and said for text in texts):
+            kind = "chosen" if is_chosen else "rejected"
+            yield f"what is learned as {kind} is no {kind} answer of the data: {tokenizer.decode(run)[:100]!r}"
+            return
+        if said in texts and not any(token in ends for token in run):
+            stops = ", ".join(sorted(done.small.stand_in.stops))
+            yield f"an answer is learned without a token at which the model stops ({stops})"
+            return
+
+
+def check_loss(done: Done) -> Found:
+    """The first loss is what the definition says, and every loss is a finite number."""
+    losses = list(done.seen.losses.values())
+    if not losses or not all(math.isfinite(loss) for loss in losses):
+        yield f"losses are not finite: {losses}"
+        return
+    step = min(done.seen.learned, default=None)
+    items, learned = done.seen.items.get(step), done.seen.learned.get(step)  # type: ignore[arg-type]
+    if done.seen.batches[0].own_loss is not None and learned and (items is None or abs(items - learned) > 1):
+        told = "the batch's" if items is None else f"{items:,.0f}"
+        yield f"the loss of a step is divided by {told} tokens, and {learned:,} are learned in its batches"
+    mixture = bool(getattr(done.seen.trainer, "aux_loss_enabled", False))
+    begins_at_base = not done.recipe.peft or (done.recipe.peft["method"] in BEGINS_AT_BASE and not done.before)
+    for batch in done.seen.batches:
+        if batch.own_loss is None or done.recipe.peft["method"] == "adalora":  # which adds to the loss
+            continue
+        if not begins_at_base and _has_dropout(done):
+            continue
+        allowed = max(done.close, 2e-2 if mixture else 0) * max(abs(batch.own_loss), 1e-3)
+        if abs(batch.loss - batch.own_loss) > allowed:
+            yield f"the loss of the first step is {batch.loss:.4f}, and {batch.own_loss:.4f} by the definition"
+            return
+        if batch.mixing is not None and batch.mixing > MIXED:
+            yield f"a document of a packed row sees the one before it ({batch.mixing:.0%} of what there is to see)"
+            return
+    if not done.recipe.stage.first_loss or not (begins_at_base or done.before):
+        return
+    kinds = done.recipe.training["loss_type"]
+    kind = next(iter(done.recipe.stage.first_loss), "") if kinds is None else kinds
+    kind = kind[0] if isinstance(kind, list) and len(kind) == 1 else kind
+    known = done.recipe.stage.first_loss.get(kind) if isinstance(kind, str) else None
+    if kind == "sigmoid" and done.recipe.stage.shape == "pairs" and not done.before:
+        yield from _check_pair_loss(done)
+    first = done.seen.losses.get(1)
+    if known is not None and first is not None and abs(first - known) > 0.02:
+        yield f"the first loss is {first:.4f}: of a model that still is its reference it is {known:.4f}"
+
+
+def _check_pair_loss(done: Done) -> Found:
+    """DPO's loss is that of its definition, for a model that differs from its reference.
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7.
+    """
+    training, model, trainer = done.recipe.training, done.model, done.seen.trainer
+    plain = (None, False, 0, 0.0, "reverse_kl")
+    special = ("ld_alpha", "f_divergence_type", "label_smoothing", "use_weighting", "precompute_ref_log_probs")
+    if any(training[key] not in plain for key in special):
+        return
+    inputs = done.seen.batches[0].inputs
+    rows = [
+        (ids[real.bool()].tolist(), ids.masked_fill(mask == 0, IGNORED)[real.bool()].tolist())
+        for ids, mask, real in zip(
+            *(inputs[name] for name in ("input_ids", "completion_mask", "attention_mask")), strict=True
+        )
+    ]
+    was_training = model.training
+    model.eval()
+    with trainer.autocast_smart_context_manager(), _moved(model):
+        found = float(trainer.compute_loss(trainer.model, dict(inputs)))
+        tuned = score_sequences(model, rows)
+        if done.recipe.peft:
+            with model.disable_adapter():
+                reference = score_sequences(model, rows)
+        else:
+            base = AutoModelForCausalLM.from_pretrained(done.small.stand_in.folder, dtype=model.dtype)
+            reference = score_sequences(base.to(model.device), rows)
+    model.train(was_training)
+    gains = [before.loss - after.loss for before, after in zip(reference, tuned, strict=True)]
+    half, beta = len(gains) // 2, training["beta"]
+    margins = [chosen - rejected for chosen, rejected in zip(gains[:half], gains[half:], strict=True)]
+    wanted = sum(math.log1p(math.exp(-beta * margin)) for margin in margins) / half
+    if abs(found - wanted) > max(done.close, 1e-3) * max(abs(wanted - math.log(2)), 0.1):
+        yield f"DPO's loss is {found:.4f}, and {wanted:.4f} by the definition, with beta {beta:g}"
+
+
+@contextlib.contextmanager
+def _moved(model: Any) -> Iterator[None]:
+    """Moves what is trained away from where it is, and back."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kept = [p.detach().clone() for p in trained]
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in trained:
+            p.add_((torch.randn(p.shape, generator=random) * MOVED).to(p))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, before in zip(trained, kept, strict=True):
+                p.copy_(before)
+
+
+def _has_dropout(done: Done) -> bool:
+    return any(isinstance(m, torch.nn.Dropout) and m.p for m in done.model.modules())

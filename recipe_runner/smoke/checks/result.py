@@ -1,0 +1,96 @@
+"""Checks of the result: evaluated, saved, loaded again, resumed."""
+
+import math
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from transformers import AutoTokenizer, GenerationConfig
+
+from recipe_runner.model.adapter import saves_embeddings
+from recipe_runner.model.load import load_result
+from recipe_runner.recipe.rules.adapter import alters_base
+from recipe_runner.runs.folder import result_name
+from recipe_runner.smoke.checks.done import Done, Found, is_near, list_names, read_tensors
+
+
+def check_evaluated(done: Done) -> Found:
+    """Where the recipe has evaluation data, it was evaluated."""
+    if done.recipe.dataset.has_eval and not any(math.isfinite(loss) for loss in done.seen.evaluated):
+        yield f"no evaluation gave a finite loss: {done.seen.evaluated}"
+
+
+def check_saved(done: Done) -> Found:
+    """The result holds what was trained, tensor by tensor, with the template and the tokens at which it stops."""
+    result = done.seen.folder / result_name(bool(done.recipe.peft))
+    saved = read_tensors(result)
+    if not saved:
+        yield f"{result} holds no weights"
+        return
+    if not alters_base(done.recipe.peft):
+        if done.recipe.peft:
+            embeddings = saves_embeddings(done.model.active_peft_config)
+            trained = get_peft_model_state_dict(done.model, save_embedding_layers=embeddings)
+        else:
+            trained = dict(done.model.named_parameters())
+        lacking = sorted(set(trained) - set(saved))
+        if lacking and done.recipe.peft:
+            yield f"{len(lacking)} trained tensors are not saved: {list_names(lacking)}"
+        other = [
+            n
+            for n in set(trained) & set(saved)
+            if not torch.equal(trained[n].detach().cpu().to(saved[n].dtype), saved[n])
+        ]
+        if other:
+            yield f"{len(other)} saved tensors are not what was trained: {list_names(other)}"
+    tokenizer = AutoTokenizer.from_pretrained(result)
+    used = done.seen.prepared.tokenizer
+    if tokenizer.chat_template != used.chat_template:
+        yield "the chat template that was trained with is not saved"
+    if tokenizer.eos_token != used.eos_token:
+        yield f"the saved tokenizer ends with {tokenizer.eos_token}, and {used.eos_token} was trained with"
+    ends: Any = GenerationConfig.from_pretrained(result).eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    stops: list[Any] = [tokenizer.convert_tokens_to_ids(token) for token in done.small.stand_in.stops]
+    if not set(stops) & set(ends):
+        yield "the saved generation_config.json does not stop where the model stops"
+
+
+def check_loaded(done: Done) -> Found:
+    """The result, loaded from its folder, gives the logits of the trained model."""
+    result = done.seen.folder / result_name(bool(done.recipe.peft))
+    options: dict[str, Any] = {"dtype": getattr(torch, done.seen.prepared.precision.dtype)}
+    if done.recipe.quantization:
+        options["quantization_config"] = done.model.config.quantization_config
+    loaded, _ = load_result(result, None, **options)
+    ids = done.seen.batches[0].inputs["input_ids"][:1, :32] if done.seen.batches else torch.arange(16).unsqueeze(0)
+    model, training = done.model, done.model.training
+    model.eval()
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits.float().cpu()
+        found = loaded.to(ids.device)(input_ids=ids, use_cache=False).logits.float().cpu()
+    model.train(training)
+    apart = float((wanted - found).abs().max()) / max(float(wanted.abs().max()), 1e-6)
+    if apart > done.close:
+        yield f"loaded again, its logits differ by {apart:.1%} of the largest"
+
+
+def check_resumed(done: Done) -> Found:
+    """A run that goes on from a checkpoint takes the same last step, and ends with the same weights."""
+    if done.again is None:
+        yield "the run was not resumed"
+        return
+    last = max(done.seen.losses)
+    before, after = done.seen.losses[last], done.again.losses.get(last)
+    if after is None or len(done.again.rates) != 1:
+        yield f"the resumed run took {len(done.again.rates)} steps, not one"
+        return
+    if abs(before - after) > done.close * max(abs(before), 1e-3):
+        yield f"the loss of step {last} is {after:.5f} when it is resumed, and {before:.5f} when it is not"
+    if done.again.rates[-1] != done.seen.rates[-1]:
+        rates = done.again.rates[-1][0], done.seen.rates[-1][0]
+        yield f"the learning rate of step {last} is {rates[0]:.3g} when resumed, not {rates[1]:.3g}"
+    saved = read_tensors(done.again.folder / result_name(bool(done.recipe.peft)))
+    apart = [name for name, tensor in done.first.items() if not is_near(saved.get(name), tensor, done.close)]
+    if set(saved) != set(done.first) or apart:
+        yield f"{len(apart)} tensors differ when the run is resumed: {list_names(apart)}"
