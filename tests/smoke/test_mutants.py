@@ -3,6 +3,7 @@
 `docs/smoke.md` lists them; `test_the_documentation_lists_them` holds the two together.
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -275,7 +276,147 @@ def keep_the_template(monkeypatch):
     monkeypatch.setattr(run, "_save", save)
 
 
+def change_trainer(monkeypatch, change):
+    """Does something to the trainer once it is built."""
+    from recipe_runner.training import run
+
+    right = run.trainers.build_trainer
+
+    def build_trainer(*args):
+        trainer = right(*args)
+        change(trainer)
+        return trainer
+
+    monkeypatch.setattr(run.trainers, "build_trainer", build_trainer)
+
+
+def freeze_half_of_the_adapter(monkeypatch):
+    def freeze(trainer):
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+
+    change_trainer(monkeypatch, freeze)
+
+
+def freeze_a_layer(monkeypatch):
+    """Of the layers that `unfreeze` names, the first is not trained."""
+
+    def freeze(trainer):
+        numbers = [
+            int(re.search(r"layers\.(\d+)", n)[1])
+            for n, p in trainer.model.named_parameters()
+            if p.requires_grad and "layers." in n
+        ]
+        for name, parameter in trainer.model.named_parameters():
+            if f"layers.{min(numbers)}." in name:
+                parameter.requires_grad_(False)
+
+    change_trainer(monkeypatch, freeze)
+
+
+def evaluate_on_what_is_trained(monkeypatch):
+    def exchange(trainer):
+        trainer.eval_dataset = trainer.train_dataset
+
+    change_trainer(monkeypatch, exchange)
+
+
+def draw_rows_in_order(monkeypatch):
+    from transformers import Trainer
+
+    order = torch.utils.data.SequentialSampler
+    monkeypatch.setattr(Trainer, "_get_train_sampler", lambda self, rows=None: order(self.train_dataset))
+
+
+def leave_rows_long(monkeypatch):
+    """Rows are not cut at `max_length`."""
+    from recipe_runner.training import prepare
+
+    right = prepare.open_job
+
+    def open_job(recipe, *rest):
+        section = recipe.values["training"]
+        return right(
+            dataclasses.replace(recipe, values={**recipe.values, "training": {**section, "max_length": 999}}), *rest
+        )
+
+    monkeypatch.setattr(prepare, "open_job", open_job)
+
+
+def learn_the_last_answer(monkeypatch):
+    """Of a dialogue, only the last answer is learned."""
+    from recipe_runner.data.shapes import tokens
+
+    right = tokens.label
+
+    def label(*args, **kwargs):
+        table = right(*args, **kwargs)
+        cut = []
+        for row in table["labels"].to_pylist():
+            begins = [n for n, of in enumerate(row) if of != -100 and (not n or row[n - 1] == -100)]
+            cut.append([-100] * begins[-1] + row[begins[-1] :])
+        return table.set_column(1, "labels", pa.array(cut, table["labels"].type))
+
+    monkeypatch.setattr(tokens, "label", label)
+
+
+def divide_by_each_batch(monkeypatch):
+    """The loss of a step is the mean of its batches' means: short batches weigh too much."""
+    from transformers import Trainer
+
+    monkeypatch.setattr(Trainer, "_get_num_items_in_batch", lambda self, batches, device: None)
+
+
+def forget_beta(monkeypatch):
+    def change(trainer):
+        trainer.beta = 0.5
+
+    change_trainer(monkeypatch, change)
+
+
+def keep_all_ranks(monkeypatch):
+    from recipe_runner.training import allocation
+
+    monkeypatch.setattr(allocation.Allocation, "on_optimizer_step", lambda *args, **kwargs: None)
+
+
+def forget_whole_modules(monkeypatch):
+    from recipe_runner.model import adapter
+
+    right = adapter.build_peft
+    monkeypatch.setattr(
+        adapter,
+        "build_peft",
+        lambda said, *rest: right({k: v for k, v in said.items() if k != "modules_to_save"}, *rest),
+    )
+
+
+def quantize_the_first_layer_only(monkeypatch):
+    from recipe_runner.training import trainers
+
+    right = trainers.build_quantization
+
+    def build(section):
+        made = right(section)
+        made.llm_int8_skip_modules = ["model.layers.1", "lm_head"]
+        return made
+
+    monkeypatch.setattr(trainers, "build_quantization", build)
+
+
+def begin_each_stage_with_the_base(monkeypatch):
+    from recipe_runner.smoke import run as smoke_run
+    from recipe_runner.training import pipeline
+
+    right = pipeline.start_from
+    for module in (pipeline, smoke_run):
+        monkeypatch.setattr(module, "start_from", lambda stage, before, folder: right(stage, None, folder))
+
+
 TICKETS, CHAT, TEXT, DPO = "smollm2_tickets_lora", "phi3_chat_qlora", "phi3_text_qlora", "smollm2_replies_dpo"
+PARTIAL, ADALORA, FILING = "qwen25_05b_math_partial", "smollm2_360m_instruct_adalora", "smollm2_filing_lora"
+PIPELINE = "smollm2_desk_pipeline"
 # What is broken -> a recipe that shows it, what breaks it, and the checks of which one must say so.
 RUNNER = {
     "labels shifted by one": (TICKETS, roll_labels, {"mask"}),
@@ -297,13 +438,34 @@ RUNNER = {
     "training begun from other weights": (TICKETS, begin_elsewhere, {"base"}),
     "documents of a packed row mixed": (TEXT, mix_the_documents, {"loss"}),
     "the optimizer's state lost when a run is resumed": (TICKETS, resume_without_the_optimizer, {"resumed"}),
+    "half of the adapter frozen": (TICKETS, freeze_half_of_the_adapter, {"trained"}),
+    "a layer frozen that `unfreeze` names": (PARTIAL, freeze_a_layer, {"trained"}),
+    "training rows evaluated": (FILING, evaluate_on_what_is_trained, {"rows"}),
+    "rows drawn in their order": (TICKETS, draw_rows_in_order, {"order"}),
+    "rows not cut at `max_length`": (TEXT, leave_rows_long, {"mask"}),
+    "of a dialogue only the last answer learned": (CHAT, learn_the_last_answer, {"mask"}),
+    "the loss of a step not divided by its tokens": (CHAT, divide_by_each_batch, {"loss"}),
+    "another `beta` in DPO": (DPO, forget_beta, {"loss"}),
+    "AdaLoRA's ranks left as they were": (ADALORA, keep_all_ranks, {"moved"}),
+    "`modules_to_save` lost": (TICKETS, forget_whole_modules, {"targets", "options"}),
+    "one layer quantized of several": (TEXT, quantize_the_first_layer_only, {"options"}),
+    "each stage of a pipeline begun with the base": (PIPELINE, begin_each_stage_with_the_base, {"base"}),
+}
+
+
+# What is broken -> what is changed in the recipe, so that it shows.
+CHANGES = {
+    "gradients not clipped": {"training": {"max_grad_norm": 0.1}},
+    "rows not cut at `max_length`": {"training": {"max_length": 32, "packing": False}},
+    "of a dialogue only the last answer learned": {"training": {"packing": False}},
+    "`modules_to_save` lost": {"peft": {"modules_to_save": ["norm"]}},
 }
 
 
 @pytest.mark.parametrize("broken", RUNNER)
 def test_a_broken_runner_is_caught(smoke, edit, monkeypatch, broken):
     name, breaking, checks = RUNNER[broken]
-    recipe = edit(name, training={"max_grad_norm": 0.1}) if breaking is never_clip else edit(name)
+    recipe = RECIPES / f"{name}.yaml" if name == PIPELINE else edit(name, **CHANGES.get(broken, {}))
     breaking(monkeypatch)
     found = smoke(recipe)
     assert found.keys() & checks, found

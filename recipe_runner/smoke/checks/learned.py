@@ -1,6 +1,7 @@
 """Checks of what is learned: rows, masks, the loss."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,6 @@ BEGINS_AT_BASE = ("lora", "adalora", "bottleneck", "ia3", "vera", "hira", "oft",
 
 def check_rows(done: Done) -> Found:
     """The trainer has the rows that the recipe says, and none is in both splits."""
-    trained, held = done.seen.trainer.train_dataset, done.seen.trainer.eval_dataset
     counted = done.seen.prepared.train.accounting
     section = done.small.recipe.dataset
     read = min(done.small.rows["train"], section.train[0].limit or done.small.rows["train"])
@@ -37,11 +37,6 @@ def check_rows(done: Done) -> Found:
         yield f"{lost} of {counted.rows_read} rows were dropped: {', '.join(counted.dropped)}"
     if counted.rows_truncated > counted.rows_kept / 2:
         yield f"{counted.rows_truncated} of {counted.rows_kept} rows lost tokens at max_length"
-    if section.fraction and "made-up" in done.small.told and held is not None:
-        column = "input_ids" if "input_ids" in trained.column_names else "prompt_ids"
-        packed = "seq_lengths" in trained.column_names
-        if not packed and {tuple(row) for row in trained[column]} & {tuple(row) for row in held[column]}:
-            yield "rows that are trained on are held out, too"
 
 
 def _check_held_out(done: Done, taken: int) -> Found:
@@ -56,9 +51,20 @@ def _check_held_out(done: Done, taken: int) -> Found:
     expected = taken if section.fraction else done.small.rows["eval"]
     if not any(source.limit for source in section.eval) and counted.rows_read != expected:
         yield f"{counted.rows_read} rows were read to evaluate on, not {expected}"
-    stand_ins = "sample" in done.small.told or "made-up" in done.small.told  # of both splits the same
-    if not stand_ins and counted.rows_in_train == counted.rows_kept:
+    trained, held = _read_rows(done.seen.trainer.train_dataset), _read_rows(done.seen.trainer.eval_dataset)
+    if len(held) != (counted.packed_rows or counted.rows_kept):
+        yield f"{len(held)} rows are evaluated, not {counted.packed_rows or counted.rows_kept}"
+    repeated = "sample" in done.small.told or ("made-up" in done.small.told and not section.fraction)
+    if not repeated and set(held) <= set(trained):
         yield "every row that is held out is trained on, too"
+
+
+def _read_rows(table: Any) -> list[tuple[int, ...]]:
+    """The tokens of all rows."""
+    columns = [
+        name for name in ("prompt_ids", "chosen_ids", "completion_ids", "input_ids") if name in table.column_names
+    ]
+    return [tuple(itertools.chain(*cells)) for cells in zip(*(table[name] for name in columns), strict=True)]
 
 
 def check_order(done: Done) -> Found:
