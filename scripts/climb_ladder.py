@@ -4,32 +4,34 @@ python scripts/climb_ladder.py recipes/*.yaml
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-RUN = [sys.executable, "-m", "recipe_runner"]
+from click.testing import CliRunner, Result
+
+from recipe_runner.cli import cli
+
 JOBS = 2
 
 
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command, and passes on what it says of errors."""
-    done = subprocess.run([*RUN, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        print(done.stdout, done.stderr, file=sys.stderr)
+def call(*arguments: str) -> Result:
+    """Runs a command of recipe-run in this process, which imports the training stack once, and passes on its errors."""
+    done = CliRunner().invoke(cli, arguments)
+    if done.exit_code:
+        print(done.output, file=sys.stderr)
     return done
 
 
 def preview(file: str) -> str:
     """How many rows a preview shows; empty where it fails. A pipeline's rows are those of its stages."""
-    done = subprocess.run([*RUN, "preview", file, "--format", "json"], capture_output=True, text=True)
-    if done.returncode:
-        if "pipeline-has-no-rows" in done.stderr:
-            return "those of its stages"
-        print(done.stderr, file=sys.stderr)
-        return ""
-    return f"{len(json.loads(done.stdout))} rows"
+    done = CliRunner().invoke(cli, ["preview", file, "--format", "json"])
+    if not done.exit_code:
+        return f"{len(json.loads(done.stdout))} rows"
+    if "pipeline-has-no-rows" in done.stderr:
+        return "those of its stages"
+    print(done.stderr, file=sys.stderr)
+    return ""
 
 
 def main() -> int:
@@ -44,7 +46,7 @@ def main() -> int:
     print("| recipe | validate | preview | smoke | seconds |\n|---|---|---|---|---:|")
     failed = False
     for file, of in outcomes.items():
-        valid = not call("validate", "--strict", file).returncode
+        valid = not call("validate", "--strict", file).exit_code
         rows = preview(file)
         good = bool(of) and all(outcome["ok"] for outcome in of)
         failed |= not (valid and rows and good)

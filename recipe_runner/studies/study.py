@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -155,6 +156,9 @@ def _merge_given(values: dict[str, Any], given: Mapping[str, Any]) -> None:
 
 def _make(values: Mapping[str, Any], file: Path, place: Any) -> Study:
     said = values.get("variants") or [{"name": values["name"]}]
+    count = sum(math.prod(map(len, _find_varied(entry, values).values())) for entry in said)
+    if count > MOST:
+        raise user_error("study-too-large", f"{count:,} variants; at most {MOST:,}", "vary less")
     variants: list[Variant] = []
     refused: list[tuple[Variant, Problem]] = []
     for number, entry in enumerate(said):
@@ -169,8 +173,6 @@ def _make(values: Mapping[str, Any], file: Path, place: Any) -> Study:
             mark = place(variant.path, False)
             problem = Problem("variant-name-twice", message, mark, variant.path, "give it another name")
             refused.append((variant, problem))
-    if len(variants) > MOST:
-        raise user_error("study-too-large", f"{len(variants):,} variants; at most {MOST:,}", "vary less")
     known = [variant.name for variant in variants]
     for variant in list(variants):
         if variant.merged_from and variant.merged_from not in known:
@@ -213,7 +215,7 @@ def _spread(entry: Mapping[str, Any], number: int, values: Mapping[str, Any], fi
     if Path(recipe).suffix in SUFFIXES or "/" in recipe:
         recipe = str(_beside(recipe, file))
     fixed = {**values.get("set", {}), **entry.get("set", {})}
-    vary = {**values.get("vary", {}), **entry.get("vary", {})} if not entry.get("merged_from") else {}
+    vary = _find_varied(entry, values)
     made = []
     for chosen in itertools.product(*vary.values()):
         options = dict(zip(vary, chosen, strict=True))
@@ -224,6 +226,11 @@ def _spread(entry: Mapping[str, Any], number: int, values: Mapping[str, Any], fi
         overrides = tuple(f"{key}={json.dumps(value)}" for key, value in _in_order({**fixed, **options}))
         made.append(Variant(name, recipe, overrides, entry.get("merged_from", ""), path))
     return made
+
+
+def _find_varied(entry: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What varies in an entry: key -> values. A merged adapter is another variant's."""
+    return {} if entry.get("merged_from") else {**values.get("vary", {}), **entry.get("vary", {})}
 
 
 def _in_order(options: Mapping[str, Any]) -> list[tuple[str, Any]]:

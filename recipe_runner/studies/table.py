@@ -20,6 +20,7 @@ RESULTS, TABLE, PLOT, PAGE = "results.json", "table.md", "plot.svg", "report.htm
 ONES = ("trained", "total", "size_bytes", "peak_memory_bytes", "step_seconds", "tokens_per_second")
 SEED = 0  # of the resamples
 ACCURACY = ("token accuracy", "chosen is likelier", "pairs ranked right")  # what the plot shows, the first there is
+SIDE = 2  # measures side by side in a terminal, each with its interval
 BASIS = 1e6  # bytes in a MB
 MIB = 1 << 20
 
@@ -121,8 +122,10 @@ def _quality_cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 def write_text_tables(rows: Sequence[Mapping[str, Any]]) -> str:
     """What was learned, and what it cost, for a terminal."""
     good, names = _measured(rows)
-    quality = [["", *names], *(_quality_cells(row, names) for row in good)]
-    parts = ["\n".join(align(quality, 80))] if good else []
+    parts = []
+    for place in range(0, len(names), SIDE):  # tables of 80 columns
+        shown = names[place : place + SIDE]
+        parts.append("\n".join(align([["", *shown], *(_quality_cells(row, shown) for row in good)], 80)))
     if good:
         parts.append("\n".join(align([COST_HEAD, *(_cost_cells(row) for row in good)], 80)))
     failed = [f"{row['name']}: {failure}" for row in rows for failure in row["failures"]]

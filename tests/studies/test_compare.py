@@ -50,6 +50,7 @@ def test_variants_are_run_measured_and_kept(run_cli, study, tmp_path):
     result, folder = compare(run_cli, tmp_path, file)
     assert result.status == 0, result.out + result.err
     assert "6 of 6: merged, seed 2" in result.out
+    assert all(len(line) <= 80 for line in result.out.splitlines() if "/" not in line)
     values = json.loads((folder / "results.json").read_text())
     rows = {row["name"]: row for row in values["variants"]}
     assert list(rows) == ["LoRA", "merged", "full"]
@@ -136,6 +137,12 @@ def test_a_study_that_can_not_be_read_is_one_line(run_cli, study, tmp_path, keys
     assert result.status == 1
     assert said in result.out + result.err, result.out + result.err
     assert "Traceback" not in result.err
+
+
+def test_a_study_of_a_billion_variants_is_refused_at_once(run_cli, study, tmp_path):
+    result, _ = compare(run_cli, tmp_path, study(vary={f"peft.key{n}": list(range(10)) for n in range(9)}))
+    assert result.status == 1
+    assert "error[study-too-large] 1,000,000,000 variants; at most 1,000" in result.err
 
 
 def test_shipped_studies_are_valid():
