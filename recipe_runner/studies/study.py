@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import load_recipe
 from recipe_runner.recipe.schema import SECTIONS, study_defaults
 from recipe_runner.recipe.validate import check_study
+from recipe_runner.results.scorers import build_scorers
 
 MOST = 1000  # variants of a study: more is a mistaken list
 
@@ -186,6 +187,11 @@ def _make(values: Mapping[str, Any], file: Path, place: Any) -> Study:
         mark = place(("baseline",), False)
         raise user_error("unknown-variant", f"there is no variant '{baseline}'", suggest(baseline, known), mark)
     evaluate = {**study_defaults("evaluate"), **values.get("evaluate", {})}
+    try:
+        build_scorers(evaluate.get("scorers") or (), ())
+    except UserError as error:
+        path = ("evaluate", "scorers")
+        raise UserError([replace(problem, mark=place(path, False), path=path) for problem in error.problems]) from error
     if "data" in evaluate:
         evaluate["data"] = str(_beside(evaluate["data"], file))
         if not Path(evaluate["data"]).is_file():

@@ -127,6 +127,10 @@ def test_a_variant_that_fails_is_told_and_the_others_run(run_cli, study, tmp_pat
             "error[unknown-variant] there is no variant 'LoRa'; did you mean 'LoRA'?",
         ),
         ({"evaluate": {"data": "nothing.jsonl"}}, "error[data-not-found]"),
+        (
+            {"evaluate": {"data": "held.jsonl", "scorers": ["exact"]}},
+            "error[unknown-scorer] evaluate.scorers: there is no scorer 'exact'; did you mean 'exact_match'?",
+        ),
         ({"recipe": "nothing.yaml"}, "does not exist"),
         ({"variants": [{"set": {}}]}, "error[missing-key]"),
     ],
