@@ -5,6 +5,7 @@ python scripts/choose_recipes.py changed [BASE]     those that a change since BA
 python scripts/choose_recipes.py half [SEED]        half of all, by a seed (the commit)
 """
 
+import json
 import os
 import random
 import subprocess
@@ -37,9 +38,21 @@ def changed(entries: list[Entry], base: str) -> list[Entry]:
     """Recipes of which a change touches a file: their own, or one that they name or extend."""
     done = subprocess.run(["git", "diff", "--name-only", f"{base}...HEAD"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        return []  # no such commit here: a copy without history
+        print(f"no commit {base} here: what has changed is not known", file=sys.stderr)
+        return []  # a copy without history
     names = set(done.stdout.split())
-    return [entry for entry in entries if names & {f"recipes/{file}" for file in _files(entry)}]
+    models = _changed_models(base) if "recipes/models.json" in names else set()
+    return [
+        entry for entry in entries if entry.model in models or names & {f"recipes/{file}" for file in _files(entry)}
+    ]
+
+
+def _changed_models(base: str) -> set[str]:
+    """The models whose facts differ from those of a commit."""
+    told = ["git", "show", f"{base}:recipes/models.json"]
+    before = json.loads(subprocess.run(told, cwd=ROOT, capture_output=True, text=True).stdout or "{}")
+    now = json.loads((ROOT / "recipes" / "models.json").read_text(encoding="utf-8"))
+    return {name for name, facts in now.items() if facts != before.get(name)}
 
 
 def _files(entry: Entry) -> set[str]:

@@ -27,7 +27,8 @@ def preview(file: str) -> str:
     """How many rows a preview shows; empty where it fails. A pipeline's rows are those of its stages."""
     done = CliRunner().invoke(cli, ["preview", file, "--format", "json"])
     if not done.exit_code:
-        return f"{len(json.loads(done.stdout))} rows"
+        rows = len(json.loads(done.stdout))
+        return f"{rows} row{'s' * (rows != 1)}"
     if "pipeline-has-no-rows" in done.stderr:
         return "those of its stages"
     print(done.stderr, file=sys.stderr)

@@ -47,7 +47,7 @@ def write_recipe(
     if stage and form and stage_for(form) != stage:
         raise click.BadParameter(f"format {form} is for stage {stage_for(form)}", param_hint="--stage")
     if source:
-        text = copy_shipped(file.stem, source)
+        text = copy_shipped(file, source)
     else:
         try:
             model = model or click.prompt("Base model (hub id or folder)", default="microsoft/Phi-3-mini-4k-instruct")

@@ -44,6 +44,5 @@ def command(
         raise user_error("no-recipes", f"none of {len(entries)} recipes suits", fix)
     rows = [[entry.name, write_count(entry.parameters), entry.method, entry.task or entry.stage] for entry in found]
     click.echo("\n".join(align([["name", "model", "method", "task"], *rows])))
-    click.echo(
-        f"\n{len(found)} of {len(entries)} recipes; recipe-run show NAME prints one, recipe-run copy NAME takes it"
-    )
+    number = f"{len(found)} recipe{'s' * (len(found) != 1)}"
+    click.echo(f"\n{number}; recipe-run show NAME prints one, recipe-run copy NAME takes it")

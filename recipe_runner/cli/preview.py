@@ -101,8 +101,7 @@ def _preview_sample(recipe: "Recipe", error: UserError, **options: Any) -> None:
     if not (recipe.values.get("metadata") or {}).get("sample"):
         raise error
     from recipe_runner.preview import preview_recipe
-    from recipe_runner.smoke.run import apart
-    from recipe_runner.smoke.shrink import sample_recipe
+    from recipe_runner.smoke.shrink import apart, sample_recipe
 
     with tempfile.TemporaryDirectory(prefix="recipe-run-preview-") as folder, apart(Path(folder)):
         sampled, told = sample_recipe(recipe, Path(folder))

@@ -57,7 +57,7 @@ def find_shipped(name: str) -> Path:
 
 def shipped_recipes() -> list[Path]:
     """The recipes on the shelf, by name."""
-    return sorted((shelf() / "recipes").glob("*.yaml"))
+    return sorted(file for suffix in SUFFIXES for file in (shelf() / "recipes").glob(f"*{suffix}"))
 
 
 def collect_recipes(name: str) -> list[Path]:

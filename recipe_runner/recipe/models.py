@@ -1,6 +1,5 @@
 """Facts of the models that shipped recipes name: `recipes/models.json`, each from a source that it names."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from recipe_runner.files import read_json
+from recipe_runner.problems.errors import user_error
+from recipe_runner.problems.problem import Mark
+from recipe_runner.problems.words import suggest
 from recipe_runner.recipe.library import shelf
 
 FILE = "models.json"
@@ -61,25 +64,57 @@ def read_count(text: str) -> int:
     return round(float(found[1].replace(",", "")) * _UNITS.get(found[2].upper(), 1))
 
 
+# Key of an entry -> the types that its value may have.
+_KEYS: dict[str, tuple[type, ...]] = {
+    "model_type": (str,),
+    "config": (dict,),
+    "parameters": (str,),
+    "license": (str,),
+    "gated": (bool, type(None)),
+    "context": (int,),
+    "tokens": (dict,),
+    "template": (str,),
+    "sources": (list,),
+}
+_WORDS = {str: "a text", dict: "an object", bool: "true or false", type(None): "null", int: "a number", list: "a list"}
+
+
 @cache
 def read_models() -> dict[str, ModelFacts]:
-    """All facts, by the id of the model."""
-    entries = json.loads((shelf() / "recipes" / FILE).read_text(encoding="utf-8"))
-    return {
-        name: ModelFacts(
-            name,
-            entry["model_type"],
-            entry["config"],
-            entry["parameters"],
-            entry["license"],
-            entry["gated"],
-            entry["context"],
-            entry["tokens"],
-            entry["template"],
-            tuple(entry["sources"]),
-        )
-        for name, entry in entries.items()
-    }
+    """All facts, by the id of the model.
+
+    Raises:
+        UserError: The file is no JSON, or an entry lacks something.
+    """
+    file = shelf() / "recipes" / FILE
+    try:
+        entries = read_json(file)
+    except ValueError as error:
+        raise user_error("model-facts", f"it is no JSON: {error}", "correct it", Mark(str(file))) from error
+    return {name: _read_entry(name, entry, file) for name, entry in entries.items()}
+
+
+def _read_entry(name: str, entry: Mapping[str, Any], file: Path) -> ModelFacts:
+    for key, types in _KEYS.items():
+        wanted = " or ".join(_WORDS[kind] for kind in types)
+        if key not in entry:
+            raise user_error("model-facts", f"{name}: '{key}' is missing", f"give it {wanted}", Mark(str(file)))
+        if not isinstance(entry[key], types):
+            message = f"{name}: '{key}' is {entry[key]!r}"
+            raise user_error("model-facts", message, f"it is {wanted}", Mark(str(file)))
+    if unknown := [key for key in entry if key not in _KEYS]:
+        fix = suggest(unknown[0], list(_KEYS)) or f"keys: {', '.join(_KEYS)}"
+        raise user_error("model-facts", f"{name}: unknown key '{unknown[0]}'", fix, Mark(str(file)))
+    try:
+        read_count(entry["parameters"])
+    except ValueError as error:
+        raise user_error("model-facts", f"{name}: {error}", "", Mark(str(file))) from error
+    template = entry["template"]
+    if template and not template.startswith("trl/") and not (file.parent / "templates" / template).is_file():
+        fix = "put it in recipes/templates/, name one of TRL's (trl/NAME), or leave the text empty"
+        raise user_error("model-facts", f"{name}: there is no template {template}", fix, Mark(str(file)))
+    values = {key: entry[key] for key in _KEYS if key not in ("parameters", "sources")}
+    return ModelFacts(name=name, published=entry["parameters"], sources=tuple(entry["sources"]), **values)
 
 
 def find_facts(model: str) -> ModelFacts | None:

@@ -1,5 +1,6 @@
 """Writes a new recipe: valid, commented, ready to run."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,16 @@ def _write_rate(rate: float) -> str:
     return f"{rate:.0e}".replace("e-0", "e-")
 
 
-def copy_shipped(name: str, source: str) -> str:
-    """The text of a shipped recipe under another name, with the paths in it made absolute."""
-    recipe = load_recipe(str(find_shipped(source)))
+def copy_shipped(file: Path, source: str) -> str:
+    """The text of a shipped recipe for another file, with its name, and with the paths in it made absolute.
+
+    In the shelf's own folder paths stay as they are, and what was measured with the other recipe is left out.
+    """
+    recipe, name = load_recipe(str(find_shipped(source))), file.stem
     text = recipe.text.replace(f"name: {source}", f"name: {write_scalar(name)}", 1)
+    if file.resolve().parent == recipe.file.resolve().parent:
+        text = text.replace(f"recipes/{source}.yaml", f"recipes/{name}.yaml")
+        return re.sub(r"^(# For [^\n:]*): [^\n]* were allocated [^\n]*$", r"\1.", text, count=1, flags=re.MULTILINE)
     text = text.replace(f"recipes/{source}.yaml", f"{name}.yaml").replace(
         "launch recipe-run", "launch --no_python recipe-run"
     )

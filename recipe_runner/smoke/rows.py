@@ -13,8 +13,9 @@ from typing import Any
 
 from recipe_runner.data.formats import SHAREGPT_ROLES
 from recipe_runner.data.look import iterate_rows
+from recipe_runner.data.sources import choose_columns
 from recipe_runner.files import read_text, write_text
-from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.data import BUILDERS, is_file_source
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
@@ -56,8 +57,19 @@ def find_rows(recipe: Recipe, source: SourceSection, number: int) -> Rows:
         return Rows(read_file(Path(source.source), source), Path(source.source).name)
     if sample := find_sample(recipe, source.source):
         rows = read_file(sample, source)
+        _check_layout(sample, rows, recipe.dataset, source)
         return Rows([rows[place % len(rows)] for place in range(number)], f"{len(rows)} sample rows")
     return Rows([make_row(recipe.dataset, source, place) for place in range(number)], "made-up rows")
+
+
+def lengthen(source: SourceSection, rows: Rows, least: int) -> Rows:
+    """Rows of which the last is a document of at least so many characters; a file of the recipe's own is as it is."""
+    column = source.columns.get("text") or "text"
+    text = rows.entries[-1].get(column)
+    if (is_file_source(source.source) and Path(source.source).is_file()) or not isinstance(text, str) or not text:
+        return rows
+    long = {**rows.entries[-1], column: "\n".join([text] * (least // len(text) + 1))}
+    return Rows([*rows.entries[:-1], long], rows.told)
 
 
 def find_sample(recipe: Recipe, source: str) -> Path | None:
@@ -88,6 +100,21 @@ def read_file(file: Path, source: SourceSection) -> list[dict[str, Any]]:
     if not rows:
         raise user_error("empty-dataset", f"{file} has no rows", path=SAMPLE)
     return rows
+
+
+def _check_layout(
+    file: Path, rows: Sequence[Mapping[str, Any]], dataset: DatasetSection, source: SourceSection
+) -> None:
+    """Sample rows have the columns that the recipe takes from its data.
+
+    Raises:
+        UserError: They have not.
+    """
+    try:
+        choose_columns(source, dataset.format, {name: [row.get(name) for row in rows] for name in rows[0]})
+    except UserError as error:
+        message = f"{file}: {error.problems[0].message}".replace(source.source, "these sample rows")
+        raise user_error("sample-layout", message, "write the rows in the layout of the data", path=SAMPLE) from error
 
 
 def make_row(dataset: DatasetSection, source: SourceSection, number: int) -> dict[str, Any]:
@@ -148,13 +175,13 @@ class Wanted:
     Attributes:
         learned: Texts, one of which each learned stretch of tokens must say.
         rejected: Texts of rejected answers: each must stand where a rejected answer does.
-        asked: Texts that must stand before an answer, one for each row.
+        asked: Of each row the texts that must stand before its answer: question, input, earlier turns.
         whole: Whether all tokens of a row are learned, the question included.
     """
 
     learned: frozenset[str]
     rejected: frozenset[str]
-    asked: tuple[str, ...]
+    asked: tuple[tuple[str, ...], ...]
     whole: bool
 
 
@@ -174,23 +201,23 @@ def work_out(dataset: DatasetSection, columns: Mapping[str, str], rows: Sequence
                 learned.add(_text(cells["text"]))
             case "instruction":
                 learned.add(_text(cells["output"]))
-                asked.append(_text(cells["instruction"]))
+                asked.append([_text(cells.get(role)) for role in ("system", "instruction", "input")])
             case "chat":
                 turns = cells["messages"] or []
                 answers = [_said(turn) for turn in turns if _role(turn) == "assistant"]
                 learned.update(answers[-1:] if dataset.train_on == "completion" else answers)
-                asked += [_said(turn) for turn in turns if _role(turn) == "user"][:1]
+                last = max((place for place, turn in enumerate(turns) if _role(turn) == "assistant"), default=0)
+                asked.append([_said(turn) for turn in turns[:last] if _role(turn) in ("system", "user")])
             case "preference":
                 learned.add(_last(cells["chosen"]))
                 rejected.add(_last(cells["rejected"]))
                 if isinstance(cells.get("prompt"), str):
-                    asked.append(str(cells["prompt"]))
+                    asked.append([str(cells["prompt"])])
             case "unpaired_preference":
                 learned.add(_last(cells["completion"]))
     whole = dataset.format == "text" or dataset.train_on == "all"
-    return Wanted(
-        frozenset(map(squeeze, learned)), frozenset(map(squeeze, rejected)), tuple(map(squeeze, asked)), whole
-    )
+    groups = tuple(tuple(text for text in map(squeeze, texts) if text) for texts in asked)
+    return Wanted(frozenset(map(squeeze, learned)), frozenset(map(squeeze, rejected)), groups, whole)
 
 
 def _text(value: Any) -> str:

@@ -12,12 +12,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import datasets
 import torch
 
-from recipe_runner.data import store
 from recipe_runner.files import write_status
 from recipe_runner.launch.configuration import find_launch, read_launch
 from recipe_runner.launch.rules import check_launch
@@ -33,7 +30,7 @@ from recipe_runner.runs.stages import StageRun, start_from
 from recipe_runner.smoke.checks import learned, options, result, weights
 from recipe_runner.smoke.checks.done import Done, Found, FullSize, adapted_modules, read_tensors
 from recipe_runner.smoke.outcome import CODE, Outcome
-from recipe_runner.smoke.shrink import Small, describe_changes, shrink_recipes
+from recipe_runner.smoke.shrink import Small, apart, describe_changes, shrink_recipes
 from recipe_runner.smoke.stand_in import StandIn
 from recipe_runner.smoke.watch import Seen, Watcher
 from recipe_runner.training.pipeline import run_pipeline
@@ -124,22 +121,12 @@ def check_launch_of(recipe: Recipe) -> list[Problem]:
 
 
 def _problem(check: str, told: str) -> Problem:
-    return Problem(CODE, f"{check}: {told}", path=("name",))
+    return Problem(CODE, f"{check}: {told}", path=())
 
 
 def _last_words(said: io.StringIO) -> str:
     lines = [line for line in said.getvalue().splitlines() if line.strip()]
     return f" (the run's last line: {lines[-1].strip()})" if lines else ""
-
-
-@contextlib.contextmanager
-def apart(folder: Path) -> Iterator[None]:
-    """Keeps prepared data and the datasets library's copies in a folder, and not in the person's caches."""
-    with (
-        mock.patch.object(store, "store_folder", return_value=folder / "prepared"),
-        mock.patch.object(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets")),
-    ):
-        yield
 
 
 @contextlib.contextmanager

@@ -1,26 +1,33 @@
 """A recipe at smoke's size: what is changed in it, and nothing else."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import datasets
+
+from recipe_runner.data import store
 from recipe_runner.data.sources import choose_columns
 from recipe_runner.problems.problem import KeyPath, join_path
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.data import is_file_source
 from recipe_runner.recipe.sections import SourceSection
-from recipe_runner.smoke.rows import Rows, Wanted, find_rows, texts_of, work_out, write_rows
+from recipe_runner.smoke.rows import Rows, Wanted, find_rows, lengthen, texts_of, work_out, write_rows
 from recipe_runner.smoke.stand_in import StandIn, build_stand_in
 
 LEAST_ROWS, MOST_ROWS = 24, 96
 SHOWN = 3  # rows that a person looks at
 TEXTS = 2000  # that a tokenizer is learned from
 Found = list[tuple[SourceSection, Rows]]  # the sources of a recipe, each with its rows
+SPLITTING = ("bfd_split", "wrapped")  # ways to pack that split long documents
+LONG = 6  # characters of a document for each token of a row: it is longer than the row
 KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")  # of a GPU
 
 
@@ -114,7 +121,11 @@ def sample_recipe(recipe: Recipe, folder: Path) -> tuple[Recipe, str]:
 
 
 def _find_rows(recipe: Recipe, sources: Sequence[SourceSection], counts: Mapping[str, int]) -> Found:
-    return [(source, find_rows(recipe, source, counts[str(source.path[1])])) for source in sources]
+    found = [(source, find_rows(recipe, source, counts[str(source.path[1])])) for source in sources]
+    training = recipe.training
+    if training["packing"] and training["packing_strategy"] in SPLITTING and training["max_length"]:
+        return [(source, lengthen(source, rows, LONG * training["max_length"])) for source, rows in found]
+    return found
 
 
 def _build_stand_in(recipe: Recipe, found: Sequence[Found], folder: Path, layers: int | None) -> StandIn:
@@ -224,6 +235,16 @@ def _shrink_method(values: dict[str, Any], small: Small) -> None:
     if (values.get("peft") or {}).get("method") == "adalora":
         for key, value in {"tinit": 1, "tfinal": 1, "deltaT": 1}.items():
             _change(values, small, ("peft", key), value)
+
+
+@contextlib.contextmanager
+def apart(folder: Path) -> Iterator[None]:
+    """Keeps prepared data and the datasets library's copies in a folder, and not in the person's caches."""
+    with (
+        mock.patch.object(store, "store_folder", return_value=folder / "prepared"),
+        mock.patch.object(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets")),
+    ):
+        yield
 
 
 def describe_changes(small: Small) -> list[str]:

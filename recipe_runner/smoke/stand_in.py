@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -29,6 +30,7 @@ from recipe_runner.model.hub import find_model
 from recipe_runner.model.tiny import fill_padding, shrink_config
 from recipe_runner.model.tokenizer import read_own, stop_ids
 from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.problems.words import suggest
 from recipe_runner.recipe.library import shelf
 from recipe_runner.recipe.models import ModelFacts, find_facts
 from recipe_runner.recipe.sections import ModelSection
@@ -37,6 +39,7 @@ VOCABULARY = 600  # tokens that are learned from the rows, beside the special on
 WINDOW = 32  # of attention, where the architecture has one: shorter than most rows
 # Spellings of special tokens in chat templates.
 SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>|\[/?[A-Z_]{3,}\]|</?think>")
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}  # how the model answers by itself
 PLACE = ("model", "name_or_path")
 
 
@@ -90,7 +93,7 @@ def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, leas
     built.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in sorted(stops)]
-    GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **SAMPLING).save_pretrained(folder)
     template = facts.template if facts else "of the model's folder"
     told = f"{small.model_type} of {small.num_hidden_layers} layers, {small.hidden_size} wide"
     told += (
@@ -125,12 +128,15 @@ def read_config(model: ModelSection, facts: ModelFacts | None) -> PretrainedConf
             raise user_error("model-facts-missing", message, fix, path=PLACE)
         _refuse_remote_code(model, read_object(model.folder / "config.json") if model.folder else {})
         return load_model_config(model)
+    if facts.model_type not in CONFIG_MAPPING_NAMES:
+        message = f"recipes/models.json, {facts.name}: transformers knows no architecture '{facts.model_type}'"
+        fix = suggest(facts.model_type, list(CONFIG_MAPPING_NAMES)) or "model_type is what its config.json says"
+        raise user_error("model-config", message, fix, path=PLACE)
     try:
         config = AutoConfig.for_model(facts.model_type, **facts.config)
     except Exception as error:  # numbers of a file that anybody may have written
         message = f"recipes/models.json, {facts.name}: {facts.model_type}: {first_line(error)}"
-        fix = "is it an architecture of the installed transformers?"
-        raise user_error("model-config", message, fix, path=PLACE) from error
+        raise user_error("model-config", message, "check its config there", path=PLACE) from error
     text = config.get_text_config()
     if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         message = f"{facts.name}: the architecture {facts.model_type} is no language model that generates text"
@@ -158,9 +164,18 @@ def _is_cached(model: ModelSection) -> bool:
 
 
 def find_template(facts: ModelFacts) -> str:
-    """The chat template of a model; empty where it has none."""
+    """The chat template of a model; empty where it has none.
+
+    Raises:
+        UserError: TRL has none of that name.
+    """
     if facts.template.startswith("trl/"):
-        return read_text(Path(trl.__file__).parent / "chat_templates" / facts.template.removeprefix("trl/"))
+        file = Path(trl.__file__).parent / "chat_templates" / facts.template.removeprefix("trl/")
+        if not file.is_file():
+            known = [f"trl/{template.name}" for template in file.parent.glob("*.jinja")]
+            fix = suggest(facts.template, known) or f"TRL's are in {file.parent}"
+            raise user_error("model-facts", f"{facts.name}: there is no template {facts.template}", fix, path=PLACE)
+        return read_text(file)
     return read_text(shelf() / "recipes" / "templates" / facts.template) if facts.template else ""
 
 

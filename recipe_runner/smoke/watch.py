@@ -48,6 +48,7 @@ class Seen:
         batches: The first of the first step.
         counts: Batches of each step.
         moved: Names of trainable tensors that had a gradient other than zero in some step.
+        left: Steps that began with a gradient that was there already.
         learned: Learned tokens of each step, of all its batches.
         items: What the loss of each step is divided by; a step is missing where the trainer was not told.
         norms: Of the gradient of each step, after it was clipped.
@@ -64,6 +65,7 @@ class Seen:
     batches: list[Batch] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)
     moved: set[str] = field(default_factory=set)
+    left: list[int] = field(default_factory=list)
     learned: dict[int, int] = field(default_factory=dict)
     items: dict[int, float] = field(default_factory=dict)
     norms: list[float] = field(default_factory=list)
@@ -124,6 +126,9 @@ class Watcher(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step begins."""
         self.inside, self.step = True, state.global_step + 1
+        assert self.seen is not None
+        if any(p.grad is not None and bool(torch.count_nonzero(p.grad)) for p in self.seen.model.parameters()):
+            self.seen.left.append(self.step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are there, and clipped."""

@@ -35,16 +35,19 @@ def test_the_shelf_is_one():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_recipe_opens_with_its_command_and_its_hardware(file):
     schema, command, hardware, *more = file.read_text().splitlines()
-    assert schema == "# yaml-language-server: $schema=../schema/recipe.schema.json"
-    assert re.fullmatch(rf"# (accelerate launch )?recipe-run recipes/{file.name}( --accelerate-config \w+)?", command)
-    assert hardware.startswith("# For ")
+    assert schema == "# yaml-language-server: $schema=../schema/recipe.schema.json", "the first line names the schema"
+    said = rf"# (accelerate launch )?recipe-run recipes/{file.name}( --accelerate-config \w+)?"
+    assert re.fullmatch(said, command), (
+        f"the second line is its command: # accelerate launch recipe-run recipes/{file.name}"
+    )
+    assert hardware.startswith("# For "), "the third line is the hardware: # For one GPU of 8 GB with bfloat16."
     recipe = load_recipe(str(file))
     launch = (recipe.values["metadata"]).get("launch")
     assert command.endswith(f"--accelerate-config {launch}") == bool(launch)
     own = all(
         stage.model.folder for stage in (recipe.stages or (recipe,))
     )  # the demo model: trained here, and measured
-    assert (more[0] == NOT_TRAINED) != own
+    assert (more[0] == NOT_TRAINED) != own, f"the fourth line is: {NOT_TRAINED}"
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -58,10 +61,10 @@ def test_a_recipe_names_licenses_task_and_rows(entry):
     for stage in recipe.stages or (recipe,):
         hub = [source.source for source in stage.dataset.sources if "/" in source.source and source.source[0] != "/"]
         sample = (stage.values.get("metadata") or {}).get("sample")
-        assert bool(hub) == bool(sample)
+        assert bool(hub) == bool(sample), f"metadata.sample names three rows in the layout of {', '.join(hub)}"
         if sample:
             rows = [json.loads(line) for line in Path(sample).read_text(encoding="utf-8").splitlines()]
-            assert len(rows) == 3
+            assert len(rows) == 3, f"{sample} has {len(rows)} rows, not three"
             for source in stage.dataset.sources:
                 assert set(source.columns.values()) <= set(rows[0]), source.source
 
@@ -69,9 +72,9 @@ def test_a_recipe_names_licenses_task_and_rows(entry):
 @pytest.mark.parametrize("facts", read_models().values(), ids=lambda facts: facts.name)
 def test_facts_have_sources(facts):
     named = {source["what"] for source in facts.sources}
-    assert {"config", "parameters", "license", "tokens"} <= {
-        word for name in named for word in name.replace(",", " ").split()
-    }
+    words = {word for name in named for word in name.replace(",", " ").split()}
+    missing = {"config", "parameters", "license", "tokens"} - words
+    assert not missing, f"no entry of sources has in its `what`: {', '.join(sorted(missing))}"
     assert all(source["where"] for source in facts.sources)
     assert facts.tokens["eos"] in facts.tokens["stops"] or facts.template
     assert not re.search(r"/work/|/tmp/|index id|corpus", json.dumps(facts.sources))
@@ -129,6 +132,46 @@ def test_numbers_of_parameters_are_written():
         "3.82B",
         "",
     ]
+
+
+def test_a_copy_within_the_shelf_is_a_recipe_of_the_shelf():
+    from recipe_runner.recipe.new import copy_shipped
+
+    lines = copy_shipped(ROOT / "recipes" / "other.yaml", "llama32_1b_chat_lora").splitlines()
+    assert lines[:4] == [
+        "# yaml-language-server: $schema=../schema/recipe.schema.json",
+        "# accelerate launch recipe-run recipes/other.yaml",
+        "# For one GPU of 8 GB with bfloat16.",
+        NOT_TRAINED,
+    ]
+    assert any("samples/" in line and str(ROOT) not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{,}", "it is no JSON"),
+        ({"gated": ...}, "m/x: 'gated' is missing; give it true or false or null"),
+        ({"parameters": 135}, "m/x: 'parameters' is 135; it is a text"),
+        ({"parameters": "many"}, "m/x: 'many' is no number of parameters: write 3.8B or 135M"),
+        ({"contxt": 1}, "m/x: unknown key 'contxt'; did you mean 'context'?"),
+        ({"template": "mine.jinja"}, "m/x: there is no template mine.jinja; put it in recipes/templates/"),
+    ],
+    ids=["json", "missing", "type", "count", "unknown", "template"],
+)
+def test_facts_that_can_not_be_read_are_one_line(tmp_path, monkeypatch, text, said):
+    from recipe_runner.problems.errors import UserError
+    from recipe_runner.recipe import models
+
+    if isinstance(text, dict):
+        good = json.loads((ROOT / "recipes" / "models.json").read_text())["microsoft/Phi-3-mini-4k-instruct"]
+        text = json.dumps({"m/x": {key: value for key, value in (good | text).items() if value is not ...}})
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "models.json").write_text(text)
+    monkeypatch.setattr(models, "shelf", lambda: tmp_path)
+    with pytest.raises(UserError) as caught:
+        models.read_models.__wrapped__()
+    assert f"models.json: error[model-facts] {said}" in str(caught.value)
 
 
 def test_a_copy_is_valid_where_it_is(run_cli, tmp_path, monkeypatch):

@@ -56,6 +56,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "adapter-config-differs", adapter.adapter_config(base, peft)
     yield "prompt-learning", adapter.prompt_learning(base, peft, trained)
     yield "ignored-key", adapter.placement(peft)
+    yield "ignored-key", adapter.dropout_off(peft, trained)
     yield "unfreeze-method", adapter.unfreeze_beside(recipe.unfreeze, peft)
     yield "method-unquantized", adapter.method_on_quantized(quantized, peft)
     yield "rank-allocation", adapter.allocation(base, peft, trained["max_steps"])

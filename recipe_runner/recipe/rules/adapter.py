@@ -41,6 +41,13 @@ def alters_base(peft: UpstreamSection) -> bool:
     return str(peft["init_lora_weights"]).lower().startswith(("pissa", "olora", *CHANGING_BASE))
 
 
+def dropout_off(peft: UpstreamSection, training: UpstreamSection) -> Found:
+    """Stages with a reference turn dropout off. Source: TRL 1.16, DPOConfig.disable_dropout, true by default."""
+    if peft.said.get("lora_dropout") and training["disable_dropout"]:
+        found = "it has no effect: training.disable_dropout is true, as TRL has it for this stage"
+        yield ("peft", "lora_dropout"), found, "remove the key, or set training.disable_dropout: false"
+
+
 def initialisation(
     stage: Stage, peft: UpstreamSection, quantization: UpstreamSection, unfreeze: Sequence[str]
 ) -> Found:

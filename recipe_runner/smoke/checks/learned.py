@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipe_runner.data.tables import IGNORED
+from recipe_runner.model.load import load_result
 from recipe_runner.model.scores import score_sequences
 from recipe_runner.smoke.checks.done import Done, Found
 from recipe_runner.smoke.rows import Wanted, squeeze
@@ -32,6 +33,12 @@ def check_rows(done: Done) -> Found:
     if len(section.train) == 1 and not weighted and counted.rows_read != expected:
         yield f"{counted.rows_read} rows were read to train on, not {expected}"
     yield from _check_held_out(done, read - expected)
+    if (
+        counted.rows_truncated
+        and done.recipe.training["packing"]
+        and done.recipe.training["packing_strategy"] == "bfd_split"
+    ):
+        yield f"{counted.rows_truncated} rows were cut, and bfd_split loses nothing"
     lost = counted.rows_read - counted.rows_kept
     if lost > counted.rows_read * section.max_dropped:
         yield f"{lost} of {counted.rows_read} rows were dropped: {', '.join(counted.dropped)}"
@@ -103,7 +110,7 @@ def _check_tokens(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Foun
     documents = split_documents(dict(inputs))
     limit = done.recipe.training["max_length"]
     texts = frozenset(text for of in wanted for text in of.learned)
-    asked = [text for of in wanted for text in of.asked]
+    asked = [texts for of in wanted for texts in of.asked]
     whole = wanted[0].whole
     cut = done.seen.prepared.train.accounting
     splits = done.recipe.training["packing_strategy"] == "bfd_split" and done.recipe.training["packing"]
@@ -134,8 +141,8 @@ def _check_tokens(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Foun
         if not parted and not (limit and len(tokens) >= limit):
             row = squeeze(tokenizer.decode(tokens, skip_special_tokens=True))
             said = squeeze(tokenizer.decode([token for run in runs for token in run], skip_special_tokens=True))
-            if asked and not any(question in row for question in asked):
-                yield f"no question of the data is before an answer: {tokenizer.decode(tokens)[:100]!r}"
+            if asked and not any(all(text in row for text in texts) for texts in asked):
+                yield f"what is asked in the data is not before an answer: {tokenizer.decode(tokens)[:100]!r}"
                 return
             if lost := [text for text in texts if len(text) > LONG and text in row and text not in said]:
                 yield f"an answer of the data is not learned: {lost[0][:100]!r}"
@@ -170,6 +177,7 @@ def _check_answers(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Fou
     ends = set(tokenizer.convert_tokens_to_ids(sorted(done.small.stand_in.stops)))
     chosen = frozenset(text for of in wanted for text in of.learned)
     rejected = frozenset(text for of in wanted for text in of.rejected)
+    asked = [texts for of in wanted for texts in of.asked]
     if bool((masks.bool() & ~real.bool()).any()):
         yield "padding is learned"
     for place, (row, mask) in enumerate(zip(ids, masks, strict=True)):
@@ -183,6 +191,10 @@ def _check_answers(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Fou
         if said not in texts and not any(text.startswith(said) and said for text in texts):
             kind = "chosen" if is_chosen else "rejected"
             yield f"what is learned as {kind} is no {kind} answer of the data: {tokenizer.decode(run)[:100]!r}"
+            return
+        whole = squeeze(tokenizer.decode(row[real[place].bool()], skip_special_tokens=True))
+        if asked and not (limit and length >= limit) and not any(all(text in whole for text in of) for of in asked):
+            yield f"the prompt of the data is not before an answer: {tokenizer.decode(row)[:100]!r}"
             return
         if said in texts and not any(token in ends for token in run):
             stops = ", ".join(sorted(done.small.stand_in.stops))
@@ -221,22 +233,22 @@ def check_loss(done: Done) -> Found:
     kind = next(iter(done.recipe.stage.first_loss), "") if kinds is None else kinds
     kind = kind[0] if isinstance(kind, list) and len(kind) == 1 else kind
     known = done.recipe.stage.first_loss.get(kind) if isinstance(kind, str) else None
-    if kind == "sigmoid" and done.recipe.stage.shape == "pairs" and not done.before:
-        yield from _check_pair_loss(done)
+    if kind in ("sigmoid", "sigmoid_norm") and done.recipe.stage.shape == "pairs":
+        yield from _check_pair_loss(done, normalized=kind == "sigmoid_norm")
     first = done.seen.losses.get(1)
     if known is not None and first is not None and abs(first - known) > 0.02:
         yield f"the first loss is {first:.4f}: of a model that still is its reference it is {known:.4f}"
 
 
-def _check_pair_loss(done: Done) -> Found:
+def _check_pair_loss(done: Done, normalized: bool) -> Found:
     """DPO's loss is that of its definition, for a model that differs from its reference.
 
-    Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7.
+    Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7; `normalized` by the length of each answer.
     """
     training, model, trainer = done.recipe.training, done.model, done.seen.trainer
     plain = (None, False, 0, 0.0, "reverse_kl")
     special = ("ld_alpha", "f_divergence_type", "label_smoothing", "use_weighting", "precompute_ref_log_probs")
-    if any(training[key] not in plain for key in special):
+    if any(training[key] not in plain for key in special) or (done.before and done.recipe.quantization):
         return
     inputs = done.seen.batches[0].inputs
     rows = [
@@ -250,14 +262,19 @@ def _check_pair_loss(done: Done) -> Found:
     with trainer.autocast_smart_context_manager(), _moved(model):
         found = float(trainer.compute_loss(trainer.model, dict(inputs)))
         tuned = score_sequences(model, rows)
-        if done.recipe.peft:
+        if done.before:
+            reference = score_sequences(load_result(done.before, None, dtype=model.dtype)[0].eval(), rows)
+        elif done.recipe.peft:
             with model.disable_adapter():
                 reference = score_sequences(model, rows)
         else:
             base = AutoModelForCausalLM.from_pretrained(done.small.stand_in.folder, dtype=model.dtype)
             reference = score_sequences(base.to(model.device), rows)
     model.train(was_training)
-    gains = [before.loss - after.loss for before, after in zip(reference, tuned, strict=True)]
+    gains = [
+        (before.loss - after.loss) / (after.tokens if normalized else 1)
+        for before, after in zip(reference, tuned, strict=True)
+    ]
     half, beta = len(gains) // 2, training["beta"]
     margins = [chosen - rejected for chosen, rejected in zip(gains[:half], gains[half:], strict=True)]
     wanted = sum(math.log1p(math.exp(-beta * margin)) for margin in margins) / half

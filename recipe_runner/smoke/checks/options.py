@@ -9,6 +9,7 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, get_scheduler
+from transformers.activations import ACT2FN
 
 from recipe_runner.smoke.checks.done import Done, Found, is_of_base, list_names
 
@@ -25,6 +26,10 @@ def check_options(done: Done) -> Found:
         found = getattr(config, key, None)
         if not _same(found, value):
             yield f"training.{key} is {value!r}, and the trainer has {found!r}"
+    for key in ("beta", "loss_type"):  # what TRL's trainers keep apart from their configuration
+        held = getattr(done.seen.trainer, {"loss_type": "loss_types"}.get(key, key), None)
+        if held is not None and not _same(held, getattr(config, key)):
+            yield f"training.{key} is {getattr(config, key)!r}, and the trainer computes with {held!r}"
     batches = done.recipe.training["gradient_accumulation_steps"]
     if not done.recipe.run.global_batch_size and config.gradient_accumulation_steps != batches:
         found = config.gradient_accumulation_steps
@@ -69,6 +74,20 @@ def _check_peft(done: Done) -> Found:
         found = getattr(config, key, None)
         if not _same(found, value) and not hasattr(found, "__dataclass_fields__"):
             yield f"peft.{key} is {value!r}, and the adapter has {found!r}"
+    rates = {
+        module.p
+        for name, module in done.model.named_modules()
+        if "lora_dropout" in name and isinstance(module, torch.nn.Dropout)
+    }
+    dropout = 0.0 if done.recipe.training["disable_dropout"] else done.recipe.peft["lora_dropout"] or 0.0
+    if method == "lora" and (rates or {0.0}) != {dropout}:
+        yield f"peft.lora_dropout is {done.recipe.peft['lora_dropout']}, and the layers drop {sorted(rates)}"
+    if method == "bottleneck":
+        wanted = type(ACT2FN[done.recipe.peft["non_linearity"]])
+        kinds = {type(of) for m in done.model.modules() for of in (getattr(m, "activations", None) or {}).values()}
+        if kinds != {wanted}:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds))
+            yield f"peft.non_linearity is {done.recipe.peft['non_linearity']}, and the adapters have {names or 'none'}"
     if method == "lora":
         rank, alpha = done.recipe.peft["r"], done.recipe.peft["lora_alpha"]
         patterns = done.recipe.peft["rank_pattern"] or done.recipe.peft["alpha_pattern"]
@@ -98,6 +117,9 @@ def _check_model(done: Done) -> Found:
     }
     if section.dtype and plain and plain != {section.dtype}:
         yield f"model.dtype is {section.dtype}, and the weights are {', '.join(sorted(plain))}"
+    learned = {str(p.dtype).removeprefix("torch.") for p in done.model.parameters() if p.requires_grad}
+    if not section.dtype and not done.recipe.quantization and learned != {"float32"}:  # TRL's QLoRA is in bfloat16
+        yield f"what is trained is in {', '.join(sorted(learned))}, and not in float32"
     checkpointing = done.small.recipe.training["activation_checkpointing"]
     if checkpointing is not None and bool(done.model.is_gradient_checkpointing) != bool(checkpointing):
         yield f"training.activation_checkpointing is {checkpointing}, and the model does otherwise"
@@ -123,6 +145,8 @@ def _check_quantization(done: Done) -> Found:
         yield "the base is not in 4 bits"
         return
     skipped = asked.get("llm_int8_skip_modules") or ()
+    if isinstance(done.model.get_output_embeddings(), Linear4bit) and not skipped:
+        yield "the head is quantized, too"
     plain = [
         name
         for name, module in done.model.named_modules()

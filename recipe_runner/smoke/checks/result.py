@@ -12,6 +12,7 @@ from recipe_runner.model.load import load_result
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs.folder import result_name
 from recipe_runner.smoke.checks.done import Done, Found, is_near, list_names, read_tensors
+from recipe_runner.smoke.stand_in import SAMPLING
 
 
 def check_evaluated(done: Done) -> Found:
@@ -49,11 +50,15 @@ def check_saved(done: Done) -> Found:
         yield "the chat template that was trained with is not saved"
     if tokenizer.eos_token != used.eos_token:
         yield f"the saved tokenizer ends with {tokenizer.eos_token}, and {used.eos_token} was trained with"
-    ends: Any = GenerationConfig.from_pretrained(result).eos_token_id
+    generation: Any = GenerationConfig.from_pretrained(result)
+    lost = [key for key, value in SAMPLING.items() if getattr(generation, key) != value]
+    if lost:
+        yield f"the saved generation_config.json has lost the model's {', '.join(lost)}"
+    ends = generation.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     stops: list[Any] = [tokenizer.convert_tokens_to_ids(token) for token in done.small.stand_in.stops]
-    if not set(stops) & set(ends):
-        yield "the saved generation_config.json does not stop where the model stops"
+    if lost := sorted(str(tokenizer.convert_ids_to_tokens(token)) for token in set(stops) - set(ends)):
+        yield f"the saved generation_config.json does not stop at {', '.join(lost)}, where the model stops"
 
 
 def check_loaded(done: Done) -> Found:

@@ -16,9 +16,10 @@ WHOLE = ("lora", "adalora", "bottleneck", "ia3", "prompt_tuning", "prefix_tuning
 
 def check_size(done: Done) -> Found:
     """The model that the facts describe has as many parameters as were published."""
-    facts = done.small.stand_in.facts
+    facts, fix = done.small.stand_in.facts, "correct config or parameters in recipes/models.json"
     if facts and abs(done.full.parameters / facts.parameters - 1) > 0.01:
-        yield f"{facts.name} has {done.full.parameters:,} parameters by its facts, {facts.published} were published"
+        found = f"{facts.name} has {done.full.parameters:,} parameters by its facts, {facts.published} were published"
+        yield f"{found}: {fix}"
 
 
 def check_targets(done: Done) -> Found:
@@ -218,7 +219,9 @@ def list_excused(done: Done) -> dict[str, str]:
 
 
 def check_gradients(done: Done) -> Found:
-    """Every trainable tensor gets a gradient other than zero within the steps."""
+    """Every trainable tensor gets a gradient other than zero within the steps, of the rows of the step alone."""
+    if done.seen.left:
+        yield f"step {done.seen.left[0]} began with a gradient that was there already"
     excused = list_excused(done)
     still = [name for name in done.seen.trainable if name not in done.seen.moved and name not in excused]
     if still:
