@@ -405,6 +405,86 @@ def quantize_the_first_layer_only(monkeypatch):
     monkeypatch.setattr(trainers, "build_quantization", build)
 
 
+def lose_the_input(monkeypatch):
+    from recipe_runner.data import formats
+
+    monkeypatch.setattr(formats, "_join", lambda instruction, more: instruction)
+
+
+def cut_long_documents(monkeypatch):
+    """Documents are cut at a row's length, where packing would split them."""
+    from recipe_runner.data.job import Job
+
+    monkeypatch.setattr(Job, "cuts", lambda self, split: True)
+
+
+def turn_dropout_off(monkeypatch):
+    from trl.trainer.utils import disable_dropout_in_model
+
+    change_trainer(monkeypatch, lambda trainer: disable_dropout_in_model(trainer.model))
+
+
+def train_half_precision(monkeypatch):
+    """All weights are trained, and in bfloat16: small steps are lost."""
+    change_trainer(monkeypatch, lambda trainer: trainer.model.to(torch.bfloat16))
+
+
+def keep_the_trial_gradient(monkeypatch):
+    from recipe_runner.training import longest
+
+    right = longest.LongestBatch.on_train_begin
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        right(self, args, state, control, **kwargs)
+        for parameter in kwargs["model"].parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.full_like(parameter, 1e-3)
+
+    monkeypatch.setattr(longest.LongestBatch, "on_train_begin", on_train_begin)
+
+
+def exchange_the_loss(monkeypatch):
+    def change(trainer):
+        trainer.loss_types = ["sigmoid"]
+
+    change_trainer(monkeypatch, change)
+
+
+def change_generation(monkeypatch, change):
+    """Does something to the generation configuration before the result is saved."""
+    from recipe_runner.training import run
+
+    right = run._save
+
+    def save(trainer, result, *rest):
+        change(trainer.accelerator.unwrap_model(trainer.model).generation_config)
+        return right(trainer, result, *rest)
+
+    monkeypatch.setattr(run, "_save", save)
+
+
+def lose_the_sampling(monkeypatch):
+    def change(config):
+        config.temperature = config.top_p = None
+
+    change_generation(monkeypatch, change)
+
+
+def lose_a_stop(monkeypatch):
+    def change(config):
+        config.eos_token_id = config.eos_token_id[0]
+
+    change_generation(monkeypatch, change)
+
+
+def activate_otherwise(monkeypatch):
+    from transformers.activations import ACT2FN
+
+    from recipe_runner.model import bottleneck
+
+    monkeypatch.setattr(bottleneck, "ACT2FN", dict.fromkeys(ACT2FN, ACT2FN["relu"]))
+
+
 def begin_each_stage_with_the_base(monkeypatch):
     from recipe_runner.smoke import run as smoke_run
     from recipe_runner.training import pipeline
@@ -416,7 +496,9 @@ def begin_each_stage_with_the_base(monkeypatch):
 
 TICKETS, CHAT, TEXT, DPO = "smollm2_tickets_lora", "phi3_chat_qlora", "phi3_text_qlora", "smollm2_replies_dpo"
 PARTIAL, ADALORA, FILING = "qwen25_05b_math_partial", "smollm2_360m_instruct_adalora", "smollm2_filing_lora"
-PIPELINE = "smollm2_desk_pipeline"
+PIPELINE, SQL, STORIES = "smollm2_desk_pipeline", "qwen25_15b_sql_lora", "smollm2_135m_stories_full"
+INTENTS, NORMALIZED, LLAMA = "gemma3_270m_intents_full", "olmo2_7b_dpo_qlora", "llama32_1b_chat_lora"
+BOTTLENECK = "smollm2_17b_chat_bottleneck"
 # What is broken -> a recipe that shows it, what breaks it, and the checks of which one must say so.
 RUNNER = {
     "labels shifted by one": (TICKETS, roll_labels, {"mask"}),
@@ -449,6 +531,15 @@ RUNNER = {
     "AdaLoRA's ranks left as they were": (ADALORA, keep_all_ranks, {"moved"}),
     "`modules_to_save` lost": (TICKETS, forget_whole_modules, {"targets", "options"}),
     "one layer quantized of several": (TEXT, quantize_the_first_layer_only, {"options"}),
+    "the input of an instruction lost": (SQL, lose_the_input, {"mask"}),
+    "long documents cut instead of split": (STORIES, cut_long_documents, {"rows"}),
+    "dropout turned off": (CHAT, turn_dropout_off, {"options"}),
+    "full fine-tuning in half precision": (INTENTS, train_half_precision, {"options"}),
+    "a gradient left from the trial of the longest batch": (TICKETS, keep_the_trial_gradient, {"gradients"}),
+    "another loss of DPO": (NORMALIZED, exchange_the_loss, {"options", "loss"}),
+    "how the model samples not saved": (LLAMA, lose_the_sampling, {"saved"}),
+    "a token lost at which the model stops": (INTENTS, lose_a_stop, {"saved"}),
+    "another activation in bottleneck adapters": (BOTTLENECK, activate_otherwise, {"options"}),
     "each stage of a pipeline begun with the base": (PIPELINE, begin_each_stage_with_the_base, {"base"}),
 }
 

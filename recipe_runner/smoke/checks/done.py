@@ -102,6 +102,12 @@ def is_near(found: torch.Tensor | None, wanted: torch.Tensor, allowed: float) ->
     return bool(distance <= allowed * max(float(wanted.float().norm()), 1e-6))
 
 
+def count_experts(model: Any) -> int:
+    """How many experts a layer of a model has; 0 where it has none."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0)
+
+
 def list_names(names: Any) -> str:
     """The first of some names, and how many there are more."""
     listed = sorted(names)

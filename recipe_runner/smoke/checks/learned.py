@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.load import load_result
 from recipe_runner.model.scores import score_sequences
-from recipe_runner.smoke.checks.done import Done, Found
+from recipe_runner.smoke.checks.done import Done, Found, count_experts
 from recipe_runner.smoke.rows import Wanted, squeeze
 from recipe_runner.smoke.watch import split_documents
 
@@ -147,7 +147,7 @@ def _check_tokens(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Foun
             if lost := [text for text in texts if len(text) > LONG and text in row and text not in said]:
                 yield f"an answer of the data is not learned: {lost[0][:100]!r}"
                 return
-    if not ended:
+    if not ended and any(not limit or len(tokens) < limit for tokens, _ in documents):  # else: parts of long documents
         yield f"no token is learned at which the model stops ({', '.join(sorted(done.small.stand_in.stops))})"
     text = squeeze(tokenizer.decode([t for tokens, _ in documents for t in tokens], skip_special_tokens=True))
     if done.recipe.dataset.system and squeeze(done.recipe.dataset.system) not in text:
@@ -213,14 +213,16 @@ def check_loss(done: Done) -> Found:
     if done.seen.batches[0].own_loss is not None and learned and (items is None or abs(items - learned) > 1):
         told = "the batch's" if items is None else f"{items:,.0f}"
         yield f"the loss of a step is divided by {told} tokens, and {learned:,} are learned in its batches"
+    # What a mixture of experts adds: between the coefficient, and the coefficient times the number of experts.
     mixture = bool(getattr(done.seen.trainer, "aux_loss_enabled", False))
+    added = done.seen.trainer.router_aux_loss_coef * count_experts(done.model) if mixture else 0.0
     begins_at_base = not done.recipe.peft or (done.recipe.peft["method"] in BEGINS_AT_BASE and not done.before)
     for batch in done.seen.batches:
         if batch.own_loss is None or done.recipe.peft["method"] == "adalora":  # which adds to the loss
             continue
         if not begins_at_base and _has_dropout(done):
             continue
-        allowed = max(done.close, 2e-2 if mixture else 0) * max(abs(batch.own_loss), 1e-3)
+        allowed = done.close * max(abs(batch.own_loss), 1e-3) + added
         if abs(batch.loss - batch.own_loss) > allowed:
             yield f"the loss of the first step is {batch.loss:.4f}, and {batch.own_loss:.4f} by the definition"
             return

@@ -7,7 +7,16 @@ import torch
 from peft import get_peft_model_state_dict
 
 from recipe_runner.recipe.rules.adapter import alters_base
-from recipe_runner.smoke.checks.done import Done, Found, adapted_modules, is_near, is_of_base, list_names, read_tensors
+from recipe_runner.smoke.checks.done import (
+    Done,
+    Found,
+    adapted_modules,
+    count_experts,
+    is_near,
+    is_of_base,
+    list_names,
+    read_tensors,
+)
 from recipe_runner.smoke.watch import hash_frozen
 
 # Methods of which every tensor is trained.
@@ -204,8 +213,7 @@ def _layer(name: str) -> int | None:
 def list_excused(done: Done) -> dict[str, str]:
     """Trainable tensors that may have no gradient in a few steps -> why."""
     excused = {}
-    config = done.model.config.get_text_config()
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    experts = count_experts(done.model)
     for name in done.seen.trainable:
         if experts and ("expert" in name or "router" in name or "gate." in name):
             excused[name] = "an expert that no token was routed to"
