@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from recipe_runner.problems.errors import UserError, user_error
 if TYPE_CHECKING:
     from recipe_runner.recipe.recipe import Recipe
 
-UNREACHED = ("hub-unreachable", "dataset-unavailable", "model-not-found")  # codes of what is on the hub, and not here
+OF_HUB = ("hub-unreachable", "dataset-unavailable")  # codes of what is on the hub, and not here
+UNREACHED = (*OF_HUB, "model-not-found")
 
 
 @click.command(name="preview")
@@ -99,7 +101,13 @@ def _preview_sample(recipe: "Recipe", error: UserError, **options: Any) -> None:
         UserError: `error`, where the recipe names no sample rows; or something is wrong with them.
     """
     if not (recipe.values.get("metadata") or {}).get("sample"):
-        raise error
+        other = "or name a file with some rows in the layout of the data: metadata.sample"
+        raise UserError(
+            [
+                replace(problem, suggestion=f"{problem.suggestion}; {other}") if problem.code in OF_HUB else problem
+                for problem in error.problems
+            ]
+        ) from error
     from recipe_runner.preview import preview_recipe
     from recipe_runner.smoke.shrink import apart, sample_recipe
 
