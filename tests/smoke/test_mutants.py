@@ -602,7 +602,7 @@ def test_a_broken_recipe_is_caught(smoke, edit, tmp_path, broken):
 
 
 def test_the_documentation_lists_them():
-    text = (ROOT / "docs" / "smoke.md").read_text()
+    text = (ROOT / "docs" / "smoke.md").read_text().partition("## What it catches")[2].partition("\n## ")[0]
     listed = set(re.findall(r"^\| ([^|]+?) \| `\w+`", text, re.MULTILINE))
     assert listed == {*RUNNER, *BROKEN_RECIPES, "weight decay lost"}
 

@@ -14,8 +14,11 @@ from recipe_runner.model.load import load_result
 from recipe_runner.model.scores import score_sequences
 from recipe_runner.smoke.checks.done import Done, Found, count_experts
 from recipe_runner.smoke.rows import Wanted, squeeze
+from recipe_runner.smoke.shrink import SPLITTING
 from recipe_runner.smoke.watch import split_documents
 
+Document = tuple[list[int], list[int]]  # tokens and labels
+MOST_ROWS = 200  # prepared rows that are looked at
 MIXED = 0.5  # share of what a document would see of another, above which it does; rounding gives some
 LONG = 20  # characters of an answer that stands in no other text by chance
 MOVED = 0.05  # standard deviation of what is added to weights, so that a model differs from its reference
@@ -90,11 +93,24 @@ def check_mask(done: Done) -> Found:
     if not done.seen.batches:
         yield "no batch was seen"
         return
+    if done.recipe.stage.shape == "tokens":
+        yield from _check_documents(done, _read_documents(done.seen.trainer.train_dataset), tokenizer)
     for batch in done.seen.batches:
         if done.recipe.stage.shape == "tokens":
             yield from _check_tokens(done, batch.inputs, tokenizer)
         elif done.recipe.stage.shape in ("pairs", "unpaired"):
             yield from _check_answers(done, batch.inputs, tokenizer)
+
+
+def _read_documents(table: Any) -> list[Document]:
+    """Tokens and labels of each document of the first prepared rows."""
+    documents: list[Document] = []
+    for row in table.select(range(min(len(table), MOST_ROWS))):
+        begin = 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            documents.append(tuple(row[name][begin : begin + length] for name in ("input_ids", "labels")))
+            begin += length
+    return documents
 
 
 def _check_tokens(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Found:
@@ -106,47 +122,51 @@ def _check_tokens(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Foun
     real = inputs.get("attention_mask")
     if real is not None and real.shape == ids.shape and bool(learned[real == 0].any()):
         yield "padding is learned"
-    wanted, ends = done.small.wanted, set(tokenizer.convert_tokens_to_ids(sorted(done.small.stand_in.stops)))
-    documents = split_documents(dict(inputs))
-    limit = done.recipe.training["max_length"]
+    yield from _check_documents(done, split_documents(dict(inputs)), tokenizer)
+
+
+def _check_documents(done: Done, documents: Sequence[Document], tokenizer: Any) -> Found:
+    wanted, training = done.small.wanted, done.recipe.training
+    ends = set(tokenizer.convert_tokens_to_ids(sorted(done.small.stand_in.stops)))
+    limit = training["max_length"]
     texts = frozenset(text for of in wanted for text in of.learned)
     asked = [texts for of in wanted for texts in of.asked]
-    whole = wanted[0].whole
-    cut = done.seen.prepared.train.accounting
-    splits = done.recipe.training["packing_strategy"] == "bfd_split" and done.recipe.training["packing"]
-    parted = bool(cut.rows_truncated) or splits or done.recipe.training["packing_strategy"] == "wrapped"
+    splits = training["packing"] and training["packing_strategy"] in SPLITTING
     ended = 0
     for tokens, marks in documents:
+        begin = repr(tokenizer.decode(tokens)[:100])
+        runs = _find_runs(tokens, marks)
         if limit and len(tokens) > limit:
             yield f"a row has {len(tokens)} tokens: training.max_length is {limit}"
             return
-        runs = _find_runs(tokens, marks)
         if not runs:
-            yield f"nothing is learned of a row: {tokenizer.decode(tokens)[:80]!r}"
+            yield f"nothing is learned of a row: {begin}"
             return
         ended += any(token in ends for run in runs for token in run)
-        if whole:
+        if wanted[0].whole:
             if sum(map(len, runs)) < len(tokens) - 2:  # a first token is never predicted
-                yield f"{len(tokens) - sum(map(len, runs))} of {len(tokens)} tokens of a row are not learned"
+                yield f"{len(tokens) - sum(map(len, runs))} of {len(tokens)} tokens of a row are not learned: {begin}"
                 return
             continue
-        for run in runs:
-            said = squeeze(tokenizer.decode(run, skip_special_tokens=True))
-            if said in texts or (parted and any(said in text for text in texts)):
-                continue
-            if limit and len(tokens) >= limit and any(text.startswith(said) for text in texts):
-                continue
-            yield f"what is learned is no answer of the data: {tokenizer.decode(run)[:100]!r}"
+        cut = bool(limit and len(tokens) >= limit)
+        said = [squeeze(tokenizer.decode(run, skip_special_tokens=True)) for run in runs]
+        for run, text in zip(runs, said, strict=True):
+            part = (splits and any(text in of for of in texts)) or (cut and any(of.startswith(text) for of in texts))
+            if text not in texts and not part:
+                yield f"what is learned is no answer of the data: {tokenizer.decode(run)[:100]!r}"
+                return
+            if not part and not any(token in ends for token in run):
+                yield f"an answer is learned without a token at which the model stops: {tokenizer.decode(run)[-100:]!r}"
+                return
+        if splits or cut:
+            continue
+        row = squeeze(tokenizer.decode(tokens, skip_special_tokens=True))
+        if asked and not any(all(text in row for text in of) for of in asked):
+            yield f"what is asked in the data is not before an answer: {begin}"
             return
-        if not parted and not (limit and len(tokens) >= limit):
-            row = squeeze(tokenizer.decode(tokens, skip_special_tokens=True))
-            said = squeeze(tokenizer.decode([token for run in runs for token in run], skip_special_tokens=True))
-            if asked and not any(all(text in row for text in texts) for texts in asked):
-                yield f"what is asked in the data is not before an answer: {tokenizer.decode(tokens)[:100]!r}"
-                return
-            if lost := [text for text in texts if len(text) > LONG and text in row and text not in said]:
-                yield f"an answer of the data is not learned: {lost[0][:100]!r}"
-                return
+        if lost := [text for text in texts if len(text) > LONG and text in row and text not in "".join(said)]:
+            yield f"an answer of the data is not learned: {lost[0][:100]!r}"
+            return
     if not ended and any(not limit or len(tokens) < limit for tokens, _ in documents):  # else: parts of long documents
         yield f"no token is learned at which the model stops ({', '.join(sorted(done.small.stand_in.stops))})"
     text = squeeze(tokenizer.decode([t for tokens, _ in documents for t in tokens], skip_special_tokens=True))
