@@ -3,7 +3,6 @@
 `docs/smoke.md` lists them; `test_the_documentation_lists_them` holds the two together.
 """
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -331,17 +330,9 @@ def draw_rows_in_order(monkeypatch):
 
 def leave_rows_long(monkeypatch):
     """Rows are not cut at `max_length`."""
-    from recipe_runner.training import prepare
+    from recipe_runner.data.job import Job
 
-    right = prepare.open_job
-
-    def open_job(recipe, *rest):
-        section = recipe.values["training"]
-        return right(
-            dataclasses.replace(recipe, values={**recipe.values, "training": {**section, "max_length": 999}}), *rest
-        )
-
-    monkeypatch.setattr(prepare, "open_job", open_job)
+    monkeypatch.setattr(Job, "limit", property(lambda self: None))
 
 
 def learn_the_last_answer(monkeypatch):
