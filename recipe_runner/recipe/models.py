@@ -95,24 +95,25 @@ def read_models() -> dict[str, ModelFacts]:
 
 
 def _read_entry(name: str, entry: Mapping[str, Any], file: Path) -> ModelFacts:
+    place = Mark(str(file))
     for key, types in _KEYS.items():
         wanted = " or ".join(_WORDS[kind] for kind in types)
         if key not in entry:
-            raise user_error("model-facts", f"{name}: '{key}' is missing", f"give it {wanted}", Mark(str(file)))
+            raise user_error("model-facts", f"{name}: '{key}' is missing", f"give it {wanted}", place)
         if not isinstance(entry[key], types):
             message = f"{name}: '{key}' is {entry[key]!r}"
-            raise user_error("model-facts", message, f"it is {wanted}", Mark(str(file)))
+            raise user_error("model-facts", message, f"it is {wanted}", place)
     if unknown := [key for key in entry if key not in _KEYS]:
         fix = suggest(unknown[0], list(_KEYS)) or f"keys: {', '.join(_KEYS)}"
-        raise user_error("model-facts", f"{name}: unknown key '{unknown[0]}'", fix, Mark(str(file)))
+        raise user_error("model-facts", f"{name}: unknown key '{unknown[0]}'", fix, place)
     try:
         read_count(entry["parameters"])
     except ValueError as error:
-        raise user_error("model-facts", f"{name}: {error}", "", Mark(str(file))) from error
+        raise user_error("model-facts", f"{name}: {error}", "", place) from error
     template = entry["template"]
     if template and not template.startswith("trl/") and not (file.parent / "templates" / template).is_file():
         fix = "put it in recipes/templates/, name one of TRL's (trl/NAME), or leave the text empty"
-        raise user_error("model-facts", f"{name}: there is no template {template}", fix, Mark(str(file)))
+        raise user_error("model-facts", f"{name}: there is no template {template}", fix, place)
     values = {key: entry[key] for key in _KEYS if key not in ("parameters", "sources")}
     return ModelFacts(name=name, published=entry["parameters"], sources=tuple(entry["sources"]), **values)
 

@@ -197,37 +197,41 @@ def quantize_once(monkeypatch):
     )
 
 
-def train_the_base(monkeypatch):
-    """Of the base, a norm is trained beside the adapter."""
+def change_trainer(monkeypatch, change):
+    """Does something to the trainer once it is built."""
     from recipe_runner.training import run
 
     right = run.trainers.build_trainer
 
     def build_trainer(*args):
         trainer = right(*args)
-        for name, parameter in trainer.model.named_parameters():
-            if name.endswith("model.norm.weight"):
-                parameter.requires_grad_(True)
+        change(trainer)
         return trainer
 
     monkeypatch.setattr(run.trainers, "build_trainer", build_trainer)
+
+
+def train_the_base(monkeypatch):
+    """Of the base, a norm is trained beside the adapter."""
+
+    def train(trainer):
+        for name, parameter in trainer.model.named_parameters():
+            if name.endswith("model.norm.weight"):
+                parameter.requires_grad_(True)
+
+    change_trainer(monkeypatch, train)
 
 
 def begin_elsewhere(monkeypatch):
     """The weights are random ones, and not those of the model."""
-    from recipe_runner.training import run
 
-    right = run.trainers.build_trainer
-
-    def build_trainer(*args):
-        trainer = right(*args)
+    def move(trainer):
         with torch.no_grad():
             for name, parameter in trainer.model.named_parameters():
                 if name.endswith("embed_tokens.weight"):
                     parameter.add_(0.01)
-        return trainer
 
-    monkeypatch.setattr(run.trainers, "build_trainer", build_trainer)
+    change_trainer(monkeypatch, move)
 
 
 def forget_accumulation(monkeypatch):
@@ -273,20 +277,6 @@ def keep_the_template(monkeypatch):
         return found
 
     monkeypatch.setattr(run, "_save", save)
-
-
-def change_trainer(monkeypatch, change):
-    """Does something to the trainer once it is built."""
-    from recipe_runner.training import run
-
-    right = run.trainers.build_trainer
-
-    def build_trainer(*args):
-        trainer = right(*args)
-        change(trainer)
-        return trainer
-
-    monkeypatch.setattr(run.trainers, "build_trainer", build_trainer)
 
 
 def freeze_half_of_the_adapter(monkeypatch):

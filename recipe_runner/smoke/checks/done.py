@@ -14,8 +14,6 @@ from recipe_runner.smoke.shrink import Small
 from recipe_runner.smoke.watch import Seen
 
 CLOSE, CLOSE_HALF = 1e-3, 3e-2  # of losses and logits, relative: in float32, and where something is in half precision
-
-
 SHOWN = 3  # names in a sentence
 
 

@@ -273,12 +273,8 @@ def _check_pair_loss(done: Done, normalized: bool) -> Found:
     if any(training[key] not in plain for key in special) or (done.before and done.recipe.quantization):
         return
     inputs = done.seen.batches[0].inputs
-    rows = [
-        (ids[real.bool()].tolist(), ids.masked_fill(mask == 0, IGNORED)[real.bool()].tolist())
-        for ids, mask, real in zip(
-            *(inputs[name] for name in ("input_ids", "completion_mask", "attention_mask")), strict=True
-        )
-    ]
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+    rows = split_documents({**inputs, "labels": labels})
     was_training = model.training
     model.eval()
     with trainer.autocast_smart_context_manager(), _moved(model):

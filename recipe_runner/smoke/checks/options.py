@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from recipe_runner.smoke.checks.done import Done, Found, is_of_base, list_names
 
 # Keys that the runner reads itself, or that have a check of their own.
-OWN_CHECK = (*("chat_template_path", "peft_optimizer", "report_to", "gradient_accumulation_steps"), "save_total_limit")
+OWN_CHECK = ("chat_template_path", "peft_optimizer", "report_to", "gradient_accumulation_steps", "save_total_limit")
 
 
 def check_options(done: Done) -> Found:
@@ -74,14 +74,6 @@ def _check_peft(done: Done) -> Found:
         found = getattr(config, key, None)
         if not _same(found, value) and not hasattr(found, "__dataclass_fields__"):
             yield f"peft.{key} is {value!r}, and the adapter has {found!r}"
-    rates = {
-        module.p
-        for name, module in done.model.named_modules()
-        if "lora_dropout" in name and isinstance(module, torch.nn.Dropout)
-    }
-    dropout = 0.0 if done.recipe.training["disable_dropout"] else done.recipe.peft["lora_dropout"] or 0.0
-    if method == "lora" and (rates or {0.0}) != {dropout}:
-        yield f"peft.lora_dropout is {done.recipe.peft['lora_dropout']}, and the layers drop {sorted(rates)}"
     if method == "bottleneck":
         wanted = type(ACT2FN[done.recipe.peft["non_linearity"]])
         kinds = {type(of) for m in done.model.modules() for of in (getattr(m, "activations", None) or {}).values()}
@@ -89,17 +81,30 @@ def _check_peft(done: Done) -> Found:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
             yield f"peft.non_linearity is {done.recipe.peft['non_linearity']}, and the adapters have {names or 'none'}"
     if method == "lora":
-        rank, alpha = done.recipe.peft["r"], done.recipe.peft["lora_alpha"]
-        patterns = done.recipe.peft["rank_pattern"] or done.recipe.peft["alpha_pattern"]
-        wanted = alpha / math.sqrt(rank) if done.recipe.peft["use_rslora"] else alpha / rank
-        scales = {
-            float(of)
-            for m in done.model.modules()
-            if isinstance(m, BaseTunerLayer)
-            for of in getattr(m, "scaling", {}).values()
-        }
-        if not patterns and any(not math.isclose(scale, wanted, rel_tol=1e-6) for scale in scales):
-            yield f"what LoRA adds is scaled by {sorted(scales)}, not by {wanted:g} (lora_alpha, r)"
+        yield from _check_lora(done)
+
+
+def _check_lora(done: Done) -> Found:
+    """Dropout and scaling of LoRA's layers, as they compute."""
+    rates = {
+        module.p
+        for name, module in done.model.named_modules()
+        if "lora_dropout" in name and isinstance(module, torch.nn.Dropout)
+    }
+    dropout = 0.0 if done.recipe.training["disable_dropout"] else done.recipe.peft["lora_dropout"] or 0.0
+    if (rates or {0.0}) != {dropout}:
+        yield f"peft.lora_dropout is {done.recipe.peft['lora_dropout']}, and the layers drop {sorted(rates)}"
+    rank, alpha = done.recipe.peft["r"], done.recipe.peft["lora_alpha"]
+    patterns = done.recipe.peft["rank_pattern"] or done.recipe.peft["alpha_pattern"]
+    wanted = alpha / math.sqrt(rank) if done.recipe.peft["use_rslora"] else alpha / rank
+    scales = {
+        float(of)
+        for m in done.model.modules()
+        if isinstance(m, BaseTunerLayer)
+        for of in getattr(m, "scaling", {}).values()
+    }
+    if not patterns and any(not math.isclose(scale, wanted, rel_tol=1e-6) for scale in scales):
+        yield f"what LoRA adds is scaled by {sorted(scales)}, not by {wanted:g} (lora_alpha, r)"
 
 
 def _check_model(done: Done) -> Found:

@@ -35,7 +35,8 @@ def check_targets(done: Done) -> Found:
     """The adapter sits on the modules that it sits on at the real size, and there on every layer that has them."""
     if not done.recipe.peft:
         return
-    here = {_generalize(name) for name in adapted_modules(done.model)}
+    adapted = adapted_modules(done.model)
+    here = {_generalize(name) for name in adapted}
     real = {_generalize(name) for name in done.full.adapted}
     if here != real:
         names = list_names(here - real) or "fewer modules", list_names(real - here) or "fewer"
@@ -48,7 +49,7 @@ def check_targets(done: Done) -> Found:
         missing = set(there) - set(done.full.adapted) - whole
         if missing:
             yield f"{len(missing)} of {len(there)} modules {kind} have no adapter at full size, {min(missing)} for one"
-    yield from _check_named(done, adapted_modules(done.model))
+    yield from _check_named(done, adapted)
 
 
 def _check_named(done: Done, adapted: set[str]) -> Found:
