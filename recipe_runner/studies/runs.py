@@ -71,7 +71,7 @@ def run_study(
                     raise _Failed("a pipeline is no variant: name one of its stages")
                 run = _train(variant, seed, recipe, place)
                 done[(variant.name, seed)] = run
-                outcome = Outcome(variant, seed, _measure(study, run, None, place))
+                outcome = Outcome(variant, seed, _measure(study, seed, run, None, place))
         except UserError as error:
             outcome = Outcome(variant, seed, failure=str(error.problems[0]))
         except _Failed as error:
@@ -139,13 +139,16 @@ def _run_merged(
         shutil.rmtree(merged, ignore_errors=True)
         _call(["-m", "recipe_runner", "merge", str(run), "--output", str(merged)], place / "merge.log")
         write_json(mark, {"run": str(run)})
-    return Outcome(variant, seed, _measure(study, run, merged, place))
+    return Outcome(variant, seed, _measure(study, seed, run, merged, place))
 
 
-def _measure(study: Study, run: Path, merged: Path | None, place: Path) -> dict[str, Any]:
-    """The figures of a result; those that are there, where they are of the same run and asked in the same way."""
+def _measure(study: Study, seed: int | None, run: Path, merged: Path | None, place: Path) -> dict[str, Any]:
+    """The figures of a result; those that are there, where they are of the same run and asked in the same way.
+
+    The time of a token is that of the first seed: it is no matter of chance.
+    """
     asked: dict[str, Any] = {"run": str(run), "merged": str(merged) if merged else None}
-    asked |= {"evaluate": dict(study.evaluate), "latency": study.latency}
+    asked |= {"evaluate": dict(study.evaluate), "latency": study.latency and seed == study.seeds[0]}
     data = study.evaluate.get("data")
     known = {**asked, "data": hash_file(Path(data)) if data else None}
     if (found := read_object(place / FIGURES)).get("of") == known:
