@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.data.formats import SHAREGPT_ROLES
+from recipe_runner.data.formats import SHAREGPT_ROLES, SWITCHES
 from recipe_runner.data.look import iterate_rows
 from recipe_runner.data.sources import choose_columns
 from recipe_runner.files import read_text, write_text
@@ -71,7 +71,7 @@ def lengthen(source: SourceSection, form: str, rows: Rows, least: int) -> Rows:
         return rows
     last = dict(rows.entries[-1])
     for role in ("text", "output", "completion", "messages", "chosen", "rejected"):
-        column = source.columns.get(role) or role
+        column = source.columns.get(role) or ("conversations" if role == "messages" and role not in last else role)
         if role in FORMATS[form].roles and last.get(column):
             last[column] = _repeat(last[column], least)
     return Rows([*rows.entries[:-1], last], rows.told)
@@ -269,11 +269,9 @@ def lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any]
         case "chat":
             turns = [{"role": _role(turn), "content": _said(turn)} for turn in cells["messages"] or ()]
             turns = _begin(dataset, text.get("system", ""), turns)
-            return (
-                {"prompt": turns[:-1], "completion": turns[-1:]}
-                if dataset.train_on == "completion"
-                else {"messages": turns}
-            )
+            muted = {"muted": True} if any(_is_muted(turn) for turn in cells["messages"] or ()) else {}
+            last_only = dataset.train_on == "completion"
+            return muted | ({"prompt": turns[:-1], "completion": turns[-1:]} if last_only else {"messages": turns})
         case _:
             prompt = _listed(cells.get("prompt"), "user")
             if more.strip():
@@ -283,11 +281,23 @@ def lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any]
                 for name in ("chosen", "rejected", "completion")
                 if name in cells
             }
-            shared = prompt if prompt else next(iter(answers.values()))[:-1]
+            shared = prompt if prompt else _share(*answers.values())
             for name, turns in answers.items():
                 answers[name] = turns[len(shared) :] if turns[: len(shared)] == shared else turns
             label = {"label": cells["label"]} if "label" in cells else {}
             return {"prompt": _begin(dataset, text.get("system", ""), [*history, *shared]), **answers, **label}
+
+
+def _is_muted(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn says that it is not learned."""
+    return turn.get("weight") == 0 or any(turn.get(switch) in (False, 0) for switch in SWITCHES if switch in turn)
+
+
+def _share(*answers: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The turns that answers begin with in common, without the last of each."""
+    first, least = answers[0], min(map(len, answers)) - 1
+    same = next((at for at in range(max(least, 0)) if any(of[at] != first[at] for of in answers)), max(least, 0))
+    return first[:same]
 
 
 def _begin(dataset: DatasetSection, own: str, turns: list[dict[str, str]]) -> list[dict[str, str]]:

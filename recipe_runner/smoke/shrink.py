@@ -66,7 +66,10 @@ def shrink_recipes(recipes: Sequence[Recipe], folder: Path, steps: int, on_cpu: 
         UserError: Nothing is known of the model, or rows can't be read.
     """
     found = [
-        _find_rows(recipe, recipe.dataset.sources, {"train": _count_rows(recipe, steps), "eval": LEAST_ROWS})
+        _lengthen(
+            recipe,
+            _find_rows(recipe, recipe.dataset.sources, {"train": _count_rows(recipe, steps), "eval": LEAST_ROWS}),
+        )
         for recipe in recipes
     ]
     named = [count_layers(recipe.values) for recipe in recipes]
@@ -125,11 +128,15 @@ def sample_recipe(recipe: Recipe, folder: Path) -> tuple[Recipe, str]:
 
 
 def _find_rows(recipe: Recipe, sources: Sequence[SourceSection], counts: Mapping[str, int]) -> Found:
-    found = [(source, find_rows(recipe, source, counts[str(source.path[1])])) for source in sources]
-    limit = recipe.training["max_length"]
-    if not limit or recipe.dataset.on_overlong == "error":
+    return [(source, find_rows(recipe, source, counts[str(source.path[1])])) for source in sources]
+
+
+def _lengthen(recipe: Recipe, found: Found) -> Found:
+    """Makes one row of each source longer than a row may be, where such rows are cut or split."""
+    training, form = recipe.training, recipe.dataset.format
+    limit = training["max_length"]
+    if not limit or recipe.dataset.on_overlong != "truncate" or training["truncation_mode"] == "keep_end":
         return found
-    form = recipe.dataset.format
     return [(source, lengthen(source, form, rows, LONG * limit)) for source, rows in found]
 
 

@@ -288,6 +288,7 @@ def measure_moved(trainer: Any, model: Any, inputs: dict[str, Any]) -> float | N
     if not isinstance(plain, PeftModel) or "input_ids" not in inputs or not can_switch_off(plain.active_peft_config):
         return None
     ids, training = inputs["input_ids"][:1, :ROW], model.training
+    trained = {name: p.requires_grad for name, p in plain.named_parameters()}
     model.eval()
     try:
         with torch.no_grad(), trainer.autocast_smart_context_manager():
@@ -296,4 +297,6 @@ def measure_moved(trainer: Any, model: Any, inputs: dict[str, Any]) -> float | N
                 base = plain(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] :].float()
     finally:
         model.train(training)
+        for name, p in plain.named_parameters():  # PEFT 0.21 trains all of an adapter that is switched on again
+            p.requires_grad_(trained[name])
     return float((adapted - base).abs().max()) / max(float(base.abs().max()), 1e-6)

@@ -849,6 +849,20 @@ def test_held_out_rows_are_cut_where_training_rows_are_split(smoke, edit):
     assert smoke(edit(LLAMA, training=training)) == {}
 
 
+# What might be taken for broken, and is not -> the recipe, and its changed sections.
+RIGHT = {
+    "an adapter that takes a part of the base": (TICKETS, {"peft": {"init_lora_weights": "pissa"}}),
+    "layers without a bottleneck": (BOTTLENECK, {"peft": {"exclude_modules": [r"layers.0.mlp.down_proj"]}}),
+    "long rows dropped": ("phi3_instruct_qlora", {"dataset": {"on_overlong": "drop"}}),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_what_is_right_passes(smoke, edit, kind):
+    name, sections = RIGHT[kind]
+    assert smoke(edit(name, **sections)) == {}
+
+
 @pytest.mark.parametrize("name", [TICKETS, DPO, TEXT, CHAT])
 def test_an_unbroken_runner_passes(smoke, edit, name):
     assert smoke(edit(name)) == {}

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.load import load_result
 from recipe_runner.model.scores import score_sequences
+from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.smoke.checks.done import Done, Found, count_experts
 from recipe_runner.smoke.rows import Wanted, squeeze
 from recipe_runner.smoke.shrink import SPLITTING
@@ -261,7 +262,8 @@ def check_loss(done: Done) -> Found:
             yield f"a logit of a document in a packed row is {batch.apart:.1%} from the one that it has alone"
             return
     moved = done.seen.batches[0].moved if done.seen.batches else None
-    if done.recipe.peft and begins_at_base and not done.before and moved is not None and moved > done.close:
+    plain = done.recipe.peft and begins_at_base and not done.before and not alters_base(done.recipe.peft)
+    if plain and moved is not None and moved > done.close:
         yield f"training begins with logits {moved:.1%} from the base's, and the adapter changes nothing yet"
     if not done.recipe.stage.first_loss or not (begins_at_base or done.before):
         return
@@ -285,7 +287,7 @@ def _measure_penalty(done: Done) -> float:
     for name, p in done.seen.trainable.items():
         if "lora_A" in name or "lora_B" in name:
             product = p @ p.T if "lora_A" in name else p.T @ p
-            apart.append(float(torch.linalg.matrix_norm(product - torch.eye(len(product)))))
+            apart.append(float(torch.linalg.matrix_norm(product - torch.eye(len(product), device=product.device))))
     weight, batches = done.recipe.peft["orth_reg_weight"], max(done.seen.counts.values())
     return float(weight) * sum(apart) / max(len(apart), 1) / batches
 

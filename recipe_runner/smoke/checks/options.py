@@ -130,7 +130,7 @@ def _check_model(done: Done) -> Found:
     learned = {
         str(p.dtype).removeprefix("torch.")
         for name, p in done.model.named_parameters()
-        if p.requires_grad and (not done.recipe.peft or not is_of_base(name))
+        if p.requires_grad and (not done.recipe.peft or not (is_of_base(name) or "modules_to_save" in name))
     }
     if not whole and not done.recipe.quantization and learned != {"float32"}:  # TRL's QLoRA is in bfloat16
         yield f"what is trained is in {', '.join(sorted(learned))}, and not in float32"

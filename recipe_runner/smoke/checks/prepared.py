@@ -19,7 +19,7 @@ Sequences = tuple[tuple[int, ...], ...]  # of a row: tokens and labels, or a pro
 COLUMNS = {
     "tokens": ("input_ids", "labels"),
     "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
-    "unpaired": ("prompt_ids", "completion_ids"),
+    "unpaired": ("prompt_ids", "completion_ids", "label"),
 }
 
 
@@ -77,6 +77,9 @@ def _check_tokenizer(done: Done) -> Found:
         yield f"the tokenizer ends texts with {used.eos_token}, and not with {ends}"
     if file := training["chat_template_path"]:
         own.chat_template = read_text(Path(file))
+    replaced = done.seen.prepared.replaced
+    if replaced and replaced.known:  # TRL's training version, of which a warning says what it changes
+        return
     for row in (row for of in done.small.wanted for row in of.rows[:TEMPLATED]):
         turns = row.get("messages") or [*row.get("prompt", ()), *row.get("completion", row.get("chosen", ()))]
         if not own.chat_template or not turns or isinstance(turns[0], str) or "text" in row:
@@ -94,22 +97,37 @@ def _splits(done: Done, split: str) -> bool:
 
 
 def _compare(done: Done, found: Sequence[Sequences], wanted: Sequence[Sequences], what: str, splits: bool) -> Found:
-    limit = done.recipe.training["max_length"] if done.recipe.stage.shape == "tokens" else None
-    chosen = any(source.limit for source in done.recipe.dataset.sources)
-    if splits and not chosen:  # parts of documents: all of their tokens, and no other
+    sources, most = done.small.recipe.dataset.sources, done.recipe.training["max_length"]
+    limit = most if done.recipe.stage.shape == "tokens" else None
+    chosen = any(source.limit for source in sources)
+    if most and done.recipe.dataset.on_overlong == "drop":
+        wanted = [row for row in wanted if _measure(row, limit) <= most]
+    if splits:  # parts of documents: all of their tokens, and no other
         parts, whole = Counter(t for row in found for t in row[0]), Counter(t for row in wanted for t in row[0])
-        if parts != whole:
+        if parts != whole and not chosen and not any(source.weight is not None for source in sources):
             counts = sum(parts.values()), sum(whole.values())
             yield f"{counts[0]:,} tokens of the {what} are prepared, and its rows have {counts[1]:,}"
-    if splits:
         return
-    drops = limit is not None and done.recipe.dataset.on_overlong == "drop"
-    cut = {tuple(part[:limit] for part in row) for row in wanted if not (drops and limit and len(row[0]) > limit)}
+    cut = {tuple(part[:limit] for part in row) for row in wanted}
+    if any(row.get("muted") for of in done.small.wanted for row in of.rows):  # less is learned: the tokens are the same
+        cut, found = {row[:1] for row in cut}, [row[:1] for row in found]
     if strange := [row for row in set(found) if row not in cut]:
         yield f"{len(strange)} prepared rows of the {what} are none of its rows"
-    taught = {row for row in cut if len(row) != 2 or limit is None or any(label != IGNORED for label in row[1])}
+    taught = {row for row in cut if _teaches(row, limit, most)}
     if not chosen and (missing := taught - set(found)):
         yield f"{len(missing)} rows of the {what} are not prepared"
+
+
+def _measure(row: Sequences, limit: int | None) -> int:
+    """Tokens of a row; of a prompt and its answers, with the longer one."""
+    return len(row[0]) if limit is not None else len(row[0]) + max(map(len, row[1:]))
+
+
+def _teaches(row: Sequences, limit: int | None, most: int | None) -> bool:
+    """Whether something is learned of a row within its limit."""
+    if limit is None and most:  # a prompt and its answers
+        return len(row) < 2 or len(row[0]) < most
+    return len(row) != 2 or any(label != IGNORED for label in row[1])
 
 
 def read_sequences(table: Any, shape: str) -> Iterator[Sequences]:
@@ -119,7 +137,7 @@ def read_sequences(table: Any, shape: str) -> Iterator[Sequences]:
         begin = 0
         for length in row.get("seq_lengths") or [None]:
             end = None if length is None else begin + length
-            yield tuple(tuple(row[name][begin:end]) for name in names)
+            yield tuple((row[name],) if name == "label" else tuple(row[name][begin:end]) for name in names)
             begin = end or 0
 
 
@@ -129,7 +147,9 @@ def work_out_sequences(row: Mapping[str, Any], train_on: str | None, tokenizer: 
     Source: `tokenize_fn` of trl/trainer/{sft,dpo,kto}_trainer.py 1.16.0, a row at a time.
     """
     answers = [name for name in ("chosen", "rejected") if name in row] or ["completion"] * ("prompt" in row)
-    if answers and not all(row[name] for name in answers):
+    if answers and not (row["prompt"] and all(_says(row[name]) for name in answers)):
+        return ()
+    if answers == ["chosen", "rejected"] and row["chosen"] == row["rejected"]:
         return ()
     if not answers:
         return _work_out_whole(row, train_on, tokenizer)
@@ -139,21 +159,30 @@ def work_out_sequences(row: Mapping[str, Any], train_on: str | None, tokenizer: 
     if answers == ["completion"] and "label" not in row:
         labels = [IGNORED] * begin + wholes[0][begin:] if train_on != "all" else wholes[0]
         return tuple(wholes[0]), tuple(labels)
-    return (tuple(wholes[0][:begin]), *(tuple(whole[begin:]) for whole in wholes))
+    label = ((bool(row["label"]),),) if "label" in row else ()
+    return (tuple(wholes[0][:begin]), *(tuple(whole[begin:]) for whole in wholes), *label)
 
 
 def _work_out_whole(row: Mapping[str, Any], train_on: str | None, tokenizer: Any) -> Sequences:
     if "text" in row:
         ids = _encode(tokenizer, row["text"], False) if row["text"].strip() else []
         return (tuple(ids), tuple(ids)) if ids else ()
-    if not any(turn["role"] == "assistant" for turn in row["messages"]):
-        return ()
     marks = train_on == "assistant"
+    answers = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    if not row["messages"] or (marks and not answers) or not all(_says([turn]) for turn in answers):
+        return ()
     made = tokenizer.apply_chat_template(
         row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=marks
     )
     ids, learned = made["input_ids"], made["assistant_masks"] if marks else [1] * len(made["input_ids"])
     return tuple(ids), tuple(token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True))
+
+
+def _says(answer: Any) -> bool:
+    """Whether an answer, a text or turns of which the last is the assistant's, says something."""
+    if isinstance(answer, str):
+        return bool(answer.strip())
+    return bool(answer) and answer[-1]["role"] == "assistant" and bool(answer[-1]["content"].strip())
 
 
 def _encode(tokenizer: Any, content: Any, asks: bool) -> list[int]:

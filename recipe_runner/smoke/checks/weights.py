@@ -23,7 +23,7 @@ from recipe_runner.smoke.watch import hash_frozen
 # Of a configuration, what says how it is run, and not what the model is.
 NOT_THE_MODELS = (
     *("use_cache", "dtype", "torch_dtype", "_name_or_path", "name_or_path", "transformers_version", "architectures"),
-    *("pad_token_id", "eos_token_id", "bos_token_id", "quantization_config"),
+    *("pad_token_id", "eos_token_id", "bos_token_id", "quantization_config", "output_router_logits"),
     "pretraining_tp",  # PEFT 0.21 sets it to 1
 )
 # Methods of which every tensor is trained.
@@ -48,8 +48,10 @@ def check_targets(done: Done) -> Found:
     if here != real:
         names = list_names(here - real) or "fewer modules", list_names(real - here) or "fewer"
         yield f"the adapter is on {names[0]} here, and on {names[1]} at full size"
-    if done.recipe.peft["layers_to_transform"] is not None or done.recipe.peft["layer_replication"]:
+    if any(done.recipe.peft[key] for key in ("layer_replication", "exclude_modules")):
         return  # the recipe says which layers
+    if done.recipe.peft["layers_to_transform"] is not None:
+        return
     for kind in sorted(real):
         there = [name for name in done.full.modules if _generalize(name) == kind]
         whole = {name.rpartition(".")[0] for name in done.full.trained}  # unfreeze trains them, without an adapter
@@ -70,10 +72,10 @@ def _check_named(done: Done, adapted: set[str]) -> Found:
         other = [of for of in adapted if not any(_ends_with(of, name) for name in named)]
         if other:
             yield f"{len(other)} modules have an adapter that peft.target_modules does not name: {list_names(other)}"
-    if peft["method"] == "bottleneck" and not named:
-        yield from _check_placement(done, adapted)
     out = done.model.get_output_embeddings()
     spared = peft["exclude_modules"] or peft["layers_to_transform"] is not None or done.recipe.unfreeze
+    if peft["method"] == "bottleneck" and not named and not spared:
+        yield from _check_placement(done, adapted)
     if named == "all-linear" and not spared:
         inside = "base_model.model."
         plain = [
@@ -146,16 +148,20 @@ def check_base(done: Done) -> Found:
                 return
     if not compared:
         yield "none of the model's weights could be compared with its files"
-    yield from _check_config(done)
-    if done.recipe.peft["method"] == "prompt_tuning" and done.recipe.peft["prompt_tuning_init"] == "TEXT":
+    yield from _check_config(done, done.small.stand_in.folder if done.recipe.peft else folder)
+    begins = done.recipe.peft["method"] == "prompt_tuning" and done.recipe.peft["prompt_tuning_init"] == "TEXT"
+    if begins and not done.before:
         yield from _check_prompt(done)
 
 
-def _check_config(done: Done) -> Found:
+def _check_config(done: Done, folder: Path) -> Found:
     """The model's configuration is that of its folder."""
-    kept = AutoConfig.from_pretrained(done.small.stand_in.folder).to_dict()
+    kept = AutoConfig.from_pretrained(folder).to_dict()
+    other_layers = ("num_hidden_layers", "layer_types") if done.recipe.peft["layer_replication"] else ()
     now = done.model.config.to_dict()
-    other = [key for key, value in kept.items() if key not in NOT_THE_MODELS and now.get(key) != value]
+    other = [
+        key for key, value in kept.items() if key not in (*NOT_THE_MODELS, *other_layers) and now.get(key) != value
+    ]
     if other:
         told = f"{now.get(other[0])!r}, not {kept[other[0]]!r}"
         yield f"the model's configuration has another {list_names(other)}: {told}"
