@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -12,15 +13,18 @@ import pyarrow as pa
 
 from recipe_runner.data.accounting import Tally
 from recipe_runner.data.checks import (
+    CHECKED_ROWS,
     REFUSALS,
     check_ends,
     compare_templates,
-    count_rendered_roles,
+    count_empty_thoughts,
+    count_rendered_parts,
     count_special_tokens,
 )
-from recipe_runner.data.job import Job
-from recipe_runner.data.sources import read_rows
+from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.tables import PACKED_TOGETHER, make_table, pack, with_documents
+from recipe_runner.data.thinking import is_turns
+from recipe_runner.data.turns import fold_turns
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.stages import Stage
@@ -28,7 +32,7 @@ from recipe_runner.workers import work_in_order
 
 CHUNK = 1_000  # rows prepared at once: what bounds the memory
 CHUNK_SECONDS, ROW_SECONDS = 60, 10  # a chunk that takes longer is looked at row by row: templates may be endless
-CHECKED_ROWS = 100  # rows of a split whose masks are checked token by token
+FOLDS = {"merge_system": "a system turn", "merge_turns": "two turns of one role after each other"}
 
 
 def shape_of(stage: Stage) -> Any:
@@ -87,11 +91,13 @@ def _pack_together(tables: Iterator[pa.Table], job: Job, tally: Tally) -> Iterat
 def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int) -> tuple[pa.Table, Tally]:
     """The shape's columns and `document` of the rows of a chunk that are kept, and what became of all."""
     part, shape, tally = order[start : start + CHUNK], shape_of(job.stage), job.tally()
-    rows = read_rows(job.dataset, job.sources, part)
+    rows = read_rows(job, part)
     tally.read += len(rows)
     reasons = [row.pop("dropped") for row in rows]
     for reason in filter(None, reasons):
         tally.drop(reason, 1)
+    for row in rows:
+        tally.noted.update(row.pop("noted", ()))
     places = np.array([place for place, reason in enumerate(reasons) if not reason], dtype=np.int64)
     if not len(places):
         empty = pa.schema(list(shape.COLUMNS.items())).empty_table()
@@ -99,12 +105,13 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int) -> tuple
     usable = [rows[place] for place in places]
     table = _tokenize(job, usable, part[places])  # first: it finds the rows that the template refuses
     tally.special += count_special_tokens(usable, job.tokenizer)
-    count_rendered_roles(usable, job.tokenizer, tally)
+    count_rendered_parts(usable, job, tally)
     if job.replaced:
         compare_templates(usable, job.tokenizer, job.replaced.own, tally)
     if start == 0:
         for name in shape.LEARNED:
             tally.ends |= check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
+            count_empty_thoughts(table[name].slice(0, CHECKED_ROWS), job.tokenizer, tally)
     return shape.keep(job, split, table, part, places, tally, start), tally
 
 
@@ -127,28 +134,27 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
                 opened = job.sources[source]
                 message = f"{opened.name}: row {number + 1} can't be rendered: {first_line(error)}"
                 fix = "does the chat template come to an end?" if isinstance(error, TooSlow) else ""
-                fix = fix or _find_system(job, row) or "fix or remove the row"
+                fix = fix or _find_remedy(job, row) or "fix or remove the row"
                 raise user_error("row-refused", message, fix, path=opened.path) from error
         if isinstance(failure, TooSlow):
             return shape.tokenize(job, rows)  # long rows, each of which comes to an end
         raise
 
 
-def _find_system(job: Job, row: dict[str, Any]) -> str:
-    """What to do where a row is refused for its system turn alone (Gemma, Mistral); empty where that is not why."""
-    turns = {role: [turn for turn in cell if turn["role"] != "system"] for role, cell in row.items() if _is_turns(cell)}
-    if all(len(turns[role]) == len(row[role]) for role in turns):
-        return ""
-    try:
-        shape_of(job.stage).tokenize(job, [row | turns])
-    except REFUSALS:
-        return ""
-    remedy = "remove dataset.system, and write" if job.dataset.system is not None else "write"
-    return f"the chat template takes no system turn: {remedy} its text into the first user turn"
-
-
-def _is_turns(cell: Any) -> bool:
-    return isinstance(cell, list) and all(isinstance(turn, dict) and "role" in turn for turn in cell)
+def _find_remedy(job: Job, row: dict[str, Any]) -> str:
+    """The keys with which the template takes a row whose turns it refuses (Gemma, Mistral); empty where none helps."""
+    for keys in (("merge_system",), ("merge_turns",), ("merge_system", "merge_turns")):
+        dataset = replace(job.dataset, **dict.fromkeys(keys, True))
+        folded = {
+            key: fold_turns(cell, [True] * len(cell), dataset, "")[0] for key, cell in row.items() if is_turns(cell)
+        }
+        try:
+            shape_of(job.stage).tokenize(job, [{**row, **folded, "muted": []}])
+        except REFUSALS:
+            continue
+        what = " and ".join(FOLDS[key] for key in keys)
+        return f"the chat template refuses {what}: set {' and '.join(f'dataset.{key}: true' for key in keys)}"
+    return ""
 
 
 def input_ids_of(stage: Stage, row: dict[str, Any]) -> list[int]:

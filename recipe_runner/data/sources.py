@@ -23,8 +23,9 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 
-from recipe_runner.data.formats import KNOWN_KEYS, RowError, normalise_row, says_something
+from recipe_runner.data.formats import normalise_row
 from recipe_runner.data.look import iterate_rows
+from recipe_runner.data.turns import KNOWN_KEYS, RowError, says_something
 from recipe_runner.files import FULL, disk_full, read_begin
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
@@ -47,7 +48,10 @@ MEANINGS = {"context": "input", **dict.fromkeys(SYSTEM, "system")} | dict.fromke
 )
 FEW_ROWS = 20  # that say what a column holds
 TEXTS = (".json", ".jsonl", ".csv", ".txt")
-OTHER_NAMES = {"prompt": ("conversations",)}  # role -> columns that hold it in well-known data sets
+OTHER_NAMES = {
+    "prompt": ("conversations",),
+    "tools": ("functions",),
+}  # role -> columns that hold it in well-known data sets
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Source:
         columns: Role of a column -> its name in the data.
         unused: Columns that no role takes.
         names: All names that the data has: of columns, and of keys of turns.
+        filled: Columns whose objects have each other's keys, as null.
     """
 
     section: SourceSection
@@ -67,6 +72,7 @@ class Source:
     columns: dict[str, str]
     unused: tuple[str, ...] = ()
     names: frozenset[str] = frozenset()
+    filled: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -133,7 +139,9 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
         f"{column}.{key}" for column in keys for key in keys[column] if key not in (*KNOWN_KEYS, *dataset.ignore)
     ]
     names = frozenset((*rows.column_names, *(key for column in keys.values() for key in column)))
-    return Source(section, used, columns, tuple(unused), names)
+    is_json = suffix in (".json", ".jsonl")  # which datasets 5.2 reads without giving an object keys that it has not
+    filled = [] if is_json else [name for name in used.column_names if _has_objects(used.data.schema.field(name).type)]
+    return Source(section, used, columns, tuple(unused), names, frozenset(filled))
 
 
 def _csv_features(file: Path, place: KeyPath) -> Features:
@@ -179,6 +187,22 @@ def _retypes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(pa.types.is_temporal(field.type) or _retypes(field.type) for field in kind)
     return bool(pa.types.is_temporal(kind) or pa.types.is_floating(kind))
+
+
+def _has_objects(kind: pa.DataType, depth: int = 0) -> bool:
+    """Whether a column has objects in objects: calls of tools in turns, schemas of tools."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _has_objects(kind.value_type, depth)
+    if pa.types.is_struct(kind):
+        return depth > 0 or any(_has_objects(field.type, depth + 1) for field in kind)
+    return False
+
+
+def _drop_nulls(value: Any) -> Any:
+    """An object without the keys that are null."""
+    if isinstance(value, dict):
+        return {key: _drop_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_drop_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _turn_keys(rows: Dataset, column: str) -> list[str]:
@@ -250,6 +274,7 @@ def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray)
         source, places = sources[number], np.flatnonzero(order[:, 0] == number)
         batch = source.rows[order[places, 1].tolist()]
         cells = {role: batch[column] for role, column in source.columns.items()}
+        cells |= {role: _drop_nulls(cells[role]) for role, column in source.columns.items() if column in source.filled}
         if Path(source.name).suffix == ".csv" and "label" in cells:  # whose cells are texts
             cells["label"] = [{"true": True, "false": False}.get(cell.lower(), cell) for cell in cells["label"]]
         for place, *values in zip(places.tolist(), *cells.values(), strict=True):

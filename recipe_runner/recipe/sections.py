@@ -96,6 +96,9 @@ class DatasetSection:
     fraction: float | None = None
     train_on: str | None = None
     system: str | None = None
+    merge_system: bool = False
+    merge_turns: bool = False
+    thinking: str = "keep"
     template: str | Mapping[str, str] | None = None
 
     @property

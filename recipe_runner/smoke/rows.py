@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.data.formats import SHAREGPT_ROLES
 from recipe_runner.data.look import iterate_rows
 from recipe_runner.data.sources import choose_columns
+from recipe_runner.data.turns import SHAREGPT_ROLES
 from recipe_runner.files import read_text, write_text
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.recipe.recipe import Recipe

@@ -330,11 +330,11 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 def find_data_problems(model: ModelSection, job: Job, data: PreparedData) -> list[Problem]:
     """What was found in the data of all splits: errors and warnings."""
-    stops, bos_token = find_stops(model, job.tokenizer), job.tokenizer.bos_token
+    stops = find_stops(model, job.tokenizer)
     found = [
         problem
         for split, prepared in data.splits.items()
-        for problem in find_problems(job.dataset, bos_token, stops, prepared.accounting, split, job.replaced)
+        for problem in find_problems(job.dataset, job.tokenizer, stops, prepared.accounting, split, job.replaced)
     ]
     return sort_problems(found)
 
