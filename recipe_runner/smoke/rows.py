@@ -62,14 +62,29 @@ def find_rows(recipe: Recipe, source: SourceSection, number: int) -> Rows:
     return Rows([make_row(recipe.dataset, source, place) for place in range(number)], "made-up rows")
 
 
-def lengthen(source: SourceSection, rows: Rows, least: int) -> Rows:
-    """Rows of which the last is a document of at least so many characters; a file of the recipe's own is as it is."""
-    column = source.columns.get("text") or "text"
-    text = rows.entries[-1].get(column)
-    if (is_file_source(source.source) and Path(source.source).is_file()) or not isinstance(text, str) or not text:
+def lengthen(source: SourceSection, form: str, rows: Rows, least: int) -> Rows:
+    """Rows of which the last has a text or an answer of at least so many characters: it is longer than a row may be.
+
+    A file of the recipe's own is as it is.
+    """
+    if is_file_source(source.source) and Path(source.source).is_file():
         return rows
-    long = {**rows.entries[-1], column: "\n".join([text] * (least // len(text) + 1))}
-    return Rows([*rows.entries[:-1], long], rows.told)
+    last = dict(rows.entries[-1])
+    for role in ("text", "output", "completion", "messages", "chosen", "rejected"):
+        column = source.columns.get(role) or role
+        if role in FORMATS[form].roles and last.get(column):
+            last[column] = _repeat(last[column], least)
+    return Rows([*rows.entries[:-1], last], rows.told)
+
+
+def _repeat(cell: Any, least: int) -> Any:
+    """A text, or the last turn of some, as often as it takes."""
+    if isinstance(cell, list):
+        return [*cell[:-1], _repeat(cell[-1], least)]
+    if isinstance(cell, dict):
+        key = "content" if "content" in cell else "value"
+        return {**cell, key: _repeat(cell[key], least)}
+    return "\n".join([cell] * (least // len(cell) + 1)) if isinstance(cell, str) else cell
 
 
 def find_sample(recipe: Recipe, source: str) -> Path | None:
@@ -177,19 +192,26 @@ class Wanted:
         rejected: Texts of rejected answers: each must stand where a rejected answer does.
         asked: Of each row the texts that must stand before its answer: question, input, earlier turns.
         whole: Whether all tokens of a row are learned, the question included.
+        split: `train` or `eval`.
+        rows: The rows in TRL's layout: `messages`, `text`, or `prompt` and answers.
     """
 
     learned: frozenset[str]
     rejected: frozenset[str]
     asked: tuple[tuple[str, ...], ...]
     whole: bool
+    split: str
+    rows: tuple[dict[str, Any], ...]
 
 
-def work_out(dataset: DatasetSection, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Wanted:
+def work_out(
+    dataset: DatasetSection, split: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> Wanted:
     """What rows should teach, from the layout that the recipe says they have.
 
     Args:
         dataset: Section of the recipe.
+        split: `train` or `eval`.
         columns: Role -> column.
         rows: As they are in the data.
     """
@@ -217,7 +239,88 @@ def work_out(dataset: DatasetSection, columns: Mapping[str, str], rows: Sequence
                 learned.add(_last(cells["completion"]))
     whole = dataset.format == "text" or dataset.train_on == "all"
     groups = tuple(tuple(text for text in map(squeeze, texts) if text) for texts in asked)
-    return Wanted(frozenset(map(squeeze, learned)), frozenset(map(squeeze, rejected)), groups, whole)
+    made = tuple(lay_out(dataset, {role: row.get(column) for role, column in columns.items()}) for row in rows)
+    return Wanted(frozenset(map(squeeze, learned)), frozenset(map(squeeze, rejected)), groups, whole, split, made)
+
+
+def lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any]:
+    """A row (role -> cell) in TRL's layout."""
+    text = {role: _text(cell) for role, cell in cells.items() if not isinstance(cell, list | dict)}
+    history = [
+        {"role": role, "content": said}
+        for pair in cells.get("history") or ()
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
+    more = text.get("input", "")
+    match dataset.format:
+        case "text":
+            return {"text": text["text"]}
+        case "instruction" if dataset.template:
+            return (
+                _fill(dataset.template, text)
+                if text["instruction"].strip() and text["output"].strip()
+                else {"text": ""}
+            )
+        case "instruction":
+            asked = text["instruction"] + (f"\n\n{more}" if more.strip() else "")
+            prompt = _begin(dataset, text.get("system", ""), [*history, {"role": "user", "content": asked}])
+            said = [{"role": "assistant", "content": text["output"]}] if text["output"].strip() else []
+            return {"prompt": prompt, "completion": said}
+        case "chat":
+            turns = [{"role": _role(turn), "content": _said(turn)} for turn in cells["messages"] or ()]
+            turns = _begin(dataset, text.get("system", ""), turns)
+            return (
+                {"prompt": turns[:-1], "completion": turns[-1:]}
+                if dataset.train_on == "completion"
+                else {"messages": turns}
+            )
+        case _:
+            prompt = _listed(cells.get("prompt"), "user")
+            if more.strip():
+                prompt = [{"role": "user", "content": f"{prompt[0]['content']}\n\n{more}"}]
+            answers = {
+                name: _listed(cells[name], "assistant")
+                for name in ("chosen", "rejected", "completion")
+                if name in cells
+            }
+            shared = prompt if prompt else next(iter(answers.values()))[:-1]
+            for name, turns in answers.items():
+                answers[name] = turns[len(shared) :] if turns[: len(shared)] == shared else turns
+            label = {"label": cells["label"]} if "label" in cells else {}
+            return {"prompt": _begin(dataset, text.get("system", ""), [*history, *shared]), **answers, **label}
+
+
+def _begin(dataset: DatasetSection, own: str, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Turns after a system prompt: the row's, else the recipe's."""
+    system = own if own.strip() else dataset.system
+    if not system or (turns and turns[0]["role"] == "system"):
+        return turns
+    return [{"role": "system", "content": system}, *turns]
+
+
+def _fill(template: str | Mapping[str, str], text: Mapping[str, str]) -> dict[str, Any]:
+    """A row in plain text, by the recipe's own template or the classic one."""
+    more = text.get("input", "")
+    if template == "classic":
+        words = (
+            f"Instruction:\n{text['instruction']}\n\n" + (f"Input:\n{more}\n\n" if more.strip() else "") + "Output:\n"
+        )
+        return {"prompt": words, "completion": text["output"]}
+    if not isinstance(template, str):
+        template = template["with_input" if more.strip() else "without_input"]
+    before, after = template.split("{output}")
+    for place, said in (("{instruction}", "instruction"), ("{input}", "input")):
+        before = before.replace(place, f"\0{said}\0")
+    parts = [text.get(part, "") if at % 2 else part for at, part in enumerate(before.split("\0"))]
+    return {"prompt": "".join(parts), "completion": text["output"] + after}
+
+
+def _listed(value: Any, role: str) -> list[dict[str, str]]:
+    """Turns of a text, of a turn, or of turns."""
+    if isinstance(value, list | dict):
+        turns = value if isinstance(value, list) else [value]
+        return [{"role": _role(turn), "content": _said(turn)} for turn in turns]
+    return [{"role": role, "content": _text(value)}] if _text(value).strip() else []
 
 
 def _text(value: Any) -> str:

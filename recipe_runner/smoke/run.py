@@ -27,7 +27,7 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import examine_recipe
 from recipe_runner.runs.folder import list_checkpoints, result_name, step_of
 from recipe_runner.runs.stages import StageRun, start_from
-from recipe_runner.smoke.checks import learned, options, result, weights
+from recipe_runner.smoke.checks import learned, options, prepared, result, weights
 from recipe_runner.smoke.checks.done import Done, Found, FullSize, adapted_modules, read_tensors
 from recipe_runner.smoke.outcome import CODE, Outcome
 from recipe_runner.smoke.shrink import Small, apart, describe_changes, shrink_recipes
@@ -43,6 +43,7 @@ CHECKS: dict[str, Callable[[Done], Found]] = {
     "trained": weights.check_trained,
     "options": options.check_options,
     "rows": learned.check_rows,
+    "prepared": prepared.check_prepared,
     "order": learned.check_order,
     "mask": learned.check_mask,
     "loss": learned.check_loss,

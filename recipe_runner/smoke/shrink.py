@@ -23,6 +23,7 @@ from recipe_runner.smoke.rows import Rows, Wanted, find_rows, lengthen, texts_of
 from recipe_runner.smoke.stand_in import StandIn, build_stand_in
 
 LEAST_ROWS, MOST_ROWS = 24, 96
+HELD_OUT = 4  # rows at least that are evaluated, of rows that stand in for the data
 SHOWN = 3  # rows that a person looks at
 TEXTS = 2000  # that a tokenizer is learned from
 Found = list[tuple[SourceSection, Rows]]  # the sources of a recipe, each with its rows
@@ -88,9 +89,12 @@ def _shrink(recipe: Recipe, stand_in: StandIn, found: Found, folder: Path, steps
     for source, rows in found:
         head = {column: [row.get(column) for row in rows.entries[:20]] for column in rows.entries[0]}
         columns = choose_columns(source, recipe.dataset.format, head)
-        small.wanted.append(work_out(recipe.dataset, columns, rows.entries))
         split = str(source.path[1])
+        small.wanted.append(work_out(recipe.dataset, split, columns, rows.entries))
         small.rows[split] = small.rows.get(split, 0) + len(rows.entries)
+    fraction, read = recipe.dataset.fraction, small.rows["train"]
+    if fraction and fraction * read < HELD_OUT and not any(is_file_source(source.source) for source, _ in found):
+        _change(values, small, ("dataset", "eval", "fraction"), HELD_OUT / read)
     _shrink_training(values, small, recipe, steps, on_cpu)
     _shrink_method(values, small)
     values["run"]["output_dir"] = str(folder.parent / "runs")
@@ -122,10 +126,11 @@ def sample_recipe(recipe: Recipe, folder: Path) -> tuple[Recipe, str]:
 
 def _find_rows(recipe: Recipe, sources: Sequence[SourceSection], counts: Mapping[str, int]) -> Found:
     found = [(source, find_rows(recipe, source, counts[str(source.path[1])])) for source in sources]
-    training = recipe.training
-    if training["packing"] and training["packing_strategy"] in SPLITTING and training["max_length"]:
-        return [(source, lengthen(source, rows, LONG * training["max_length"])) for source, rows in found]
-    return found
+    limit = recipe.training["max_length"]
+    if not limit or recipe.dataset.on_overlong == "error":
+        return found
+    form = recipe.dataset.format
+    return [(source, lengthen(source, form, rows, LONG * limit)) for source, rows in found]
 
 
 def _build_stand_in(recipe: Recipe, found: Sequence[Found], folder: Path, layers: int | None) -> StandIn:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,6 +40,7 @@ VOCABULARY = 600  # tokens that are learned from the rows, beside the special on
 WINDOW = 32  # of attention, where the architecture has one: shorter than most rows
 # Spellings of special tokens in chat templates.
 SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>|\[/?[A-Z_]{3,}\]|</?think>")
+BEGINS = ("<|begin_of_text|>", "<bos>")  # tokens that tokenizers put before every text: Llama 3, Gemma
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}  # how the model answers by itself
 PLACE = ("model", "name_or_path")
 
@@ -201,6 +203,10 @@ def make_tokenizer(
     tokenizer.eos_token, tokenizer.pad_token = tokens["eos"], tokens.get("pad") or tokens["eos"]
     if tokens.get("bos"):
         tokenizer.bos_token = tokens["bos"]
+    if (bos := tokens.get("bos")) in BEGINS:
+        number = tokenizer.convert_tokens_to_ids(bos)
+        put = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, number)])
+        tokenizer.backend_tokenizer.post_processor = put
     tokenizer.chat_template = template or None
     return tokenizer, frozenset([*tokens.get("stops", ()), tokens["eos"]])
 

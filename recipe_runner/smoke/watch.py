@@ -13,6 +13,7 @@ from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.scores import score_sequences
 
 BATCHES = 2  # of the first step that are kept
+EVALUATED = 64  # rows at most, of an evaluation that is worked out again
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Seen:
         rates: Learning rates of each step, one a group of parameters.
         losses: As they were logged: step -> loss.
         evaluated: Losses of evaluations.
+        own_evaluated: The same worked out here; None where they can't be.
     """
 
     trainer: Any
@@ -72,6 +74,7 @@ class Seen:
     rates: list[list[float]] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
     evaluated: list[float] = field(default_factory=list)
+    own_evaluated: list[float | None] = field(default_factory=list)
 
     @property
     def model(self) -> Any:
@@ -151,6 +154,7 @@ class Watcher(TrainerCallback):
             self.seen.losses[state.global_step] = logs["loss"]
         if logs and "eval_loss" in logs:
             self.seen.evaluated.append(logs["eval_loss"])
+            self.seen.own_evaluated.append(compute_own_evaluation(self.seen.trainer, self.seen.model))
 
 
 def hash_frozen(model: Any) -> dict[str, str]:
@@ -203,6 +207,19 @@ def compute_own_loss(trainer: Any, model: Any, batch: Batch) -> float | None:
     finally:
         model.train(training)
     return sum(score.loss for score in scores) / (batch.items or max(sum(score.tokens for score in scores), 1))
+
+
+def compute_own_evaluation(trainer: Any, model: Any) -> float | None:
+    """The loss of an evaluation by the definition: of each row, the mean of its batch, as transformers counts it."""
+    if len(trainer.eval_dataset) > EVALUATED or getattr(trainer, "aux_loss_enabled", False):
+        return None
+    total, rows = 0.0, 0
+    for inputs in trainer.get_eval_dataloader():
+        loss = compute_own_loss(trainer, model, Batch(dict(inputs), None, 0.0))
+        if loss is None:
+            return None
+        total, rows = total + loss * len(inputs["input_ids"]), rows + len(inputs["input_ids"])
+    return total / rows
 
 
 def measure_mixing(trainer: Any, model: Any, batch: Batch) -> float | None:

@@ -475,11 +475,156 @@ def begin_each_stage_with_the_base(monkeypatch):
         monkeypatch.setattr(module, "start_from", lambda stage, before, folder: right(stage, None, folder))
 
 
+def lose_the_first_token(monkeypatch):
+    """The token that the tokenizer puts before every text is left out."""
+    from recipe_runner.data import encode
+
+    monkeypatch.setattr(encode, "ONLY_IDS", encode.ONLY_IDS | {"add_special_tokens": False})
+
+
+def lose_a_packed_row(monkeypatch):
+    from recipe_runner.data import prepare
+
+    right = prepare.pack
+
+    def pack(table, config):
+        packed = right(table, config)
+        return packed.slice(0, max(len(packed) - 1, 1))
+
+    monkeypatch.setattr(prepare, "pack", pack)
+
+
+def train_the_adapter_in_half_precision(monkeypatch):
+    def change(trainer):
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+    change_trainer(monkeypatch, change)
+
+
+def pack_the_evaluation(monkeypatch):
+    from recipe_runner.data.job import Job
+
+    monkeypatch.setattr(Job, "packing", lambda self, split: bool(self.config.packing))
+
+
+def lose_line_breaks(monkeypatch):
+    from recipe_runner.data import formats
+
+    right = formats._text
+    monkeypatch.setattr(formats, "_text", lambda value, where: " ".join(right(value, where).split()))
+
+
+def lose_the_systems(monkeypatch):
+    """System prompts, of rows and of the recipe, are left out."""
+    from recipe_runner.data import formats
+
+    right = formats._context
+    monkeypatch.setattr(formats, "_context", lambda row, default, where: right({**row, "system": None}, None, where))
+
+
+def exchange_the_parts(monkeypatch):
+    """The input stands before its instruction."""
+    from recipe_runner.data import formats
+
+    right = formats._join
+    monkeypatch.setattr(formats, "_join", lambda instruction, more: right(more, instruction))
+
+
+def punish_otherwise(monkeypatch):
+    """AdaLoRA's penalty has a weight of its own."""
+    from recipe_runner.training import allocation
+
+    right = allocation.measure_orthogonality
+    monkeypatch.setattr(allocation, "measure_orthogonality", lambda model: 10 * right(model))
+
+
+def evaluate_otherwise(monkeypatch):
+    """The loss of an evaluation is divided by padding and questions as well."""
+
+    def change(trainer):
+        right = trainer.compute_loss
+
+        def compute_loss(model, inputs, *args, **kwargs):
+            share = float((inputs["labels"] != -100).float().mean())
+            found = right(model, inputs, *args, **kwargs)
+            if model.training:
+                return found
+            return (found[0] * share, *found[1:]) if isinstance(found, tuple) else found * share
+
+        trainer.compute_loss = compute_loss
+
+    change_trainer(monkeypatch, change)
+
+
+def change_the_model(monkeypatch):
+    """A number of the model's configuration is another."""
+
+    def change(trainer):
+        trainer.accelerator.unwrap_model(trainer.model).config.rms_norm_eps = 1e-3
+
+    change_trainer(monkeypatch, change)
+
+
+def save_half_precision(monkeypatch):
+    from recipe_runner.training import run
+
+    right = run._save
+
+    def save(trainer, result, *rest):
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        found = right(trainer, result, *rest)
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32)
+        return found
+
+    monkeypatch.setattr(run, "_save", save)
+
+
+def decay_everything(monkeypatch):
+    from transformers import Trainer
+
+    monkeypatch.setattr(
+        Trainer, "get_decay_parameter_names", lambda self, model: [name for name, _ in model.named_parameters()]
+    )
+
+
+def take_another_template(monkeypatch):
+    """Conversations are rendered by a template that is not the model's."""
+    from recipe_runner.model import tokenizer
+
+    right = tokenizer._mark
+
+    def mark(given):
+        found, replaced = right(given)
+        found.chat_template = found.chat_template.replace("<|user|>", "<|system|>")
+        return found, replaced
+
+    monkeypatch.setattr(tokenizer, "_mark", mark)
+
+
+def begin_with_other_words(monkeypatch):
+    """A prompt of virtual tokens begins with another text than the recipe's."""
+
+    def change(trainer):
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if "prompt_encoder" in name:
+                    parameter.normal_()
+
+    change_trainer(monkeypatch, change)
+
+
 TICKETS, CHAT, TEXT, DPO = "smollm2_tickets_lora", "phi3_chat_qlora", "phi3_text_qlora", "smollm2_replies_dpo"
 PARTIAL, ADALORA, FILING = "qwen25_05b_math_partial", "smollm2_360m_instruct_adalora", "smollm2_filing_lora"
 PIPELINE, SQL, STORIES = "smollm2_desk_pipeline", "qwen25_15b_sql_lora", "smollm2_135m_stories_full"
 INTENTS, NORMALIZED, LLAMA = "gemma3_270m_intents_full", "olmo2_7b_dpo_qlora", "llama32_1b_chat_lora"
-BOTTLENECK = "smollm2_17b_chat_bottleneck"
+BOTTLENECK, HANDBOOK, FULL = "smollm2_17b_chat_bottleneck", "smollm2_handbook_lora", "llama32_1b_instruct_full"
+PROMPT = "qwen3_06b_sentiment_prompt"
 # What is broken -> a recipe that shows it, what breaks it, and the checks of which one must say so.
 RUNNER = {
     "labels shifted by one": (TICKETS, roll_labels, {"mask"}),
@@ -521,6 +666,20 @@ RUNNER = {
     "how the model samples not saved": (LLAMA, lose_the_sampling, {"saved"}),
     "a token lost at which the model stops": (INTENTS, lose_a_stop, {"saved"}),
     "another activation in bottleneck adapters": (BOTTLENECK, activate_otherwise, {"options"}),
+    "the token lost that begins every text": (FULL, lose_the_first_token, {"prepared"}),
+    "a packed row lost": (HANDBOOK, lose_a_packed_row, {"prepared"}),
+    "an adapter trained in half precision": (LLAMA, train_the_adapter_in_half_precision, {"options"}),
+    "evaluation rows packed": (LLAMA, pack_the_evaluation, {"prepared"}),
+    "line breaks of the data lost": (PARTIAL, lose_line_breaks, {"prepared"}),
+    "system prompts lost": (SQL, lose_the_systems, {"prepared", "mask"}),
+    "instruction and input exchanged": (SQL, exchange_the_parts, {"prepared"}),
+    "AdaLoRA's penalty with another weight": (ADALORA, punish_otherwise, {"loss"}),
+    "an evaluation's loss divided by other tokens": (FILING, evaluate_otherwise, {"evaluated"}),
+    "another configuration of the model": (INTENTS, change_the_model, {"base"}),
+    "an adapter saved in half precision": (LLAMA, save_half_precision, {"saved", "result-differs"}),
+    "weight decay on norms": (INTENTS, decay_everything, {"optimizer"}),
+    "another chat template than the model's": (CHAT, take_another_template, {"prepared"}),
+    "a prompt begun with other words": (PROMPT, begin_with_other_words, {"base"}),
     "each stage of a pipeline begun with the base": (PIPELINE, begin_each_stage_with_the_base, {"base"}),
 }
 
@@ -530,6 +689,8 @@ CHANGES = {
     "gradients not clipped": {"training": {"max_grad_norm": 0.1}},
     "rows not cut at `max_length`": {"training": {"max_length": 32, "packing": False}},
     "of a dialogue only the last answer learned": {"training": {"packing": False}},
+    "weight decay on norms": {"training": {"weight_decay": 0.1}},
+    "an evaluation's loss divided by other tokens": {"training": {"packing": False}},
     "`modules_to_save` lost": {"peft": {"modules_to_save": ["norm"]}},
 }
 
@@ -561,6 +722,16 @@ BROKEN_RECIPES = {
         "phi3_instruct_qlora",
         {"training": {"max_length": 24}},
         {"rows", "too-many-dropped"},
+    ),
+    "the worst weights kept for the best": (
+        FILING,
+        {"training": {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}},
+        {"best-metric"},
+    ),
+    "the head quantized as well": (
+        "phi3_instruct_qlora",
+        {"quantization": {"llm_int8_skip_modules": ["embed_tokens"]}},
+        {"quantized-head"},
     ),
     "a learning rate at which training diverges": (
         TICKETS,

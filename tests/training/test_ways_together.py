@@ -174,7 +174,7 @@ REFUSED = {
     "a quantized head": (
         {
             "peft": LORA | {"target_modules": ["o_proj"]},
-            "quantization": NF4 | {"llm_int8_skip_modules": ["down_proj"]},
+            "quantization": NF4 | {"llm_int8_skip_modules": ["down_proj", "output"]},
             "unfreeze": ["lm_head"],
         },
         "error[unfreeze-quantized] unfreeze.0: 'lm_head' matches lm_head.weight",

@@ -26,6 +26,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "quantized-full-training", quantization.quantization_without_peft(quantized, peft)
     yield "quantization-width", quantization.quantization_width(quantized)
     yield "compute-dtype", quantization.compute_dtype(quantized, trained)
+    yield "quantized-head", quantization.skipped_modules(quantized)
     yield "precision-conflict", training.precision_conflict(trained)
     yield "eval-without-data", training.eval_without_data(trained, dataset)
     yield "eval-data-unused", training.eval_data_unused(trained, dataset)

@@ -3,6 +3,7 @@
 from recipe_runner.problems.problem import Found
 from recipe_runner.recipe.sections import UpstreamSection
 
+HEADS = ("lm_head", "embed_out", "output", "head")  # how architectures name the output layer
 MIXED = {"bf16": "bfloat16", "fp16": "float16"}  # key of `training` -> dtype that it computes in
 
 
@@ -24,6 +25,14 @@ def quantization_width(quantization: UpstreamSection) -> Found:
         for key in quantization.said:
             if key.startswith(others):
                 yield ("quantization", key), f"has no effect with {widths[0]}", "remove the key"
+
+
+def skipped_modules(quantization: UpstreamSection) -> Found:
+    """A list of modules that stay as they are replaces transformers' own, which spares the head."""
+    skipped = quantization.said.get("llm_int8_skip_modules")
+    if skipped is not None and not any(name.rpartition(".")[2] in HEADS for name in skipped):
+        found = "the head is not in it, and would be quantized: the loss is computed from its own weights"
+        yield ("quantization", "llm_int8_skip_modules"), found, "add lm_head, or remove the key"
 
 
 def compute_dtype(quantization: UpstreamSection, training: UpstreamSection) -> Found:

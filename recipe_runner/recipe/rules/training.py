@@ -14,6 +14,7 @@ _NOT_ADAM = ("adafactor", "adagrad", "adalomo", "galore", "grokadamw", "lomo", "
 _SMOOTHED = {"aot", "aot_unpaired", "exo_pair", "robust"}  # TRL 1.16, DPOTrainer: losses that label_smoothing is for
 _OF_EVALUATION = ("bf16_full_eval", "fp16_full_eval", "include_for_metrics", "batch_eval_metrics")
 _MEASURING = ("greedy", "reduce_lr_on_plateau")
+_FALLING = ("loss", "entropy", "kl", "runtime")  # measures of which less is better
 
 
 def precision_conflict(training: UpstreamSection) -> Found:
@@ -84,6 +85,11 @@ def best_metric(stage: Stage, training: UpstreamSection) -> Found:
     if metric and str(metric).removeprefix("eval_") not in known:
         fix = suggest(str(metric), known) or f"measured: {', '.join(known)}"
         yield ("training", "metric_for_best_model"), f"evaluations of stage {stage.name} do not measure '{metric}'", fix
+    greater = training.said.get("greater_is_better")
+    falls = str(metric or "loss").endswith(_FALLING)
+    if greater is not None and greater == falls and str(metric or "loss").removeprefix("eval_") in known:
+        found = f"of '{metric or 'loss'}' the {'greatest' if greater else 'smallest'} value is the worst"
+        yield ("training", "greater_is_better"), found, f"remove the key, or set it to {str(not greater).lower()}"
 
 
 def warmup_length(training: UpstreamSection, steps: int) -> Found:

@@ -237,14 +237,15 @@ def check_loss(done: Done) -> Found:
     mixture = bool(getattr(done.seen.trainer, "aux_loss_enabled", False))
     added = done.seen.trainer.router_aux_loss_coef * count_experts(done.model) if mixture else 0.0
     begins_at_base = not done.recipe.peft or (done.recipe.peft["method"] in BEGINS_AT_BASE and not done.before)
+    penalty = _measure_penalty(done) if done.recipe.peft["method"] == "adalora" else 0.0
     for batch in done.seen.batches:
-        if batch.own_loss is None or done.recipe.peft["method"] == "adalora":  # which adds to the loss
+        if batch.own_loss is None:
             continue
         if not begins_at_base and _has_dropout(done):
             continue
-        allowed = done.close * max(abs(batch.own_loss), 1e-3) + added
-        if abs(batch.loss - batch.own_loss) > allowed:
-            yield f"the loss of the first step is {batch.loss:.4f}, and {batch.own_loss:.4f} by the definition"
+        allowed, wanted = done.close * max(abs(batch.own_loss), 1e-3) + added, batch.own_loss + penalty
+        if abs(batch.loss - wanted) > allowed:
+            yield f"the loss of the first step is {batch.loss:.4f}, and {wanted:.4f} by the definition"
             return
         if batch.mixing is not None and batch.mixing > MIXED:
             yield f"a document of a packed row sees the one before it ({batch.mixing:.0%} of what there is to see)"
@@ -260,6 +261,20 @@ def check_loss(done: Done) -> Found:
     first = done.seen.losses.get(1)
     if known is not None and first is not None and abs(first - known) > 0.02:
         yield f"the first loss is {first:.4f}: of a model that still is its reference it is {known:.4f}"
+
+
+def _measure_penalty(done: Done) -> float:
+    """What AdaLoRA adds to the loss of a batch: how far its matrices are from orthogonal, when training begins.
+
+    Source: Zhang et al. 2023, arXiv 2303.10512, equation 4.
+    """
+    apart = []
+    for name, p in done.seen.trainable.items():
+        if "lora_A" in name or "lora_B" in name:
+            product = p @ p.T if "lora_A" in name else p.T @ p
+            apart.append(float(torch.linalg.matrix_norm(product - torch.eye(len(product)))))
+    weight, batches = done.recipe.peft["orth_reg_weight"], max(done.seen.counts.values())
+    return float(weight) * sum(apart) / max(len(apart), 1) / batches
 
 
 def _check_pair_loss(done: Done, normalized: bool) -> Found:

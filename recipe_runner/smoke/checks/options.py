@@ -122,8 +122,13 @@ def _check_model(done: Done) -> Found:
     }
     if section.dtype and plain and plain != {section.dtype}:
         yield f"model.dtype is {section.dtype}, and the weights are {', '.join(sorted(plain))}"
-    learned = {str(p.dtype).removeprefix("torch.") for p in done.model.parameters() if p.requires_grad}
-    if not section.dtype and not done.recipe.quantization and learned != {"float32"}:  # TRL's QLoRA is in bfloat16
+    whole = not done.recipe.peft and section.dtype  # the weights themselves, in the precision that the recipe asks for
+    learned = {
+        str(p.dtype).removeprefix("torch.")
+        for name, p in done.model.named_parameters()
+        if p.requires_grad and (not done.recipe.peft or not is_of_base(name))
+    }
+    if not whole and not done.recipe.quantization and learned != {"float32"}:  # TRL's QLoRA is in bfloat16
         yield f"what is trained is in {', '.join(sorted(learned))}, and not in float32"
     checkpointing = done.small.recipe.training["activation_checkpointing"]
     if checkpointing is not None and bool(done.model.is_gradient_checkpointing) != bool(checkpointing):
@@ -198,6 +203,15 @@ def check_optimizer(done: Done) -> Found:
         yield f"training.weight_decay is {decay}, and the optimizer has {sorted(decays)}"
     if decay and decay not in decays:
         yield f"training.weight_decay is {decay}, and no group of parameters has it"
+    spared = {
+        id(p)
+        for name, p in done.model.named_parameters()
+        if p.requires_grad and (name.endswith("bias") or "norm" in name)
+    }
+    if decay and any(
+        id(p) in spared for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]
+    ):
+        yield "weight decay is put on norms or biases, which transformers spares"
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in done.model.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:

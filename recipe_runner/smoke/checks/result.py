@@ -16,9 +16,13 @@ from recipe_runner.smoke.stand_in import SAMPLING
 
 
 def check_evaluated(done: Done) -> Found:
-    """Where the recipe has evaluation data, it was evaluated."""
+    """Where the recipe has evaluation data, it was evaluated, and the loss is what the definition gives."""
     if done.recipe.dataset.has_eval and not any(math.isfinite(loss) for loss in done.seen.evaluated):
         yield f"no evaluation gave a finite loss: {done.seen.evaluated}"
+    for found, own in zip(done.seen.evaluated, done.seen.own_evaluated, strict=False):
+        if own is not None and abs(found - own) > done.close * max(abs(own), 1e-3):
+            yield f"the loss of an evaluation is {found:.4f}, and {own:.4f} by the definition"
+            return
 
 
 def check_saved(done: Done) -> Found:
@@ -40,7 +44,7 @@ def check_saved(done: Done) -> Found:
         other = [
             n
             for n in set(trained) & set(saved)
-            if not torch.equal(trained[n].detach().cpu().to(saved[n].dtype), saved[n])
+            if trained[n].dtype != saved[n].dtype or not torch.equal(trained[n].detach().cpu(), saved[n])
         ]
         if other:
             yield f"{len(other)} saved tensors are not what was trained: {list_names(other)}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict
+from transformers import AutoConfig
 
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.smoke.checks.done import (
@@ -19,6 +20,12 @@ from recipe_runner.smoke.checks.done import (
 )
 from recipe_runner.smoke.watch import hash_frozen
 
+# Of a configuration, what says how it is run, and not what the model is.
+NOT_THE_MODELS = (
+    *("use_cache", "dtype", "torch_dtype", "_name_or_path", "name_or_path", "transformers_version", "architectures"),
+    *("pad_token_id", "eos_token_id", "bos_token_id", "quantization_config"),
+    "pretraining_tp",  # PEFT 0.21 sets it to 1
+)
 # Methods of which every tensor is trained.
 WHOLE = ("lora", "adalora", "bottleneck", "ia3", "prompt_tuning", "prefix_tuning", "p_tuning")
 
@@ -123,6 +130,29 @@ def check_base(done: Done) -> Found:
                 return
     if not compared:
         yield "none of the model's weights could be compared with its files"
+    yield from _check_config(done)
+    if done.recipe.peft["method"] == "prompt_tuning" and done.recipe.peft["prompt_tuning_init"] == "TEXT":
+        yield from _check_prompt(done)
+
+
+def _check_config(done: Done) -> Found:
+    """The model's configuration is that of its folder."""
+    kept = AutoConfig.from_pretrained(done.small.stand_in.folder).to_dict()
+    now = done.model.config.to_dict()
+    other = [key for key, value in kept.items() if key not in NOT_THE_MODELS and now.get(key) != value]
+    if other:
+        told = f"{now.get(other[0])!r}, not {kept[other[0]]!r}"
+        yield f"the model's configuration has another {list_names(other)}: {told}"
+
+
+def _check_prompt(done: Done) -> Found:
+    """A prompt that begins with a text begins with the embeddings of its tokens."""
+    tokenizer, text = done.seen.prepared.tokenizer, done.recipe.peft["prompt_tuning_init_text"]
+    rows = done.model.get_input_embeddings().weight.detach()[tokenizer(text)["input_ids"]].float()
+    for name, begun in done.seen.trainable.items():
+        apart = torch.cdist(begun.float(), rows).min(dim=1).values
+        if bool((apart > 1e-3).any()):
+            yield f"{name} did not begin with the words of peft.prompt_tuning_init_text"
 
 
 def _check_ranks(done: Done) -> Found:
