@@ -4,7 +4,9 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from difflib import SequenceMatcher
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ REFUSALS = (
 )
 CHECKED_ROWS = 100  # of a split, whose masks are checked token by token
 SHOWN_TEMPLATES = 3
+# How templates spell special tokens.
+SPELT = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|<(?:start_of_turn|end_of_turn|sop|bos|eos|/?s)>|\[g?[A-Z_]{3,}\]")
 TOOL = {"type": "function", "function": {"name": "count", "description": "Counts.", "parameters": {"type": "object"}}}
 TOOL_TALK = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One."}]
 SHOWN = 60  # characters of a difference between two texts
@@ -113,10 +117,10 @@ def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[str]
 
 
 def count_empty_thoughts(sample: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase, tally: Tally) -> None:
-    """Counts rows that learn a block of thinking with nothing in it, which a template writes (Qwen 3), of some labels."""
+    """Counts rows that learn an empty block of thinking, which a template writes (Qwen 3), of some labels."""
     for labels in sample.to_pylist():
-        learned = [token for token in labels if token != IGNORED]
-        tally.empty_thoughts += bool(EMPTY.search(str(tokenizer.decode(learned))))
+        runs = (list(run) for learned, run in groupby(labels, key=lambda label: label != IGNORED) if learned)
+        tally.empty_thoughts += any(EMPTY.search(str(tokenizer.decode(run))) for run in runs)
 
 
 def count_rendered_parts(rows: list[dict[str, Any]], job: Job, tally: Tally) -> None:
@@ -130,7 +134,7 @@ def count_rendered_parts(rows: list[dict[str, Any]], job: Job, tally: Tally) -> 
         rendered = _render(turns_of(row), job.tokenizer, row.get("tools"))
         for kind, texts in parts if rendered is not None else []:
             tally.looked_at[kind] += 1
-            tally.lost_parts[kind] += not all(any(form in rendered for form in _forms(text)) for text in texts)
+            tally.lost_parts[kind] += not all(any(form in str(rendered) for form in _forms(text)) for text in texts)
 
 
 def _find_parts(row: dict[str, Any], dataset: DatasetSection) -> Iterator[tuple[str, list[str]]]:
@@ -271,7 +275,8 @@ def _name_tool_templates(tokenizer: PreTrainedTokenizerBase) -> str:
     """Which of TRL's templates render tools, and are made of tokens that the tokenizer has."""
     names = [file.name for file in find_tool_templates(tokenizer)]
     if not names:
-        return "use a template that renders tools (training.chat_template_path); none of TRL's is made of this model's tokens"
+        none = "none of TRL's is made of this model's tokens"
+        return f"use a template that renders tools (training.chat_template_path); {none}"
     return f"set training.chat_template_path: trl/{names[0]}" + (
         f", which renders them (so do {', '.join(names[1:SHOWN_TEMPLATES])})" * (len(names) > 1)
         or ", which renders them"
@@ -279,16 +284,21 @@ def _name_tool_templates(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def find_tool_templates(tokenizer: PreTrainedTokenizerBase) -> list[Path]:
-    """TRL's templates that mark answers, render tools, and spell no special token that the tokenizer lacks."""
-    vocabulary, found = set(tokenizer.get_vocab()), []
+    """TRL's templates that mark answers, render tools, and spell no special token that the tokenizer lacks.
+
+    Those come first that render a conversation most like the tokenizer's own.
+    """
+    vocabulary, own = set(tokenizer.get_vocab()), _render(TOOL_TALK, tokenizer) or ""
+    found: list[tuple[float, Path]] = []
     for file in sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja")):
         tried = copy.copy(tokenizer)
         tried.chat_template = file.read_text(encoding="utf-8")
         text = _render(TOOL_TALK, tried, [TOOL])
-        spelt = set(re.findall(r"<[|｜][^<>\s]{1,40}[|｜]>|<(?:start|end)_of_turn>", text or ""))
+        spelt = set(SPELT.findall(text or ""))
         if text and spelt and spelt <= vocabulary and supports_tool_calling(tried):
-            found.append(file)
-    return found
+            other = _render(TOOL_TALK, tried) or ""
+            found.append((-SequenceMatcher(None, own, other, autojunk=False).ratio(), file))
+    return [file for _, file in sorted(found)]
 
 
 def find_problems(
@@ -320,7 +330,7 @@ def find_problems(
         yield as_warning(at("undeclared-calls", found, fix, "dataset", split))
     if counted.empty_thoughts and dataset.thinking != "mask":
         found = f"the chat template writes a block of thinking with nothing in it before answers of the {split} rows"
-        found += f" ({counted.empty_thoughts:,} of the first {CHECKED_ROWS}), and it is learned: the model learns not to think"
+        found += f" ({counted.empty_thoughts:,} of the first {CHECKED_ROWS}), and it is learned: the model won't think"
         fix = "if it should go on thinking where it is asked to, set dataset.thinking: mask"
         yield as_warning(at("empty-thinking-learned", found, fix, "dataset", "thinking"))
     if counted.changed_texts and replaced:

@@ -63,8 +63,8 @@ def _instruction_row(row: dict[str, Any], dataset: DatasetSection, where: str) -
     if dataset.template is not None:
         if before:
             raise RowError(f"{where} has a system prompt or a history, but dataset.template has no place for them")
-        prompt, completion = _fill_template(dataset.template, values, where)
-        return {"prompt": prompt, "completion": completion, "dropped": dropped}
+        text, completion = _fill_template(dataset.template, values, where)
+        return {"prompt": text, "completion": completion, "dropped": dropped}
     question = {"role": "user", "content": _join(values["instruction"], values["input"])}
     answer = {"role": "assistant", "content": values["output"]}
     prompt, noted = _fold([*before, question], dataset, where)
@@ -253,8 +253,9 @@ def _check_answer(turns: Turns, learned: list[bool], dataset: DatasetSection, wh
     Raises:
         RowError: One of its turns is not to be learned.
     """
-    if not all(learned[len(learned) - len(turns) :]):
-        raise RowError(f"{where}: a turn of weight 0, but all turns of an answer are learned here; remove it")
+    begin = len(learned) - len(turns)
+    if muted := next((number for number, may in enumerate(learned, 1) if number > begin and not may), 0):
+        raise RowError(f"{where}, turn {muted}: weight 0, but all turns of an answer are learned here; remove it")
     if any(turn["role"] == "tool" for turn in turns):
         raise RowError(f"{where}: the result of a tool in an answer would be learned; let the answer end with the call")
     return _fold(turns, dataset, where)[0]

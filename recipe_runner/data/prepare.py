@@ -144,7 +144,7 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
 def _find_remedy(job: Job, row: dict[str, Any]) -> str:
     """The keys with which the template takes a row whose turns it refuses (Gemma, Mistral); empty where none helps."""
     for keys in (("merge_system",), ("merge_turns",), ("merge_system", "merge_turns")):
-        dataset = replace(job.dataset, **dict.fromkeys(keys, True))
+        dataset = replace(job.dataset, merge_system="merge_system" in keys, merge_turns="merge_turns" in keys)
         folded = {
             key: fold_turns(cell, [True] * len(cell), dataset, "")[0] for key, cell in row.items() if is_turns(cell)
         }

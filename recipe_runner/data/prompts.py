@@ -10,6 +10,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
+from recipe_runner.data.checks import find_change
 from recipe_runner.data.encode import apply_template
 from recipe_runner.data.formats import normalise_row
 from recipe_runner.data.job import Job, read_rows
@@ -23,6 +24,7 @@ Orders = Mapping[str, np.ndarray]  # of `sources.order_rows`
 COMPARED = 20  # rows whose prompts are compared
 LOOKED_AT = 200  # rows from which prompts are chosen
 SYSTEM = "You are a helpful assistant."  # where the data has no system prompt of its own
+SHOWN = 8  # tokens of an answer that stands where a prompt goes on
 WORDS = 12  # of a raw text, which has no prompt of its own
 
 
@@ -121,8 +123,8 @@ def render_prompt(prompt: Turns | str, tokenizer: PreTrainedTokenizerBase, tools
     return list(rendered)
 
 
-def find_split_prompts(job: Job, orders: Orders) -> tuple[int, int]:
-    """Of some rows, how many begin with other tokens than their prompt alone has; and how many were looked at.
+def find_split_prompts(job: Job, orders: Orders) -> tuple[int, int, str]:
+    """Of some rows, how many begin with other tokens than their prompt alone has; how many were looked at; the first.
 
     What a server asks is the prompt alone. A template whose prompt ends with a space (`Answer: {output}`) lets the
     tokenizer join it to the answer; a chat template may render a last turn in its own way.
@@ -132,13 +134,16 @@ def find_split_prompts(job: Job, orders: Orders) -> tuple[int, int]:
     shape = shape_of(job.stage)
     asked = [split_row(row, job.tokenizer) for row in rows]
     if not rows or not all(asked):
-        return 0, 0
-    found = 0
+        return 0, 0, ""
+    found, change = 0, ""
     for prompt, entry in zip(asked, shape.tokenize(job, rows).to_pylist(), strict=True):
         alone = render_prompt(prompt.content, job.tokenizer, prompt.tools) if prompt else []
         whole = [token for name in shape.FIRST for token in entry[name]]
-        found += whole[: len(alone)] != alone
-    return found, len(rows)
+        if whole[: len(alone)] != alone:
+            found += 1
+            rest = job.tokenizer.decode(whole[: common_prefix_length(alone, whole) + SHOWN])
+            change = change or find_change(str(rest), str(job.tokenizer.decode(alone)))
+    return found, len(rows), change
 
 
 def choose_golden(job: Job, orders: Orders, number: int) -> list[Prompt]:

@@ -23,7 +23,10 @@ MARKS = (
     ("<|channel>thought", "<channel|>"),
 )
 BLOCK = re.compile("|".join(rf"{re.escape(begin)}.*?{re.escape(end)}\s*" for begin, end in MARKS), re.DOTALL)
-EMPTY = re.compile("|".join(rf"{re.escape(begin)}\s*{re.escape(end)}" for begin, end in MARKS))
+# An empty block in what is learned; its beginning may stand in the prompt.
+EMPTY = re.compile(
+    "|".join(rf"(?:{re.escape(begin)}|\A)\s*{re.escape(end)}" for begin, end in MARKS if end != "<|end|>")
+)
 WRITTEN = re.compile(r"\s*<think>(?P<thought>.*?)</think>\s*", re.DOTALL)  # at the beginning of an answer
 THOUGHT, ANSWER = "zwei mal drei", "sechs"  # what a template is tried with
 

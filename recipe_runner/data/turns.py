@@ -47,8 +47,8 @@ USUAL_KEYS = frozenset(TURN_KEYS[:4])
 READ_KEYS = (*TURN_KEYS, *ASSISTANT_KEYS, *TOOL_KEYS)
 KNOWN_KEYS = frozenset(READ_KEYS + LOST_KEYS)
 NESTED_KEYS = frozenset(("tool_calls", "function_call"))  # whose values are objects
-# How a call begins that is spelt in the text of an answer: Hermes and Qwen, Llama, Mistral, LFM, Gemma.
-SPELT_CALLS = ("<tool_call", "<function", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_call", "```tool_c")
+# How a call begins that is spelt in the text of an answer: Hermes and Qwen, Llama, Mistral, LFM, ReAct.
+SPELT_CALLS = ("<tool_call", "<function", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_call", "```tool_c", "Action:")
 # What is counted of rows.
 UNDECLARED = "that call a tool which they do not declare"
 FOLDED_SYSTEM, JOINED = "with a system turn put into the user turn after it", "with turns of one role joined"

@@ -163,12 +163,11 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
 
 def compare_prompts(job: Job, orders: Orders) -> list[Problem]:
     """Warns where a server would ask otherwise than the model is trained to answer."""
-    found, looked = find_split_prompts(job, orders)
+    found, looked, change = find_split_prompts(job, orders)
     if not found:
         return []
-    message = (
-        f"in {found} of {looked} rows the prompt alone has other tokens than before its answer: a server asks that"
-    )
+    message = f"in {found} of {looked} rows the prompt alone, which a server asks, is not what is before the answer"
+    message += f": {change}" * bool(change)
     fix = "end the prompt of dataset.template with a line break"
     fix = fix if job.dataset.template is not None else "take a chat template that renders both alike"
     return [as_warning(Problem("prompt-differs", message, None, ("dataset",), fix))]

@@ -1,7 +1,7 @@
 import pytest
 
 from recipe_runner.data import formats
-from recipe_runner.data.formats import RowError
+from recipe_runner.data.turns import RowError
 from recipe_runner.recipe.sections import DatasetSection
 
 INSTRUCTION = {"format": "instruction", "train_on": "completion"}
@@ -59,7 +59,9 @@ def test_rows_without_question_or_answer_are_dropped_by_name(values, reason):
 
 
 def test_sharegpt_roles_are_mapped():
-    turns = [{"from": role, "value": role} for role in ("system", "human", "gpt", "observation", "chatgpt")]
+    turns = [
+        {"from": role, "value": f"{role} <tool_call>"} for role in ("system", "human", "gpt", "observation", "chatgpt")
+    ]
     result = normalise_row({"messages": turns}, CHAT, "row 1")
     assert [turn["role"] for turn in result["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
 
@@ -171,7 +173,7 @@ def test_the_input_of_a_pair_follows_its_prompt():
 @pytest.mark.parametrize(
     "key",
     [
-        *("tool_calls", "reasoning_content", "name", "images", "thought", "think", "reasoning_details", "refusal"),
+        *("name", "images", "thought", "think", "reasoning_details", "refusal", "tools", "functions"),
         *("attachments", "documents", "tool_responses", "tool_call_id", "mask", "loss_weight", "train_detail"),
     ],
 )
