@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback
 
 from recipe_runner.data.tables import IGNORED
+from recipe_runner.model.load import can_switch_off
 from recipe_runner.model.scores import score_sequences
 
 BATCHES = 2  # of the first step that are kept
+ROW = 64  # tokens of a row that an adapter is tried on
 EVALUATED = 64  # rows at most, of an evaluation that is worked out again
 
 
@@ -27,6 +30,10 @@ class Batch:
         own_loss: The same worked out here, from the logits of each document alone; None where it can't be.
         mixing: Of a packed row, how far the second document's logits are from those that it has alone, as a share of
             how far they are when it sees the first; None where no row packs two.
+        apart: Of all documents of a packed row, the most that a logit is from the one that the document has alone, as a
+            share of the largest; None where none is packed.
+        moved: The most that a logit of the first row is from the base's, as a share of the largest; None where there is
+            no adapter, or it can't be switched off.
     """
 
     inputs: dict[str, Any]
@@ -34,6 +41,8 @@ class Batch:
     loss: float
     own_loss: float | None = None
     mixing: float | None = None
+    apart: float | None = None
+    moved: float | None = None
 
 
 @dataclass
@@ -120,6 +129,9 @@ class Watcher(TrainerCallback):
             batch = Batch(inputs, number, float(loss.detach()))
             batch.own_loss = compute_own_loss(self.seen.trainer, model, batch)
             batch.mixing = measure_mixing(self.seen.trainer, model, batch)
+            batch.apart = measure_apart(self.seen.trainer, model, batch)
+            if not self.seen.batches:
+                batch.moved = measure_moved(self.seen.trainer, model, inputs)
             self.seen.batches.append(batch)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -245,3 +257,43 @@ def measure_mixing(trainer: Any, model: Any, batch: Batch) -> float | None:
     finally:
         model.train(training)
     return float((packed - alone).abs().mean() / (mixed - alone).abs().mean().clamp(min=1e-12))
+
+
+def measure_apart(trainer: Any, model: Any, batch: Batch) -> float | None:
+    """How far the logits of any document of a packed row are from those that it has alone."""
+    inputs = batch.inputs
+    if "position_ids" not in inputs or "labels" not in inputs or len(inputs["input_ids"]) > 1:
+        return None
+    documents = [ids for ids, _ in split_documents(inputs)]
+    device, training = inputs["input_ids"].device, model.training
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.autocast_smart_context_manager():
+            given = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
+            packed = model(**given, use_cache=False).logits[0].float()
+            most, begin = 0.0, packed.shape[0] - sum(map(len, documents))  # virtual tokens come before
+            for ids in documents:
+                found: torch.Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+                alone = found[-len(ids) :].float()
+                most = max(most, float((packed[begin : begin + len(ids)] - alone).abs().max()))
+                begin += len(ids)
+    finally:
+        model.train(training)
+    return most / max(float(packed.abs().max()), 1e-6)
+
+
+def measure_moved(trainer: Any, model: Any, inputs: dict[str, Any]) -> float | None:
+    """How far the logits of a row are from those of the base."""
+    plain = trainer.accelerator.unwrap_model(model)
+    if not isinstance(plain, PeftModel) or "input_ids" not in inputs or not can_switch_off(plain.active_peft_config):
+        return None
+    ids, training = inputs["input_ids"][:1, :ROW], model.training
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.autocast_smart_context_manager():
+            adapted = plain(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] :].float()
+            with plain.disable_adapter():
+                base = plain(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] :].float()
+    finally:
+        model.train(training)
+    return float((adapted - base).abs().max()) / max(float(base.abs().max()), 1e-6)

@@ -180,7 +180,10 @@ def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Pat
     if first:
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    cache, config.use_cache = config.use_cache, True  # which transformers 5.23's Trainer turns off: for training only
     trainer.save_model(str(partial))
+    config.use_cache = cache
     trainer.accelerator.wait_for_everyone()
     gathered = verify.gather_sharded(trainer)
     if first:

@@ -619,6 +619,41 @@ def begin_with_other_words(monkeypatch):
     change_trainer(monkeypatch, change)
 
 
+def cut_the_attention(monkeypatch):
+    """A document of a packed row attends by the mask of the first one: longer ones don't see their own beginning."""
+    from recipe_runner.training import packing
+
+    right = packing.sdpa_attention_forward
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        if attention_mask is not None and query.shape[2] > 8:
+            attention_mask = attention_mask.clone()
+            attention_mask[..., 8:, :4] = False if attention_mask.dtype == torch.bool else float("-inf")
+        return right(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setattr(packing, "sdpa_attention_forward", attend)
+    monkeypatch.setattr(packing.PackingCheck, "on_train_begin", lambda *args, **kwargs: None)
+
+
+def place_bottlenecks_elsewhere(monkeypatch):
+    from recipe_runner.model import bottleneck
+
+    exchanged = {kind: pair[::-1] for kind, pair in bottleneck.TARGETS.items()}
+    monkeypatch.setattr(bottleneck, "TARGETS", exchanged)
+
+
+def begin_beside_the_base(monkeypatch):
+    """LoRA's second matrix does not begin at 0: the model begins as another than its base."""
+
+    def move(trainer):
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.05)
+
+    change_trainer(monkeypatch, move)
+
+
 TICKETS, CHAT, TEXT, DPO = "smollm2_tickets_lora", "phi3_chat_qlora", "phi3_text_qlora", "smollm2_replies_dpo"
 PARTIAL, ADALORA, FILING = "qwen25_05b_math_partial", "smollm2_360m_instruct_adalora", "smollm2_filing_lora"
 PIPELINE, SQL, STORIES = "smollm2_desk_pipeline", "qwen25_15b_sql_lora", "smollm2_135m_stories_full"
@@ -680,6 +715,9 @@ RUNNER = {
     "weight decay on norms": (INTENTS, decay_everything, {"optimizer"}),
     "another chat template than the model's": (CHAT, take_another_template, {"prepared"}),
     "a prompt begun with other words": (PROMPT, begin_with_other_words, {"base"}),
+    "a packed document that sees a part of itself only": (HANDBOOK, cut_the_attention, {"loss"}),
+    "bottleneck adapters in other places": (BOTTLENECK, place_bottlenecks_elsewhere, {"targets"}),
+    "an adapter that does not begin at the base": (TICKETS, begin_beside_the_base, {"loss"}),
     "each stage of a pipeline begun with the base": (PIPELINE, begin_each_stage_with_the_base, {"base"}),
 }
 
@@ -728,6 +766,7 @@ BROKEN_RECIPES = {
         {"training": {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}},
         {"best-metric"},
     ),
+    "an adapter that begins at random": (TICKETS, {"peft": {"init_lora_weights": False}}, {"loss"}),
     "the head quantized as well": (
         "phi3_instruct_qlora",
         {"quantization": {"llm_int8_skip_modules": ["embed_tokens"]}},

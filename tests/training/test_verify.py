@@ -127,6 +127,11 @@ def test_what_was_saved_gives_the_same_logits_in_a_fresh_process(run_recipe, mon
         assert float(before.abs().max()) > 0.1, name
 
 
+def test_a_saved_model_answers_with_its_cache(whole):
+    """transformers 5.23's Trainer writes `use_cache: false`, which is meant for training, into the configuration."""
+    assert json.loads((whole / "model" / "config.json").read_text())["use_cache"] is True
+
+
 @pytest.mark.parametrize("init", ["pissa_niter_4", "olora", "corda", "lora_ga", "eva"])
 def test_a_resumed_run_of_an_adapter_that_alters_its_base_goes_on_the_same(run_recipe, init):
     training = {"max_steps": 4, "save_steps": 2}

@@ -10,6 +10,7 @@ from recipe_runner.recipe.schema import is_name
 # What may be meant: it is said, and never fails a run.
 WARNINGS = {
     "ignored-key",
+    "random-adapter",
     "never-evaluated",
     "context-length",
     "unusual-learning-rate",
@@ -61,6 +62,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "unfreeze-method", adapter.unfreeze_beside(recipe.unfreeze, peft)
     yield "method-unquantized", adapter.method_on_quantized(quantized, peft)
     yield "rank-allocation", adapter.allocation(base, peft, trained["max_steps"])
+    yield "random-adapter", adapter.random_adapter(peft)
     yield "initialisation", adapter.initialisation(recipe.stage, peft, quantized, recipe.unfreeze)
     yield "wrong-column-role", data.column_roles(dataset)
     yield "mixture-weight", data.mixture_weights(dataset)

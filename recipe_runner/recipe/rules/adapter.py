@@ -48,6 +48,13 @@ def dropout_off(peft: UpstreamSection, training: UpstreamSection) -> Found:
         yield ("peft", "lora_dropout"), found, "remove the key, or set training.disable_dropout: false"
 
 
+def random_adapter(peft: UpstreamSection) -> Found:
+    """`init_lora_weights: false` is for PEFT's own tests. Source: PEFT 0.21, tuners/lora/config.py."""
+    if peft["init_lora_weights"] is False:
+        found = "both matrices would begin at random, and the model as another than its base"
+        yield ("peft", "init_lora_weights"), found, "remove the key: true is PEFT's default"
+
+
 def initialisation(
     stage: Stage, peft: UpstreamSection, quantization: UpstreamSection, unfreeze: Sequence[str]
 ) -> Found:

@@ -20,6 +20,7 @@ from recipe_runner.smoke.watch import split_documents
 Document = tuple[list[int], list[int]]  # tokens and labels
 MOST_ROWS = 200  # prepared rows that are looked at
 MIXED = 0.5  # share of what a document would see of another, above which it does; rounding gives some
+APART = 10  # times what two numbers may differ: of the logits of a document in a packed row, each by itself
 LONG = 20  # characters of an answer that stands in no other text by chance
 MOVED = 0.05  # standard deviation of what is added to weights, so that a model differs from its reference
 # Methods that change nothing when they begin.
@@ -250,6 +251,12 @@ def check_loss(done: Done) -> Found:
         if batch.mixing is not None and batch.mixing > MIXED:
             yield f"a document of a packed row sees the one before it ({batch.mixing:.0%} of what there is to see)"
             return
+        if batch.apart is not None and batch.apart > APART * done.close:
+            yield f"a logit of a document in a packed row is {batch.apart:.1%} from the one that it has alone"
+            return
+    moved = done.seen.batches[0].moved if done.seen.batches else None
+    if done.recipe.peft and begins_at_base and not done.before and moved is not None and moved > done.close:
+        yield f"training begins with logits {moved:.1%} from the base's, and the adapter changes nothing yet"
     if not done.recipe.stage.first_loss or not (begins_at_base or done.before):
         return
     kinds = done.recipe.training["loss_type"]

@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model_state_dict
 from transformers import AutoTokenizer, GenerationConfig
 
+from recipe_runner.files import read_object
 from recipe_runner.model.adapter import saves_embeddings
 from recipe_runner.model.load import load_result
 from recipe_runner.recipe.rules.adapter import alters_base
@@ -52,8 +53,14 @@ def check_saved(done: Done) -> Found:
     used = done.seen.prepared.tokenizer
     if tokenizer.chat_template != used.chat_template:
         yield "the chat template that was trained with is not saved"
-    if tokenizer.eos_token != used.eos_token:
-        yield f"the saved tokenizer ends with {tokenizer.eos_token}, and {used.eos_token} was trained with"
+    for key in ("eos_token", "bos_token", "pad_token"):
+        kept, wanted = getattr(tokenizer, key), getattr(used, key)
+        if kept != wanted:
+            yield f"the saved tokenizer has the {key} {kept}, and the one in training {wanted}"
+    if len(tokenizer) != len(used):
+        yield f"the saved tokenizer has {len(tokenizer):,} tokens, and the one in training {len(used):,}"
+    if (config := read_object(result / "config.json")) and config.get("use_cache") is False:
+        yield "the saved config.json turns the cache off: each token of an answer would take as long as all before it"
     generation: Any = GenerationConfig.from_pretrained(result)
     lost = [key for key, value in SAMPLING.items() if getattr(generation, key) != value]
     if lost:

@@ -70,6 +70,8 @@ def _check_named(done: Done, adapted: set[str]) -> Found:
         other = [of for of in adapted if not any(_ends_with(of, name) for name in named)]
         if other:
             yield f"{len(other)} modules have an adapter that peft.target_modules does not name: {list_names(other)}"
+    if peft["method"] == "bottleneck" and not named:
+        yield from _check_placement(done, adapted)
     out = done.model.get_output_embeddings()
     spared = peft["exclude_modules"] or peft["layers_to_transform"] is not None or done.recipe.unfreeze
     if named == "all-linear" and not spared:
@@ -78,6 +80,7 @@ def _check_named(done: Done, adapted: set[str]) -> Found:
             name.removeprefix(inside)
             for name, module in done.model.named_modules()
             if isinstance(module, torch.nn.Linear) and module is not out and is_of_base(name)
+            if "modules_to_save" not in name and "original_module" not in name
         ]
         left = [name for name in plain if not name.endswith("base_layer")]
         if left:
@@ -86,6 +89,19 @@ def _check_named(done: Done, adapted: set[str]) -> Found:
     for name in peft["modules_to_save"] or ():
         if not any(f"{name}." in of and "modules_to_save" in of for of in done.seen.trainable):
             yield f"peft.modules_to_save names {name}, and it is not trained"
+
+
+def _check_placement(done: Done, adapted: set[str]) -> Found:
+    """Bottleneck adapters stand where `placement` says: in each layer after attention, after the network, or both."""
+    placement = done.recipe.peft["placement"]
+    layers = {number for name in adapted if (number := _layer(name)) is not None}
+    for number in range(done.model.config.get_text_config().num_hidden_layers):
+        inside = [name for name in adapted if _layer(name) == number]
+        found = sorted("attention" if "attn" in name or "attention" in name else "feed_forward" for name in inside)
+        if found != (["attention", "feed_forward"] if placement == "both" else [placement]):
+            told = " and ".join(found) or "nothing"
+            yield f"peft.placement is {placement}, and layer {number} of {len(layers)} has adapters after {told}"
+            return
 
 
 def _ends_with(module: str, name: str) -> bool:
