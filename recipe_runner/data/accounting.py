@@ -106,6 +106,10 @@ class Accounting:
         ]
         return "; ".join(f"{name} {rows:.0%} of rows, {tokens:.0%} of tokens" for name, rows, tokens in shares)
 
+    def describe_noted(self) -> str:
+        """What was found in rows, or done with them, in a line."""
+        return "; ".join(f"{rows:,} rows {what}" for what, rows in self.noted.items())
+
     def describe_unused(self) -> str:
         """Columns that are not used, in a line."""
         named = (

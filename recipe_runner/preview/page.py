@@ -55,6 +55,7 @@ def _table(account: Accounting, facts: Facts | None) -> Iterator[str]:
         "lengths": account.describe_lengths(),
         "batches": account.describe_batches(),
         "sources": account.describe_sources(),
+        "noted": account.describe_noted(),
         "not used": account.describe_unused(),
         "steps": facts.steps if facts else "",
         "template": facts.template if facts else "",

@@ -375,6 +375,7 @@ def _account(account: Mapping[str, Any]) -> str:
     facts = count_rows(account) | {
         "batches": describe_batches(account.get("batches") or {}, account.get("max_length")),
         "sources": "; ".join(sources) if len(sources) > 1 else "",
+        "noted": "; ".join(f"{rows:,} rows {escape(what)}" for what, rows in (account.get("noted") or {}).items()),
     }
     histogram = account.get("histogram") or {}
     picture = draw_histogram(histogram.get("counts") or [], histogram.get("edges") or [], account.get("max_length"))

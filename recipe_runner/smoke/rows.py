@@ -13,7 +13,7 @@ from typing import Any
 
 from recipe_runner.data.look import iterate_rows
 from recipe_runner.data.sources import choose_columns
-from recipe_runner.data.turns import SHAREGPT_ROLES
+from recipe_runner.data.turns import CALLS, SHAREGPT_ROLES, THOUGHTS
 from recipe_runner.files import read_text, write_text
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.recipe.recipe import Recipe
@@ -227,7 +227,7 @@ def work_out(
             case "chat":
                 turns = cells["messages"] or []
                 answers = [_said(turn) for turn in turns if _role(turn) == "assistant"]
-                learned.update(answers[-1:] if dataset.train_on == "completion" else answers)
+                learned.update(answers[-1:] if dataset.train_on in ("completion", "last") else answers)
                 last = max((place for place, turn in enumerate(turns) if _role(turn) == "assistant"), default=0)
                 asked.append([_said(turn) for turn in turns[:last] if _role(turn) in ("system", "user")])
             case "preference":
@@ -244,7 +244,24 @@ def work_out(
 
 
 def lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any]:
-    """A row (role -> cell) in TRL's layout."""
+    """A row (role -> cell) in TRL's layout, with the tools that it declares."""
+    made = _lay_out(dataset, cells)
+    if dataset.merge_system:
+        made = {key: _merge_system(cell) if isinstance(cell, list) else cell for key, cell in made.items()}
+    if declared := cells.get("tools"):
+        tools = json.loads(declared) if isinstance(declared, str) else declared
+        made["tools"] = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return made
+
+
+def _merge_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns whose first one, if it is the system's, is put into the one after it."""
+    if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
+        return turns
+    return [{"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
+
+
+def _lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any]:
     text = {role: _text(cell) for role, cell in cells.items() if not isinstance(cell, list | dict)}
     history = [
         {"role": role, "content": said}
@@ -265,21 +282,21 @@ def lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any]
             asked = text["instruction"] + (f"\n\n{more}" if more.strip() else "")
             prompt = _begin(dataset, text.get("system", ""), [*history, {"role": "user", "content": asked}])
             said = [{"role": "assistant", "content": text["output"]}] if text["output"].strip() else []
-            return {"prompt": prompt, "completion": said}
-        case "chat":
-            turns = [{"role": _role(turn), "content": _said(turn)} for turn in cells["messages"] or ()]
-            turns = _begin(dataset, text.get("system", ""), turns)
             return (
-                {"prompt": turns[:-1], "completion": turns[-1:]}
-                if dataset.train_on == "completion"
-                else {"messages": turns}
+                {"messages": prompt + said}
+                if dataset.train_on == "assistant"
+                else {"prompt": prompt, "completion": said}
             )
+        case "chat":
+            turns = _begin(dataset, text.get("system", ""), [_turn(turn, dataset) for turn in cells["messages"] or ()])
+            answer_only = dataset.train_on in ("completion", "last")
+            return {"prompt": turns[:-1], "completion": turns[-1:]} if answer_only else {"messages": turns}
         case _:
-            prompt = _listed(cells.get("prompt"), "user")
+            prompt = _listed(cells.get("prompt"), "user", dataset)
             if more.strip():
                 prompt = [{"role": "user", "content": f"{prompt[0]['content']}\n\n{more}"}]
             answers = {
-                name: _listed(cells[name], "assistant")
+                name: _listed(cells[name], "assistant", dataset)
                 for name in ("chosen", "rejected", "completion")
                 if name in cells
             }
@@ -288,6 +305,33 @@ def lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any]
                 answers[name] = turns[len(shared) :] if turns[: len(shared)] == shared else turns
             label = {"label": cells["label"]} if "label" in cells else {}
             return {"prompt": _begin(dataset, text.get("system", ""), [*history, *shared]), **answers, **label}
+
+
+def _turn(turn: Mapping[str, Any], dataset: DatasetSection) -> dict[str, Any]:
+    """A turn with its calls, and with its thinking where that is not dropped."""
+    role, content = _role(turn), _said(turn)
+    made: dict[str, Any] = {"role": role, "content": content}
+    calls = turn.get("tool_calls") or []
+    if str(turn.get("role") or turn.get("from")) in CALLS:
+        calls, made["content"] = [json.loads(content)], ""
+    if calls:
+        made["tool_calls"] = [_call(call) for call in (json.loads(calls) if isinstance(calls, str) else calls)]
+    thought = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
+    written = re.match(r"\s*<think>(.*?)</think>\s*", content, re.DOTALL) if role == "assistant" else None
+    if written:
+        thought, made["content"] = written[1], content[written.end() :]
+    if thought and dataset.thinking != "drop":
+        made["reasoning_content"] = thought.strip()
+    if role == "tool" and turn.get("name"):
+        made["name"] = turn["name"]
+    return made
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments") or {}
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _begin(dataset: DatasetSection, own: str, turns: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -315,11 +359,11 @@ def _fill(template: str | Mapping[str, str], text: Mapping[str, str]) -> dict[st
     return {"prompt": "".join(parts), "completion": text["output"] + after}
 
 
-def _listed(value: Any, role: str) -> list[dict[str, str]]:
+def _listed(value: Any, role: str, dataset: DatasetSection) -> list[dict[str, Any]]:
     """Turns of a text, of a turn, or of turns."""
     if isinstance(value, list | dict):
         turns = value if isinstance(value, list) else [value]
-        return [{"role": _role(turn), "content": _said(turn)} for turn in turns]
+        return [_turn(turn, dataset) for turn in turns]
     return [{"role": role, "content": _text(value)}] if _text(value).strip() else []
 
 

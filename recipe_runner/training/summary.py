@@ -39,6 +39,7 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "batches": accounting.describe_batches(),
         "template": describe_template(prepared.replaced, accounting),
         "sources": accounting.describe_sources(),
+        "noted": accounting.describe_noted(),
         "not used": accounting.describe_unused(),
         "eval data": str(prepared.evaluation.accounting) if prepared.evaluation else "none",
         "steps": describe_steps(config, rows, config.world_size),

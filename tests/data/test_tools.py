@@ -5,7 +5,7 @@ import re
 
 import pytest
 from jinja2 import TemplateError
-from test_equal_to_trl import TEMPLATES, job_of, prepare, prepare_by_trl, tokenizer_of  # noqa: F401 (fixtures)
+from templated import TEMPLATES, prepare, prepare_by_trl
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Says it.", "parameters": PARAMETERS}}
@@ -75,14 +75,19 @@ def test_calls_are_the_same_rows_in_every_way_to_write_them(tokenizer_of, job_of
     tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen2_5_training"))
     text = {**CALL, "function": {"name": "weather", "arguments": json.dumps({"city": "Rome"})}}
     call = json.dumps({"name": "weather", "arguments": {"city": "Rome"}})
-    shared = [("human", ASK["content"]), ("function_call", call), ("observation", "it is sunny"), ("gpt", SAY["content"])]
+    shared = [
+        ("human", ASK["content"]),
+        ("function_call", call),
+        ("observation", "it is sunny"),
+        ("gpt", SAY["content"]),
+    ]
     ways = (
         {"messages": TALKS[0], "tools": [WEATHER]},
         {"messages": [ASK, CALLING | {"tool_calls": [text]}, RESULT, SAY], "tools": json.dumps([WEATHER["function"]])},
         {"conversations": [{"from": role, "value": value} for role, value in shared], "tools": json.dumps([WEATHER])},
     )
     made = []
-    for number, row in enumerate(ways):
+    for row in ways:
         other = {**row, "tools": [NEWS] if isinstance(row["tools"], list) else json.dumps([NEWS])}
         job = job_of("sft", [row, other], tokenizer, {"max_length": None}, format="chat")
         made.append(prepare(job)[0][0])

@@ -107,9 +107,7 @@ def test_thinking_is_trained_on_saved_loaded_and_asked(run_recipe, run_cli, qwen
 
 
 def test_pairs_with_tools_are_trained_on(run_recipe, qwen3):
-    rows = [
-        {"prompt": [ask(city)], "chosen": [call(city)], "rejected": [say(city)], "tools": TOOLS} for city in CITIES
-    ]
+    rows = [{"prompt": [ask(city)], "chosen": [call(city)], "rejected": [say(city)], "tools": TOOLS} for city in CITIES]
     trained, folder = run_recipe(stage="dpo", rows=rows, model={"name_or_path": qwen3}, peft=LORA)
     assert trained.status == 0, trained.err
     assert status(folder)["status"] == "completed"
