@@ -654,6 +654,43 @@ def begin_beside_the_base(monkeypatch):
     change_trainer(monkeypatch, move)
 
 
+def count_batches_for_steps(monkeypatch):
+    """AdaLoRA plans its ranks for the batches, and not for the steps."""
+    from recipe_runner.training import run
+
+    right = run.prepare.prepare
+
+    def prepare(*args, **kwargs):
+        prepared = right(*args, **kwargs)
+        if prepared.peft_config is not None and hasattr(prepared.peft_config, "total_step"):
+            prepared.peft_config.total_step *= 4
+        return prepared
+
+    monkeypatch.setattr(run.prepare, "prepare", prepare)
+
+
+def resume_in_another_precision(monkeypatch):
+    from recipe_runner.training import run
+
+    monkeypatch.setattr(run.trainers, "keep_dtypes_on_resume", lambda trainer: None)
+
+
+def hold_out_the_last(monkeypatch):
+    from datasets import Dataset
+
+    right = Dataset.train_test_split
+    monkeypatch.setattr(Dataset, "train_test_split", lambda self, size, seed: right(self, size, shuffle=False))
+
+
+def save_a_short_tokenizer(monkeypatch):
+    """Rows' length is saved as the length of all that the model can see."""
+
+    def change(trainer):
+        trainer.processing_class.model_max_length = trainer.args.max_length
+
+    change_trainer(monkeypatch, change)
+
+
 TICKETS, CHAT, TEXT, DPO = "smollm2_tickets_lora", "phi3_chat_qlora", "phi3_text_qlora", "smollm2_replies_dpo"
 PARTIAL, ADALORA, FILING = "qwen25_05b_math_partial", "smollm2_360m_instruct_adalora", "smollm2_filing_lora"
 PIPELINE, SQL, STORIES = "smollm2_desk_pipeline", "qwen25_15b_sql_lora", "smollm2_135m_stories_full"
@@ -718,6 +755,10 @@ RUNNER = {
     "a packed document that sees a part of itself only": (HANDBOOK, cut_the_attention, {"loss"}),
     "bottleneck adapters in other places": (BOTTLENECK, place_bottlenecks_elsewhere, {"targets"}),
     "an adapter that does not begin at the base": (TICKETS, begin_beside_the_base, {"loss"}),
+    "AdaLoRA's ranks planned for other steps": (ADALORA, count_batches_for_steps, {"options", "moved"}),
+    "a run resumed in another precision": ("smollm2_tickets_qlora", resume_in_another_precision, {"resumed"}),
+    "the last rows held out, not rows drawn at random": (SQL, hold_out_the_last, {"rows"}),
+    "a tokenizer saved that cuts texts": (TICKETS, save_a_short_tokenizer, {"saved"}),
     "each stage of a pipeline begun with the base": (PIPELINE, begin_each_stage_with_the_base, {"base"}),
 }
 
@@ -767,6 +808,11 @@ BROKEN_RECIPES = {
         {"best-metric"},
     ),
     "an adapter that begins at random": (TICKETS, {"peft": {"init_lora_weights": False}}, {"loss"}),
+    "a learning rate that rises": (
+        TICKETS,
+        {"training": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 10}}},
+        {"least-rate"},
+    ),
     "the head quantized as well": (
         "phi3_instruct_qlora",
         {"quantization": {"llm_int8_skip_modules": ["embed_tokens"]}},

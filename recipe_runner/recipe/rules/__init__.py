@@ -36,6 +36,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "samples", training.samples(trained, run, dataset.has_eval)
     yield "best-metric", training.best_metric(recipe.stage, trained)
     yield "warmup-length", training.warmup_length(trained, trained["max_steps"])
+    yield "least-rate", training.least_rate(trained)
     yield "never-evaluated", training.never_evaluated(trained, trained["max_steps"])
     yield "packing-without-length", training.packing_without_length(trained)
     yield "synced-reference", training.synced_reference(trained, peft)

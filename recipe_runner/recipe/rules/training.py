@@ -1,5 +1,6 @@
 """Rules about `training`, alone and against the other sections. One small function a rule."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from recipe_runner.methods import METHODS
@@ -90,6 +91,18 @@ def best_metric(stage: Stage, training: UpstreamSection) -> Found:
     if greater is not None and greater == falls and str(metric or "loss").removeprefix("eval_") in known:
         found = f"of '{metric or 'loss'}' the {'greatest' if greater else 'smallest'} value is the worst"
         yield ("training", "greater_is_better"), found, f"remove the key, or set it to {str(not greater).lower()}"
+
+
+def least_rate(training: UpstreamSection) -> Found:
+    """What a schedule falls to is no more than what it begins with. `min_lr_rate` is a share of the learning rate."""
+    options, rate = training["lr_scheduler_kwargs"] or {}, training["learning_rate"]
+    for key, most in (("min_lr_rate", 1), ("min_lr", rate)):
+        value = options.get(key) if isinstance(options, Mapping) else None
+        if isinstance(value, int | float) and isinstance(most, int | float) and value > most:
+            found = (
+                f"{key} is {value:g}: the learning rate would rise, to {value if key == 'min_lr' else value * rate:g}"
+            )
+            yield ("training", "lr_scheduler_kwargs"), found, f"take at most {most:g}"
 
 
 def warmup_length(training: UpstreamSection, steps: int) -> Found:

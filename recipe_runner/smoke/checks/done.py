@@ -13,6 +13,7 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.smoke.shrink import Small
 from recipe_runner.smoke.watch import Seen
 
+CLOSE_LOSS = 2e-3  # of losses, relative
 CLOSE, CLOSE_HALF = 1e-3, 3e-2  # of losses and logits, relative: in float32, and where something is in half precision
 SHOWN = 3  # names in a sentence
 
@@ -50,6 +51,11 @@ class Done:
         halves = self.recipe.quantization or self.recipe.model.dtype in ("bfloat16", "float16")
         config = self.seen.trainer.args
         return CLOSE_HALF if halves or config.bf16 or config.fp16 else CLOSE
+
+    @property
+    def close_loss(self) -> float:
+        """How near two losses must be: a mean over tokens, in which rounding evens out."""
+        return min(self.close, CLOSE_LOSS)
 
 
 @dataclass(frozen=True)

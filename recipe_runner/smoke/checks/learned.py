@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +20,7 @@ from recipe_runner.smoke.shrink import SPLITTING
 from recipe_runner.smoke.watch import split_documents
 
 Document = tuple[list[int], list[int]]  # tokens and labels
+IN_A_ROW = 4  # held-out rows that follow each other: not by chance
 MOST_ROWS = 200  # prepared rows that are looked at
 MIXED = 0.5  # share of what a document would see of another, above which it does; rounding gives some
 APART = 10  # times what two numbers may differ: of the logits of a document in a packed row, each by itself
@@ -63,6 +65,10 @@ def _check_held_out(done: Done, taken: int) -> Found:
     expected = taken if section.fraction else done.small.rows["eval"]
     if not any(source.limit for source in section.eval) and counted.rows_read != expected:
         yield f"{counted.rows_read} rows were read to evaluate on, not {expected}"
+    places = np.sort(evaluation.order[:, 1]) if section.fraction and len(section.train) == 1 else np.empty(0)
+    if len(places) >= IN_A_ROW and (np.diff(places) == 1).all():
+        told = f"rows {places[0] + 1} to {places[-1] + 1} of the data"
+        yield f"the rows that are held out are not drawn at random: {told}"
     trained, held = _read_rows(done.seen.trainer.train_dataset), _read_rows(done.seen.trainer.eval_dataset)
     if len(held) != (counted.packed_rows or counted.rows_kept):
         yield f"{len(held)} rows are evaluated, not {counted.packed_rows or counted.rows_kept}"
@@ -256,7 +262,7 @@ def check_loss(done: Done) -> Found:
             continue
         if not begins_at_base and _has_dropout(done):
             continue
-        allowed, wanted = done.close * max(abs(batch.own_loss), 1e-3) + added, batch.own_loss + penalty
+        allowed, wanted = done.close_loss * max(abs(batch.own_loss), 1e-3) + added, batch.own_loss + penalty
         if abs(batch.loss - wanted) > allowed:
             yield f"the loss of the first step is {batch.loss:.4f}, and {wanted:.4f} by the definition"
             return

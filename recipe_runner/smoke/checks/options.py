@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from recipe_runner.smoke.checks.done import Done, Found, is_of_base, list_names
 
+RISE = 1.001  # times the learning rate that a recipe says: no schedule goes above it
 # Keys that the runner reads itself, or that have a check of their own.
 OWN_CHECK = ("chat_template_path", "peft_optimizer", "report_to", "gradient_accumulation_steps", "save_total_limit")
 
@@ -80,6 +81,9 @@ def _check_peft(done: Done) -> Found:
         if kinds != {wanted}:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
             yield f"peft.non_linearity is {done.recipe.peft['non_linearity']}, and the adapters have {names or 'none'}"
+    if method == "adalora" and config.total_step != done.small.recipe.training["max_steps"]:
+        steps = done.small.recipe.training["max_steps"]
+        yield f"AdaLoRA plans its ranks for {config.total_step} steps, and {steps} are taken"
     if method == "lora":
         yield from _check_lora(done)
 
@@ -231,6 +235,9 @@ def check_schedule(done: Done) -> Found:
     ratio = (done.recipe.training["peft_optimizer"] or {}).get("name")
     for step, found in enumerate(done.seen.rates, 1):
         wanted = dummy.param_groups[0]["lr"]
+        if max(found) > rate * RISE and not ratio:
+            yield f"the learning rate of step {step} is {max(found):.3g}: training.learning_rate is {rate:g}"
+            break
         if not ratio and any(not math.isclose(of, wanted, rel_tol=1e-6, abs_tol=1e-12) for of in found):
             given = f"{rate:g} with {kind} and {warmup} steps of warm-up gives {wanted:.3g}"
             yield f"the learning rate of step {step} is {found[0]:.3g}: {given}"

@@ -21,7 +21,7 @@ def check_evaluated(done: Done) -> Found:
     if done.recipe.dataset.has_eval and not any(math.isfinite(loss) for loss in done.seen.evaluated):
         yield f"no evaluation gave a finite loss: {done.seen.evaluated}"
     for found, own in zip(done.seen.evaluated, done.seen.own_evaluated, strict=False):
-        if own is not None and abs(found - own) > done.close * max(abs(own), 1e-3):
+        if own is not None and abs(found - own) > done.close_loss * max(abs(own), 1e-3):
             yield f"the loss of an evaluation is {found:.4f}, and {own:.4f} by the definition"
             return
 
@@ -57,6 +57,10 @@ def check_saved(done: Done) -> Found:
         kept, wanted = getattr(tokenizer, key), getattr(used, key)
         if kept != wanted:
             yield f"the saved tokenizer has the {key} {kept}, and the one in training {wanted}"
+    own = AutoTokenizer.from_pretrained(done.small.stand_in.folder)
+    for key in ("model_max_length", "padding_side", "truncation_side"):
+        if getattr(tokenizer, key) != getattr(own, key):
+            yield f"the saved tokenizer has the {key} {getattr(tokenizer, key)}, and the model's {getattr(own, key)}"
     if len(tokenizer) != len(used):
         yield f"the saved tokenizer has {len(tokenizer):,} tokens, and the one in training {len(used):,}"
     if (config := read_object(result / "config.json")) and config.get("use_cache") is False:
@@ -108,5 +112,6 @@ def check_resumed(done: Done) -> Found:
         yield f"the learning rate of step {last} is {rates[0]:.3g} when resumed, not {rates[1]:.3g}"
     saved = read_tensors(done.again.folder / result_name(bool(done.recipe.peft)))
     apart = [name for name, tensor in done.first.items() if not is_near(saved.get(name), tensor, done.close)]
+    apart += [name for name, tensor in done.first.items() if name in saved and saved[name].dtype != tensor.dtype]
     if set(saved) != set(done.first) or apart:
         yield f"{len(apart)} tensors differ when the run is resumed: {list_names(apart)}"
