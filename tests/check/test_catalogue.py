@@ -93,8 +93,11 @@ def test_the_catalogue_is_not_stale():
     ("options", "found"),
     [
         ({"words": ["gsm8k"]}, set()),
-        ({"words": ["mathematics"]}, {"qwen25_05b_math_partial", "qwen3_06b_math_partial"}),
-        ({"words": ["mathmatics"]}, {"qwen25_05b_math_partial", "qwen3_06b_math_partial"}),
+        (
+            {"words": ["mathematics"]},
+            {"qwen25_05b_math_partial", "qwen3_06b_math_partial", "qwen3_17b_reasoning_qlora"},
+        ),
+        ({"words": ["mathmatics"]}, {"qwen25_05b_math_partial", "qwen3_06b_math_partial", "qwen3_17b_reasoning_qlora"}),
         ({"words": ["law"]}, {"mistral_7b_law_qlora"}),
         ({"words": [], "task": "preference", "most": 2_000_000_000}, {"llama32_1b_dpo_lora", "smollm2_replies_dpo"}),
         ({"words": [], "method": "dora"}, {"llama32_3b_instruct_dora"}),

