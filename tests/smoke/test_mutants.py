@@ -844,6 +844,11 @@ def test_the_documentation_lists_them():
     assert listed == {*RUNNER, *BROKEN_RECIPES, "weight decay lost"}
 
 
+def test_held_out_rows_are_cut_where_training_rows_are_split(smoke, edit):
+    training = {"packing_strategy": "bfd_split", "eval_packing": False}
+    assert smoke(edit(LLAMA, training=training)) == {}
+
+
 @pytest.mark.parametrize("name", [TICKETS, DPO, TEXT, CHAT])
 def test_an_unbroken_runner_passes(smoke, edit, name):
     assert smoke(edit(name)) == {}

@@ -11,6 +11,7 @@ from recipe_runner.recipe.schema import is_name
 WARNINGS = {
     "ignored-key",
     "random-adapter",
+    "wrapped-packing",
     "never-evaluated",
     "context-length",
     "unusual-learning-rate",
@@ -37,6 +38,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "best-metric", training.best_metric(recipe.stage, trained)
     yield "warmup-length", training.warmup_length(trained, trained["max_steps"])
     yield "least-rate", training.least_rate(trained)
+    yield "wrapped-packing", training.wrapped_packing(trained, dataset)
     yield "never-evaluated", training.never_evaluated(trained, trained["max_steps"])
     yield "packing-without-length", training.packing_without_length(trained)
     yield "synced-reference", training.synced_reference(trained, peft)

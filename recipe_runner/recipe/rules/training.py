@@ -93,6 +93,13 @@ def best_metric(stage: Stage, training: UpstreamSection) -> Found:
         yield ("training", "greater_is_better"), found, f"remove the key, or set it to {str(not greater).lower()}"
 
 
+def wrapped_packing(training: UpstreamSection, dataset: DatasetSection) -> Found:
+    """TRL's `wrapped` makes one text of all rows: right for raw text only. Source: trl/data_utils.py 1.16.0."""
+    if training["packing"] and training["packing_strategy"] == "wrapped" and dataset.format != "text":
+        found = "rows are cut anywhere, and each sees the ones before it: it is meant for raw text"
+        yield ("training", "packing_strategy"), found, "use bfd, or bfd_split to lose no token"
+
+
 def least_rate(training: UpstreamSection) -> Found:
     """What a schedule falls to is no more than what it begins with. `min_lr_rate` is a share of the learning rate."""
     options, rate = training["lr_scheduler_kwargs"] or {}, training["learning_rate"]

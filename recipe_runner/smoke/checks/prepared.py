@@ -36,7 +36,20 @@ def check_prepared(done: Done) -> Found:
     for of in done.small.wanted:
         wanted[of.split] += [row for raw in of.rows if (row := work_out_sequences(raw, section.train_on, tokenizer))]
     if section.fraction is not None:  # which rows are held out is the seed's business
-        found = [row for table in tables.values() for row in read_sequences(table, shape)]
+        held = list(read_sequences(trainer.eval_dataset, shape))
+        if _splits(done, "train") and not _splits(done, "eval"):  # what is held out is cut, the rest is split
+            limit, waiting = done.recipe.training["max_length"], Counter(held)
+            rest = []
+            for row in wanted["train"]:
+                cut = tuple(part[:limit] for part in row)
+                if waiting[cut]:
+                    waiting[cut] -= 1
+                else:
+                    rest.append(row)
+            if strange := sum(waiting.values()):
+                yield f"{strange} rows that are held out are none of the data's"
+            held, wanted["train"] = [], rest
+        found = [*read_sequences(trainer.train_dataset, shape), *held]
         yield from _compare(done, found, wanted["train"], "data", _splits(done, "train"))
     else:
         for split, table in tables.items():
