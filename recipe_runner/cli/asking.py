@@ -12,9 +12,9 @@ from recipe_runner.files import write_new
 from recipe_runner.methods import WAYS
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Mark
+from recipe_runner.recipe.local import is_file_source, is_saved, list_files
 from recipe_runner.recipe.new import compose, copy_shipped, find_columns, guess_format, stage_for
 from recipe_runner.recipe.resolve import examine_recipe
-from recipe_runner.recipe.rules.data import is_file_source
 from recipe_runner.recipe.schema import is_name
 from recipe_runner.stages import FORMATS
 
@@ -67,7 +67,7 @@ def write_recipe(
             click.echo(f"warning: {told}; `recipe-run prepare {file}` says why", err=True)
         columns = _choose_columns(form, data, look, dict(_pair(pair) for pair in given))
         model, data = (_seen_from(file.parent, name) for name in (model, data))
-        text = compose(file.stem, model, form, way, data, columns, look.rows if look else None)
+        text = compose(file.stem, model, form, way, data, columns, look)
     write_new(file, text)
     recipe, problems = examine_recipe(file)
     if recipe is None:
@@ -97,7 +97,11 @@ def _seen_from(folder: Path, name: str) -> str:
 def _look(folder: Path, data: str) -> Look | None:
     """What is in local data; None for the hub's."""
     seen = _seen_from(folder, data)
-    return look_at(folder / os.path.expanduser(seen)) if is_file_source(seen) else None
+    if not is_file_source(seen):
+        return None
+    name = str(folder / os.path.expanduser(seen)) + "/" * seen.endswith("/")
+    files = [] if is_saved(Path(name)) else list_files(name)
+    return look_at(files) if files else None
 
 
 def _choose_columns(form: str, data: str, look: Look | None, given: dict[str, Any]) -> dict[str, str]:

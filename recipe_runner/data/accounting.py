@@ -38,6 +38,7 @@ class Accounting:
             `left`: the share of padding as the recipe makes batches.
         sources: Name, rows and tokens of each source of a mixture.
         unused: Source -> its columns that no role takes.
+        guessed: Source -> what was guessed of how it is written.
         packed_rows: Rows after packing; 0 without.
         noted: What was found in rows, or done with them -> number of rows.
         parts: What rows are made of (turns of a role, calls, declared tools, thinking) -> rows that have it.
@@ -66,6 +67,7 @@ class Accounting:
     batches: dict[str, float] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
     unused: dict[str, list[str]] = field(default_factory=dict)
+    guessed: dict[str, str] = field(default_factory=dict)
     packed_rows: int = 0
     noted: dict[str, int] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)
@@ -109,6 +111,10 @@ class Accounting:
     def describe_noted(self) -> str:
         """What was found in rows, or done with them, in a line."""
         return "; ".join(f"{rows:,} rows {what}" for what, rows in self.noted.items())
+
+    def describe_guessed(self) -> str:
+        """How files are read that say nothing of it, in a line."""
+        return "; ".join(f"{name}: {told} (guessed)" for name, told in self.guessed.items())
 
     def describe_unused(self) -> str:
         """Columns that are not used, in a line."""

@@ -57,6 +57,7 @@ def _table(account: Accounting, facts: Facts | None) -> Iterator[str]:
         "sources": account.describe_sources(),
         "noted": account.describe_noted(),
         "not used": account.describe_unused(),
+        "read as": account.describe_guessed(),
         "steps": facts.steps if facts else "",
         "template": facts.template if facts else "",
     }

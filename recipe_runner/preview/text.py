@@ -120,6 +120,7 @@ def describe(split: str, account: Accounting) -> Iterator[str]:
         "sources": account.describe_sources(),
         "noted": account.describe_noted(),
         "not used": account.describe_unused(),
+        "read as": account.describe_guessed(),
     }
     yield words.write_facts(facts)
     if account.histogram:

@@ -15,9 +15,9 @@ from recipe_runner.recipe import rules, schema, validate
 from recipe_runner.recipe.chain import chain, check_handover
 from recipe_runner.recipe.document import Document, parse_document, paths_below, read_document
 from recipe_runner.recipe.library import SUFFIXES, find_recipe, find_shipped
+from recipe_runner.recipe.local import is_file_source, looks_local
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import locate_adapter
-from recipe_runner.recipe.rules.data import is_file_source, looks_local
 from recipe_runner.stages import PIPELINE
 
 MAX_BASES = 50  # that extend each other: more is a mistake of a script
@@ -310,8 +310,8 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
             model["adapter"] = str(locate_adapter(local))
     for path, source in _source_values(values["dataset"]):
         local = absolute((*path, "source"), source["source"])
-        if is_file_source(source["source"]) or local.exists():
-            source["source"] = str(local)
+        if is_file_source(source["source"]) or (local.exists() and not source["source"].startswith("hf://")):
+            source["source"] = str(local) + "/" * source["source"].endswith("/")
     if isinstance(training.get("chat_template_path"), str):
         local = absolute(("training", "chat_template_path"), training["chat_template_path"])
         training["chat_template_path"] = str(

@@ -78,6 +78,9 @@ class SourceSection:
     revision: str | None = None
     columns: Mapping[str, str | None] = field(default_factory=dict)
     sample_by: str | None = None
+    field: str | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
     limit: int | None = None
     weight: float | None = None
 

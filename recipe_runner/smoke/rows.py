@@ -6,7 +6,7 @@ What is expected of a row is worked out here from the raw row, apart from the co
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from recipe_runner.data.sources import choose_columns
 from recipe_runner.data.turns import CALLS, SHAREGPT_ROLES, THOUGHTS
 from recipe_runner.files import read_text, write_text
 from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.recipe.local import BUILDERS, is_file_source, is_saved, list_files, suffix_of
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.recipe.rules.data import BUILDERS, is_file_source
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS
 
@@ -53,8 +53,8 @@ def find_rows(recipe: Recipe, source: SourceSection, number: int) -> Rows:
     Raises:
         UserError: A file can't be read.
     """
-    if is_file_source(source.source) and Path(source.source).is_file():
-        return Rows(read_file(Path(source.source), source), Path(source.source).name)
+    if is_local(source):
+        return Rows(read_files(source), Path(source.source).name)
     if sample := find_sample(recipe, source.source):
         rows = read_file(sample, source)
         _check_layout(sample, rows, recipe.dataset, source)
@@ -67,7 +67,7 @@ def lengthen(source: SourceSection, form: str, rows: Rows, least: int) -> Rows:
 
     A file of the recipe's own is as it is.
     """
-    if is_file_source(source.source) and Path(source.source).is_file():
+    if is_local(source):
         return rows
     last = dict(rows.entries[-1])
     for role in ("text", "output", "completion", "messages", "chosen", "rejected"):
@@ -94,23 +94,42 @@ def find_sample(recipe: Recipe, source: str) -> Path | None:
     return Path(name) if name else None
 
 
+def is_local(source: SourceSection) -> bool:
+    """Whether a source is data of the recipe's own, which is here."""
+    return is_file_source(source.source) and any(file.is_file() for file in list_files(source.source))
+
+
+def read_files(source: SourceSection) -> list[dict[str, Any]]:
+    """The first rows of local data.
+
+    Raises:
+        UserError: It can't be read, or has no rows.
+    """
+    if is_saved(Path(source.source)):
+        from recipe_runner.data.sources import load_saved
+
+        return [dict(row) for row in itertools.islice(load_saved(source), MOST)]
+    return [row for file in list_files(source.source) for row in read_file(file, source)][:MOST]
+
+
 def read_file(file: Path, source: SourceSection) -> list[dict[str, Any]]:
-    """The first rows of a JSON, JSON-lines, CSV, Parquet or text file.
+    """The first rows of a JSON, JSON-lines, CSV, Parquet, Arrow or text file.
 
     Raises:
         UserError: It can't be read, or has no rows.
     """
     try:
-        if file.suffix == ".parquet":
+        if suffix_of(file.name) in (".parquet", ".arrow"):
             from datasets import load_dataset
 
-            loaded = load_dataset(BUILDERS[file.suffix], data_files=str(file), split=f"train[:{MOST}]")
+            loaded = load_dataset(BUILDERS[suffix_of(file.name)], data_files=str(file), split=f"train[:{MOST}]")
             rows = [dict(row) for row in loaded]
         elif source.sample_by == "paragraph":
             rows = [{"text": part} for part in re.split(r"\n\s*\n", read_text(file)) if part.strip()][:MOST]
         else:
-            rows = list(itertools.islice(iterate_rows(file), MOST))
-    except (OSError, ValueError, KeyError) as error:
+            options = source.field, source.delimiter, source.encoding
+            rows = list(itertools.islice(iterate_rows(file, *options), MOST))
+    except (OSError, ValueError, LookupError, EOFError) as error:
         raise user_error("unreadable-data", f"{file}: {first_line(error)}", path=SAMPLE) from error
     if not rows:
         raise user_error("empty-dataset", f"{file} has no rows", path=SAMPLE)
@@ -169,18 +188,6 @@ def make_row(dataset: DatasetSection, source: SourceSection, number: int) -> dic
 def write_rows(rows: Rows, file: Path) -> None:
     """Writes rows as JSON lines."""
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.entries))
-
-
-def texts_of(value: Any) -> Iterator[str]:
-    """All texts in a row."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from texts_of(entry)
-    elif isinstance(value, Sequence):
-        for entry in value:
-            yield from texts_of(entry)
 
 
 @dataclass(frozen=True)

@@ -259,10 +259,8 @@ def test_a_column_is_left_out_by_null(load):
             b'{"instruction": "q", "output": "a"}\n{"instruction": "caf\xe9", "output": "a"}\n',
             "line 2: byte 0xe9",
         ),
-        ("a.csv", b"instruction,output\nq,a\ncaf\xe9,a\n", "line 3: byte 0xe9 is not UTF-8 (Latin-1 or cp1252?)"),
         ("a.txt", b"caf\xe9\n", "line 1: byte 0xe9 is not UTF-8"),
         ("a.jsonl", '{"instruction": "q", "output": "a"}\n'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
-        ("a.csv", "instruction,output\nq,a\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
     ],
 )
 def test_files_that_are_no_text_in_utf_8_are_one_clear_line(load, tmp_path, file, data, said):
@@ -364,10 +362,8 @@ def test_keys_of_turns_that_nothing_reads_are_listed(write_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", "instruction;output\nx;y\n", "its columns are between semicolons, and are read between commas"),
-        ("a.csv", "instruction\toutput\nx\ty\n", "its columns are between tabs, and are read between commas"),
-        ("a.json", '{"data": [{"instruction": "x", "output": "y"}]}', "its rows are the list 'data'; make that list"),
-        ("a.json", '{"v": 1, "rows": [{"instruction": "x"}]}', "its rows are the list 'rows'; make that list the file"),
+        ("a.json", '{"data": [{"instruction": "x", "output": "y"}]}', "its rows are the list 'data'; set field: data"),
+        ("a.json", '{"v": 1, "rows": [{"instruction": "x"}]}', "its rows are the list 'rows'; set field: rows"),
         (
             "a.jsonl",
             '{"question": "x", "reply": "y"}\n' * 3,
@@ -389,10 +385,9 @@ def test_files_of_another_layout_are_told_from_missing_columns(write_recipe, tmp
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("a.tsv", "a.tsv: columns between tabs are not read; save it as .csv, with commas"),
-        ("a.jsonl.gz", "a.jsonl.gz is compressed; unpack it (gunzip), and name what is inside"),
-        ("data", "data is a folder, not a file; name a file in it: "),
-        ("./data", "data is a folder, not a file; name a file in it: "),
+        ("a.jsonl.xz", "a.jsonl.xz is compressed; unpack it (unxz), and name what is inside"),
+        ("data", "data is a folder, not a file; name a file in it ("),
+        ("./data", "data is a folder, not a file; name a file in it ("),
         ("A.JSONL", "A.JSONL has the suffix '.JSONL'; rename it to A.jsonl; "),
     ],
 )
