@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from recipe_runner.data import sources
 from recipe_runner.data.accounting import Tally
 from recipe_runner.data.checks import (
     CHECKED_ROWS,
@@ -30,6 +32,7 @@ from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.stages import Stage
 from recipe_runner.workers import work_in_order
 
+MEASURED = 200  # rows of a source that say how long its rows are
 CHUNK = 1_000  # rows prepared at once: what bounds the memory
 CHUNK_SECONDS, ROW_SECONDS = 60, 10  # a chunk that takes longer is looked at row by row: templates may be endless
 FOLDS = {"merge_system": "a system turn", "merge_turns": "two turns of one role after each other"}
@@ -38,6 +41,32 @@ FOLDS = {"merge_system": "a system turn", "merge_turns": "two turns of one role 
 def shape_of(stage: Stage) -> Any:
     """The module of the shape that a stage's rows have: see `shapes`."""
     return importlib.import_module(f"recipe_runner.data.shapes.{stage.shape}")
+
+
+def order_rows(job: Job) -> dict[str, np.ndarray]:
+    """Which rows are trained on and which are held out, in which order: see `sources.order_rows`.
+
+    Raises:
+        UserError: A source is too small to be split, or its first rows can't be used.
+    """
+    section, lengths = job.dataset, []
+    if section.weight_by == "tokens":
+        lengths = [_measure(job, number) for number in range(len(section.train))]
+    return sources.order_rows(section, job.sources, job.seed, lengths)
+
+
+def _measure(job: Job, number: int) -> float:
+    """Mean tokens of some rows of a source, by the seed, as they reach the model."""
+    count = len(job.sources[number].rows)
+    places = np.random.default_rng(job.seed).permutation(count)[:MEASURED]
+    rows = read_rows(job, np.stack([np.full(len(places), number), places], axis=1))
+    usable = [row for row in rows if not row.pop("dropped")]
+    if not usable:
+        raise nothing_left("train", {f"rows of {job.sources[number].name}": len(rows)})
+    shape = shape_of(job.stage)
+    table = shape.tokenize(job, usable)
+    lengths = np.sum([pc.list_value_length(table[name]).to_numpy() for name in shape.FIRST], axis=0)
+    return float(np.minimum(lengths, job.limit).mean() if job.limit and job.cuts("train") else lengths.mean())
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import glob
 import itertools
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,11 +295,19 @@ def _turn_keys(rows: Dataset, column: str) -> list[str]:
     return list(dict.fromkeys(key for cell in cells for turn in cell if isinstance(turn, dict) for key in turn))
 
 
-def order_rows(dataset: DatasetSection, sources: list[Source], seed: int) -> dict[str, np.ndarray]:
+def order_rows(
+    dataset: DatasetSection, sources: list[Source], seed: int, lengths: Sequence[float] = ()
+) -> dict[str, np.ndarray]:
     """Which rows are trained on and which are held out, in which order, by the recipe's seed.
 
     Only numbers are shuffled, split and mixed here (by `datasets`' own functions), so that the first rows are known
     without reading all.
+
+    Args:
+        dataset: For weights, epochs and what is held out.
+        sources: Opened, those of the training data first.
+        seed: Of shuffles and splits.
+        lengths: Mean tokens of a row of each training source, where weights are shares of tokens.
 
     Returns:
         `train` and, when the recipe evaluates, `eval`: arrays `(rows, 2)` of source and row in it.
@@ -325,12 +334,23 @@ def order_rows(dataset: DatasetSection, sources: list[Source], seed: int) -> dic
         train, evaluation = [part["train"] for part in parts], [part["test"] for part in parts]
     weights = [source.weight for source in dataset.train if source.weight is not None]
     if len(train) > 1 and weights:
+        weights = [weight / length for weight, length in zip(weights, lengths or [1.0] * len(weights), strict=True)]
         shares = [weight / sum(weights) for weight in weights]
         mixed = interleave_datasets(train, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
     else:
-        mixed = concatenate_datasets(train)
+        taken = zip(train, dataset.train, strict=True)
+        mixed = concatenate_datasets([_repeat(rows, source.epochs, seed) for rows, source in taken])
     orders = {"train": mixed} | ({"eval": concatenate_datasets(evaluation)} if evaluation else {})
     return {split: _as_array(rows) for split, rows in orders.items()}
+
+
+def _repeat(rows: Dataset, epochs: float | None, seed: int) -> Dataset:
+    """Rows as often as a source says: `2.5` is twice all, and half of them once more."""
+    if epochs is None:
+        return rows
+    whole, rest = divmod(epochs, 1)
+    more = rows.shuffle(seed=seed).select(range(round(rest * len(rows))))
+    return concatenate_datasets([*[rows] * int(whole), more])
 
 
 def _as_array(rows: Dataset) -> np.ndarray:

@@ -29,8 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.accounting import Accounting, Tally, simulate_batches
 from recipe_runner.data.job import Job
-from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
-from recipe_runner.data.sources import order_rows
+from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks, shape_of
 from recipe_runner.data.tables import NUMBERS
 from recipe_runner.files import FULL, disk_full, hash_file, write_json
 from recipe_runner.recipe.local import is_file_source, list_files
@@ -157,7 +156,7 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
-        orders = order_rows(job.dataset, job.sources, job.seed)
+        orders = order_rows(job)
         tallies = {split: _write_split(partial, split, order, job) for split, order in orders.items()}
         unused = {source.name: list(source.unused) for source in job.sources if source.unused}
         guessed = {source.name: source.guessed for source in job.sources if source.guessed}

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from recipe_runner.data import checks, sources, store
+from recipe_runner.data import checks, store
 from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.formats import turns_of
 from recipe_runner.data.job import Job, read_rows
-from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
+from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks, shape_of
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.data.turns import Turns
 from recipe_runner.model import hub
@@ -121,7 +121,7 @@ def open_preview(recipe: Recipe, processes: int) -> Opened:
     precision = choose_precision(recipe.training, recipe.model.dtype, bool(recipe.peft), launcher="no")
     config = build_config(recipe.stage, accumulate(recipe, processes), recipe.model, recipe.run.seed, precision)
     job, _ = open_job(recipe, config)
-    return Opened(job, recipe.model, processes, sources.order_rows(job.dataset, job.sources, job.seed))
+    return Opened(job, recipe.model, processes, order_rows(job))
 
 
 def take_rows(opened: Opened, number: int) -> list[Row]:

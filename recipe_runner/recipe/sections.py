@@ -83,6 +83,7 @@ class SourceSection:
     encoding: str | None = None
     limit: int | None = None
     weight: float | None = None
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class DatasetSection:
     merge_system: bool = False
     merge_turns: bool = False
     thinking: str = "keep"
+    weight_by: str = "rows"
     template: str | Mapping[str, str] | None = None
 
     @property

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.checks import find_problems
 from recipe_runner.data.job import Job, Replaced
+from recipe_runner.data.prepare import order_rows
 from recipe_runner.data.prompts import Orders, Prompt, choose_golden, choose_prompts, find_split_prompts, pose
-from recipe_runner.data.sources import open_sources, order_rows
+from recipe_runner.data.sources import open_sources
 from recipe_runner.data.store import PreparedData, PreparedSplit, hash_tokenizer, prepare_data
 from recipe_runner.files import hash_file, hash_weights
 from recipe_runner.launch import processes
@@ -123,7 +124,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     steps = count_steps(config, len(data.splits["train"].dataset), config.world_size)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe, steps)
-    orders = order_rows(job.dataset, job.sources, job.seed)
+    orders = order_rows(job)
     problems += compare_prompts(job, orders)
     raise_errors(problems)
     if isinstance(peft_config, AdaLoraConfig) and not adapter:

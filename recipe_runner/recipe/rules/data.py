@@ -41,6 +41,20 @@ def mixture_weights(dataset: DatasetSection) -> Found:
             yield source.path, "other sources of the mixture have a weight, this one has none", "add 'weight:'"
 
 
+def mixture_epochs(dataset: DatasetSection) -> Found:
+    """Epochs are a way to mix training data, weights are another."""
+    weighted = any(source.weight is not None for source in dataset.train)
+    for source in dataset.sources:
+        if source.epochs is None:
+            continue
+        if source not in dataset.train:
+            yield (*source.path, "epochs"), "evaluation data is taken once", "remove the key"
+        elif weighted:
+            yield (*source.path, "epochs"), "a mixture has weights, or epochs of its sources", "remove one of them"
+    if dataset.weight_by != "rows" and not weighted:
+        yield ("dataset", "weight_by"), "no source has a weight", "add 'weight:' to each source, or remove the key"
+
+
 def source_files(dataset: DatasetSection) -> Found:
     """Local files exist; anything else must look like a hub id, or a file on the hub."""
     for source in dataset.sources:
