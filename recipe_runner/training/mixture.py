@@ -83,7 +83,7 @@ class SourceLosses(TrainerCallback):
         return torch.zeros(2, len(self.names), dtype=torch.float64)
 
     def add(self, mode: str, sources: torch.Tensor, outputs: Any) -> None:
-        """Adds the losses of a batch, `(batch, sequence - 1)` and perhaps virtual tokens before, by its tokens' sources."""
+        """Adds the losses of a batch, `(batch, sequence - 1)` and perhaps virtual tokens before, by source."""
         places = sources[:, 1:]
         losses, learned = (of[:, -places.shape[1] :] for of in (-outputs.log_probs.detach(), outputs.label_mask))
         known = learned.bool() & (places != NONE)
