@@ -1,7 +1,10 @@
 """What is seen of a run while it trains: batches, losses, gradients, rates; and the weights before the first step."""
 
+import contextlib
 import copy
 import hashlib
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from recipe_runner.model.scores import score_sequences
 
 BATCHES = 2  # of the first step that are kept
 ROW = 64  # tokens of a row that an adapter is tried on
+OF_ROWS = ("input_ids", "labels", "attention_mask", "position_ids")  # inputs with an entry a row
 EVALUATED = 64  # rows at most, of an evaluation that is worked out again
 
 
@@ -128,8 +132,7 @@ class Watcher(TrainerCallback):
             number = None if items is None else float(items)
             batch = Batch(inputs, number, float(loss.detach()))
             batch.own_loss = compute_own_loss(self.seen.trainer, model, batch)
-            batch.mixing = measure_mixing(self.seen.trainer, model, batch)
-            batch.apart = measure_apart(self.seen.trainer, model, batch)
+            batch.mixing, batch.apart = measure_packed(self.seen.trainer, model, inputs)
             if not self.seen.batches:
                 batch.moved = measure_moved(self.seen.trainer, model, inputs)
             self.seen.batches.append(batch)
@@ -201,6 +204,26 @@ def split_documents(inputs: dict[str, Any]) -> list[tuple[list[int], list[int]]]
     return documents
 
 
+@contextlib.contextmanager
+def _evaluating(trainer: Any, model: Any) -> Iterator[None]:
+    """Without dropout, gradients, and in the precision of training; the model is then as it was before."""
+    training, trained = model.training, {name: p.requires_grad for name, p in model.named_parameters()}
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.autocast_smart_context_manager():
+            yield
+    finally:
+        model.train(training)
+        for name, parameter in model.named_parameters():  # PEFT 0.21 trains all of an adapter that is switched on again
+            parameter.requires_grad_(trained[name])
+
+
+def compute_logits(model: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Logits of the first row's text, `(sequence, vocabulary)`, without those of virtual tokens before it."""
+    logits: torch.Tensor = model(input_ids=ids, **inputs, use_cache=False).logits[0, -ids.shape[1] :]
+    return logits.float()
+
+
 def compute_own_loss(trainer: Any, model: Any, batch: Batch) -> float | None:
     """The loss of a batch by the definition: the mean negative log-likelihood of learned tokens, each document alone.
 
@@ -211,13 +234,8 @@ def compute_own_loss(trainer: Any, model: Any, batch: Batch) -> float | None:
         return None
     if trainer.args.loss_type != "nll" or trainer.args.label_smoothing_factor or trainer.args.neftune_noise_alpha:
         return None
-    training = model.training
-    model.eval()
-    try:
-        with trainer.autocast_smart_context_manager():
-            scores = score_sequences(model, split_documents(batch.inputs))
-    finally:
-        model.train(training)
+    with _evaluating(trainer, model):
+        scores = score_sequences(model, split_documents(batch.inputs))
     return sum(score.loss for score in scores) / (batch.items or max(sum(score.tokens for score in scores), 1))
 
 
@@ -234,52 +252,36 @@ def compute_own_evaluation(trainer: Any, model: Any) -> float | None:
     return total / rows
 
 
-def measure_mixing(trainer: Any, model: Any, batch: Batch) -> float | None:
-    """How much the second document of a packed row sees of the first: 0 is nothing, 1 is all of it."""
-    inputs = batch.inputs
+def measure_packed(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple[float | None, float | None]:
+    """How the documents of a packed row differ from what each is alone.
+
+    Returns:
+        How much the second document sees of the first: 0 is nothing, 1 is all of it; None where no row packs two. And
+        the most that a logit of any document is from the one that it has alone, as a share of the largest; None where
+        none is packed.
+    """
     if "position_ids" not in inputs or "labels" not in inputs:
-        return None
-    (first, _), (second, _), *_ = [*split_documents(inputs), ([], []), ([], [])][:2]
-    if not first or not second or len(second) < 2:
-        return None
-    device, training = inputs["input_ids"].device, model.training
-    model.eval()
-    try:
-        with torch.no_grad(), trainer.autocast_smart_context_manager():
+        return None, None
+    first = {key: inputs[key][:1] for key in OF_ROWS if key in inputs}
+    documents = [ids for ids, _ in split_documents(first)]
+    device = inputs["input_ids"].device
 
-            def logits(ids: list[int]) -> torch.Tensor:
-                found: torch.Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
-                return found[-len(second) :].float()
+    def alone(ids: list[int]) -> torch.Tensor:
+        return compute_logits(model, torch.tensor([ids], device=device))
 
-            given = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
-            packed = model(**given, use_cache=False).logits[0, len(first) : len(first) + len(second)].float()
-            alone, mixed = logits(second), logits([*first, *second])
-    finally:
-        model.train(training)
-    return float((packed - alone).abs().mean() / (mixed - alone).abs().mean().clamp(min=1e-12))
-
-
-def measure_apart(trainer: Any, model: Any, batch: Batch) -> float | None:
-    """How far the logits of any document of a packed row are from those that it has alone."""
-    inputs = batch.inputs
-    if "position_ids" not in inputs or "labels" not in inputs or len(inputs["input_ids"]) > 1:
-        return None
-    documents = [ids for ids, _ in split_documents(inputs)]
-    device, training = inputs["input_ids"].device, model.training
-    model.eval()
-    try:
-        with torch.no_grad(), trainer.autocast_smart_context_manager():
-            given = {key: value for key, value in inputs.items() if key not in ("labels", "use_cache")}
-            packed = model(**given, use_cache=False).logits[0].float()
-            most, begin = 0.0, packed.shape[0] - sum(map(len, documents))  # virtual tokens come before
-            for ids in documents:
-                found: torch.Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
-                alone = found[-len(ids) :].float()
-                most = max(most, float((packed[begin : begin + len(ids)] - alone).abs().max()))
-                begin += len(ids)
-    finally:
-        model.train(training)
-    return most / max(float(packed.abs().max()), 1e-6)
+    with _evaluating(trainer, model):
+        given = {key: value for key, value in inputs.items() if key not in ("input_ids", "labels", "use_cache")}
+        packed = compute_logits(model, inputs["input_ids"], **given)
+        begins = [0, *itertools.accumulate(map(len, documents))]
+        apart = [
+            (packed[begin : begin + len(ids)] - alone(ids)).abs() for begin, ids in zip(begins, documents, strict=False)
+        ]
+        mixing = None
+        if len(documents) > 1 and len(documents[1]) > 1:
+            mixed = alone([*documents[0], *documents[1]])[len(documents[0]) :]
+            far = (mixed - alone(documents[1])).abs().mean().clamp(min=1e-12)
+            mixing = float(apart[1].mean() / far)
+    return mixing, max(float(of.max()) for of in apart) / max(float(packed.abs().max()), 1e-6)
 
 
 def measure_moved(trainer: Any, model: Any, inputs: dict[str, Any]) -> float | None:
@@ -287,16 +289,9 @@ def measure_moved(trainer: Any, model: Any, inputs: dict[str, Any]) -> float | N
     plain = trainer.accelerator.unwrap_model(model)
     if not isinstance(plain, PeftModel) or "input_ids" not in inputs or not can_switch_off(plain.active_peft_config):
         return None
-    ids, training = inputs["input_ids"][:1, :ROW], model.training
-    trained = {name: p.requires_grad for name, p in plain.named_parameters()}
-    model.eval()
-    try:
-        with torch.no_grad(), trainer.autocast_smart_context_manager():
-            adapted = plain(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] :].float()
-            with plain.disable_adapter():
-                base = plain(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] :].float()
-    finally:
-        model.train(training)
-        for name, p in plain.named_parameters():  # PEFT 0.21 trains all of an adapter that is switched on again
-            p.requires_grad_(trained[name])
+    ids = inputs["input_ids"][:1, :ROW]
+    with _evaluating(trainer, model):
+        adapted = compute_logits(plain, ids)
+        with plain.disable_adapter():
+            base = compute_logits(plain, ids)
     return float((adapted - base).abs().max()) / max(float(base.abs().max()), 1e-6)

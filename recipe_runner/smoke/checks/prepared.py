@@ -1,12 +1,13 @@
 """Checks of prepared rows: token by token what the recipe's raw rows give, by a few lines that are not the runner's."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from trl.chat_template_utils import get_training_chat_template
+from trl.data_utils import common_prefix_length
 
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.files import read_text
@@ -14,7 +15,6 @@ from recipe_runner.smoke.checks.done import Done, Found
 from recipe_runner.smoke.shrink import SPLITTING
 
 TEMPLATED = 10  # rows of a source that are rendered by two templates
-EMPTY_BLOCK = re.compile(r"<think>\s*</think>\s*")
 Sequences = tuple[tuple[int, ...], ...]  # of a row: tokens and labels, or a prompt and its answers
 COLUMNS = {
     "tokens": ("input_ids", "labels"),
@@ -25,75 +25,80 @@ COLUMNS = {
 
 def check_prepared(done: Done) -> Found:
     """Each prepared row is one of the data, and each row of the data is prepared; the same tokens, the same labels."""
-    section, shape = done.recipe.dataset, done.recipe.stage.shape
+    section, shape, trainer = done.recipe.dataset, done.recipe.stage.shape, done.seen.trainer
     if shape not in COLUMNS:
         return
-    tokenizer = done.seen.prepared.tokenizer
-    yield from _check_tokenizer(done)
-    trainer = done.seen.trainer
+    yield from _check_template(done)
     tables = {"train": trainer.train_dataset} | ({"eval": trainer.eval_dataset} if section.has_eval else {})
+    for split, table in tables.items():
+        if "seq_lengths" in table.column_names and not _packs(done, split):
+            yield f"rows of the {split} data are packed, and the recipe says that they are not"
+    found = {split: list(read_sequences(table, shape)) for split, table in tables.items()}
     wanted: dict[str, list[Sequences]] = {"train": [], "eval": []}
     for of in done.small.wanted:
-        wanted[of.split] += [row for raw in of.rows if (row := work_out_sequences(raw, section.train_on, tokenizer))]
-    if section.fraction is not None:  # which rows are held out is the seed's business
-        held = list(read_sequences(trainer.eval_dataset, shape))
-        if _splits(done, "train") and not _splits(done, "eval"):  # what is held out is cut, the rest is split
-            limit, waiting = done.recipe.training["max_length"], Counter(held)
-            rest = []
-            for row in wanted["train"]:
-                cut = tuple(part[:limit] for part in row)
-                if waiting[cut]:
-                    waiting[cut] -= 1
-                else:
-                    rest.append(row)
-            if strange := sum(waiting.values()):
-                yield f"{strange} rows that are held out are none of the data's"
-            held, wanted["train"] = [], rest
-        found = [*read_sequences(trainer.train_dataset, shape), *held]
-        yield from _compare(done, found, wanted["train"], "data", _splits(done, "train"))
-    else:
-        for split, table in tables.items():
-            rows = list(read_sequences(table, shape))
-            yield from _compare(done, rows, wanted[split], f"{split} data", _splits(done, split))
-    for split, table in tables.items():
-        packed = "seq_lengths" in table.column_names
-        training = done.recipe.training
-        asked = (
-            training["packing"] if split == "train" or training["eval_packing"] is None else training["eval_packing"]
-        )
-        if packed and not asked:
-            yield f"rows of the {split} data are packed, and the recipe says that they are not"
+        rows = (work_out_sequences(raw, section.train_on, done.seen.prepared.tokenizer) for raw in of.rows)
+        wanted[of.split] += [row for row in rows if row]
+    if section.fraction is None:
+        for split in tables:
+            yield from _compare(done, found[split], wanted[split], f"{split} data", _splits(done, split))
+    elif _splits(done, "train") and not _splits(done, "eval"):  # what is held out is cut, the rest is split
+        strange, rest = _take_out(found["eval"], wanted["train"], done.recipe.training["max_length"])
+        if strange:
+            yield f"{strange} rows that are held out are none of the data's"
+        yield from _compare(done, found["train"], rest, "data", True)
+    else:  # which rows are held out is the seed's business
+        yield from _compare(done, found["train"] + found["eval"], wanted["train"], "data", _splits(done, "train"))
 
 
-def _check_tokenizer(done: Done) -> Found:
-    """The chat template renders the text of the model's own, or of the recipe's file; the tokenizer ends as it should.
+def _check_template(done: Done) -> Found:
+    """The chat template renders what it should, and the tokenizer ends texts with the token that it should.
 
-    TRL's training versions of reasoning templates write an empty block of thinking before answers.
+    That is the text of the model's own template, of TRL's training version of it, or of the recipe's file.
     """
     used, own = done.seen.prepared.tokenizer, AutoTokenizer.from_pretrained(done.before or done.small.stand_in.folder)
-    training = done.recipe.training
+    training, replaced = done.recipe.training, done.seen.prepared.replaced
     ends = training["eos_token"] or own.eos_token
     if used.eos_token != ends:
         yield f"the tokenizer ends texts with {used.eos_token}, and not with {ends}"
     if file := training["chat_template_path"]:
         own.chat_template = read_text(Path(file))
-    replaced = done.seen.prepared.replaced
-    if replaced and replaced.known:  # TRL's training version, of which a warning says what it changes
-        return
+    if replaced and replaced.known:  # what it changes, a warning of the run says
+        own.chat_template = get_training_chat_template(own)
     for row in (row for of in done.small.wanted for row in of.rows[:TEMPLATED]):
         turns = row.get("messages") or [*row.get("prompt", ()), *row.get("completion", row.get("chosen", ()))]
         if not own.chat_template or not turns or isinstance(turns[0], str) or "text" in row:
             return
         wanted, found = (str(of.apply_chat_template(turns, tokenize=False)) for of in (own, used))
-        if EMPTY_BLOCK.sub("", wanted) != EMPTY_BLOCK.sub("", found):
+        if wanted != found:
             yield f"the chat template makes {found[:80]!r} of a row, and the model's own {wanted[:80]!r}"
             return
 
 
-def _splits(done: Done, split: str) -> bool:
+def _packs(done: Done, split: str) -> bool:
+    """Whether the recipe asks for packed rows. The training rows' answer holds for others where none is said."""
     training = done.recipe.training
-    packed = training["packing"] if split == "train" or training["eval_packing"] is None else training["eval_packing"]
-    return bool(packed) and training["packing_strategy"] in SPLITTING
+    asked = training["packing"] if split == "train" or training["eval_packing"] is None else training["eval_packing"]
+    return bool(asked)
+
+
+def _splits(done: Done, split: str) -> bool:
+    return _packs(done, split) and done.recipe.training["packing_strategy"] in SPLITTING
+
+
+def _take_out(held: Sequence[Sequences], rows: Sequence[Sequences], limit: int) -> tuple[int, list[Sequences]]:
+    """Takes the rows that are held out, which are cut at a limit, from all rows.
+
+    Returns:
+        How many that are held out are no rows of the data; and the rows that are left, whole.
+    """
+    waiting, rest = Counter(held), []
+    for row in rows:
+        cut = tuple(part[:limit] for part in row)
+        if waiting[cut]:
+            waiting[cut] -= 1
+        else:
+            rest.append(row)
+    return sum(waiting.values()), rest
 
 
 def _compare(done: Done, found: Sequence[Sequences], wanted: Sequence[Sequences], what: str, splits: bool) -> Found:
@@ -155,7 +160,7 @@ def work_out_sequences(row: Mapping[str, Any], train_on: str | None, tokenizer: 
         return _work_out_whole(row, train_on, tokenizer)
     asked = _encode(tokenizer, row["prompt"], True)
     wholes = [_encode(tokenizer, row["prompt"] + row[name], False) for name in answers]
-    begin = min(_count_same(asked, whole) for whole in wholes)
+    begin = min(common_prefix_length(asked, whole) for whole in wholes)
     if answers == ["completion"] and "label" not in row:
         labels = [IGNORED] * begin + wholes[0][begin:] if train_on != "all" else wholes[0]
         return tuple(wholes[0]), tuple(labels)
@@ -191,9 +196,3 @@ def _encode(tokenizer: Any, content: Any, asks: bool) -> list[int]:
         ends = asks or content.endswith(tokenizer.eos_token)
         return list(tokenizer(content if ends else content + tokenizer.eos_token)["input_ids"])
     return list(tokenizer.apply_chat_template(content, tokenize=True, add_generation_prompt=asks, return_dict=False))
-
-
-def _count_same(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
