@@ -68,6 +68,8 @@ class Seen:
         norms: Of the gradient of each step, after it was clipped.
         rates: Learning rates of each step, one a group of parameters.
         losses: As they were logged: step -> loss.
+        dropping: Whether layers were in training mode while held-out rows were evaluated.
+        resting: Whether layers were not in training mode while batches were learned.
         evaluated: Losses of evaluations.
         own_evaluated: The same worked out here; None where they can't be.
     """
@@ -86,6 +88,8 @@ class Seen:
     norms: list[float] = field(default_factory=list)
     rates: list[list[float]] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
+    dropping: bool = False
+    resting: bool = False
     evaluated: list[float] = field(default_factory=list)
     own_evaluated: list[float | None] = field(default_factory=list)
 
@@ -117,11 +121,19 @@ class Watcher(TrainerCallback):
                 self._note_batch(model, kept, items, found[0] if isinstance(found, tuple) else found)
             return found
 
-        trainer.compute_loss = watched
+        predict = trainer.prediction_step
+
+        def predicting(model: Any, *args: Any, **kwargs: Any) -> Any:
+            assert self.seen is not None
+            self.seen.dropping |= any(module.training for module in model.modules())
+            return predict(model, *args, **kwargs)
+
+        trainer.compute_loss, trainer.prediction_step = watched, predicting
         trainer.add_callback(self)
 
     def _note_batch(self, model: Any, inputs: dict[str, Any], items: Any, loss: torch.Tensor) -> None:
         assert self.seen is not None
+        self.seen.resting |= not all(module.training for module in model.modules())
         self.seen.counts[self.step] = self.seen.counts.get(self.step, 0) + 1
         if "labels" in inputs:
             learned = int((inputs["labels"][..., 1:] != IGNORED).sum())
@@ -207,13 +219,15 @@ def split_documents(inputs: dict[str, Any]) -> list[tuple[list[int], list[int]]]
 @contextlib.contextmanager
 def _evaluating(trainer: Any, model: Any) -> Iterator[None]:
     """Without dropout, gradients, and in the precision of training; the model is then as it was before."""
-    training, trained = model.training, {name: p.requires_grad for name, p in model.named_parameters()}
-    model.eval()
+    modes, trained = [m.training for m in model.modules()], {n: p.requires_grad for n, p in model.named_parameters()}
+    for module in model.modules():  # not by `eval`, which is the runner's to call
+        module.training = False
     try:
         with torch.no_grad(), trainer.autocast_smart_context_manager():
             yield
     finally:
-        model.train(training)
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
         for name, parameter in model.named_parameters():  # PEFT 0.21 trains all of an adapter that is switched on again
             parameter.requires_grad_(trained[name])
 

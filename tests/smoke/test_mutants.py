@@ -691,6 +691,63 @@ def save_a_short_tokenizer(monkeypatch):
     change_trainer(monkeypatch, change)
 
 
+def pack_no_training_rows(monkeypatch):
+    """What the recipe says of packing evaluation rows holds for the others, too."""
+    from recipe_runner.data.job import Job
+
+    monkeypatch.setattr(Job, "packing", lambda self, split: bool(self.config.eval_packing))
+
+
+def change_a_default(monkeypatch):
+    """An option that the recipe does not name is not upstream's."""
+    from recipe_runner.training import prepare
+
+    right = prepare.build_config
+
+    def build_config(stage, training, *args):
+        return right(stage, {"adam_beta2": 0.95} | training, *args)
+
+    monkeypatch.setattr(prepare, "build_config", build_config)
+
+
+def evaluate_with_dropout(monkeypatch):
+    def change(trainer):
+        trainer.model.eval = lambda: trainer.model
+
+    change_trainer(monkeypatch, change)
+
+
+def learn_without_dropout(monkeypatch):
+    def change(trainer):
+        trainer.model.train = lambda mode=True: torch.nn.Module.train(trainer.model, False)
+
+    change_trainer(monkeypatch, change)
+
+
+def save_a_short_answer(monkeypatch):
+    """Answers of the result are as long as its rows were, at most."""
+
+    def change(config):
+        config.max_length = 64
+
+    change_generation(monkeypatch, change)
+
+
+def save_a_short_context(monkeypatch):
+    """The saved config.json says that the model sees no more than a row had."""
+
+    def change(trainer):
+        save = trainer.model.save_pretrained
+
+        def short(*args, **kwargs):
+            trainer.model.config.max_position_embeddings = 64
+            save(*args, **kwargs)
+
+        trainer.model.save_pretrained = short
+
+    change_trainer(monkeypatch, change)
+
+
 TICKETS, CHAT, TEXT, DPO = "smollm2_tickets_lora", "phi3_chat_qlora", "phi3_text_qlora", "smollm2_replies_dpo"
 PARTIAL, ADALORA, FILING = "qwen25_05b_math_partial", "smollm2_360m_instruct_adalora", "smollm2_filing_lora"
 PIPELINE, SQL, STORIES = "smollm2_desk_pipeline", "qwen25_15b_sql_lora", "smollm2_135m_stories_full"
@@ -760,6 +817,12 @@ RUNNER = {
     "the last rows held out, not rows drawn at random": (SQL, hold_out_the_last, {"rows"}),
     "a tokenizer saved that cuts texts": (TICKETS, save_a_short_tokenizer, {"saved"}),
     "each stage of a pipeline begun with the base": (PIPELINE, begin_each_stage_with_the_base, {"base"}),
+    "training rows not packed": (LLAMA, pack_no_training_rows, {"prepared"}),
+    "another default than upstream's": (HANDBOOK, change_a_default, {"options"}),
+    "evaluation with dropout": (LLAMA, evaluate_with_dropout, {"evaluated"}),
+    "training without dropout": (TICKETS, learn_without_dropout, {"options"}),
+    "answers cut at the length of rows": (INTENTS, save_a_short_answer, {"saved"}),
+    "a context saved that is that of rows": (INTENTS, save_a_short_context, {"base"}),
 }
 
 

@@ -1,6 +1,7 @@
 """A run that is over, as the checks see it, and what several of them need."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,24 @@ def is_near(found: torch.Tensor | None, wanted: torch.Tensor, allowed: float) ->
         return False
     distance = (found.float() - wanted.float()).norm()
     return bool(distance <= allowed * max(float(wanted.float().norm()), 1e-6))
+
+
+def is_same(found: Any, said: Any) -> bool:
+    """Whether a value is the one that a recipe says, also where a library spells it otherwise."""
+    found = getattr(found, "value", found)
+    if all(value in (None, "") or (isinstance(value, Sized) and not len(value)) for value in (found, said)):
+        return True
+    if isinstance(found, Mapping) and isinstance(said, Mapping):
+        return all(is_same(found.get(key), value) for key, value in said.items())
+    if isinstance(found, list | tuple | set | frozenset) and isinstance(said, list | tuple):
+        return sorted(map(str, found)) == sorted(map(str, said))
+    if isinstance(found, list | tuple) and len(found) == 1:
+        found = found[0]
+    if isinstance(said, bool) or isinstance(found, bool):
+        return bool(found) == bool(said)
+    if isinstance(found, int | float) and isinstance(said, int | float):
+        return math.isclose(found, said, rel_tol=1e-9)
+    return str(found) == str(said)
 
 
 def count_experts(model: Any) -> int:

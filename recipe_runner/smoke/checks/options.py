@@ -1,7 +1,8 @@
 """Checks of the options: every key of the recipe has reached what it configures, optimizer and schedule included."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -11,11 +12,33 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, get_scheduler
 from transformers.activations import ACT2FN
 
-from recipe_runner.smoke.checks.done import Done, Found, is_of_base, list_names
+from recipe_runner.smoke.checks.done import Done, Found, is_of_base, is_same, list_names
 
 RISE = 1.001  # times the learning rate that a recipe says: no schedule goes above it
 # Keys that the runner reads itself, or that have a check of their own.
 OWN_CHECK = ("chat_template_path", "peft_optimizer", "report_to", "gradient_accumulation_steps", "save_total_limit")
+# Fields of TRL's configuration that the runner fills, from other sections of the recipe or from the machine.
+FILLED = (
+    *("output_dir", "run_name", "logging_dir", "seed", "data_seed", "model_init_kwargs", "trust_remote_code"),
+    *("bf16", "fp16", "tf32", "dataset_kwargs", "do_train", "do_eval", "gradient_checkpointing", "report_to"),
+    *("activation_checkpointing", "logging_nan_inf_filter", "accelerator_config", "dataloader_pin_memory"),
+    "pad_to_multiple_of",
+)
+# Fields of PEFT's configurations that name the base, or that PEFT fills.
+FILLED_BY_PEFT = (
+    *(
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "peft_type",
+        "peft_version",
+        "auto_mapping",
+        "inference_mode",
+    ),
+    *("target_modules", "modules_to_save", "exclude_modules", "init_lora_weights"),
+    *("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "encoder_hidden_size"),
+    *("total_step", "rank_pattern", "tokenizer_name_or_path", "tokenizer_kwargs"),
+)
 
 
 def check_options(done: Done) -> Found:
@@ -25,11 +48,13 @@ def check_options(done: Done) -> Found:
         if key in OWN_CHECK:
             continue
         found = getattr(config, key, None)
-        if not _same(found, value):
+        if not is_same(found, value):
             yield f"training.{key} is {value!r}, and the trainer has {found!r}"
+    for key, found, default in _find_changed(config, small.training.said, small.training.defaults, FILLED):
+        yield f"the recipe does not say training.{key}: it is {default!r} then, and the trainer has {found!r}"
     for key in ("beta", "loss_type"):  # what TRL's trainers keep apart from their configuration
         held = getattr(done.seen.trainer, {"loss_type": "loss_types"}.get(key, key), None)
-        if held is not None and not _same(held, getattr(config, key)):
+        if held is not None and not is_same(held, getattr(config, key)):
             yield f"training.{key} is {getattr(config, key)!r}, and the trainer computes with {held!r}"
     batches = done.recipe.training["gradient_accumulation_steps"]
     if not done.recipe.run.global_batch_size and config.gradient_accumulation_steps != batches:
@@ -37,24 +62,24 @@ def check_options(done: Done) -> Found:
         yield f"training.gradient_accumulation_steps is {batches}, and the trainer has {found}"
     if (config.seed, config.data_seed) != (done.recipe.run.seed, done.recipe.run.seed):
         yield f"run.seed is {done.recipe.run.seed}, and the trainer has {config.seed} and {config.data_seed}"
+    if done.seen.resting:
+        yield "layers are not in training mode while batches are learned: nothing is dropped"
     yield from _check_peft(done)
     yield from _check_model(done)
     yield from _check_quantization(done)
 
 
-def _same(found: Any, said: Any) -> bool:
-    found = getattr(found, "value", found)
-    if isinstance(found, Mapping) and isinstance(said, Mapping):
-        return all(_same(found.get(key), value) for key, value in said.items())
-    if isinstance(found, list | tuple | set | frozenset) and isinstance(said, list | tuple):
-        return sorted(map(str, found)) == sorted(map(str, said))
-    if isinstance(found, list | tuple) and len(found) == 1:
-        found = found[0]
-    if isinstance(said, bool) or isinstance(found, bool):
-        return bool(found) == bool(said)
-    if isinstance(found, int | float) and isinstance(said, int | float):
-        return math.isclose(found, said, rel_tol=1e-9)
-    return str(found) == str(said)
+def _find_changed(
+    config: Any, said: Mapping[str, Any], defaults: Mapping[str, Any], filled: Sequence[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Fields that a recipe does not name, and that are not as upstream's class has them: name, value, default."""
+    for field in fields(config):
+        if field.name in said or field.name in filled:
+            continue
+        own = field.default if field.default_factory is MISSING else field.default_factory()
+        default, found = defaults.get(field.name, own), getattr(config, field.name)
+        if not is_same(found, default):
+            yield field.name, found, default
 
 
 def _check_peft(done: Done) -> Found:
@@ -73,8 +98,11 @@ def _check_peft(done: Done) -> Found:
         if key in ("method", "target_modules", "modules_to_save", "init_lora_weights", "exclude_modules"):
             continue  # names that PEFT spells out: `check_targets`
         found = getattr(config, key, None)
-        if not _same(found, value) and not hasattr(found, "__dataclass_fields__"):
+        if not is_same(found, value) and not hasattr(found, "__dataclass_fields__"):
             yield f"peft.{key} is {value!r}, and the adapter has {found!r}"
+    for key, found, default in _find_changed(config, done.recipe.peft.said, done.recipe.peft.defaults, FILLED_BY_PEFT):
+        if not hasattr(found, "__dataclass_fields__"):
+            yield f"the recipe does not say peft.{key}: it is {default!r} then, and the adapter has {found!r}"
     if method == "bottleneck":
         wanted = type(ACT2FN[done.recipe.peft["non_linearity"]])
         kinds = {type(of) for m in done.model.modules() for of in (getattr(m, "activations", None) or {}).values()}
@@ -198,7 +226,7 @@ def check_optimizer(done: Done) -> Found:
     for key in ("betas", "eps"):
         if key in options and key in optimizer.param_groups[0]:
             found = optimizer.param_groups[0][key]
-            if not _same(found, options[key]):
+            if not is_same(found, options[key]):
                 said = [name for name, of in named.items() if of == key]
                 yield f"training.{' and '.join(said)}: the optimizer has {key} {found}, not {options[key]}"
     decay = done.recipe.training["weight_decay"]

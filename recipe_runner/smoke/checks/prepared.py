@@ -31,8 +31,9 @@ def check_prepared(done: Done) -> Found:
     yield from _check_template(done)
     tables = {"train": trainer.train_dataset} | ({"eval": trainer.eval_dataset} if section.has_eval else {})
     for split, table in tables.items():
-        if "seq_lengths" in table.column_names and not _packs(done, split):
-            yield f"rows of the {split} data are packed, and the recipe says that they are not"
+        packed, wrapped = "seq_lengths" in table.column_names, done.recipe.training["packing_strategy"] == "wrapped"
+        if packed != _packs(done, split) and not wrapped:  # what is wrapped is one document
+            yield f"rows of the {split} data are {'' if packed else 'not '}packed, and the recipe says otherwise"
     found = {split: list(read_sequences(table, shape)) for split, table in tables.items()}
     wanted: dict[str, list[Sequences]] = {"train": [], "eval": []}
     for of in done.small.wanted:

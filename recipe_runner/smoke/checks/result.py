@@ -1,10 +1,11 @@
 """Checks of the result: evaluated, saved, loaded again, resumed."""
 
+import json
 import math
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict
 from transformers import AutoTokenizer, GenerationConfig
 
 from recipe_runner.files import read_object
@@ -12,14 +13,18 @@ from recipe_runner.model.adapter import saves_embeddings
 from recipe_runner.model.load import load_result
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs.folder import result_name
-from recipe_runner.smoke.checks.done import Done, Found, is_near, list_names, read_tensors
-from recipe_runner.smoke.stand_in import SAMPLING
+from recipe_runner.smoke.checks.done import Done, Found, is_near, is_same, list_names, read_tensors
+
+# Of a generation configuration: tokens, which are looked at one by one, and who wrote it.
+NOT_OF_ANSWERS = {"eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "_from_model_config"}
 
 
 def check_evaluated(done: Done) -> Found:
     """Where the recipe has evaluation data, it was evaluated, and the loss is what the definition gives."""
     if done.recipe.dataset.has_eval and not any(math.isfinite(loss) for loss in done.seen.evaluated):
         yield f"no evaluation gave a finite loss: {done.seen.evaluated}"
+    if done.seen.dropping:
+        yield "held-out rows are evaluated in training mode, with dropout"
     for found, own in zip(done.seen.evaluated, done.seen.own_evaluated, strict=False):
         if own is not None and abs(found - own) > done.close_loss * max(abs(own), 1e-3):
             yield f"the loss of an evaluation is {found:.4f}, and {own:.4f} by the definition"
@@ -49,6 +54,14 @@ def check_saved(done: Done) -> Found:
         ]
         if other:
             yield f"{len(other)} saved tensors are not what was trained: {list_names(other)}"
+    if done.recipe.peft:
+        config, trained_with = (
+            PeftConfig.from_pretrained(str(result)).to_dict(),
+            done.model.active_peft_config.to_dict(),
+        )
+        for key in sorted(trained_with.keys() - {"inference_mode"}):
+            if not is_same(config.get(key), trained_with[key]):
+                yield f"the saved adapter_config.json has the {key} {config.get(key)}, trained was {trained_with[key]}"
     tokenizer = AutoTokenizer.from_pretrained(result)
     used = done.seen.prepared.tokenizer
     if tokenizer.chat_template != used.chat_template:
@@ -58,17 +71,22 @@ def check_saved(done: Done) -> Found:
         if kept != wanted:
             yield f"the saved tokenizer has the {key} {kept}, and the one in training {wanted}"
     own = AutoTokenizer.from_pretrained(done.small.stand_in.folder)
-    for key in ("model_max_length", "padding_side", "truncation_side"):
+    for key in ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces"):
         if getattr(tokenizer, key) != getattr(own, key):
             yield f"the saved tokenizer has the {key} {getattr(tokenizer, key)}, and the model's {getattr(own, key)}"
+    parts = [json.loads(of.backend_tokenizer.to_str()) for of in (own, tokenizer)]
+    for key, value in parts[0].items():
+        if key != "added_tokens" and value != parts[1].get(key):
+            yield f"the saved tokenizer.json has another {key} than the model's"
     if len(tokenizer) != len(used):
         yield f"the saved tokenizer has {len(tokenizer):,} tokens, and the one in training {len(used):,}"
     if (config := read_object(result / "config.json")) and config.get("use_cache") is False:
         yield "the saved config.json turns the cache off: each token of an answer would take as long as all before it"
     generation: Any = GenerationConfig.from_pretrained(result)
-    lost = [key for key, value in SAMPLING.items() if getattr(generation, key) != value]
-    if lost:
-        yield f"the saved generation_config.json has lost the model's {', '.join(lost)}"
+    wanted, found = (of.to_dict() for of in (GenerationConfig.from_pretrained(done.small.stand_in.folder), generation))
+    for key in sorted((wanted.keys() | found.keys()) - NOT_OF_ANSWERS):
+        if found.get(key) != wanted.get(key):
+            yield f"the saved generation_config.json has the {key} {found.get(key)}, and the model's {wanted.get(key)}"
     ends = generation.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     stops: list[Any] = [tokenizer.convert_tokens_to_ids(token) for token in done.small.stand_in.stops]

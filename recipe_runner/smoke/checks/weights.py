@@ -8,6 +8,7 @@ from peft import get_peft_model_state_dict
 from transformers import AutoConfig
 
 from recipe_runner.recipe.rules.adapter import alters_base
+from recipe_runner.runs.folder import result_name
 from recipe_runner.smoke.checks.done import (
     Done,
     Found,
@@ -155,16 +156,16 @@ def check_base(done: Done) -> Found:
 
 
 def _check_config(done: Done, folder: Path) -> Found:
-    """The model's configuration is that of its folder."""
+    """The model's configuration is that of its folder, in training and, where it is saved, in the result."""
     kept = AutoConfig.from_pretrained(folder).to_dict()
     other_layers = ("num_hidden_layers", "layer_types") if done.recipe.peft["layer_replication"] else ()
-    now = done.model.config.to_dict()
-    other = [
-        key for key, value in kept.items() if key not in (*NOT_THE_MODELS, *other_layers) and now.get(key) != value
-    ]
-    if other:
-        told = f"{now.get(other[0])!r}, not {kept[other[0]]!r}"
-        yield f"the model's configuration has another {list_names(other)}: {told}"
+    configs = {"the model's configuration": done.model.config.to_dict()}
+    if not done.recipe.peft:
+        configs["the saved config.json"] = AutoConfig.from_pretrained(done.seen.folder / result_name(False)).to_dict()
+    for what, now in configs.items():
+        keys = (kept.keys() | now.keys()) - {*NOT_THE_MODELS, *other_layers}
+        if other := sorted(key for key in keys if now.get(key) != kept.get(key)):
+            yield f"{what} has another {list_names(other)}: {now.get(other[0])!r}, not {kept.get(other[0])!r}"
 
 
 def _check_prompt(done: Done) -> Found:
