@@ -117,7 +117,7 @@ class Watcher(TrainerCallback):
         def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             kept, items = copy.copy(inputs), kwargs.get("num_items_in_batch")
             found = compute_loss(model, inputs, *args, **kwargs)
-            if self.inside and model.training:
+            if self.inside:
                 self._note_batch(model, kept, items, found[0] if isinstance(found, tuple) else found)
             return found
 

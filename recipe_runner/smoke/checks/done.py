@@ -109,7 +109,7 @@ def is_near(found: torch.Tensor | None, wanted: torch.Tensor, allowed: float) ->
 
 def is_same(found: Any, said: Any) -> bool:
     """Whether a value is the one that a recipe says, also where a library spells it otherwise."""
-    found = getattr(found, "value", found)
+    found, said = getattr(found, "value", found), getattr(said, "value", said)
     if all(value in (None, "") or (isinstance(value, Sized) and not len(value)) for value in (found, said)):
         return True
     if isinstance(found, Mapping) and isinstance(said, Mapping):
