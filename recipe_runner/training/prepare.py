@@ -142,6 +142,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         message = f"the weights themselves are trained in {precision.dtype}: a step below 1/256 of a number is lost"
         fix = "leave model.dtype out (float32 weights, mixed precision), or train an adapter"
         problems.append(as_warning(Problem("half-precision-weights", message, None, ("model", "dtype"), fix)))
+    problems += check_prompt_text(peft_config, job.tokenizer)
     inputs = _hash_inputs(recipe.model, model.config, job.tokenizer, adapter)
     return Prepared(
         config,
@@ -159,6 +160,17 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         choose_golden(job, orders, ROWS),
         choose_samples(recipe.run.samples or {}, job, orders),
     )
+
+
+def check_prompt_text(config: PeftConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    """Warns where PEFT cuts off the end of the text that a prompt of virtual tokens begins with."""
+    text, most = getattr(config, "prompt_tuning_init_text", None), getattr(config, "num_virtual_tokens", None)
+    count = len(tokenizer(text)["input_ids"]) if text else 0
+    if not most or count <= most:
+        return []
+    message = f"the text has {count} tokens, and {most} virtual tokens begin with it: PEFT cuts off its end"
+    fix = f"set num_virtual_tokens to {count}, or write less"
+    return [as_warning(Problem("prompt-text-cut", message, None, ("peft", "prompt_tuning_init_text"), fix))]
 
 
 def compare_prompts(job: Job, orders: Orders) -> list[Problem]:

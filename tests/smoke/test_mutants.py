@@ -3,6 +3,7 @@
 `docs/smoke.md` lists them; `test_the_documentation_lists_them` holds the two together.
 """
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -748,6 +749,37 @@ def save_a_short_context(monkeypatch):
     change_trainer(monkeypatch, change)
 
 
+def pack_half_rows(monkeypatch):
+    """Packed rows are half as long as they may be."""
+    from recipe_runner.data import prepare
+
+    right = prepare.pack
+
+    def pack(table, config):
+        half = copy.copy(config)
+        half.max_length //= 2
+        return right(table, half)
+
+    monkeypatch.setattr(prepare, "pack", pack)
+
+
+def save_another_base(monkeypatch):
+    """The saved adapter names its base by the last part of the path."""
+
+    def change(trainer):
+        config = trainer.model.active_peft_config
+        config.base_model_name_or_path = config.base_model_name_or_path.rpartition("/")[2]
+
+    change_trainer(monkeypatch, change)
+
+
+def lose_the_random_state(monkeypatch):
+    """A checkpoint doesn't say where the generators of random numbers were."""
+    from transformers import Trainer
+
+    monkeypatch.setattr(Trainer, "_load_rng_state", lambda self, checkpoint: None)
+
+
 TICKETS, CHAT, TEXT, DPO = "smollm2_tickets_lora", "phi3_chat_qlora", "phi3_text_qlora", "smollm2_replies_dpo"
 PARTIAL, ADALORA, FILING = "qwen25_05b_math_partial", "smollm2_360m_instruct_adalora", "smollm2_filing_lora"
 PIPELINE, SQL, STORIES = "smollm2_desk_pipeline", "qwen25_15b_sql_lora", "smollm2_135m_stories_full"
@@ -817,6 +849,13 @@ RUNNER = {
     "the last rows held out, not rows drawn at random": (SQL, hold_out_the_last, {"rows"}),
     "a tokenizer saved that cuts texts": (TICKETS, save_a_short_tokenizer, {"saved"}),
     "each stage of a pipeline begun with the base": (PIPELINE, begin_each_stage_with_the_base, {"base"}),
+    "packed rows half full": (STORIES, pack_half_rows, {"prepared"}),
+    "another base named in the adapter": (TICKETS, save_another_base, {"saved"}),
+    "the state of random numbers lost when a run is resumed": (
+        "phi3_instruct_qlora",
+        lose_the_random_state,
+        {"resumed"},
+    ),
     "training rows not packed": (LLAMA, pack_no_training_rows, {"prepared"}),
     "another default than upstream's": (HANDBOOK, change_a_default, {"options"}),
     "evaluation with dropout": (LLAMA, evaluate_with_dropout, {"evaluated"}),
@@ -871,6 +910,11 @@ BROKEN_RECIPES = {
         {"best-metric"},
     ),
     "an adapter that begins at random": (TICKETS, {"peft": {"init_lora_weights": False}}, {"loss"}),
+    "a prompt that ends with a space in plain text": (
+        "smollm3_3b_instruct_qlora",
+        {"dataset": {"template": "{instruction}\n{input}\nAnswer: {output}"}},
+        {"prepared"},
+    ),
     "a learning rate that rises": (
         TICKETS,
         {"training": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 10}}},

@@ -215,6 +215,20 @@ def test_a_prompt_begins_with_a_text_and_goes_on_in_kto(run_method, run_recipe, 
     assert losses(run)[0] == pytest.approx(0.5, abs=1e-3)
 
 
+def test_the_end_of_a_text_that_virtual_tokens_cant_hold_is_said(run_recipe, tokenizer):
+    text = "unforgettable handkerchief"
+    count = len(tokenizer(text)["input_ids"])
+    peft = {"method": "prompt_tuning", "num_virtual_tokens": count, "prompt_tuning_init": "TEXT"}
+    peft["prompt_tuning_init_text"] = text
+    whole, _ = run_recipe(name="whole", peft=peft, training=STEPS)
+    cut, _ = run_recipe(name="cut", peft=peft | {"num_virtual_tokens": count - 1}, training=STEPS)
+    assert (whole.status, cut.status) == (0, 0)
+    assert "prompt-text-cut" not in whole.err
+    assert (
+        f"the text has {count} tokens, and {count - 1} virtual tokens begin with it: PEFT cuts off its end" in cut.err
+    )
+
+
 def test_eva_with_too_few_tokens_is_refused(run_recipe):
     rows = [{"text": "a b"}] * 3
     peft = LORA | {"r": 48, "init_lora_weights": "eva"}

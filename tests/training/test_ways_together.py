@@ -197,6 +197,17 @@ REFUSED = {
         {"peft": {"method": "prompt_tuning", "num_virtual_tokens": 4, "prompt_tuning_init_text": "a"}},
         "it has no effect without prompt_tuning_init: TEXT",
     ),
+    "a text of more words than tokens": (
+        {
+            "peft": {
+                "method": "prompt_tuning",
+                "num_virtual_tokens": 4,
+                "prompt_tuning_init": "TEXT",
+                "prompt_tuning_init_text": "Say what it is about.",
+            }
+        },
+        "a text of 5 words, of which 4 virtual tokens can't hold the end: PEFT cuts it off",
+    ),
     "a size without a network": (
         {
             "peft": {"method": "prefix_tuning", "num_virtual_tokens": 4, "encoder_hidden_size": 8},

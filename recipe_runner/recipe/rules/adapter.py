@@ -121,6 +121,10 @@ def prompt_learning(model: ModelSection, peft: UpstreamSection, training: Upstre
     if tokens and length and tokens >= length:
         found = f"{tokens:,} virtual tokens, before rows of at most {length:,} (training.max_length)"
         yield ("peft", "num_virtual_tokens"), found, "20 to 100 are usual"
+    words = len(str(peft.said.get("prompt_tuning_init_text") or "").split())
+    if tokens and words > tokens:  # a word is a token at least; how many there are, training says
+        found = f"a text of {words} words, of which {tokens} virtual tokens can't hold the end: PEFT cuts it off"
+        yield ("peft", "prompt_tuning_init_text"), found, f"set num_virtual_tokens to {2 * words}, or write less"
     if not tokens and not model.adapter:
         yield ("peft",), f"{name} needs num_virtual_tokens", "add 'num_virtual_tokens: 20'"
 

@@ -114,7 +114,7 @@ def is_same(found: Any, said: Any) -> bool:
         return True
     if isinstance(found, Mapping) and isinstance(said, Mapping):
         return all(is_same(found.get(key), value) for key, value in said.items())
-    if isinstance(found, list | tuple | set | frozenset) and isinstance(said, list | tuple):
+    if all(isinstance(value, list | tuple | set | frozenset) for value in (found, said)):
         return sorted(map(str, found)) == sorted(map(str, said))
     if isinstance(found, list | tuple) and len(found) == 1:
         found = found[0]

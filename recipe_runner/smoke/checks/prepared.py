@@ -34,6 +34,8 @@ def check_prepared(done: Done) -> Found:
         packed, wrapped = "seq_lengths" in table.column_names, done.recipe.training["packing_strategy"] == "wrapped"
         if packed != _packs(done, split) and not wrapped:  # what is wrapped is one document
             yield f"rows of the {split} data are {'' if packed else 'not '}packed, and the recipe says otherwise"
+        yield from _check_filled(done, split, table)
+    yield from (problem.message for problem in done.seen.prepared.warnings if problem.code == "prompt-differs")
     found = {split: list(read_sequences(table, shape)) for split, table in tables.items()}
     wanted: dict[str, list[Sequences]] = {"train": [], "eval": []}
     for of in done.small.wanted:
@@ -80,6 +82,15 @@ def _packs(done: Done, split: str) -> bool:
     training = done.recipe.training
     asked = training["packing"] if split == "train" or training["eval_packing"] is None else training["eval_packing"]
     return bool(asked)
+
+
+def _check_filled(done: Done, split: str, table: Any) -> Found:
+    """Packed rows are filled up to `max_length`: no two of them would fit into one (best fit, decreasing)."""
+    limit = done.recipe.training["max_length"]
+    lengths = sorted(len(row) for row in table["input_ids"]) if "seq_lengths" in table.column_names else []
+    if len(lengths) > 1 and sum(lengths[:2]) <= limit:
+        two = f"{lengths[0]} and {lengths[1]} tokens"
+        yield f"two packed rows of the {split} data have {two}: both would fit into one of {limit}"
 
 
 def _splits(done: Done, split: str) -> bool:
