@@ -67,6 +67,7 @@ lint: install
 	$(BIN)/python scripts/build_schema.py --check
 	$(BIN)/python scripts/make_mistakes_table.py --check
 	$(BIN)/python scripts/make_catalogue.py --check
+	$(BIN)/python scripts/make_templates_table.py --check
 	$(BIN)/python scripts/compare_validators.py
 	$(BIN)/recipe-run validate recipes
 
@@ -74,6 +75,7 @@ schema: install ## writes the generated schemas and tables
 	$(BIN)/python scripts/build_schema.py
 	$(BIN)/python scripts/make_mistakes_table.py
 	$(BIN)/python scripts/make_catalogue.py
+	$(BIN)/python scripts/make_templates_table.py
 
 bench: install model ## benchmarks
 	$(BIN)/python benchmarks/validate.py

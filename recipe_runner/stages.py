@@ -160,7 +160,7 @@ FORMATS: dict[str, Format] = {
     "chat": Format(
         "rows of turns: {role, content}, or ShareGPT's {from, value}",
         ("messages",),
-        context=("system",),
+        context=("system", "tools"),
         note="  train_on: assistant              # the loss is on every assistant turn\n",
     ),
     "text": Format("raw text; an end-of-sequence token after each document", ("text",)),
@@ -168,12 +168,13 @@ FORMATS: dict[str, Format] = {
         "pairs of a chosen and a rejected answer to a prompt",
         ("chosen", "rejected"),
         ("prompt",),
-        ("input", "system", "history"),
+        ("input", "system", "history", "tools"),
     ),
     "unpaired_preference": Format(
         "rows of a prompt, an answer, and whether it is a good one",
-        ("prompt", "completion", "label"),
-        context=("input", "system", "history"),
+        ("completion", "label"),
+        ("prompt",),
+        context=("input", "system", "history", "tools"),
     ),
 }
 

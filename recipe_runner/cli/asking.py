@@ -12,9 +12,9 @@ from recipe_runner.files import write_new
 from recipe_runner.methods import WAYS
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Mark
+from recipe_runner.recipe.local import is_file_source, is_saved, list_files, list_saved
 from recipe_runner.recipe.new import compose, copy_shipped, find_columns, guess_format, stage_for
 from recipe_runner.recipe.resolve import examine_recipe
-from recipe_runner.recipe.rules.data import is_file_source
 from recipe_runner.recipe.schema import is_name
 from recipe_runner.stages import FORMATS
 
@@ -49,25 +49,18 @@ def write_recipe(
     if source:
         text = copy_shipped(file, source)
     else:
-        try:
-            model = model or click.prompt("Base model (hub id or folder)", default="microsoft/Phi-3-mini-4k-instruct")
-            look = _look(file.parent, data) if data else None
-            guess = (guess_format(look.columns) if look else None) or "chat"
-            form = form or click.prompt("Layout of the data", type=click.Choice(list(FORMATS)), default=guess)
-            way = way or click.prompt("Method", type=click.Choice(WAYS), default="qlora")
-            data = data or click.prompt("Data (hub id or file)")
-        except click.Abort as error:
-            if sys.stdin.isatty():  # Ctrl-C
-                raise
-            needed = "there is nobody to ask: give --model, --format, --method and --data, or --from"
-            raise click.UsageError(needed) from error
-        look = look or _look(file.parent, data)
+        data = data or _ask("Data (hub id or file)")
+        look = _look(file.parent, data)
+        guess = guess_format(look.columns) if look else None
+        model = model or _ask("Base model (hub id or folder)", default="microsoft/Phi-3-mini-4k-instruct")
+        form = form or _ask("Layout of the data", type=click.Choice(list(FORMATS)), default=guess or "chat")
+        way = way or _ask("Method", type=click.Choice(WAYS), default="qlora")
         if look is None and (file.parent / os.path.expanduser(data)).is_file():
             told = f"the rows of {data} could not be read, so its columns are not known"
             click.echo(f"warning: {told}; `recipe-run prepare {file}` says why", err=True)
         columns = _choose_columns(form, data, look, dict(_pair(pair) for pair in given))
         model, data = (_seen_from(file.parent, name) for name in (model, data))
-        text = compose(file.stem, model, form, way, data, columns, look.rows if look else None)
+        text = compose(file.stem, model, form, way, data, columns, look)
     write_new(file, text)
     recipe, problems = examine_recipe(file)
     if recipe is None:
@@ -76,6 +69,19 @@ def write_recipe(
     for problem in problems:
         click.echo(problem, err=True)
     click.echo(f"{file} is written; recipe-run {file} trains")
+
+
+def _ask(question: str, **options: Any) -> str:
+    """What a person answers; where nobody is there to answer, what an empty answer means."""
+    try:
+        return str(click.prompt(question, **options))
+    except click.Abort as error:
+        if sys.stdin.isatty():  # Ctrl-C
+            raise
+        if "default" not in options:
+            raise click.UsageError("there is nobody to ask: give --data, or --from") from error
+        click.echo(options["default"])
+        return str(options["default"])
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -97,7 +103,14 @@ def _seen_from(folder: Path, name: str) -> str:
 def _look(folder: Path, data: str) -> Look | None:
     """What is in local data; None for the hub's."""
     seen = _seen_from(folder, data)
-    return look_at(folder / os.path.expanduser(seen)) if is_file_source(seen) else None
+    if not is_file_source(seen):
+        return None
+    name = str(folder / os.path.expanduser(seen)) + "/" * seen.endswith("/")
+    files = list_saved(Path(name)) if is_saved(Path(name)) else list_files(name)
+    look = look_at(files) if files else None
+    if look and not look.rows:
+        raise user_error("empty-dataset", f"{data} has no rows", "", Mark(data))
+    return look
 
 
 def _choose_columns(form: str, data: str, look: Look | None, given: dict[str, Any]) -> dict[str, str]:

@@ -38,12 +38,15 @@ class Accounting:
             `left`: the share of padding as the recipe makes batches.
         sources: Name, rows and tokens of each source of a mixture.
         unused: Source -> its columns that no role takes.
+        guessed: Source -> what was guessed of how it is written.
         packed_rows: Rows after packing; 0 without.
-        roles: Role -> rows that have a turn of it.
-        lost_roles: Role -> turns looked at whose text the chat template does not render; out of `looked_at`.
-        looked_at: Role -> turns looked at.
+        noted: What was found in rows, or done with them -> number of rows.
+        parts: What rows are made of (turns of a role, calls, declared tools, thinking) -> rows that have it.
+        lost_parts: Part -> those looked at that the chat template does not render; out of `looked_at`.
+        looked_at: Part -> those looked at.
         rows_with_special_tokens: Rows whose text spells special tokens of the tokenizer.
         rows_with_two_bos: Rows that begin with two beginning-of-sequence tokens.
+        empty_thoughts: Of the first rows, those that learn a block of thinking with nothing in it.
         ends: Tokens that end rows, of the first ones.
         changed_texts: Rows whose text is not what the model's own chat template makes of them.
         change: How the text of the first of them differs.
@@ -64,12 +67,15 @@ class Accounting:
     batches: dict[str, float] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
     unused: dict[str, list[str]] = field(default_factory=dict)
+    guessed: dict[str, str] = field(default_factory=dict)
     packed_rows: int = 0
-    roles: dict[str, int] = field(default_factory=dict)
-    lost_roles: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, int] = field(default_factory=dict)
+    lost_parts: dict[str, int] = field(default_factory=dict)
     looked_at: dict[str, int] = field(default_factory=dict)
     rows_with_special_tokens: int = 0
     rows_with_two_bos: int = 0
+    empty_thoughts: int = 0
     ends: list[str] = field(default_factory=list)
     changed_texts: int = 0
     change: str = ""
@@ -102,6 +108,14 @@ class Accounting:
         ]
         return "; ".join(f"{name} {rows:.0%} of rows, {tokens:.0%} of tokens" for name, rows, tokens in shares)
 
+    def describe_noted(self) -> str:
+        """What was found in rows, or done with them, in a line."""
+        return "; ".join(f"{rows:,} rows {what}" for what, rows in self.noted.items())
+
+    def describe_guessed(self) -> str:
+        """How files are read that say nothing of it, in a line."""
+        return "; ".join(f"{name}: {told} (guessed)" for name, told in self.guessed.items())
+
     def describe_unused(self) -> str:
         """Columns that are not used, in a line."""
         named = (
@@ -126,12 +140,14 @@ class Tally:
     packed_rows: int = 0
     special: int = 0
     two_bos: int = 0
+    empty_thoughts: int = 0
     changed_texts: int = 0
     change: str = ""
     ends: set[str] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
-    roles: Counter[str] = field(default_factory=Counter)
-    lost_roles: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
+    parts: Counter[str] = field(default_factory=Counter)
+    lost_parts: Counter[str] = field(default_factory=Counter)
     looked_at: Counter[str] = field(default_factory=Counter)
     columns: dict[str, list[np.ndarray]] = field(
         default_factory=lambda: {name: [] for name in ("length", "tokens", "lost", "supervised", "source", "hash")}
@@ -139,11 +155,11 @@ class Tally:
 
     def merge(self, later: "Tally") -> None:
         """Adds what was counted of later rows."""
-        for name in ("read", "packed_rows", "special", "two_bos", "changed_texts"):
+        for name in ("read", "packed_rows", "special", "two_bos", "empty_thoughts", "changed_texts"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.change = self.change or later.change
         self.ends |= later.ends
-        for name in ("dropped", "roles", "lost_roles", "looked_at"):
+        for name in ("dropped", "noted", "parts", "lost_parts", "looked_at"):
             getattr(self, name).update(getattr(later, name))
         for name, arrays in later.columns.items():
             self.columns[name] += arrays
@@ -194,11 +210,13 @@ class Tally:
             if len(used) > 1
             else [],
             packed_rows=self.packed_rows,
-            roles=dict(self.roles),
-            lost_roles=dict(self.lost_roles),
+            noted=dict(self.noted),
+            parts=dict(self.parts),
+            lost_parts=dict(self.lost_parts),
             looked_at=dict(self.looked_at),
             rows_with_special_tokens=self.special,
             rows_with_two_bos=self.two_bos,
+            empty_thoughts=self.empty_thoughts,
             changed_texts=self.changed_texts,
             change=self.change,
             ends=sorted(self.ends),

@@ -1,21 +1,32 @@
 """Checks that the right tokens are learned: on masks, on the chat template, on what the data itself spells."""
 
+import copy
 import json
 import re
 from collections.abc import Iterator
+from difflib import SequenceMatcher
 from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import trl
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import supports_tool_calling
 from trl.data_utils import common_prefix_length
 
 from recipe_runner.data.accounting import Accounting, Tally
-from recipe_runner.data.job import Replaced
+from recipe_runner.data.encode import apply_template
+from recipe_runner.data.formats import turns_of
+from recipe_runner.data.job import Job, Replaced
 from recipe_runner.data.tables import IGNORED
+from recipe_runner.data.thinking import EMPTY, thought_of, without_thought
+from recipe_runner.data.turns import BAD, GOOD, SPELLING, UNDECLARED, Turns
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Problem, as_warning
+from recipe_runner.recipe.local import UNSURE
 from recipe_runner.recipe.sections import DatasetSection
 
 # What a chat template, which is a program, may raise for a row.
@@ -29,8 +40,23 @@ REFUSALS = (
     AttributeError,
     MemoryError,
 )
+CHECKED_ROWS = 100  # of a split, whose masks are checked token by token
+SHOWN_TEMPLATES = 3
+ANSWERS_WHOLE = ("preference", "unpaired_preference")  # formats whose answers are learned whole
+# How templates spell special tokens.
+SPELT = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|<(?:start_of_turn|end_of_turn|sop|bos|eos|/?s)>|\[g?[A-Z_]{3,}\]")
+TOOL = {"type": "function", "function": {"name": "count", "description": "Counts.", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "id": "call00001", "function": {"name": "count", "arguments": {}}}
+CALLING_TALK: Turns = [
+    {"role": "user", "content": "Count."},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+]
+TOOL_TALK = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One."}]
 SHOWN = 60  # characters of a difference between two texts
-LOOKED_AT = 20  # turns of each role that are looked for in the rendered text
+LEAST_RATIO, MOST_RATIO = 0.75, 1.34  # of the weights of good and bad answers: about alike
+LOOKED_AT = 20  # of each part of rows that are looked for in the rendered text
+# Parts of rows beside the turns of each role.
+CALLS, TOOLS, BESIDE, THINKING = "calls of tools", "declared tools", "text beside a call", "thinking"
 
 
 def check_ends(sample: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -73,12 +99,6 @@ def _masked_end(number: int, learned: str, tokenizer: PreTrainedTokenizerBase) -
     return user_error("end-of-turn-masked", message, fix, path=("dataset", "train_on"))
 
 
-def turns_of(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The turns of a normalised row; none for plain text."""
-    parts = (row.get(key, []) for key in ("messages", "prompt", "completion", "chosen"))
-    return [turn for part in parts if isinstance(part, list) for turn in part]
-
-
 def count_special_tokens(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows whose text spells a special token: the model would read it as one (a turn that nobody spoke)."""
     begins, spelt = _special_pattern(tokenizer)
@@ -104,25 +124,58 @@ def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[str]
     return frozenset(token[0] for token in tokens), re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
-def count_rendered_roles(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, tally: Tally) -> None:
-    """Counts rows by role, and looks for the text of some turns of each in what the template makes of them."""
+def count_empty_thoughts(sample: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase, tally: Tally) -> None:
+    """Counts rows that learn an empty block of thinking, which a template writes (Qwen 3), of some labels."""
+    for labels in sample.to_pylist():
+        runs = (list(run) for learned, run in groupby(labels, key=lambda label: label != IGNORED) if learned)
+        tally.empty_thoughts += any(EMPTY.search(str(tokenizer.decode(run))) for run in runs)
+
+
+def count_rendered_parts(rows: list[dict[str, Any]], job: Job, tally: Tally) -> None:
+    """Counts rows by what they are made of, and looks for some of each part in what the template makes of them."""
     for row in rows:
-        turns = turns_of(row)
-        roles = list(dict.fromkeys(turn["role"] for turn in turns))  # in their order: the same every time
-        tally.roles.update(roles)
-        if any(tally.looked_at[role] < LOOKED_AT for role in roles):
-            rendered = _render(turns, tokenizer)
-            for turn in turns if rendered is not None else []:
-                tally.looked_at[turn["role"]] += 1
-                text = turn["content"].strip()
-                forms = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])  # `tojson` is usual
-                tally.lost_roles[turn["role"]] += not any(form in (rendered or "") for form in forms)
+        parts = list(_find_parts(row, job.dataset))
+        kinds = list(dict.fromkeys(kind for kind, _ in parts))  # in their order: the same every time
+        tally.parts.update(kinds)
+        if not any(tally.looked_at[kind] < LOOKED_AT for kind in kinds):
+            continue
+        rendered = _render(turns_of(row), job.tokenizer, row.get("tools"))
+        for kind, texts in parts if rendered is not None else []:
+            tally.looked_at[kind] += 1
+            tally.lost_parts[kind] += not all(any(form in str(rendered) for form in _forms(text)) for text in texts)
+
+
+def _find_parts(row: dict[str, Any], dataset: DatasetSection) -> Iterator[tuple[str, list[str]]]:
+    """What a row is made of: the kind of each part, and texts that must be in the rendered row."""
+    turns = turns_of(row)
+    for tool in row.get("tools", ()):
+        yield TOOLS, [tool["function"]["name"]]
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+    muted = {answers[place] for place in row.get("muted", ())}
+    learned = set(answers) - muted if "messages" in row else set(answers[-1:])
+    for number, turn in enumerate(turns):
+        calls = turn.get("tool_calls", ())
+        if not calls:
+            yield turn["role"], [without_thought(turn["content"]).strip()]
+        elif turn["content"].strip():
+            yield BESIDE, [without_thought(turn["content"]).strip()]
+        for call in calls:
+            arguments = call["function"]["arguments"].values()
+            yield CALLS, [call["function"]["name"], *(value for value in arguments if isinstance(value, str))]
+        if number in learned and (thought := thought_of(turn).strip()):
+            yield THINKING, [thought]
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    """A text as templates write it: as it is, or by `tojson`."""
+    return text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def compare_templates(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, own: str, tally: Tally) -> None:
     """Counts rows whose text is not what the model's own template makes of them, and keeps the first difference."""
-    chats = [turns_of(row) for row in rows]
-    for before, after in zip(_render_all(chats, tokenizer, own), _render_all(chats, tokenizer), strict=True):
+    chats = [(turns_of(row), row.get("tools")) for row in rows]
+    for turns, tools in chats:
+        before, after = _render(turns, tokenizer, tools, own), _render(turns, tokenizer, tools)
         if change := find_change(before or "", after or ""):
             tally.changed_texts += 1
             tally.change = tally.change or change
@@ -149,26 +202,19 @@ def shorten_middle(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 :]}"
 
 
-def _render(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> str | None:
+def _render(
+    turns: Turns, tokenizer: PreTrainedTokenizerBase, tools: Any = None, template: str | None = None, asks: bool = False
+) -> str | None:
     """The text that the template makes of turns; None when it refuses them, which `tokens` reports with the row."""
     try:
-        return str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False))
+        options = {"chat_template": template, "add_generation_prompt": asks, "tokenize": False}
+        return str(apply_template(tokenizer, turns, tools, **options))
     except REFUSALS:
         return None
 
 
-def _render_all(
-    chats: list[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase, template: str | None = None
-) -> list[str | None]:
-    """`_render` of several conversations at once."""
-    try:
-        return list(tokenizer.apply_chat_template(chats, chat_template=template, tokenize=False))
-    except REFUSALS:
-        return [_render(turns, tokenizer, template) for turns in chats]
-
-
 def find_turn(
-    turns: list[dict[str, str]], number: int, input_ids: list[int], tokenizer: PreTrainedTokenizerBase
+    turns: Turns, number: int, input_ids: list[int], tokenizer: PreTrainedTokenizerBase, tools: Any = None
 ) -> int | None:
     """Where a turn of a conversation begins, in tokens; None when the template refuses the turns before it alone.
 
@@ -178,11 +224,11 @@ def find_turn(
     """
     changed = [*turns[:number], turns[number] | {"content": f"#{turns[number]['content']}"}, *turns[number + 1 :]]
     try:
-        alone: Any = tokenizer.apply_chat_template(turns[:number], tokenize=True, return_dict=False)
+        alone: Any = apply_template(tokenizer, turns[:number], tools, tokenize=True, return_dict=False)
         same = int(common_prefix_length(alone, input_ids))
         if same == len(alone):
             return same
-        other: Any = tokenizer.apply_chat_template(changed, tokenize=True, return_dict=False)
+        other: Any = apply_template(tokenizer, changed, tools, tokenize=True, return_dict=False)
     except REFUSALS:
         return None
     text = int(common_prefix_length(other, input_ids))
@@ -193,9 +239,135 @@ def find_turn(
     return begin
 
 
+def _find_lost_parts(
+    dataset: DatasetSection, tokenizer: PreTrainedTokenizerBase, counted: Accounting, split: str
+) -> Iterator[Problem]:
+    """What of the rows the chat template leaves out."""
+    path = ("dataset",)
+    for part, lost in counted.lost_parts.items():
+        looked, rows = counted.looked_at[part], f"{counted.parts[part]:,} {split} rows"
+        if part == THINKING and lost:
+            found = (
+                f"the chat template leaves out the thinking of {lost} of {looked} learned answers ({rows} have some)"
+            )
+            fix = "set dataset.thinking: drop, train_on: last where it is lost in earlier turns only, or"
+            fix += " training.chat_template_path to a template that renders it"
+            yield Problem("thinking-lost", found, None, (*path, "thinking"), fix)
+        elif part == BESIDE and lost:
+            found = (
+                f"the chat template leaves out the text beside calls of tools, in {lost} of {looked} turns ({rows} have"
+            )
+            yield as_warning(
+                Problem("text-beside-call-lost", f"{found} some)", None, path, _name_tool_templates(tokenizer, dataset))
+            )
+        elif not lost or lost < looked:
+            continue
+        elif part in (CALLS, TOOLS):
+            found = f"the chat template renders nothing of {part}, which {rows} have"
+            fix = _name_tool_templates(tokenizer, dataset)
+            fix += "; or leave tools out: columns: {tools: null}" if part == TOOLS else ""
+            yield Problem("tools-not-rendered", found, None, path, fix)
+        elif part == "system":
+            found = f"the chat template renders nothing of the role 'system', which {rows} have"
+            fix = "set dataset.merge_system: true, or use another template"
+            problem = Problem("system-prompt-lost", found, None, (*path, "system"), fix)
+            yield problem if dataset.system else as_warning(problem)
+        else:
+            found = f"the chat template renders nothing of the role '{part}', which {rows} have"
+            fix = "use a template that does (training.chat_template_path)"
+            yield Problem(
+                "role-not-rendered",
+                found,
+                None,
+                path,
+                _name_tool_templates(tokenizer, dataset) if part == "tool" else fix,
+            )
+
+
+def _find_other_spelling(tokenizer: PreTrainedTokenizerBase, counted: Accounting, split: str) -> Iterator[Problem]:
+    """Calls that answers spell in their text as the chat template does not: a server looks for the template's way."""
+    for what, rows in counted.noted.items():
+        mark = what.removeprefix(SPELLING)
+        if mark == what or not renders_calls(tokenizer):
+            continue
+        asked, whole = (
+            str(_render(turns, tokenizer, [TOOL], asks=turns is not CALLING_TALK))
+            for turns in (CALLING_TALK[:1], CALLING_TALK)
+        )
+        written = whole[count_common(asked, whole) :]
+        if mark not in written:
+            found = f"{rows:,} {split} rows spell calls of tools as {mark} in their text, and the chat template writes"
+            found += f" {shorten_middle(written)!r}"
+            fix = "a server would not take the text for a call: write the calls as tool_calls, or take another template"
+            yield Problem("calls-spelt-otherwise", found, None, ("dataset", split), fix)
+
+
+def renders_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template renders calls of tools and their results."""
+    try:
+        return bool(supports_tool_calling(tokenizer))
+    except REFUSALS:
+        return False
+
+
+def check_labels(config: Any, counted: Accounting) -> Iterator[Problem]:
+    """Whether good and bad answers weigh alike in KTO's loss.
+
+    Source: KTO, arXiv 2402.01306, equation 8: together, the good ones
+    weigh 1 to 4/3 of the bad ones. A little less does no harm.
+    """
+    good, bad = counted.noted.get(GOOD, 0), counted.noted.get(BAD, 0)
+    if not good and not bad:
+        return
+    path = ("dataset", "train")
+    if not good or not bad:
+        found = f"all {good or bad:,} train rows are judged {'good' if good else 'bad'}: nothing tells answers apart"
+        fix = "add rows with the other label, or learn them as they are: format instruction or chat"
+        yield Problem("labels-equal", found, None, path, fix)
+        return
+    ratio = config.desirable_weight * good / (config.undesirable_weight * bad)
+    if not LEAST_RATIO <= ratio <= MOST_RATIO:
+        key, weight = ("undesirable_weight", good / bad) if ratio > 1 else ("desirable_weight", bad / good)
+        found = f"{good:,} good and {bad:,} bad answers: the good ones weigh {ratio:.2g} times as much as the bad ones"
+        fix = f"set training.{key}: {weight:.2g} (1 to 1.33 times is what KTO's authors take)"
+        yield as_warning(Problem("unbalanced-labels", found, None, ("training", key), fix))
+
+
+def _name_tool_templates(tokenizer: PreTrainedTokenizerBase, dataset: DatasetSection) -> str:
+    """Which of TRL's templates render tools, and are made of tokens that the tokenizer has."""
+    if dataset.format in ANSWERS_WHOLE:  # DPO and KTO take the model's own template: TRL 1.16 has no key for another
+        return "take a model whose chat template renders tools: one that stage sft has trained with such a template"
+    names = [file.name for file in find_tool_templates(tokenizer)]
+    if not names:
+        none = "none of TRL's is made of this model's tokens"
+        return f"use a template that renders tools (training.chat_template_path); {none}"
+    return f"set training.chat_template_path: trl/{names[0]}" + (
+        f", which renders them (so do {', '.join(names[1:SHOWN_TEMPLATES])})" * (len(names) > 1)
+        or ", which renders them"
+    )
+
+
+def find_tool_templates(tokenizer: PreTrainedTokenizerBase) -> list[Path]:
+    """TRL's templates that mark answers, render tools, and spell no special token that the tokenizer lacks.
+
+    Those come first that render a conversation most like the tokenizer's own.
+    """
+    vocabulary, own = set(tokenizer.get_vocab()), _render(TOOL_TALK, tokenizer) or ""
+    found: list[tuple[float, Path]] = []
+    for file in sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja")):
+        tried = copy.copy(tokenizer)
+        tried.chat_template = file.read_text(encoding="utf-8")
+        text = _render(TOOL_TALK, tried, [TOOL])
+        spelt = set(SPELT.findall(text or ""))
+        if text and spelt and spelt <= vocabulary and supports_tool_calling(tried):
+            other = _render(TOOL_TALK, tried) or ""
+            found.append((-SequenceMatcher(None, own, other, autojunk=False).ratio(), file))
+    return [file for _, file in sorted(found)]
+
+
 def find_problems(
     dataset: DatasetSection,
-    bos_token: str | None,
+    tokenizer: PreTrainedTokenizerBase,
     stops: set[str],
     counted: Accounting,
     split: str,
@@ -215,23 +387,24 @@ def find_problems(
         found = f"{lost:,} of {counted.rows_read:,} {split} rows can't be used ({reasons})"
         fix = f"fix the data, or allow it: dataset.max_dropped is {dataset.max_dropped:g}"
         yield at("too-many-dropped", found, fix, "dataset", "max_dropped")
-    for role, turns in counted.lost_roles.items():
-        if turns and turns == counted.looked_at[role]:
-            rows = f"{counted.roles[role]:,} {split} rows"
-            found = f"the chat template renders nothing of the role '{role}', which {rows} have"
-            if role != "system":
-                yield at(
-                    "role-not-rendered", found, "use a template that does (training.chat_template_path)", "dataset"
-                )
-            else:
-                problem = at(
-                    "system-prompt-lost",
-                    found,
-                    "put it into the first user turn, or use another template",
-                    "dataset",
-                    "system",
-                )
-                yield problem if dataset.system else as_warning(problem)
+    yield from _find_lost_parts(dataset, tokenizer, counted, split)
+    for name, told in counted.guessed.items() if split == "train" else ():
+        if UNSURE in told:
+            found = f"{name} is not in UTF-8, and is read as {UNSURE}, by a guess: look whether the texts are right"
+            fix = "set encoding in the source, to cp1252 or what it is (cp1251, shift_jis, gb18030, ...)"
+            yield as_warning(at("guessed-encoding", found, fix, "dataset", "train"))
+    if undeclared := counted.noted.get(UNDECLARED):
+        found = f"{undeclared:,} {split} rows call tools that they do not declare"
+        fix = "declare them in the column of tools: a model that is offered others should not learn to call these"
+        yield as_warning(at("undeclared-calls", found, fix, "dataset", split))
+    yield from map(as_warning, _find_other_spelling(tokenizer, counted, split))
+    if counted.empty_thoughts and dataset.thinking != "mask":
+        found = f"the chat template writes a block of thinking with nothing in it before answers of the {split} rows"
+        found += f" ({counted.empty_thoughts:,} of the first {CHECKED_ROWS}), and it is learned: the model won't think"
+        fix = "if it should go on thinking where it is asked to, set dataset.thinking: mask"
+        if dataset.format in ANSWERS_WHOLE:
+            fix = "take rows with thinking, or a model whose chat template writes no such block"
+        yield as_warning(at("empty-thinking-learned", found, fix, "dataset", "thinking"))
     if counted.changed_texts and replaced:
         found = (
             f"{replaced.name} stands in for the model's own chat template, to mark the answers, and changes the text of"
@@ -250,7 +423,7 @@ def find_problems(
     if counted.ends and not stops.intersection(counted.ends):
         found = f"turns end with {' '.join(counted.ends)}, but generation stops at {' '.join(sorted(stops))} only"
         fix = f"set training.eos_token: '{counted.ends[0]}', or the trained model will not stop"
-        if dataset.train_on:
+        if not dataset.format.endswith("preference"):
             yield at("end-of-turn-is-no-end", found, fix, "training", "eos_token")
         else:  # TRL's configurations for preferences have no such key
             yield at("end-of-turn-is-no-end", found, f"train it by stage sft first, and {fix}", "model", "name_or_path")
@@ -259,7 +432,7 @@ def find_problems(
         fix = "remove them from one of the two: what was trained on can't be held against the model"
         yield as_warning(at("eval-rows-in-train", found, fix, "dataset", split))
     if counted.rows_with_two_bos:
-        found = f"{counted.rows_with_two_bos:,} {split} rows begin with two {bos_token} tokens"
+        found = f"{counted.rows_with_two_bos:,} {split} rows begin with two {tokenizer.bos_token} tokens"
         problem = at("doubled-bos", found, "the tokenizer adds one: take it out of the text", "dataset", split)
         yield problem if counted.rows_with_two_bos > counted.rows_kept / 2 else as_warning(problem)
     if counted.rows_truncated > counted.rows_kept / 10:

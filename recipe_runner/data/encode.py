@@ -4,8 +4,9 @@ Source: `tokenize_fn` and `build_labels` in trl/trainer/{sft,dpo,kto}_trainer.py
 what is made here against TRL's own, for every chat template that TRL has.
 """
 
+import json
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,54 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from recipe_runner.data.tables import IGNORED, NUMBERS
+from recipe_runner.data.turns import Turns
 
 Ids = list[list[int]]
 ONLY_IDS = {"return_attention_mask": False, "return_token_type_ids": False}
 
 
+def apply_template(tokenizer: PreTrainedTokenizerBase, chats: Any, tools: Any = None, **options: Any) -> Any:
+    """`apply_chat_template` of a conversation, or of several that declare the same tools.
+
+    DeepSeek-V3's template takes the arguments of a call as a text only, all others of TRL's as an object: TRL 1.16's
+    `supports_tool_calling` falls back in the same way (transformers#45419).
+    """
+    tools = tools or None  # Llama 3.1's template renders its words about tools for an empty list, too
+    try:
+        return tokenizer.apply_chat_template(chats, tools=tools, **options)
+    except TypeError:
+        several = bool(chats) and isinstance(chats[0], list)
+        spelt = [_spell_arguments(turns) for turns in (chats if several else [chats])]
+        if spelt == (chats if several else [chats]):
+            raise
+        return tokenizer.apply_chat_template(spelt if several else spelt[0], tools=tools, **options)
+
+
+def _spell_arguments(turns: Turns) -> Turns:
+    def spell(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        {**turn, "tool_calls": [spell(call) for call in turn["tool_calls"]]} if "tool_calls" in turn else turn
+        for turn in turns
+    ]
+
+
 def encode(
-    tokenizer: PreTrainedTokenizerBase, contents: Sequence[Any], *, asks: bool = False, marks: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    contents: Sequence[Any],
+    tools: Sequence[Any] = (),
+    *,
+    asks: bool = False,
+    marks: bool = False,
 ) -> tuple[Ids, Ids | None]:
     """Conversations, or plain texts, in tokens.
 
     Args:
         tokenizer: With the chat template.
         contents: Lists of turns, or texts.
+        tools: Of each conversation, the tools that it declares; empty where none declares any.
         asks: Whether the conversations end where an answer begins.
         marks: Whether to tell which tokens are the assistant's, by the template's marks.
 
@@ -39,18 +75,17 @@ def encode(
     if isinstance(contents[0], str):
         texts: Any = tokenizer(list(contents), **ONLY_IDS)
         return texts["input_ids"], None
-    batch: Any = tokenizer.apply_chat_template(
-        list(contents),
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=asks,
-        return_assistant_tokens_mask=marks,
-        tokenizer_kwargs=ONLY_IDS,
-    )
-    masks = batch["assistant_masks"] if marks else None
-    if masks and any(1 not in mask for mask in masks):
+    ids: Ids = []
+    masks: Ids = []
+    options = {"return_dict": True, "add_generation_prompt": asks, "return_assistant_tokens_mask": marks}
+    for offered, group in groupby(range(len(contents)), key=lambda place: tools[place] if tools else None):
+        chats = [contents[place] for place in group]
+        batch = apply_template(tokenizer, chats, offered, tokenize=True, tokenizer_kwargs=ONLY_IDS, **options)
+        ids += batch["input_ids"]
+        masks += batch["assistant_masks"] if marks else []
+    if any(1 not in mask for mask in masks):
         raise RuntimeError("the chat template marks no token of it as the assistant's ({% generation %})")
-    return batch["input_ids"], masks
+    return ids, masks if marks else None
 
 
 def encode_answers(
@@ -62,15 +97,23 @@ def encode_answers(
         How many tokens of the prompt alone each row begins with, in all its sequences (some templates render a prompt
         otherwise before an answer); and answer -> whole sequences.
     """
-    prompts, _ = encode(tokenizer, [row["prompt"] for row in rows], asks=True)
+    tools = tools_of(rows)
+    prompts, _ = encode(tokenizer, [row["prompt"] for row in rows], tools, asks=True)
     wholes = {
-        name: encode(tokenizer, [join(row["prompt"], row[name], tokenizer) for row in rows])[0] for name in answers
+        name: encode(tokenizer, [join(row["prompt"], row[name], tokenizer) for row in rows], tools)[0]
+        for name in answers
     }
     shared = [
         min(len(prompt) if prompt == whole[: len(prompt)] else common_prefix_length(prompt, whole) for whole in of_row)
         for prompt, *of_row in zip(prompts, *wholes.values(), strict=True)
     ]
     return shared, wholes
+
+
+def tools_of(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """What each row declares; empty where none declares any."""
+    tools = [row.get("tools") for row in rows]
+    return tools if any(tools) else []
 
 
 def join(prompt: Any, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from recipe_runner.data import sources
 from recipe_runner.data.accounting import Tally
 from recipe_runner.data.sources import Source
+from recipe_runner.data.thinking import fit_thoughts
 from recipe_runner.problems.errors import user_error
 from recipe_runner.recipe.sections import DatasetSection
 from recipe_runner.stages import Stage
@@ -67,6 +69,18 @@ class Job:
     def tally(self) -> Tally:
         """Counters for a split."""
         return Tally(self.limit, [source.name for source in self.sources])
+
+
+def read_rows(job: Job, order: np.ndarray) -> list[dict[str, Any]]:
+    """Some rows, `(rows, 2)` of source and row in it, in TRL's layout, as the chat template takes them.
+
+    Raises:
+        UserError: A row has the wrong shape.
+    """
+    rows = sources.read_rows(job.dataset, job.sources, order)
+    if job.dataset.is_plain_text:
+        return rows
+    return [fit_thoughts(row, job.dataset.thinking, job.tokenizer) for row in rows]
 
 
 def drop_overlong(job: Job, lengths: np.ndarray, order: np.ndarray, tally: Tally) -> np.ndarray:

@@ -3,37 +3,70 @@
 import contextlib
 import importlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from recipe_runner.data import sources
 from recipe_runner.data.accounting import Tally
 from recipe_runner.data.checks import (
+    CHECKED_ROWS,
     REFUSALS,
     check_ends,
     compare_templates,
-    count_rendered_roles,
+    count_empty_thoughts,
+    count_rendered_parts,
     count_special_tokens,
 )
-from recipe_runner.data.job import Job
-from recipe_runner.data.sources import read_rows
+from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.tables import PACKED_TOGETHER, make_table, pack, with_documents
+from recipe_runner.data.thinking import is_turns
+from recipe_runner.data.turns import BAD, GOOD, fold_turns
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.stages import Stage
 from recipe_runner.workers import work_in_order
 
+MEASURED = 200  # rows of a source that say how long its rows are
 CHUNK = 1_000  # rows prepared at once: what bounds the memory
 CHUNK_SECONDS, ROW_SECONDS = 60, 10  # a chunk that takes longer is looked at row by row: templates may be endless
-CHECKED_ROWS = 100  # rows of a split whose masks are checked token by token
+FOLDS = {"merge_system": "a system turn", "merge_turns": "two turns of one role after each other"}
 
 
 def shape_of(stage: Stage) -> Any:
     """The module of the shape that a stage's rows have: see `shapes`."""
     return importlib.import_module(f"recipe_runner.data.shapes.{stage.shape}")
+
+
+def order_rows(job: Job) -> dict[str, np.ndarray]:
+    """Which rows are trained on and which are held out, in which order: see `sources.order_rows`.
+
+    Raises:
+        UserError: A source is too small to be split, or its first rows can't be used.
+    """
+    section, lengths = job.dataset, []
+    if section.weight_by == "tokens":
+        lengths = [_measure(job, number) for number in range(len(section.train))]
+    return sources.order_rows(section, job.sources, job.seed, lengths)
+
+
+def _measure(job: Job, number: int) -> float:
+    """Mean tokens of some rows of a source, by the seed, as they reach the model."""
+    count = len(job.sources[number].rows)
+    places = np.random.default_rng(job.seed).permutation(count)[:MEASURED]
+    rows = read_rows(job, np.stack([np.full(len(places), number), places], axis=1))
+    usable = [row for row in rows if not row.pop("dropped")]
+    if not usable:
+        raise nothing_left("train", {f"rows of {job.sources[number].name}": len(rows)})
+    shape = shape_of(job.stage)
+    table = shape.tokenize(job, usable)
+    lengths = np.sum([pc.list_value_length(table[name]).to_numpy() for name in shape.FIRST], axis=0)
+    return float(np.minimum(lengths, job.limit).mean() if job.limit and job.cuts("train") else lengths.mean())
 
 
 @contextlib.contextmanager
@@ -87,11 +120,15 @@ def _pack_together(tables: Iterator[pa.Table], job: Job, tally: Tally) -> Iterat
 def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int) -> tuple[pa.Table, Tally]:
     """The shape's columns and `document` of the rows of a chunk that are kept, and what became of all."""
     part, shape, tally = order[start : start + CHUNK], shape_of(job.stage), job.tally()
-    rows = read_rows(job.dataset, job.sources, part)
+    rows = read_rows(job, part)
     tally.read += len(rows)
     reasons = [row.pop("dropped") for row in rows]
     for reason in filter(None, reasons):
         tally.drop(reason, 1)
+    for row, reason in zip(rows, reasons, strict=True):
+        tally.noted.update(row.pop("noted", ()))
+        if "label" in row and not reason:
+            tally.noted[GOOD if row["label"] else BAD] += 1
     places = np.array([place for place, reason in enumerate(reasons) if not reason], dtype=np.int64)
     if not len(places):
         empty = pa.schema(list(shape.COLUMNS.items())).empty_table()
@@ -99,12 +136,13 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int) -> tuple
     usable = [rows[place] for place in places]
     table = _tokenize(job, usable, part[places])  # first: it finds the rows that the template refuses
     tally.special += count_special_tokens(usable, job.tokenizer)
-    count_rendered_roles(usable, job.tokenizer, tally)
+    count_rendered_parts(usable, job, tally)
     if job.replaced:
         compare_templates(usable, job.tokenizer, job.replaced.own, tally)
     if start == 0:
         for name in shape.LEARNED:
             tally.ends |= check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
+            count_empty_thoughts(table[name].slice(0, CHECKED_ROWS), job.tokenizer, tally)
     return shape.keep(job, split, table, part, places, tally, start), tally
 
 
@@ -127,28 +165,27 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
                 opened = job.sources[source]
                 message = f"{opened.name}: row {number + 1} can't be rendered: {first_line(error)}"
                 fix = "does the chat template come to an end?" if isinstance(error, TooSlow) else ""
-                fix = fix or _find_system(job, row) or "fix or remove the row"
+                fix = fix or _find_remedy(job, row) or "fix or remove the row"
                 raise user_error("row-refused", message, fix, path=opened.path) from error
         if isinstance(failure, TooSlow):
             return shape.tokenize(job, rows)  # long rows, each of which comes to an end
         raise
 
 
-def _find_system(job: Job, row: dict[str, Any]) -> str:
-    """What to do where a row is refused for its system turn alone (Gemma, Mistral); empty where that is not why."""
-    turns = {role: [turn for turn in cell if turn["role"] != "system"] for role, cell in row.items() if _is_turns(cell)}
-    if all(len(turns[role]) == len(row[role]) for role in turns):
-        return ""
-    try:
-        shape_of(job.stage).tokenize(job, [row | turns])
-    except REFUSALS:
-        return ""
-    remedy = "remove dataset.system, and write" if job.dataset.system is not None else "write"
-    return f"the chat template takes no system turn: {remedy} its text into the first user turn"
-
-
-def _is_turns(cell: Any) -> bool:
-    return isinstance(cell, list) and all(isinstance(turn, dict) and "role" in turn for turn in cell)
+def _find_remedy(job: Job, row: dict[str, Any]) -> str:
+    """The keys with which the template takes a row whose turns it refuses (Gemma, Mistral); empty where none helps."""
+    for keys in (("merge_system",), ("merge_turns",), ("merge_system", "merge_turns")):
+        dataset = replace(job.dataset, merge_system="merge_system" in keys, merge_turns="merge_turns" in keys)
+        folded = {
+            key: fold_turns(cell, [True] * len(cell), dataset, "")[0] for key, cell in row.items() if is_turns(cell)
+        }
+        try:
+            shape_of(job.stage).tokenize(job, [{**row, **folded, "muted": []}])
+        except REFUSALS:
+            continue
+        what = " and ".join(FOLDS[key] for key in keys)
+        return f"the chat template refuses {what}: set {' and '.join(f'dataset.{key}: true' for key in keys)}"
+    return ""
 
 
 def input_ids_of(stage: Stage, row: dict[str, Any]) -> list[int]:

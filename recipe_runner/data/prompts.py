@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
 
-from recipe_runner.data.formats import Turns, normalise_row
-from recipe_runner.data.job import Job
+from recipe_runner.data.checks import find_change
+from recipe_runner.data.encode import apply_template
+from recipe_runner.data.formats import normalise_row
+from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.prepare import shape_of
-from recipe_runner.data.sources import read_rows
+from recipe_runner.data.thinking import without_thought
+from recipe_runner.data.turns import Turns
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.sections import DatasetSection
 
@@ -20,6 +24,7 @@ Orders = Mapping[str, np.ndarray]  # of `sources.order_rows`
 COMPARED = 20  # rows whose prompts are compared
 LOOKED_AT = 200  # rows from which prompts are chosen
 SYSTEM = "You are a helpful assistant."  # where the data has no system prompt of its own
+SHOWN = 8  # tokens of an answer that stands where a prompt goes on
 WORDS = 12  # of a raw text, which has no prompt of its own
 
 
@@ -31,25 +36,39 @@ class Prompt:
         content: Turns, or plain text.
         wanted: The answer in the data; empty where there is none.
         kind: Of golden rows: what is tried with it.
+        tools: What the model is offered; None where the data declares none.
     """
 
     content: Turns | str
     wanted: str = ""
     kind: str = "as in the data"
+    tools: Any = None
 
 
-def split_row(row: dict[str, Any]) -> Prompt | None:
+def split_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
     """The prompt of a row as TRL knows it, and the answer to it; None where the row has none (raw text)."""
+    tools = row.get("tools")
     if isinstance(row.get("prompt"), str):
         return Prompt(row["prompt"], row["completion"].strip())
     if "messages" in row:
         turns = row["messages"]
         last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-        return Prompt(turns[:last], turns[last]["content"].strip()) if last else None
+        return Prompt(turns[:last], _say(turns[last], turns[:last], tools, tokenizer), tools=tools) if last else None
     if not row.get("prompt"):
         return None
     answer = row.get("chosen") or (row["completion"] if row.get("label", True) else [])
-    return Prompt(row["prompt"], answer[0]["content"].strip() if answer else "")
+    wanted = _say(answer[0], row["prompt"], tools, tokenizer) if answer else ""
+    return Prompt(row["prompt"], wanted, tools=tools)
+
+
+def _say(answer: dict[str, Any], before: Turns, tools: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a model says that gives an answer: its text, or of calls what the chat template makes of them."""
+    if not answer.get("tool_calls"):
+        return without_thought(answer["content"]).strip()
+    prompt = render_prompt(before, tokenizer, tools)
+    whole: Any = apply_template(tokenizer, [*before, answer], tools, tokenize=True, return_dict=False)
+    said = whole[common_prefix_length(prompt, whole) :]
+    return without_thought(str(tokenizer.decode(said, skip_special_tokens=True))).strip()
 
 
 def pose(text: str, dataset: DatasetSection) -> Prompt:
@@ -72,10 +91,10 @@ def choose_prompts(job: Job, orders: Orders, number: int) -> list[Prompt]:
 
 
 def _read_prompts(job: Job, order: np.ndarray) -> Iterator[Prompt]:
-    for row in read_rows(job.dataset, job.sources, order[:LOOKED_AT]):
+    for row in read_rows(job, order[:LOOKED_AT]):
         if row["dropped"]:
             continue
-        if prompt := split_row(row):
+        if prompt := split_row(row, job.tokenizer):
             yield prompt
         elif "text" in row:
             words = row["text"].split(" ")[:WORDS]
@@ -94,8 +113,8 @@ def render_prompt(prompt: Turns | str, tokenizer: PreTrainedTokenizerBase, tools
         fix = "give an instruct model, or the adapter of a run, which has the template of its training"
         raise user_error("no-chat-template", "the tokenizer has no chat template", fix)
     try:
-        rendered: Any = tokenizer.apply_chat_template(
-            prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+        rendered: Any = apply_template(
+            tokenizer, prompt, tools, add_generation_prompt=True, tokenize=True, return_dict=False
         )
     except TemplateSyntaxError as error:
         raise user_error("template-broken", f"the chat template can't be read: line {error.lineno}: {error}") from error
@@ -104,24 +123,27 @@ def render_prompt(prompt: Turns | str, tokenizer: PreTrainedTokenizerBase, tools
     return list(rendered)
 
 
-def find_split_prompts(job: Job, orders: Orders) -> tuple[int, int]:
-    """Of some rows, how many begin with other tokens than their prompt alone has; and how many were looked at.
+def find_split_prompts(job: Job, orders: Orders) -> tuple[int, int, str]:
+    """Of some rows, how many begin with other tokens than their prompt alone has; how many were looked at; the first.
 
     What a server asks is the prompt alone. A template whose prompt ends with a space (`Answer: {output}`) lets the
     tokenizer join it to the answer; a chat template may render a last turn in its own way.
     """
     first = orders["train"][:COMPARED]
-    rows = [row for row in read_rows(job.dataset, job.sources, first) if not row.pop("dropped")]
+    rows = [row for row in read_rows(job, first) if not row.pop("dropped")]
     shape = shape_of(job.stage)
-    asked = [split_row(row) for row in rows]
+    asked = [split_row(row, job.tokenizer) for row in rows]
     if not rows or not all(asked):
-        return 0, 0
-    found = 0
+        return 0, 0, ""
+    found, change = 0, ""
     for prompt, entry in zip(asked, shape.tokenize(job, rows).to_pylist(), strict=True):
-        alone = render_prompt(prompt.content, job.tokenizer) if prompt else []
+        alone = render_prompt(prompt.content, job.tokenizer, prompt.tools) if prompt else []
         whole = [token for name in shape.FIRST for token in entry[name]]
-        found += whole[: len(alone)] != alone
-    return found, len(rows)
+        if whole[: len(alone)] != alone:
+            found += 1
+            rest = job.tokenizer.decode(whole[: common_prefix_length(alone, whole) + SHOWN])
+            change = change or find_change(str(rest), str(job.tokenizer.decode(alone)))
+    return found, len(rows), change
 
 
 def choose_golden(job: Job, orders: Orders, number: int) -> list[Prompt]:

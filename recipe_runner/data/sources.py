@@ -1,7 +1,11 @@
 """Data sources: opening them, choosing columns, the order of rows. The rows' layout is made by `formats`."""
 
+import codecs
 import glob
+import itertools
 import json
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import (
     Dataset,
+    DatasetDict,
     Features,
     ReadInstruction,
     Value,
@@ -18,19 +23,36 @@ from datasets import (
     disable_progress_bars,
     interleave_datasets,
     load_dataset,
+    load_from_disk,
 )
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 
-from recipe_runner.data.formats import KNOWN_KEYS, RowError, normalise_row, says_something
+from recipe_runner.data.formats import normalise_row
 from recipe_runner.data.look import iterate_rows
-from recipe_runner.files import FULL, disk_full, read_begin
+from recipe_runner.data.turns import KNOWN_KEYS, RowError, says_something
+from recipe_runner.files import FULL, disk_full
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
 from recipe_runner.problems.words import misspelt, nearest, suggest
+from recipe_runner.recipe.local import (
+    BUILDERS,
+    DELIMITERS,
+    HUB,
+    TEXTS,
+    UNPACKED,
+    Writing,
+    find_writing,
+    is_file_source,
+    is_saved,
+    list_files,
+    open_bytes,
+    open_text,
+    split_line,
+    suffix_of,
+)
 from recipe_runner.recipe.new import Columns, find_columns
-from recipe_runner.recipe.rules.data import BUILDERS
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS
 
@@ -45,9 +67,28 @@ MEANINGS = {"context": "input", **dict.fromkeys(SYSTEM, "system")} | dict.fromke
     ),
     "",
 )
+MOST_REPEATS = 100  # times all rows, that a mixture may have
 FEW_ROWS = 20  # that say what a column holds
-TEXTS = (".json", ".jsonl", ".csv", ".txt")
-OTHER_NAMES = {"prompt": ("conversations",)}  # role -> columns that hold it in well-known data sets
+# What a file that can't be read raises, in the libraries that read it.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    StopIteration,
+    EOFError,
+    ImportError,
+    zlib.error,
+)
+# Role -> columns that hold it in well-known data sets; conversations with a label end with what is judged (ShareGPT).
+OTHER_NAMES = {
+    "messages": ("conversations",),
+    "prompt": ("conversations",),
+    "tools": ("functions",),
+    "completion": ("messages", "conversations"),
+    "label": ("kto_tag",),
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +101,8 @@ class Source:
         columns: Role of a column -> its name in the data.
         unused: Columns that no role takes.
         names: All names that the data has: of columns, and of keys of turns.
+        filled: Columns whose objects have each other's keys, as null.
+        guessed: What was guessed of how it is written, for people.
     """
 
     section: SourceSection
@@ -67,6 +110,8 @@ class Source:
     columns: dict[str, str]
     unused: tuple[str, ...] = ()
     names: frozenset[str] = frozenset()
+    filled: frozenset[str] = frozenset()
+    guessed: str = ""
 
     @property
     def name(self) -> str:
@@ -103,68 +148,121 @@ def open_sources(dataset: DatasetSection) -> list[Source]:
 
 def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     """Opens one source and chooses its columns for the format."""
-    name, suffix, place = section.source, Path(section.source).suffix, (*section.path, "source")
-    if suffix in TEXTS and (found := _look_at_begin(Path(name), suffix)):
-        raise user_error("unreadable-data", found, path=place)
+    name, place = section.source, (*section.path, "source")
+    files = list_files(name) if is_file_source(name) and not is_saved(Path(name)) else []
+    suffix = suffix_of(files[0].name if files else name) if files or name.startswith(HUB) else ""
+    guessed = ""
     try:
-        if suffix in BUILDERS:
+        for file in files:  # datasets takes what is left of a file of zstandard's for all of it
+            if file.suffix.lower() == ".zst" and (found := _find_cut(file)):
+                raise user_error("unreadable-data", found, "get it again", path=place)
+        for file in files if suffix in (".json", ".jsonl", ".txt") else []:
+            if found := _look_at_begin(file, suffix):
+                raise user_error("unreadable-data", found, path=place)
+        if is_saved(Path(name)):
+            rows = load_saved(section)
+        elif suffix in BUILDERS:
             options: dict[str, Any] = {"sample_by": section.sample_by} if section.sample_by else {}
-            if suffix == ".csv":  # every cell is a text, as it is written: 01000, 1.50, NA, true
-                options |= {"features": _csv_features(Path(name), place), "na_filter": False}
-            rows = load_dataset(BUILDERS[suffix], data_files=glob.escape(name), split=section.split, **options)
+            options |= {"field": section.field} if section.field else {}
+            if files and BUILDERS[suffix] == "csv":  # every cell is a text, as it is written: 01000, 1.50, NA, true
+                features, writing = _csv_features(files, section)
+                options |= {"features": features, "na_filter": False}
+                options |= {"sep": writing.delimiter, "encoding": writing.encoding}
+                guessed = writing.guessed
+            named = [glob.escape(str(file)) for file in files] or [name]
+            rows = load_dataset(BUILDERS[suffix], data_files=named, split=section.split, **options)
             rows.data.table.validate(full=True)  # pyarrow reads JSON without looking at its bytes
         else:
             rows = load_dataset(name, section.subset, split=section.split, revision=section.revision)
-    except (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration) as error:
-        raise _explain_load_error(error, name, suffix, place) from error
+    except (DatasetsError, *UNREADABLE) as error:
+        raise _explain_load_error(error, section, suffix, files) from error
     if not len(rows):
         raise user_error("empty-dataset", f"{name} has no rows", path=place)
-    if suffix == ".json" and (key := _find_wrapping(rows, section, dataset.format)):
-        fix = f"make that list the file: jq .{key} {Path(name).name} > rows.json"
+    if suffix == ".json" and not section.field and (key := _find_wrapping(rows, section, dataset.format)):
+        fix = f"set field: {key}"
         raise user_error("unreadable-data", f"{name} is one object; its rows are the list '{key}'", fix, path=place)
     columns = choose_columns(section, dataset.format, rows[:FEW_ROWS])
     unused = [column for column in rows.column_names if column not in (*columns.values(), *dataset.ignore)]
     _refuse_lost_columns(section, dataset.format, rows.select_columns(unused))
     used = rows.select_columns(list(dict.fromkeys(columns.values())))
-    if suffix in (".json", ".jsonl"):
-        used = _as_written(used, Path(name), section.split)
+    if files and suffix in (".json", ".jsonl"):
+        used = _as_written(used, files, section)
     keys = {column: _turn_keys(used, column) for column in used.column_names}
     unused += [
-        f"{column}.{key}" for column in keys for key in keys[column] if key not in (*KNOWN_KEYS, *dataset.ignore)
+        f"{column}.{key}"
+        for column in keys
+        for key in keys[column]
+        if column != columns.get("tools") and key not in (*KNOWN_KEYS, *dataset.ignore)
     ]
     names = frozenset((*rows.column_names, *(key for column in keys.values() for key in column)))
-    return Source(section, used, columns, tuple(unused), names)
+    is_json = suffix in (".json", ".jsonl")  # which datasets 5.2 reads without giving an object keys that it has not
+    filled = [] if is_json else [name for name in used.column_names if _has_objects(used.data.schema.field(name).type)]
+    return Source(section, used, columns, tuple(unused), names, frozenset(filled), guessed)
 
 
-def _csv_features(file: Path, place: KeyPath) -> Features:
-    """A text for each column of the header. pandas takes the first column for an index where rows have one field more.
+def load_saved(section: SourceSection) -> Dataset:
+    """A folder that datasets saved: one split, or several, of which the recipe names one.
 
     Raises:
-        UserError: The first row has more fields than the header.
+        ValueError: There is no such split.
     """
-    head = pd.read_csv(file, nrows=1, dtype=str)
-    marks = {";": "semicolons", "\t": "tabs", "|": "bars"}
-    if len(head.columns) == 1 and (mark := next((mark for mark in marks if mark in head.columns[0]), None)):
-        message = f"{file}: its columns are between {marks[mark]}, and are read between commas"
-        raise user_error("unreadable-data", message, "save it with commas", path=place)
-    if not isinstance(head.index, pd.RangeIndex):
-        fields = len(head.columns) + head.index.nlevels
-        message = f"{file}: row 1 has {fields} fields, the header has {len(head.columns)}"
-        raise user_error("unreadable-data", message, "quote texts with commas, or add the header's names", path=place)
-    return Features({column: Value("string") for column in head.columns})
+    loaded = load_from_disk(section.source)
+    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+    parts = ReadInstruction.from_spec(section.split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
-def _as_written(rows: Dataset, file: Path, split: str) -> Dataset:
-    """Columns of a JSON file without what pyarrow makes of them: texts that look like dates, 1 beside 2.5 as 1.0."""
+def _csv_features(files: list[Path], section: SourceSection) -> tuple[Features, Writing]:
+    """A text for each column of the header, and how the files are written.
+
+    pandas takes the first column for an index where rows have one field more.
+
+    Raises:
+        UserError: The first row has more fields than the header, files differ, or the delimiter is another.
+    """
+    place = (*section.path, "source")
+    found: list[tuple[tuple[str, ...], Writing]] = []
+    for file in files:
+        writing = find_writing(file, section.delimiter, section.encoding)
+        with open_text(file, writing.encoding, newline="") as stream:
+            head = pd.read_csv(stream, nrows=1, dtype=str, sep=writing.delimiter)
+        columns = tuple(map(str, head.columns))
+        if len(columns) == 1 and (other := next((mark for mark in DELIMITERS if mark in columns[0]), None)):
+            names = ", ".join(name.strip() for name in split_line(columns[0], other))
+            message = f"{file} has one column, read with the delimiter '{writing.delimiter}'"
+            shown = "\\t" if other == "\t" else other
+            raise user_error(
+                "unreadable-data",
+                message,
+                f'set delimiter: "{shown}", which gives {names}',
+                path=(*section.path, "delimiter"),
+            )
+        if not isinstance(head.index, pd.RangeIndex):
+            fields = len(head.columns) + head.index.nlevels
+            message = f"{file}: row 1 has {fields} fields, the header has {len(columns)}"
+            fix = "quote texts with commas, or add the header's names"
+            raise user_error("unreadable-data", message, fix, path=place)
+        found.append((columns, writing))
+        if found[0] != found[-1]:
+            first, told = found[0], ", ".join(columns)
+            what = (
+                f"columns {told}" if first[0] != columns else f"another way to write: {writing.guessed or 'the usual'}"
+            )
+            raise user_error("unreadable-data", f"{file} has {what}, {files[0]} has not", "make them alike", path=place)
+    return Features({column: Value("string") for column in found[0][0]}), found[0][1]
+
+
+def _as_written(rows: Dataset, files: list[Path], section: SourceSection) -> Dataset:
+    """Columns of JSON files without what pyarrow makes of them: texts that look like dates, 1 beside 2.5 as 1.0."""
     changed = [name for name in rows.column_names if _retypes(rows.data.schema.field(name).type)]
     if not changed:
         return rows
     cells: dict[str, list[Any]] = {name: [] for name in changed}
-    for row in iterate_rows(file):
+    for row in itertools.chain.from_iterable(iterate_rows(file, section.field) for file in files):
         for name in changed:
             value = row.get(name)
             cells[name].append(json.dumps(value) if isinstance(value, int | float) else value)
-    parts = ReadInstruction.from_spec(split).to_absolute({"train": len(cells[changed[0]])})
+    parts = ReadInstruction.from_spec(section.split).to_absolute({"train": len(cells[changed[0]])})
     written = Dataset.from_dict(
         {name: [value for part in parts for value in cells[name][part.from_ : part.to]] for name in changed}
     )
@@ -181,6 +279,22 @@ def _retypes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_temporal(kind) or pa.types.is_floating(kind))
 
 
+def _has_objects(kind: pa.DataType, depth: int = 0) -> bool:
+    """Whether a column has objects in objects: calls of tools in turns, schemas of tools."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _has_objects(kind.value_type, depth)
+    if pa.types.is_struct(kind):
+        return depth > 0 or any(_has_objects(field.type, depth + 1) for field in kind)
+    return False
+
+
+def _drop_nulls(value: Any) -> Any:
+    """An object without the keys that are null."""
+    if isinstance(value, dict):
+        return {key: _drop_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_drop_nulls(entry) for entry in value] if isinstance(value, list) else value
+
+
 def _turn_keys(rows: Dataset, column: str) -> list[str]:
     """Keys of the turns of a column of turns: of all rows where the column has one type, else of the first thousand."""
     turns = getattr(rows.features[column], "feature", rows.features[column])
@@ -192,11 +306,19 @@ def _turn_keys(rows: Dataset, column: str) -> list[str]:
     return list(dict.fromkeys(key for cell in cells for turn in cell if isinstance(turn, dict) for key in turn))
 
 
-def order_rows(dataset: DatasetSection, sources: list[Source], seed: int) -> dict[str, np.ndarray]:
+def order_rows(
+    dataset: DatasetSection, sources: list[Source], seed: int, lengths: Sequence[float] = ()
+) -> dict[str, np.ndarray]:
     """Which rows are trained on and which are held out, in which order, by the recipe's seed.
 
     Only numbers are shuffled, split and mixed here (by `datasets`' own functions), so that the first rows are known
     without reading all.
+
+    Args:
+        dataset: For weights, epochs and what is held out.
+        sources: Opened, those of the training data first.
+        seed: Of shuffles and splits.
+        lengths: Mean tokens of a row of each training source, where weights are shares of tokens.
 
     Returns:
         `train` and, when the recipe evaluates, `eval`: arrays `(rows, 2)` of source and row in it.
@@ -223,12 +345,32 @@ def order_rows(dataset: DatasetSection, sources: list[Source], seed: int) -> dic
         train, evaluation = [part["train"] for part in parts], [part["test"] for part in parts]
     weights = [source.weight for source in dataset.train if source.weight is not None]
     if len(train) > 1 and weights:
+        weights = [weight / length for weight, length in zip(weights, lengths or [1.0] * len(weights), strict=True)]
         shares = [weight / sum(weights) for weight in weights]
+        needed = max(len(rows) / share for rows, share in zip(train, shares, strict=True))
+        if needed > MOST_REPEATS * sum(map(len, train)):
+            message = (
+                f"with these weights, {needed:,.0f} rows are drawn until each of {sum(map(len, train)):,} was seen"
+            )
+            raise user_error("mixture-weight", message, "take weights that differ less", path=("dataset", "train"))
         mixed = interleave_datasets(train, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
     else:
-        mixed = concatenate_datasets(train)
+        taken = zip(train, dataset.train, strict=True)
+        mixed = concatenate_datasets([_repeat(rows, source.epochs, seed) for rows, source in taken])
     orders = {"train": mixed} | ({"eval": concatenate_datasets(evaluation)} if evaluation else {})
     return {split: _as_array(rows) for split, rows in orders.items()}
+
+
+def _repeat(rows: Dataset, epochs: float | None, seed: int) -> Dataset:
+    """Rows as often as a source says: `2.5` is twice all, and half of them once more."""
+    if epochs is None:
+        return rows
+    whole, rest = divmod(epochs, 1)
+    if not round(epochs * len(rows)):
+        message = f"{epochs:g} epochs of {len(rows)} rows are none"
+        raise user_error("mixture-weight", message, "take more, or leave the source out", path=("dataset", "train"))
+    more = rows.shuffle(seed=seed).select(range(round(rest * len(rows))))
+    return concatenate_datasets([*[rows] * int(whole), more])
 
 
 def _as_array(rows: Dataset) -> np.ndarray:
@@ -250,7 +392,8 @@ def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray)
         source, places = sources[number], np.flatnonzero(order[:, 0] == number)
         batch = source.rows[order[places, 1].tolist()]
         cells = {role: batch[column] for role, column in source.columns.items()}
-        if Path(source.name).suffix == ".csv" and "label" in cells:  # whose cells are texts
+        cells |= {role: _drop_nulls(cells[role]) for role, column in source.columns.items() if column in source.filled}
+        if suffix_of(source.name) in (".csv", ".tsv") and "label" in cells:  # whose cells are texts
             cells["label"] = [{"true": True, "false": False}.get(cell.lower(), cell) for cell in cells["label"]]
         for place, *values in zip(places.tolist(), *cells.values(), strict=True):
             row = dict(zip(cells, values, strict=True))
@@ -283,13 +426,18 @@ def choose_columns(section: SourceSection, form: str, head: Columns) -> dict[str
         UserError: Columns are missing; the message lists those there are, and says which may be meant.
     """
     given, available = section.columns, list(head)
-    columns = {role: given.get(role) or role for role in FORMATS[form].required}
-    if form == "chat" and "messages" not in given and "messages" not in available and "conversations" in available:
-        columns["messages"] = "conversations"  # ShareGPT's name
-    for role in (*FORMATS[form].optional, *FORMATS[form].context):
+    taken = set(given.values())
+    columns = {}
+    for role in FORMATS[form].roles:
         names = (role, *OTHER_NAMES.get(role, ()))
-        if column := given.get(role, next((name for name in names if name in available), None)):
-            columns[role] = column
+        found = (name for name in names if name in available and name not in taken)
+        column = given.get(role, next(found, role if role in FORMATS[form].required else None))
+        if column or role in FORMATS[form].required:
+            columns[role] = column or role
+            taken.add(columns[role])
+    answers = head.get(columns.get("completion", ""), ())
+    if form == "unpaired_preference" and "prompt" not in columns and not any(isinstance(of, list) for of in answers):
+        columns["prompt"] = "prompt"  # which only whole conversations do without
     if missing := [role for role, column in columns.items() if column not in available]:
         there = f"its columns: {', '.join(available)}"
         told = " and ".join(f"no column '{columns[role]}' for the role '{role}'" for role in missing)
@@ -331,32 +479,97 @@ def _refuse_lost_columns(section: SourceSection, form: str, unused: Dataset) -> 
             raise user_error("unused-column", message, f"{fix} list it in dataset.ignore: [{name}]", path=path)
 
 
-def _explain_load_error(error: Exception, name: str, suffix: str, place: KeyPath) -> UserError:
+def _explain_load_error(error: Exception, section: SourceSection, suffix: str, files: list[Path]) -> UserError:
     """Says which line of a local file is at fault, or why a hub dataset can't be loaded."""
+    name, place = section.source, (*section.path, "source")
+    if isinstance(error, UserError):
+        return error
     if isinstance(error, StopIteration):  # datasets 5.2: a JSON file without rows
         return user_error("empty-dataset", f"{name} is empty", path=place)
-    if suffix in TEXTS and not isinstance(error, OSError) and (found := _find_bad_bytes(Path(name))):
-        return user_error("unreadable-data", found, path=place)
-    if suffix in (".json", ".jsonl") and (found := _find_bad_json(Path(name))):
-        return user_error("unreadable-data", found, "fix the file", path=place)
-    root: BaseException = error
-    while suffix in BUILDERS and (root.__cause__ or root.__context__):
-        root = root.__cause__ or root.__context__ or root
+    if any(isinstance(cause, ImportError) for cause in _causes(error)):
+        return user_error("missing-package", f"{name} is compressed by zstandard", "pip install zstandard", path=place)
+    for file in files:
+        if found := _find_cut(file):
+            return user_error("unreadable-data", found, "get it again", path=place)
+        if section.field and (found := _find_field(file, section.field)):
+            return user_error("unreadable-data", found, path=(*section.path, "field"))
+        if suffix in TEXTS and not isinstance(error, OSError) and (found := _find_bad_bytes(file, section.encoding)):
+            return user_error(
+                "unreadable-data", found, path=(*section.path, "encoding" if section.encoding else "source")
+            )
+        if suffix in (".json", ".jsonl") and not section.field and (found := _find_bad_json(file)):
+            return user_error("unreadable-data", found, "fix the file", path=place)
+    root = _causes(error)[-1] if suffix in BUILDERS else error
     if (
         isinstance(root, OSError)
         and root.errno not in FULL
         and root.filename
-        and Path(str(root.filename)) != Path(name)
+        and Path(str(root.filename)) not in (Path(name), *files)
     ):
         message = f"{root.filename}: {root.strerror}"
         raise user_error("input-output", message, "prepared data and Hugging Face's caches are kept there (HF_HOME)")
     if isinstance(root, OSError) and root.errno in FULL:
         return disk_full(root.errno, Path(root.filename or HF_DATASETS_CACHE), "prepared data is kept there (HF_HOME)")
     what = first_line(root)
-    if suffix in BUILDERS:
+    if len(files) > 1 and (other := _find_other_columns(files)):
+        fix = "give all rows the same columns, or name the files as sources of a mixture"
+        return user_error("unreadable-data", other, fix, path=place)
+    if files:
         return user_error("unreadable-data", f"cannot read {name}: {what}", path=place)
     hint = "check the id, subset and split, and the network; or use a local file"
     return user_error("dataset-unavailable", f"cannot load the dataset '{name}': {what}", hint, path=place)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error, and those that it came from."""
+    found = [error]
+    while cause := found[-1].__cause__ or found[-1].__context__:
+        found.append(cause)
+    return found
+
+
+def _find_cut(file: Path) -> str:
+    """What is wrong with a compressed file; empty when nothing is."""
+    if file.suffix.lower() not in UNPACKED:
+        return ""
+    size = 0
+    try:
+        with open_bytes(file) as stream:
+            while part := stream.read(1 << 16):
+                size += len(part)
+    except EOFError:
+        return f"{file} is cut off: {size:,} bytes can be unpacked, and its end is missing"
+    except (OSError, zlib.error) as error:
+        return f"{file} can't be unpacked: {first_line(error)}"
+    return ""
+
+
+def _find_other_columns(files: Sequence[Path]) -> str:
+    """Which of several files of json has other columns than the first; empty when none has."""
+    found = {
+        file: sorted(next(iterate_rows(file), {})) for file in files if suffix_of(file.name) in (".json", ".jsonl")
+    }
+    for file, columns in found.items():
+        if columns != found[files[0]]:
+            return f"{file} has the columns {', '.join(columns)}, and {files[0]} {', '.join(found[files[0]])}"
+    return ""
+
+
+def _find_field(file: Path, field: str) -> str:
+    """Why a json file has no rows under a key; empty when it has."""
+    try:
+        with open_text(file) as stream:
+            whole = json.load(stream)
+    except ValueError:
+        return ""  # said by others
+    if not isinstance(whole, dict):
+        return (
+            f"{file} is no object with a key '{field}', but a {'list of rows' if isinstance(whole, list) else 'value'}"
+        )
+    if not isinstance(whole.get(field), list):
+        lists = ", ".join(key for key, value in whole.items() if isinstance(value, list)) or "none"
+        return f"{file} has no list '{field}'; its lists: {lists}"
+    return ""
 
 
 def _look_at_begin(file: Path, suffix: str) -> str:
@@ -365,9 +578,12 @@ def _look_at_begin(file: Path, suffix: str) -> str:
     pyarrow 25 ends the process (segmentation fault) where the first row of a JSON file is null.
     """
     try:
-        begin = read_begin(file, 1 << 16).removeprefix(b"\xef\xbb\xbf")
+        with open_bytes(file) as stream:
+            begin = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        return f"cannot read {file}: {error.strerror}"
+        return f"cannot read {file}: {error.strerror or first_line(error)}"
+    except (EOFError, ImportError):
+        return ""  # said where it is read
     if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return f"{file} is UTF-16; save it as UTF-8"
     row = begin.lstrip()
@@ -377,15 +593,21 @@ def _look_at_begin(file: Path, suffix: str) -> str:
     return ""
 
 
-def _find_bad_bytes(file: Path) -> str:
-    """Where a text file is not UTF-8; empty when it is."""
-    with file.open("rb") as stream:
+def _find_bad_bytes(file: Path, encoding: str | None) -> str:
+    """Where a text file is not in its encoding; empty where it is."""
+    try:
+        known = codecs.lookup(encoding or "utf-8").name
+    except LookupError:
+        return f"there is no encoding '{encoding}'"
+    with open_bytes(file) as stream:
         for number, line in enumerate(stream, 1):
             try:
-                line.decode("utf-8")
+                line.decode(known)
             except UnicodeDecodeError as error:
                 byte = f"byte 0x{line[error.start]:02x}"
-                return f"{file}: line {number}: {byte} is not UTF-8 (Latin-1 or cp1252?); save the file as UTF-8"
+                fix = "save the file as UTF-8" if encoding is None else "name another"
+                other = " (Latin-1 or cp1252?)" if encoding is None else ""
+                return f"{file}: line {number}: {byte} is not {known.upper()}{other}; {fix}"
     return ""
 
 
@@ -406,7 +628,7 @@ def _check_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _find_bad_json(file: Path) -> str:
     """Where a JSON or JSON-lines file stops being one; empty when every row is an object."""
-    with file.open(encoding="utf-8", errors="replace") as stream:
+    with open_text(file, "utf-8") as stream:
         whole = stream.read(1) == "["
         stream.seek(0)
         number = 0

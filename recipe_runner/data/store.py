@@ -29,11 +29,10 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.accounting import Accounting, Tally, simulate_batches
 from recipe_runner.data.job import Job
-from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
-from recipe_runner.data.sources import order_rows
+from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks, shape_of
 from recipe_runner.data.tables import NUMBERS
 from recipe_runner.files import FULL, disk_full, hash_file, write_json
-from recipe_runner.recipe.rules.data import is_file_source
+from recipe_runner.recipe.local import is_file_source, list_files
 from recipe_runner.workers import count_workers
 
 CODE = Path(__file__).resolve().parent
@@ -108,10 +107,12 @@ def prepare_data(job: Job) -> PreparedData:
 
 def describe_origin(job: Job) -> dict[str, Any]:
     """Everything that prepared data is made from, as JSON values: any change of it gives another key."""
-    files = {}
+    files: dict[str, str] = {}
     for source in job.sources:
-        local = is_file_source(source.name)
-        files[source.name] = hash_file(Path(source.name)) if local else source.rows._fingerprint
+        if is_file_source(source.name):
+            files |= {str(file): hash_file(file) for file in list_files(source.name)}
+        else:
+            files[source.name] = source.rows._fingerprint
     return {
         "stage": job.stage.name,
         "dataset": asdict(replace(job.dataset, max_dropped=0, workers=None)),
@@ -155,10 +156,13 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
-        orders = order_rows(job.dataset, job.sources, job.seed)
+        orders = order_rows(job)
         tallies = {split: _write_split(partial, split, order, job) for split, order in orders.items()}
         unused = {source.name: list(source.unused) for source in job.sources if source.unused}
-        accounting = {split: replace(tally.finish(), unused=unused) for split, tally in tallies.items()}
+        guessed = {source.name: source.guessed for source in job.sources if source.guessed}
+        accounting = {
+            split: replace(tally.finish(), unused=unused, guessed=guessed) for split, tally in tallies.items()
+        }
         if "eval" in tallies:
             trained, held_out = (np.concatenate(tallies[split].columns["hash"]) for split in ("train", "eval"))
             seen = int(np.isin(held_out, trained).sum())

@@ -55,7 +55,9 @@ def _table(account: Accounting, facts: Facts | None) -> Iterator[str]:
         "lengths": account.describe_lengths(),
         "batches": account.describe_batches(),
         "sources": account.describe_sources(),
+        "noted": account.describe_noted(),
         "not used": account.describe_unused(),
+        "read as": account.describe_guessed(),
         "steps": facts.steps if facts else "",
         "template": facts.template if facts else "",
     }

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from recipe_runner.data import checks, sources, store
+from recipe_runner.data import checks, store
 from recipe_runner.data.accounting import Accounting, Tally
-from recipe_runner.data.job import Job
-from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
+from recipe_runner.data.formats import turns_of
+from recipe_runner.data.job import Job, read_rows
+from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks, shape_of
 from recipe_runner.data.tables import IGNORED
+from recipe_runner.data.turns import Turns
 from recipe_runner.model import hub
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.problem import Problem
@@ -119,7 +121,7 @@ def open_preview(recipe: Recipe, processes: int) -> Opened:
     precision = choose_precision(recipe.training, recipe.model.dtype, bool(recipe.peft), launcher="no")
     config = build_config(recipe.stage, accumulate(recipe, processes), recipe.model, recipe.run.seed, precision)
     job, _ = open_job(recipe, config)
-    return Opened(job, recipe.model, processes, sources.order_rows(job.dataset, job.sources, job.seed))
+    return Opened(job, recipe.model, processes, order_rows(job))
 
 
 def take_rows(opened: Opened, number: int) -> list[Row]:
@@ -188,9 +190,9 @@ def _read_sequence(
     lengths = entry["document_lengths"] if len(entry["documents"]) > 1 else [len(ids)]
     documents, start = [], 0
     for document, length in zip(entry["documents"], lengths, strict=True):
-        raw = sources.read_rows(job.dataset, job.sources, order[document : document + 1])[0]
-        turns = [*raw["prompt"], *raw[answer]] if answer else checks.turns_of(raw)
-        found = _find_turns(job, turns, ids[start : start + length], start)
+        raw = read_rows(job, order[document : document + 1])[0]
+        turns = [*raw["prompt"], *raw[answer]] if answer else turns_of(raw)
+        found = _find_turns(job, turns, raw.get("tools"), ids[start : start + length], start)
         source, row = order[document]
         documents.append(Origin(job.sources[source].name, int(row) + 1, start, length, cut, found))
         start += length
@@ -198,11 +200,11 @@ def _read_sequence(
     return Row(spelt, ids, labels, _find_pieces(job.tokenizer, ids, labels), tuple(documents))
 
 
-def _find_turns(job: Job, turns: list[dict[str, str]], input_ids: list[int], start: int) -> tuple[tuple[str, int], ...]:
+def _find_turns(job: Job, turns: Turns, tools: Any, input_ids: list[int], start: int) -> tuple[tuple[str, int], ...]:
     """Where each turn begins."""
     found = []
     for count in range(len(turns)):
-        begins = 0 if not count else checks.find_turn(turns, count, input_ids, job.tokenizer)
+        begins = 0 if not count else checks.find_turn(turns, count, input_ids, job.tokenizer, tools)
         if begins is None or begins >= len(input_ids):
             break  # the template does not render a part of this conversation, or it is cut before
         found.append((turns[count]["role"], start + begins))

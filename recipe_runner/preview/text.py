@@ -118,7 +118,9 @@ def describe(split: str, account: Accounting) -> Iterator[str]:
         "batches": account.describe_batches(),
         "packed": f"{account.packed_rows:,} rows" if account.packed_rows else "",
         "sources": account.describe_sources(),
+        "noted": account.describe_noted(),
         "not used": account.describe_unused(),
+        "read as": account.describe_guessed(),
     }
     yield words.write_facts(facts)
     if account.histogram:

@@ -1,9 +1,10 @@
 """Writes a new recipe: valid, commented, ready to run."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.document import write_scalar
@@ -13,6 +14,9 @@ from recipe_runner.stages import FORMATS, STAGES
 
 # For editors: the whole schema, of the version that is developed.
 SCHEMA = "https://raw.githubusercontent.com/recipe-runner/recipe-runner/main/schema/recipe.bundle.schema.json"
+BATCH, INTERVAL = 4, 100  # rows on a device; steps between evaluations
+CHARACTERS, TURNS = 3, 40  # characters of a token, fewer than most have; tokens of the chat template
+LENGTHS = (256, 512, 1024, 2048, 4096)
 FEW = 500  # rows: below, several epochs of small steps
 # Role -> what else its column is called, in data of other tools.
 FAMILIAR = {
@@ -20,11 +24,13 @@ FAMILIAR = {
     "instruction": ("question", "query", "prompt", "problem"),
     "output": ("answer", "response", "reply", "completion", "target", "solution"),
     "input": ("context",),
-    "prompt": ("question", "query", "instruction"),
-    "completion": ("answer", "response", "output"),
+    "prompt": ("question", "query", "instruction", "conversations"),
+    "completion": ("answer", "response", "output", "messages", "conversations"),
     "label": ("kto_tag",),
+    "tools": ("functions",),
     "text": ("content", "document", "body", "article"),
 }
+MAY_BE_LISTS = ("prompt", "chosen", "rejected", "completion", "tools", "history")
 BESIDE = ("../", "data/", "samples/", "templates/")  # how paths of shipped recipes begin
 Columns = Mapping[str, Sequence[Any]]  # of local data: name -> its cells in the first rows
 QUANTIZATION = """\
@@ -49,8 +55,8 @@ def stage_for(form: str) -> str:
 
 
 def guess_format(look: Columns) -> str | None:
-    """The first format whose columns are there, those of pairs and turns before those of plain texts."""
-    order = ("chat", "preference", "unpaired_preference", "instruction", "text")
+    """The first format whose columns are there: pairs may have turns beside them, and turns plain texts."""
+    order = ("preference", "unpaired_preference", "chat", "instruction", "text")
     return next((form for form in order if not find_columns(form, look, {})[1]), None)
 
 
@@ -67,7 +73,7 @@ def find_columns(form: str, look: Columns, given: Mapping[str, str]) -> tuple[di
     """
     layout = FORMATS[form]
     columns, missing = dict(given), []
-    for role in (role for role in (*layout.required, *layout.optional) if role not in given):
+    for role in (role for role in (*layout.required, *layout.optional, *layout.context) if role not in given):
         free = [column for column in look if column not in columns.values() and _suits(role, look[column])]
         names = (role, *FAMILIAR.get(role, ()))
         known = {column.strip().lower(): column for column in free}
@@ -85,10 +91,28 @@ def _suits(role: str, cells: Sequence[Any]) -> bool:
         return bool(cells) and all(isinstance(cell, list) for cell in cells)
     if role == "label":
         return bool(cells) and all(isinstance(cell, bool) or str(cell).lower() in ("true", "false") for cell in cells)
-    return not any(isinstance(cell, list) for cell in cells) or role in ("prompt", "chosen", "rejected", "completion")
+    return not any(isinstance(cell, list) for cell in cells) or role in MAY_BE_LISTS
 
 
-def compose(name: str, model: str, form: str, way: str, data: str, columns: Mapping[str, str], rows: int | None) -> str:
+class Looked(Protocol):
+    """What `data.look.Look` has."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+
+    @property
+    def options(self) -> Mapping[str, str]:
+        """Keys of a source that say how it is written."""
+
+    @property
+    def characters(self) -> int:
+        """Of the longest rows."""
+
+
+def compose(
+    name: str, model: str, form: str, way: str, data: str, columns: Mapping[str, str], look: Looked | None
+) -> str:
     """The text of a recipe for the stage that a format is for.
 
     Args:
@@ -98,9 +122,10 @@ def compose(name: str, model: str, form: str, way: str, data: str, columns: Mapp
         way: What is tuned, of `methods.WAYS`.
         data: Hub id, or file as it is named from the recipe.
         columns: Role -> column.
-        rows: How many there are, where that is known: batches and evaluations suit them.
+        look: What is in local data: batches, steps, evaluations and the length of rows suit it.
     """
     stage = STAGES[stage_for(form)]
+    rows = look.rows if look else None
     rates = stage.full_rates if way == "full" else stage.adapter_rates
     why = "all weights take small steps" if way == "full" else "adapters start from zero and take larger steps"
     packing = "  packing: true                    # documents share rows, without seeing each other\n"
@@ -110,11 +135,7 @@ def compose(name: str, model: str, form: str, way: str, data: str, columns: Mapp
         schedule = "  # Left to the stage's defaults: warm-up over 1% of the steps, a cosine down to a tenth.\n"
     few = rows is not None and rows < FEW
     fraction, epochs, accumulation = (0.1, 3, 1) if few else (0.02, 1, 4)
-    evaluation = "  eval_strategy: steps\n  eval_steps: 100\n  save_steps: 100\n"
-    if rows is not None and rows * epochs / (4 * accumulation) < 10 * 100:
-        evaluation = f"  eval_strategy: steps\n  eval_steps: {1 / epochs / 2:.3g}" + " " * 18
-        evaluation += "# below 1: a share of all steps\n" + f"  save_steps: {1 / epochs / 2:.3g}\n"
-        evaluation += "  logging_steps: 5\n"
+    steps = None if rows is None else max(1, round(rows * (1 - fraction)) // (BATCH * accumulation)) * epochs
     return (
         f"# yaml-language-server: $schema={SCHEMA}\n"
         f"# accelerate launch --no_python recipe-run {name}.yaml\n"
@@ -123,27 +144,56 @@ def compose(name: str, model: str, form: str, way: str, data: str, columns: Mapp
         f"description: {write_scalar(f'{way} of {Path(model).name} on {form} data.')}\n"
         f"stage: {stage.name}\nmodel:\n  name_or_path: {write_scalar(model)}\n"
         f"{QUANTIZATION if way == 'qlora' else ''}{PEFT if way != 'full' else ''}"
-        f"dataset:\n{_describe_data(form, data, columns, rows)}"
+        f"dataset:\n{_describe_data(form, data, columns, look)}"
         f"  eval: {{fraction: {fraction}}}{' ' * (11 - len(str(fraction)) + 4)}# held out, by the seed\n"
         "training:\n"
         f"{stage.notes.get('first', '')}  learning_rate: {_write_rate(rates.usual)}              # {why}\n"
-        f"  num_train_epochs: {epochs}\n"
-        "  per_device_train_batch_size: 4   # halve it when memory runs out ...\n"
+        f"  num_train_epochs: {epochs}{_tell_steps(steps, stage.packs)}\n"
+        f"  per_device_train_batch_size: {BATCH}   # halve it when memory runs out ...\n"
         f"  gradient_accumulation_steps: {accumulation}   # ... and double this: rows in a step stay the same\n"
-        "  max_length: 1024                 # tokens; longer rows are cut, and counted\n"
-        f"{packing if stage.packs else ''}{stage.notes.get('batches', '')}{schedule}{evaluation}"
+        f"{_choose_length(look)}"
+        f"{packing if stage.packs else ''}{stage.notes.get('batches', '')}{schedule}{_choose_intervals(steps, epochs)}"
         "  save_total_limit: 2\n"
         "run:\n  output_dir: runs\n  seed: 42\n"
     )
 
 
-def _describe_data(form: str, data: str, columns: Mapping[str, str], rows: int | None) -> str:
+def _tell_steps(steps: int | None, packs: bool) -> str:
+    if steps is None or packs:  # packed rows are not those of the file
+        return ""
+    return f"              # about {steps:,} steps of the optimizer"
+
+
+def _choose_length(look: Looked | None) -> str:
+    """`max_length` for the longest rows, by a guess of characters a token."""
+    most = math.ceil(look.characters / CHARACTERS) + TURNS if look and look.characters else None
+    if most is None:
+        return "  max_length: 1024                 # tokens; longer rows are cut, and counted\n"
+    length = next((of for of in LENGTHS if of >= most), LENGTHS[-1])
+    told = f"tokens; rows have up to about {most:,}; longer ones are cut, and counted"
+    return f"  max_length: {length:<20} # {told}\n"
+
+
+def _choose_intervals(steps: int | None, epochs: int) -> str:
+    """When to evaluate, save and log: every hundred steps, or so that few steps have some of each."""
+    if steps is None or steps >= 10 * INTERVAL:
+        return f"  eval_strategy: steps\n  eval_steps: {INTERVAL}\n  save_steps: {INTERVAL}\n"
+    share = f"{1 / epochs / 2:.3g}"
+    logging = next((of for of in (1, 2, 5, 10, 20) if steps / of <= 50), 20)
+    return (
+        f"  eval_strategy: steps\n  eval_steps: {share:<20} # below 1: a share of all steps\n"
+        f"  save_steps: {share}\n  logging_steps: {logging}\n"
+    )
+
+
+def _describe_data(form: str, data: str, columns: Mapping[str, str], look: Looked | None) -> str:
     """The format, the source and its columns, as lines of the section `dataset`."""
     layout = FORMATS[form]
     names = ", ".join(f"{role}: {write_scalar(column)}" for role, column in columns.items())
-    count = f"  # {rows:,} row{'s' * (rows != 1)}" if rows is not None else ""
+    count = f"  # {look.rows:,} row{'s' * (look.rows != 1)}" if look else ""
+    options = "".join(f"    {key}: {write_scalar(value)}\n" for key, value in (look.options if look else {}).items())
     return (
-        f"  format: {form:<25}# {layout.about}\n  train:\n    source: {write_scalar(data)}{count}\n"
+        f"  format: {form:<25}# {layout.about}\n  train:\n    source: {write_scalar(data)}{count}\n{options}"
         f"{f'    columns: {{{names}}}':<34} # role: its name in the data\n{layout.note}"
     )
 

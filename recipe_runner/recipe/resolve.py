@@ -1,6 +1,7 @@
 """From a file to a resolved recipe: `extends`, `--set`, validation, defaults, absolute paths."""
 
 import copy
+import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,9 @@ from recipe_runner.recipe import rules, schema, validate
 from recipe_runner.recipe.chain import chain, check_handover
 from recipe_runner.recipe.document import Document, parse_document, paths_below, read_document
 from recipe_runner.recipe.library import SUFFIXES, find_recipe, find_shipped
+from recipe_runner.recipe.local import is_file_source, looks_local
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import locate_adapter
-from recipe_runner.recipe.rules.data import is_file_source, looks_local
 from recipe_runner.stages import PIPELINE
 
 MAX_BASES = 50  # that extend each other: more is a mistake of a script
@@ -309,11 +310,13 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
             model["adapter"] = str(locate_adapter(local))
     for path, source in _source_values(values["dataset"]):
         local = absolute((*path, "source"), source["source"])
-        if is_file_source(source["source"]) or local.exists():
-            source["source"] = str(local)
+        if is_file_source(source["source"]) or (local.exists() and not source["source"].startswith("hf://")):
+            source["source"] = str(local) + "/" * source["source"].endswith("/")
     if isinstance(training.get("chat_template_path"), str):
-        where = ("training", "chat_template_path")
-        training["chat_template_path"] = str(absolute(where, training["chat_template_path"]))
+        local = absolute(("training", "chat_template_path"), training["chat_template_path"])
+        training["chat_template_path"] = str(
+            local if local.exists() else find_template(training["chat_template_path"]) or local
+        )
     metadata = values.get("metadata") or {}
     if isinstance(sample := metadata.get("sample"), str):
         metadata["sample"] = str(absolute(("metadata", "sample"), sample))
@@ -322,6 +325,13 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
     if Path(metadata.get("launch", "")).suffix in SUFFIXES:  # else the name of a shipped one
         metadata["launch"] = str(absolute(("metadata", "launch"), metadata["launch"]))
     values["run"]["output_dir"] = os.path.abspath(os.path.expanduser(values["run"]["output_dir"]))
+
+
+def find_template(name: str) -> Path | None:
+    """The file of `trl/NAME.jinja`, one of the chat templates that TRL stores; None for another name."""
+    spec = importlib.util.find_spec("trl") if re.fullmatch(r"trl/[\w.-]+", name) else None  # which does not import it
+    file = Path(spec.origin).parent / "chat_templates" / name[4:] if spec and spec.origin else None
+    return file if file and file.is_file() else None
 
 
 def _source_values(dataset: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:

@@ -78,8 +78,12 @@ class SourceSection:
     revision: str | None = None
     columns: Mapping[str, str | None] = field(default_factory=dict)
     sample_by: str | None = None
+    field: str | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
     limit: int | None = None
     weight: float | None = None
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ class DatasetSection:
     fraction: float | None = None
     train_on: str | None = None
     system: str | None = None
+    merge_system: bool = False
+    merge_turns: bool = False
+    thinking: str = "keep"
+    weight_by: str = "rows"
     template: str | Mapping[str, str] | None = None
 
     @property

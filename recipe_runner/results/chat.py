@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, TextStreamer, set_seed
 
-from recipe_runner.data.formats import Turns
 from recipe_runner.data.prompts import Prompt
+from recipe_runner.data.turns import Turns
 from recipe_runner.model.answers import read_answer, stop_options
 from recipe_runner.problems.errors import UserError
 from recipe_runner.problems.words import make_visible

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from recipe_runner.data.job import Job
+from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
 from recipe_runner.data.prompts import Prompt, few_shot, render_prompt, split_row
-from recipe_runner.data.sources import read_rows
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.answers import GREEDY, Answer, answer_all, check_prompt, count_context
 from recipe_runner.model.continuation import find_adapter
@@ -135,7 +134,10 @@ def evaluate(
         raise user_error("no-examples", message, "leave out --few-shot, or evaluate a run or a recipe")
     examples = choose_examples(job, preview.orders["train"], shots, seed)
     opened = open_target(target, dtype, quantized)
-    shown = [render_prompt(few_shot(examples, row.prompt), job.tokenizer) if row.prompt else [] for row in rows]
+    shown = [
+        render_prompt(few_shot(examples, row.prompt), job.tokenizer, row.prompt.tools) if row.prompt else []
+        for row in rows
+    ]
     measure = _Measuring(rows, built, examples, shown if examples else [], batch_size, new_tokens, tell)
     measure.check(count_context(opened.model))
     begun = target.holds_base or (target.run is not None)  # there is a base to compare with
@@ -248,9 +250,9 @@ def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | Non
     with prepare_chunks(job, "eval", order, tally) as tables:
         entries = [entry for table in tables for entry in table.to_pylist()]
         part = order[[entry["documents"][0] for entry in entries]]
-        for entry, (source, number), raw in zip(entries, part, read_rows(job.dataset, job.sources, part), strict=True):
-            prompt = split_row(raw)
-            ids = render_prompt(prompt.content, job.tokenizer) if prompt else []
+        for entry, (source, number), raw in zip(entries, part, read_rows(job, part), strict=True):
+            prompt = split_row(raw, job.tokenizer)
+            ids = render_prompt(prompt.content, job.tokenizer, prompt.tools) if prompt else []
             sequences = shape_of(job.stage).as_trained(entry, job.config)
             label = raw.get("label")
             rows.append(Row(job.sources[source].name, int(number) + 1, prompt, ids, sequences, label))
@@ -298,8 +300,8 @@ def choose_examples(job: Job, order: np.ndarray, number: int, seed: int) -> list
     drawn = order[np.random.default_rng(seed).permutation(len(order))[: max(20, 4 * number)]]
     found = [
         prompt
-        for row in read_rows(job.dataset, job.sources, drawn)
-        if not row["dropped"] and (prompt := split_row(row)) and prompt.wanted
+        for row in read_rows(job, drawn)
+        if not row["dropped"] and (prompt := split_row(row, job.tokenizer)) and prompt.wanted
     ]
     if len(found) < number:
         message = f"{number} examples were asked for, and the training data has {len(found)} with an answer"

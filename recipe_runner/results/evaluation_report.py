@@ -15,6 +15,7 @@ from recipe_runner.files import refuse_existing, write_json, write_text
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.words import make_visible, suggest
 from recipe_runner.recipe.document import dump_values
+from recipe_runner.recipe.local import BUILDERS, suffix_of
 from recipe_runner.recipe.new import find_columns, guess_format, stage_for
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import load_recipe
@@ -53,7 +54,7 @@ def choose_recipe(target: Target, data: str | None, form: str | None, columns: S
         return dataclasses.replace(target.recipe, values=values)
     train = values["dataset"]["train"]
     first = train[0] if isinstance(train, list) else train
-    kept = {key: first[key] for key in ("columns", "sample_by") if key in first}
+    kept = {key: first[key] for key in ("columns", "sample_by", "field", "delimiter", "encoding") if key in first}
     source = {**kept, "source": _locate(data), "split": "train"} | ({"columns": given} if given else {})
     dataset = {**values["dataset"], "eval": source}
     return dataclasses.replace(target.recipe, values={**values, "dataset": dataset})
@@ -67,7 +68,7 @@ def _locate(data: str) -> str:
     """
     if Path(data).is_file():
         return os.path.abspath(data)
-    if Path(data).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt") or data.startswith((".", "/")):
+    if suffix_of(data) in BUILDERS or data.startswith((".", "/")):
         raise user_error("data-not-found", f"{data}: there is no such file", "check the name")
     return data
 
@@ -76,7 +77,7 @@ def _compose(target: Target, data: str | None, form: str | None, columns: dict[s
     """A recipe for a model that has none: only its data counts."""
     if not data:
         raise user_error("no-evaluation-data", f"{target.name} has no recipe that names data", "name it: --data FILE")
-    look = look_at(Path(data)) if Path(data).is_file() else None
+    look = look_at([Path(data)]) if Path(data).is_file() else None
     form = form or (guess_format(look.columns) if look else None)
     if form not in FORMATS:
         what = f"unknown format '{form}'" if form else f"the layout of {data} can't be told by its columns"

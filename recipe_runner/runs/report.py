@@ -200,11 +200,12 @@ def describe_run(run: Run, place: Path) -> str:
         place: The folder that the page is for, from where links begin.
     """
     title = str(run.values.get("name", run.folder.name))
+    charts = [*CHARTS[:1], *_source_charts(run.logged), *CHARTS[1:]]
     sections: list[tuple[str, Callable[[], str]]] = [
         ("", lambda: _head(run)),
         ("Warnings", lambda: _warnings(run)),
         ("Before and after", lambda: "".join(_samples(run))),
-        ("Curves", lambda: _curves([_run_chart(title, names, scale, run.logged) for title, names, scale in CHARTS])),
+        ("Curves", lambda: _curves([_run_chart(title, names, scale, run.logged) for title, names, scale in charts])),
         ("Evaluation", lambda: "".join(_evaluation(run.evaluation))),
         ("Stages", lambda: _stages(run, place)),
         ("Training data", lambda: _account(_data(run, "train"))),
@@ -251,6 +252,16 @@ def _warnings(run: Run) -> str:
     return "".join(f"<p class='warning'>{_escape(str(text)[:LONGEST])}</p>" for text in found[:WARNINGS]) + more
 
 
+def _source_charts(logged: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...], bool]]:
+    """Charts of the losses of a mixture's sources, as `CHARTS`."""
+    found = []
+    for measure, title in (("loss/", "loss of each source"), ("eval_loss/", "held-out loss of each source")):
+        names = dict.fromkeys(name for entry in logged for name in entry if name.startswith(measure))
+        if names:
+            found.append((title, tuple(names), False))
+    return found
+
+
 def _curves(charts: Sequence[str]) -> str:
     return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
 
@@ -275,7 +286,9 @@ def _headline(run: Run) -> str:
 
 
 def _run_chart(title: str, names: Sequence[str], logarithmic: bool, logged: Sequence[dict[str, Any]]) -> str:
-    labels = ("training", "held-out") if len(names) > 1 else (title,)
+    labels: Sequence[str] = ("training", "held-out") if len(names) > 1 else (title,)
+    if any("/" in name and name.partition("/")[0] in ("loss", "eval_loss") for name in names):
+        labels = [name.partition("/")[2] for name in names]
     curves = [
         Curve(label, measure_series(logged, name), place, name.startswith("eval_"))
         for place, (label, name) in enumerate(zip(labels, names, strict=True))
@@ -375,6 +388,7 @@ def _account(account: Mapping[str, Any]) -> str:
     facts = count_rows(account) | {
         "batches": describe_batches(account.get("batches") or {}, account.get("max_length")),
         "sources": "; ".join(sources) if len(sources) > 1 else "",
+        "noted": "; ".join(f"{rows:,} rows {escape(what)}" for what, rows in (account.get("noted") or {}).items()),
     }
     histogram = account.get("histogram") or {}
     picture = draw_histogram(histogram.get("counts") or [], histogram.get("edges") or [], account.get("max_length"))

@@ -6,18 +6,18 @@ What is expected of a row is worked out here from the raw row, apart from the co
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.data.formats import SHAREGPT_ROLES, SWITCHES
 from recipe_runner.data.look import iterate_rows
 from recipe_runner.data.sources import choose_columns
+from recipe_runner.data.turns import CALLS, SHAREGPT_ROLES, SWITCHES, THOUGHTS
 from recipe_runner.files import read_text, write_text
 from recipe_runner.problems.errors import UserError, first_line, user_error
+from recipe_runner.recipe.local import BUILDERS, is_file_source, is_saved, list_files, suffix_of
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.recipe.rules.data import BUILDERS, is_file_source
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS
 
@@ -53,8 +53,8 @@ def find_rows(recipe: Recipe, source: SourceSection, number: int) -> Rows:
     Raises:
         UserError: A file can't be read.
     """
-    if is_file_source(source.source) and Path(source.source).is_file():
-        return Rows(read_file(Path(source.source), source), Path(source.source).name)
+    if is_local(source):
+        return Rows(read_files(source), Path(source.source).name)
     if sample := find_sample(recipe, source.source):
         rows = read_file(sample, source)
         _check_layout(sample, rows, recipe.dataset, source)
@@ -67,7 +67,7 @@ def lengthen(source: SourceSection, form: str, rows: Rows, least: int) -> Rows:
 
     A file of the recipe's own is as it is.
     """
-    if is_file_source(source.source) and Path(source.source).is_file():
+    if is_local(source):
         return rows
     last = dict(rows.entries[-1])
     for role in ("text", "output", "completion", "messages", "chosen", "rejected"):
@@ -94,23 +94,42 @@ def find_sample(recipe: Recipe, source: str) -> Path | None:
     return Path(name) if name else None
 
 
+def is_local(source: SourceSection) -> bool:
+    """Whether a source is data of the recipe's own, which is here."""
+    return is_file_source(source.source) and any(file.is_file() for file in list_files(source.source))
+
+
+def read_files(source: SourceSection) -> list[dict[str, Any]]:
+    """The first rows of local data.
+
+    Raises:
+        UserError: It can't be read, or has no rows.
+    """
+    if is_saved(Path(source.source)):
+        from recipe_runner.data.sources import load_saved
+
+        return [dict(row) for row in itertools.islice(load_saved(source), MOST)]
+    return [row for file in list_files(source.source) for row in read_file(file, source)][:MOST]
+
+
 def read_file(file: Path, source: SourceSection) -> list[dict[str, Any]]:
-    """The first rows of a JSON, JSON-lines, CSV, Parquet or text file.
+    """The first rows of a JSON, JSON-lines, CSV, Parquet, Arrow or text file.
 
     Raises:
         UserError: It can't be read, or has no rows.
     """
     try:
-        if file.suffix == ".parquet":
+        if suffix_of(file.name) in (".parquet", ".arrow"):
             from datasets import load_dataset
 
-            loaded = load_dataset(BUILDERS[file.suffix], data_files=str(file), split=f"train[:{MOST}]")
+            loaded = load_dataset(BUILDERS[suffix_of(file.name)], data_files=str(file), split=f"train[:{MOST}]")
             rows = [dict(row) for row in loaded]
         elif source.sample_by == "paragraph":
             rows = [{"text": part} for part in re.split(r"\n\s*\n", read_text(file)) if part.strip()][:MOST]
         else:
-            rows = list(itertools.islice(iterate_rows(file), MOST))
-    except (OSError, ValueError, KeyError) as error:
+            options = source.field, source.delimiter, source.encoding
+            rows = list(itertools.islice(iterate_rows(file, *options), MOST))
+    except (OSError, ValueError, LookupError, EOFError) as error:
         raise user_error("unreadable-data", f"{file}: {first_line(error)}", path=SAMPLE) from error
     if not rows:
         raise user_error("empty-dataset", f"{file} has no rows", path=SAMPLE)
@@ -161,7 +180,7 @@ def make_row(dataset: DatasetSection, source: SourceSection, number: int) -> dic
     }
     roles = FORMATS[dataset.format].required
     named = {role: column for role, column in source.columns.items() if column is not None}
-    if dataset.format == "preference":
+    if dataset.format in ("preference", "unpaired_preference"):
         roles = ("prompt", *roles)
     return {named.get(role, role): cells[role] for role in dict.fromkeys((*roles, *named))}
 
@@ -169,18 +188,6 @@ def make_row(dataset: DatasetSection, source: SourceSection, number: int) -> dic
 def write_rows(rows: Rows, file: Path) -> None:
     """Writes rows as JSON lines."""
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.entries))
-
-
-def texts_of(value: Any) -> Iterator[str]:
-    """All texts in a row."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from texts_of(entry)
-    elif isinstance(value, Sequence):
-        for entry in value:
-            yield from texts_of(entry)
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,7 @@ def work_out(
             case "chat":
                 turns = cells["messages"] or []
                 answers = [_said(turn) for turn in turns if _role(turn) == "assistant"]
-                learned.update(answers[-1:] if dataset.train_on == "completion" else answers)
+                learned.update(answers[-1:] if dataset.train_on in ("completion", "last") else answers)
                 last = max((place for place, turn in enumerate(turns) if _role(turn) == "assistant"), default=0)
                 asked.append([_said(turn) for turn in turns[:last] if _role(turn) in ("system", "user")])
             case "preference":
@@ -244,7 +251,24 @@ def work_out(
 
 
 def lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any]:
-    """A row (role -> cell) in TRL's layout."""
+    """A row (role -> cell) in TRL's layout, with the tools that it declares."""
+    made = _lay_out(dataset, cells)
+    if dataset.merge_system:
+        made = {key: _merge_system(cell) if isinstance(cell, list) else cell for key, cell in made.items()}
+    if declared := cells.get("tools"):
+        tools = json.loads(declared) if isinstance(declared, str) else declared
+        made["tools"] = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return made
+
+
+def _merge_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns whose first one, if it is the system's, is put into the one after it."""
+    if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
+        return turns
+    return [{"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
+
+
+def _lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any]:
     text = {role: _text(cell) for role, cell in cells.items() if not isinstance(cell, list | dict)}
     history = [
         {"role": role, "content": said}
@@ -265,19 +289,22 @@ def lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any]
             asked = text["instruction"] + (f"\n\n{more}" if more.strip() else "")
             prompt = _begin(dataset, text.get("system", ""), [*history, {"role": "user", "content": asked}])
             said = [{"role": "assistant", "content": text["output"]}] if text["output"].strip() else []
-            return {"prompt": prompt, "completion": said}
+            return (
+                {"messages": prompt + said}
+                if dataset.train_on == "assistant"
+                else {"prompt": prompt, "completion": said}
+            )
         case "chat":
-            turns = [{"role": _role(turn), "content": _said(turn)} for turn in cells["messages"] or ()]
-            turns = _begin(dataset, text.get("system", ""), turns)
+            turns = _begin(dataset, text.get("system", ""), [_turn(turn, dataset) for turn in cells["messages"] or ()])
             muted = {"muted": True} if any(_is_muted(turn) for turn in cells["messages"] or ()) else {}
-            last_only = dataset.train_on == "completion"
-            return muted | ({"prompt": turns[:-1], "completion": turns[-1:]} if last_only else {"messages": turns})
+            answer_only = dataset.train_on in ("completion", "last")
+            return muted | ({"prompt": turns[:-1], "completion": turns[-1:]} if answer_only else {"messages": turns})
         case _:
-            prompt = _listed(cells.get("prompt"), "user")
+            prompt = _listed(cells.get("prompt"), "user", dataset)
             if more.strip():
                 prompt = [{"role": "user", "content": f"{prompt[0]['content']}\n\n{more}"}]
             answers = {
-                name: _listed(cells[name], "assistant")
+                name: _listed(cells[name], "assistant", dataset)
                 for name in ("chosen", "rejected", "completion")
                 if name in cells
             }
@@ -298,6 +325,33 @@ def _share(*answers: list[dict[str, str]]) -> list[dict[str, str]]:
     first, least = answers[0], min(map(len, answers)) - 1
     same = next((at for at in range(max(least, 0)) if any(of[at] != first[at] for of in answers)), max(least, 0))
     return first[:same]
+
+
+def _turn(turn: Mapping[str, Any], dataset: DatasetSection) -> dict[str, Any]:
+    """A turn with its calls, and with its thinking where that is not dropped."""
+    role, content = _role(turn), _said(turn)
+    made: dict[str, Any] = {"role": role, "content": content}
+    calls = turn.get("tool_calls") or []
+    if str(turn.get("role") or turn.get("from")) in CALLS:
+        calls, made["content"] = [json.loads(content)], ""
+    if calls:
+        made["tool_calls"] = [_call(call) for call in (json.loads(calls) if isinstance(calls, str) else calls)]
+    thought = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
+    written = re.match(r"\s*<think>(.*?)</think>\s*", content, re.DOTALL) if role == "assistant" else None
+    if written:
+        thought, made["content"] = written[1], content[written.end() :]
+    if thought and dataset.thinking != "drop":
+        made["reasoning_content"] = thought.strip()
+    if role == "tool" and turn.get("name"):
+        made["name"] = turn["name"]
+    return made
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments") or {}
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _begin(dataset: DatasetSection, own: str, turns: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -325,11 +379,11 @@ def _fill(template: str | Mapping[str, str], text: Mapping[str, str]) -> dict[st
     return {"prompt": "".join(parts), "completion": text["output"] + after}
 
 
-def _listed(value: Any, role: str) -> list[dict[str, str]]:
+def _listed(value: Any, role: str, dataset: DatasetSection) -> list[dict[str, Any]]:
     """Turns of a text, of a turn, or of turns."""
     if isinstance(value, list | dict):
         turns = value if isinstance(value, list) else [value]
-        return [{"role": _role(turn), "content": _said(turn)} for turn in turns]
+        return [_turn(turn, dataset) for turn in turns]
     return [{"role": role, "content": _text(value)}] if _text(value).strip() else []
 
 

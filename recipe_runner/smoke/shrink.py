@@ -14,12 +14,13 @@ from unittest import mock
 import datasets
 
 from recipe_runner.data import store
+from recipe_runner.data.look import texts_of
 from recipe_runner.data.sources import choose_columns
 from recipe_runner.problems.problem import KeyPath, join_path
+from recipe_runner.recipe.local import is_file_source
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.recipe.rules.data import is_file_source
 from recipe_runner.recipe.sections import SourceSection
-from recipe_runner.smoke.rows import Rows, Wanted, find_rows, lengthen, texts_of, work_out, write_rows
+from recipe_runner.smoke.rows import Rows, Wanted, find_rows, is_local, lengthen, work_out, write_rows
 from recipe_runner.smoke.stand_in import StandIn, build_stand_in
 
 LEAST_ROWS, MOST_ROWS = 24, 96
@@ -196,8 +197,9 @@ def _count_rows(recipe: Recipe, steps: int) -> int:
 def _change(values: dict[str, Any], small: Small, path: KeyPath, value: Any) -> None:
     """Sets a key to another value, or takes it out (None), and notes it."""
     section: Any = values
+    part: Any
     for part in path[:-1]:
-        section = section.setdefault(part, {})
+        section = section.setdefault(part, {}) if isinstance(section, dict) else section[part]  # of a mixture's sources
     if section.get(path[-1]) == value:
         return
     if value is None:
@@ -209,7 +211,7 @@ def _change(values: dict[str, Any], small: Small, path: KeyPath, value: Any) -> 
 
 def _replace_source(values: dict[str, Any], small: Small, source: SourceSection, rows: Rows, file: Path) -> None:
     """Puts rows in the place of data on the hub; a file of the recipe's own stays."""
-    if is_file_source(source.source) and Path(source.source).is_file():
+    if is_local(source):
         return
     write_rows(rows, file)
     entry: Any = values

@@ -1,7 +1,6 @@
 """What is seen of a run while it trains: batches, losses, gradients, rates; and the weights before the first step."""
 
 import contextlib
-import copy
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -115,7 +114,8 @@ class Watcher(TrainerCallback):
         compute_loss = trainer.compute_loss
 
         def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            kept, items = copy.copy(inputs), kwargs.get("num_items_in_batch")
+            kept = {key: value for key, value in inputs.items() if key != "sources"}
+            items = kwargs.get("num_items_in_batch")
             found = compute_loss(model, inputs, *args, **kwargs)
             if self.inside:
                 self._note_batch(model, kept, items, found[0] if isinstance(found, tuple) else found)

@@ -94,7 +94,7 @@ def _render_prompts(recipe: Any, tokenizer: Any) -> list[list[int]]:
 
     preview = open_preview(recipe, 1)
     prompts = choose_prompts(preview.job, preview.orders, PROMPTS)
-    return [render_prompt(prompt.content, tokenizer) for prompt in prompts]
+    return [render_prompt(prompt.content, tokenizer, prompt.tools) for prompt in prompts]
 
 
 def _latency_merged(target: Any, opened: Any, prompts: list[list[int]], quantized: bool) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import torch
 from peft import AdaLoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from recipe_runner.data.checks import find_problems
+from recipe_runner.data.checks import check_labels, find_problems
 from recipe_runner.data.job import Job, Replaced
+from recipe_runner.data.prepare import order_rows
 from recipe_runner.data.prompts import Orders, Prompt, choose_golden, choose_prompts, find_split_prompts, pose
-from recipe_runner.data.sources import open_sources, order_rows
+from recipe_runner.data.sources import open_sources
 from recipe_runner.data.store import PreparedData, PreparedSplit, hash_tokenizer, prepare_data
 from recipe_runner.files import hash_file, hash_weights
 from recipe_runner.launch import processes
@@ -123,7 +124,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     steps = count_steps(config, len(data.splits["train"].dataset), config.world_size)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe, steps)
-    orders = order_rows(job.dataset, job.sources, job.seed)
+    orders = order_rows(job)
     problems += compare_prompts(job, orders)
     raise_errors(problems)
     if isinstance(peft_config, AdaLoraConfig) and not adapter:
@@ -175,12 +176,11 @@ def check_prompt_text(config: PeftConfig | None, tokenizer: PreTrainedTokenizerB
 
 def compare_prompts(job: Job, orders: Orders) -> list[Problem]:
     """Warns where a server would ask otherwise than the model is trained to answer."""
-    found, looked = find_split_prompts(job, orders)
+    found, looked, change = find_split_prompts(job, orders)
     if not found:
         return []
-    message = (
-        f"in {found} of {looked} rows the prompt alone has other tokens than before its answer: a server asks that"
-    )
+    message = f"in {found} of {looked} rows the prompt alone, which a server asks, is not what is before the answer"
+    message += f": {change}" * bool(change)
     fix = "end the prompt of dataset.template with a line break"
     fix = fix if job.dataset.template is not None else "take a chat template that renders both alike"
     return [as_warning(Problem("prompt-differs", message, None, ("dataset",), fix))]
@@ -342,12 +342,13 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 def find_data_problems(model: ModelSection, job: Job, data: PreparedData) -> list[Problem]:
     """What was found in the data of all splits: errors and warnings."""
-    stops, bos_token = find_stops(model, job.tokenizer), job.tokenizer.bos_token
+    stops = find_stops(model, job.tokenizer)
     found = [
         problem
         for split, prepared in data.splits.items()
-        for problem in find_problems(job.dataset, bos_token, stops, prepared.accounting, split, job.replaced)
+        for problem in find_problems(job.dataset, job.tokenizer, stops, prepared.accounting, split, job.replaced)
     ]
+    found += check_labels(job.config, data.splits["train"].accounting)
     return sort_problems(found)
 
 

@@ -36,7 +36,7 @@ class Sampler(TrainerCallback):
     ) -> None:
         self.trainer, self.folder, self.every, self.most, self.room = trainer, folder, every, tokens, room
         self.asked, tokenizer = [], trainer.processing_class
-        self.prompts = [render_prompt(prompt.content, tokenizer) for prompt in prompts]
+        self.prompts = [render_prompt(prompt.content, tokenizer, prompt.tools) for prompt in prompts]
         for prompt in prompts:
             content = prompt.content
             text = content if isinstance(content, str) else "\n".join(turn["content"] for turn in content)
@@ -128,7 +128,7 @@ def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_b
     rendered: list[tuple[Prompt, list[int]]] = []
     for prompt in prompts:
         try:
-            tokens = render_prompt(prompt.content, tokenizer)
+            tokens = render_prompt(prompt.content, tokenizer, prompt.tools)
         except UserError:
             continue  # of what people may ask, the template takes a part
         if 0 < len(tokens) <= min(LONGEST, room, context - GOLDEN_TOKENS):
@@ -157,7 +157,7 @@ def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_b
                     prompt.kind,
                     messages,
                     text,
-                    None,
+                    prompt.tools,
                     tokens,
                     answer.tokens if answer else None,
                     bool(answer and answer.ended),

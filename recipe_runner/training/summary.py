@@ -39,7 +39,9 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "batches": accounting.describe_batches(),
         "template": describe_template(prepared.replaced, accounting),
         "sources": accounting.describe_sources(),
+        "noted": accounting.describe_noted(),
         "not used": accounting.describe_unused(),
+        "read as": accounting.describe_guessed(),
         "eval data": str(prepared.evaluation.accounting) if prepared.evaluation else "none",
         "steps": describe_steps(config, rows, config.world_size),
         "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g},"

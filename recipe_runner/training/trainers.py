@@ -8,10 +8,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import set_seed
 
+from recipe_runner.data.store import PreparedSplit
 from recipe_runner.files import share_path
 from recipe_runner.model import base, continuation
 from recipe_runner.model.adapter import is_norm, saves_embeddings
@@ -24,6 +26,7 @@ from recipe_runner.runs.folder import last_checkpoint
 from recipe_runner.stages import load_class
 from recipe_runner.training.calibration import collect_batches, finish_initialisation, look_at_data
 from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
+from recipe_runner.training.mixture import mark_sources, name_sources, watch_sources
 from recipe_runner.training.packing import PackingCheck, split_attention
 from recipe_runner.training.prepare import Prepared
 from recipe_runner.training.scoring import score_on_cpu
@@ -46,6 +49,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
         set_seed(config.seed)  # the same part of the base's weights when the run is resumed
     begun = "" if continued else str(recipe.peft["init_lora_weights"])
     batches = collect_batches(recipe.stage, prepared) if begun in FROM_DATA else []
+    mixed = recipe.stage.shape == "tokens" and len(recipe.dataset.sources) > 1
+    datasets = {split: _mark(of) if mixed else of.dataset for split, of in prepared.data.splits.items()}
     try:
         with (
             mock.patch.object(cls, "_prepare_dataset", lambda self, dataset, *rest: dataset),
@@ -62,8 +67,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             trainer = cls(
                 model=model,
                 args=config,
-                train_dataset=prepared.train.dataset,
-                eval_dataset=prepared.evaluation.dataset if prepared.evaluation else None,
+                train_dataset=datasets["train"],
+                eval_dataset=datasets.get("eval"),
                 processing_class=prepared.tokenizer,
                 quantization_config=quantization if model is name else None,
                 peft_config=None if continued else peft_config,
@@ -107,7 +112,13 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     if "seq_lengths" in prepared.train.dataset.column_names:
         split_attention(trainer)
         trainer.add_callback(PackingCheck(trainer, name))
+    if mixed:
+        watch_sources(trainer, name_sources([source.source for source in recipe.dataset.sources]))
     return trainer
+
+
+def _mark(split: PreparedSplit) -> Dataset:
+    return mark_sources(split.dataset, split.order)
 
 
 def _train_in_full_precision(trained: Any, recipe: Recipe, quantized: bool, config: Any) -> None:

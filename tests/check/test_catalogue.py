@@ -62,11 +62,11 @@ def test_a_recipe_names_licenses_task_and_rows(entry):
         hub = [source.source for source in stage.dataset.sources if "/" in source.source and source.source[0] != "/"]
         sample = (stage.values.get("metadata") or {}).get("sample")
         assert bool(hub) == bool(sample), f"metadata.sample names three rows in the layout of {', '.join(hub)}"
-        if sample:
-            rows = [json.loads(line) for line in Path(sample).read_text(encoding="utf-8").splitlines()]
-            assert len(rows) == 3, f"{sample} has {len(rows)} rows, not three"
-            for source in stage.dataset.sources:
-                assert set(source.columns.values()) <= set(rows[0]), source.source
+        for source in stage.dataset.sources if sample else ():
+            file = sample if isinstance(sample, str) else sample[source.source]
+            rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+            assert len(rows) == 3, f"{file} has {len(rows)} rows, not three"
+            assert set(source.columns.values()) <= set(rows[0]), source.source
 
 
 @pytest.mark.parametrize("facts", read_models().values(), ids=lambda facts: facts.name)
@@ -93,8 +93,11 @@ def test_the_catalogue_is_not_stale():
     ("options", "found"),
     [
         ({"words": ["gsm8k"]}, set()),
-        ({"words": ["mathematics"]}, {"qwen25_05b_math_partial", "qwen3_06b_math_partial"}),
-        ({"words": ["mathmatics"]}, {"qwen25_05b_math_partial", "qwen3_06b_math_partial"}),
+        (
+            {"words": ["mathematics"]},
+            {"qwen25_05b_math_partial", "qwen3_06b_math_partial", "qwen3_17b_reasoning_qlora"},
+        ),
+        ({"words": ["mathmatics"]}, {"qwen25_05b_math_partial", "qwen3_06b_math_partial", "qwen3_17b_reasoning_qlora"}),
         ({"words": ["law"]}, {"mistral_7b_law_qlora"}),
         ({"words": [], "task": "preference", "most": 2_000_000_000}, {"llama32_1b_dpo_lora", "smollm2_replies_dpo"}),
         ({"words": [], "method": "dora"}, {"llama32_3b_instruct_dora"}),

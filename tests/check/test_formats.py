@@ -1,7 +1,7 @@
 import pytest
 
 from recipe_runner.data import formats
-from recipe_runner.data.formats import RowError
+from recipe_runner.data.turns import RowError
 from recipe_runner.recipe.sections import DatasetSection
 
 INSTRUCTION = {"format": "instruction", "train_on": "completion"}
@@ -59,7 +59,9 @@ def test_rows_without_question_or_answer_are_dropped_by_name(values, reason):
 
 
 def test_sharegpt_roles_are_mapped():
-    turns = [{"from": role, "value": role} for role in ("system", "human", "gpt", "observation", "chatgpt")]
+    turns = [
+        {"from": role, "value": f"{role} <tool_call>"} for role in ("system", "human", "gpt", "observation", "chatgpt")
+    ]
     result = normalise_row({"messages": turns}, CHAT, "row 1")
     assert [turn["role"] for turn in result["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
 
@@ -171,7 +173,7 @@ def test_the_input_of_a_pair_follows_its_prompt():
 @pytest.mark.parametrize(
     "key",
     [
-        *("tool_calls", "reasoning_content", "name", "images", "thought", "think", "reasoning_details", "refusal"),
+        *("name", "images", "thought", "think", "reasoning_details", "refusal", "tools", "functions"),
         *("attachments", "documents", "tool_responses", "tool_call_id", "mask", "loss_weight", "train_detail"),
     ],
 )
@@ -258,3 +260,17 @@ def test_conversations_with_an_empty_answer_are_dropped(train_on):
 @pytest.mark.parametrize(("value", "text"), [(True, "true"), (1.5, "1.5"), (7, "7"), ("01", "01")])
 def test_scalars_are_written_as_json_writes_them(value, text):
     assert normalise_row(row(output=value), INSTRUCTION, "row 1")["completion"][0]["content"] == text
+
+
+def test_a_judged_conversation_without_a_prompt_ends_with_what_is_judged():
+    turns = [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}, {"from": "human", "value": "three"}]
+    row = {"completion": [*turns, {"from": "gpt", "value": "four"}], "label": False}
+    found = normalise_row(row, {"format": "unpaired_preference"}, "row 1")
+    assert [turn["content"] for turn in found["prompt"]] == ["one", "two", "three"]
+    assert (found["completion"], found["label"]) == ([{"role": "assistant", "content": "four"}], False)
+    with_prompt = normalise_row({"prompt": "zero"} | row, {"format": "unpaired_preference"}, "row 1")
+    assert with_prompt["dropped"] == "whose answer does not continue its prompt"
+    alone = normalise_row({"completion": "two", "label": True}, {"format": "unpaired_preference"}, "row 1")
+    assert alone["dropped"] == "with an empty prompt"
+    asked = normalise_row({"completion": turns, "label": True}, {"format": "unpaired_preference"}, "row 1")
+    assert asked["dropped"] == "whose answer does not continue its prompt"

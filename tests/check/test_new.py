@@ -1,6 +1,10 @@
 """`recipe-run new`: whatever is chosen, the recipe is valid, and ready to run."""
 
+import io
+import json
+
 import pytest
+import yaml
 from shared import write_rows
 
 from recipe_runner.recipe.library import shipped_recipes
@@ -48,7 +52,7 @@ def test_answers_are_asked_for(monkeypatch, tmp_path):
     from recipe_runner.cli import cli
 
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(cli, ["new", "mine.yaml"], input="a/b\ntext\nlora\nc/d\n")
+    result = CliRunner().invoke(cli, ["new", "mine.yaml"], input="c/d\na/b\ntext\nlora\n")
     assert result.exit_code == 0, result.output
     values = load_recipe("mine.yaml").values
     assert (values["model"]["name_or_path"], values["dataset"]["format"]) == ("a/b", "text")
@@ -166,7 +170,7 @@ def test_what_is_written_for_any_data_and_model_is_valid(run_cli, tmp_path, name
         (
             {"query": "a", "response": "b", "label": True},
             "unpaired_preference",
-            "prompt: query, completion: response, label: label",
+            "completion: response, label: label, prompt: query",
         ),
     ],
 )
@@ -272,3 +276,77 @@ def test_rows_that_cannot_be_read_are_said(run_cli, tmp_path, content):
     result = run_cli("new", tmp_path / "mine.yaml", *options)
     assert result.status == 0, result.err
     assert "the rows of rows.jsonl could not be read, so its columns are not known" in result.err
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "columns"),
+    [
+        (
+            {
+                "conversations": [{"from": "human", "value": "a"}],
+                "chosen": {"from": "gpt", "value": "b"},
+                "rejected": "c",
+            },
+            "preference",
+            {"chosen": "chosen", "rejected": "rejected", "prompt": "conversations"},
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "tools": '[{"name": "count"}]'},
+            "chat",
+            {"messages": "messages", "tools": "tools"},
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "kto_tag": True},
+            "unpaired_preference",
+            {"completion": "messages", "label": "kto_tag"},
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "functions": [{"name": "count"}]},
+            "chat",
+            {"messages": "messages", "tools": "functions"},
+        ),
+    ],
+)
+def test_what_nobody_answers_is_taken_from_the_data(run_cli, tmp_path, monkeypatch, row, form, columns):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    result = run_cli("new", "mine.yaml", "--data", "rows.jsonl")
+    assert result.status == 0, result.err
+    assert "[microsoft/Phi-3-mini-4k-instruct]: microsoft/Phi-3-mini-4k-instruct" in result.out
+    written = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    assert written["dataset"]["format"] == form
+    assert written["dataset"]["train"]["columns"] == columns
+    alone = run_cli("new", "other.yaml")
+    assert alone.status == 2
+    assert "there is nobody to ask: give --data, or --from" in alone.err
+
+
+def test_what_datasets_saved_is_looked_into_and_nothing_is_written_of_no_rows(run_cli, tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    monkeypatch.chdir(tmp_path)
+    rows = Dataset.from_list([{"question": "a", "answer": "b"}] * 7)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "two")
+    for name in ("one", "two"):
+        result = run_cli(
+            "new",
+            f"{name}.yaml",
+            "--data",
+            f"./{name}",
+            "--model",
+            "a/b",
+            "--method",
+            "lora",
+            "--format",
+            "instruction",
+        )
+        assert result.status == 0, result.err
+        written = (tmp_path / f"{name}.yaml").read_text()
+        assert "columns: {instruction: question, output: answer}" in written
+        assert "# 7 rows" in written
+    (tmp_path / "rows.csv").write_text("instruction,output\n")
+    empty = run_cli("new", "empty.yaml", "--data", "rows.csv", "--model", "a/b", "--method", "lora", "--format", "text")
+    assert (empty.status, "error[empty-dataset]" in empty.err) == (1, True)
+    assert not (tmp_path / "empty.yaml").exists()

@@ -225,7 +225,7 @@ def test_new_without_anybody_to_ask_is_a_wrong_command_line(run_cli, tmp_path, m
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     result = run_cli("new", tmp_path / "mine.yaml")
     assert result.status == 2
-    assert "give --model, --format, --method and --data" in result.err
+    assert "there is nobody to ask: give --data, or --from" in result.err
     assert not (tmp_path / "mine.yaml").exists()
 
 

@@ -22,6 +22,32 @@ CHAT = [
 ]
 TEXT = [{"text": f"document {n} " * n} for n in range(1, 13)]
 PACKED = {"packing": True, "max_length": 64}
+CHATML = {"chat_template_path": "trl/qwen3_training.jinja", "max_length": 1024}
+CALL = {"type": "function", "function": {"name": "count", "arguments": {"to": 3}}}
+TOOLED = [
+    {
+        "messages": [
+            *CHAT[n]["messages"][1:3],
+            {"role": "user", "content": f"count to {n}"},
+            {"role": "assistant", "content": "I count.", "tool_calls": [CALL] * (1 + n % 2)},
+            *[{"role": "tool", "content": f"1 to {n}"}] * (1 + n % 2),
+            {"role": "assistant", "content": f"done {n}", "weight": n % 3 > 0},
+        ],
+        "tools": [{"name": "count", "description": "x" * n, "parameters": {"type": "object"}}],
+    }
+    for n in range(12)
+]
+THOUGHTFUL = [
+    {
+        "messages": [
+            *CHAT[n]["messages"][:2],
+            {"role": "assistant", "content": f"it is {n}", "reasoning_content": f"one and {n}"},
+            {"role": "user", "content": "again"},
+            {"role": "assistant", "content": f"<think>\nas before: {n}\n</think>\n\nstill {n}"},
+        ]
+    }
+    for n in range(12)
+]
 
 
 @pytest.fixture
@@ -48,22 +74,26 @@ def preview(run_recipe):
         (TEXT, {"format": "text"}, {}),
         (TEXT, {"format": "text"}, {**PACKED, "packing_strategy": "bfd_split"}),
         (TEXT, {"format": "text"}, {**PACKED, "packing_strategy": "wrapped"}),
+        (TOOLED, {"format": "chat"}, CHATML),
+        (TOOLED, {"format": "chat"}, {**CHATML, "packing": True}),
+        (TOOLED, {"format": "chat", "train_on": "last", "max_dropped": 0.5}, CHATML),
+        (THOUGHTFUL, {"format": "chat"}, CHATML),
+        (THOUGHTFUL, {"format": "chat", "thinking": "mask"}, CHATML),
+        (THOUGHTFUL, {"format": "chat", "thinking": "mask", "train_on": "last"}, {**CHATML, "packing": True}),
+        (THOUGHTFUL, {"format": "chat", "thinking": "drop", "merge_system": True}, CHATML),
+        (None, {"train_on": "assistant", "system": "Be brief.", "merge_system": True}, {}),
     ],
 )
-def test_what_is_shown_is_what_the_trainer_receives(preview, tmp_path, rows, dataset, training):
+def test_what_is_shown_is_what_the_trainer_receives(run_recipe, chatml, tmp_path, rows, dataset, training):
     """Element by element, against the batches of the trainer's own data loader."""
     from recipe_runner.recipe.resolve import load_recipe
     from recipe_runner.training import prepare, trainers
 
-    result, _ = preview(
-        "-n",
-        "12",
-        "--format",
-        "json",
-        rows=rows,
-        training={"train_sampling_strategy": "sequential"} | training,
-        **dataset,
-    )
+    training = {"train_sampling_strategy": "sequential"} | training
+    model = {"name_or_path": chatml} if "chat_template_path" in training else None
+    options = {"rows": rows, "training": training, "dataset": dataset, "model": model}
+    result, _ = run_recipe("-n", "12", "--format", "json", command="preview", **options)
+    assert result.status == 0, result.err
     shown = json.loads(result.out)
     recipe = load_recipe(str(tmp_path / "tiny.yaml"))
     prepared = prepare.prepare(recipe, None)
@@ -261,6 +291,18 @@ def test_a_template_that_stands_in_renders_the_same_text(preview, tmp_path):
     assert refused.status == 1
     assert "error[no-generation-marks] dataset.train_on: TRL's phi3_5_training.jinja stands in" in refused.err
     assert "changes the text of 1 train rows: '' instead of 'ODD'" in refused.err
+
+
+@pytest.fixture(scope="session")
+def chatml(tokenizer, tmp_path_factory):
+    """A tiny Phi-3 whose tokenizer has ChatML's tokens."""
+    from transformers import Phi3Config
+
+    from recipe_runner.model.tiny import write_tiny
+
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    return str(write_tiny(Phi3Config(), made, tmp_path_factory.mktemp("models") / "chatml"))
 
 
 @pytest.fixture

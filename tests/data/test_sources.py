@@ -208,7 +208,7 @@ LOST = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        *(("tools", [{"name": "weather"}]), ("tools", '[{"name": "weather"}]'), ("label", True), ("images", ["a.png"])),
+        *(("label", True), ("images", ["a.png"])),
         *(("system_prompt", "Be brief."), ("reasoning", "because"), ("weight", 0.5), ("history", [["a", "b"]])),
         *(("Tools", [{"name": "weather"}]), ("sytem", "Be brief."), ("labels", True), ("contexts", "a story")),
         *(("system_message", "Be brief."), ("chat_template_kwargs", {"enable_thinking": False}), ("cot", "because")),
@@ -224,6 +224,8 @@ def test_a_column_that_says_something_is_never_left_out_silently(load, column, v
     assert f"dataset.ignore: [{column}]" in problem.suggestion
     if column in ("system_prompt", "sytem", "system_message"):
         assert f"columns: {{system: {column}}}" in problem.suggestion
+    elif column == "Tools":
+        assert problem.suggestion.startswith("set columns: {tools: Tools}, or ")
     else:
         assert problem.suggestion.startswith("remove it, or ")
     train, _ = load(rows, format="chat", ignore=[column])
@@ -257,10 +259,8 @@ def test_a_column_is_left_out_by_null(load):
             b'{"instruction": "q", "output": "a"}\n{"instruction": "caf\xe9", "output": "a"}\n',
             "line 2: byte 0xe9",
         ),
-        ("a.csv", b"instruction,output\nq,a\ncaf\xe9,a\n", "line 3: byte 0xe9 is not UTF-8 (Latin-1 or cp1252?)"),
         ("a.txt", b"caf\xe9\n", "line 1: byte 0xe9 is not UTF-8"),
         ("a.jsonl", '{"instruction": "q", "output": "a"}\n'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
-        ("a.csv", "instruction,output\nq,a\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
     ],
 )
 def test_files_that_are_no_text_in_utf_8_are_one_clear_line(load, tmp_path, file, data, said):
@@ -362,10 +362,8 @@ def test_keys_of_turns_that_nothing_reads_are_listed(write_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", "instruction;output\nx;y\n", "its columns are between semicolons, and are read between commas"),
-        ("a.csv", "instruction\toutput\nx\ty\n", "its columns are between tabs, and are read between commas"),
-        ("a.json", '{"data": [{"instruction": "x", "output": "y"}]}', "its rows are the list 'data'; make that list"),
-        ("a.json", '{"v": 1, "rows": [{"instruction": "x"}]}', "its rows are the list 'rows'; make that list the file"),
+        ("a.json", '{"data": [{"instruction": "x", "output": "y"}]}', "its rows are the list 'data'; set field: data"),
+        ("a.json", '{"v": 1, "rows": [{"instruction": "x"}]}', "its rows are the list 'rows'; set field: rows"),
         (
             "a.jsonl",
             '{"question": "x", "reply": "y"}\n' * 3,
@@ -387,10 +385,9 @@ def test_files_of_another_layout_are_told_from_missing_columns(write_recipe, tmp
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("a.tsv", "a.tsv: columns between tabs are not read; save it as .csv, with commas"),
-        ("a.jsonl.gz", "a.jsonl.gz is compressed; unpack it (gunzip), and name what is inside"),
-        ("data", "data is a folder, not a file; name a file in it: "),
-        ("./data", "data is a folder, not a file; name a file in it: "),
+        ("a.jsonl.xz", "a.jsonl.xz is compressed; unpack it (unxz), and name what is inside"),
+        ("data", "data is a folder, not a file; name a file in it ("),
+        ("./data", "data is a folder, not a file; name a file in it ("),
         ("A.JSONL", "A.JSONL has the suffix '.JSONL'; rename it to A.jsonl; "),
     ],
 )
@@ -417,9 +414,31 @@ def test_a_template_without_system_turns_says_where_to_put_them(write_recipe, tm
     rows = [{"messages": [{"role": "system", "content": "s"}, *turns]}] * 3
     options = {"command": "preview", "training": training}
     told, _ = run_recipe(rows=rows, dataset={"format": "chat"}, **options)
-    fix = (
-        "can't be rendered: roles must alternate; the chat template takes no system turn: write its text into the first"
-    )
+    fix = "roles must alternate; the chat template refuses a system turn: set dataset.merge_system: true"
     assert (told.status, fix in told.err) == (1, True), told.err
     told, _ = run_recipe(rows=[{"messages": turns}] * 3, dataset={"format": "chat", "system": "s"}, **options)
-    assert "takes no system turn: remove dataset.system, and write its text into the first user turn" in told.err
+    assert fix in told.err
+
+
+@pytest.mark.parametrize(
+    ("good", "weights", "said"),
+    [
+        (20, {}, ""),
+        (30, {}, "warning[unbalanced-labels] training.undesirable_weight: 30 good and 10 bad answers"),
+        (30, {"undesirable_weight": 3.0}, ""),
+        (30, {"desirable_weight": 0.2}, "warning[unbalanced-labels] training.desirable_weight"),
+        (40, {}, "error[labels-equal] dataset.train: all 40 train rows are judged good"),
+        (0, {}, "all 40 train rows are judged bad"),
+    ],
+)
+def test_labels_are_counted_and_their_weights_held_against_them(run_recipe, good, weights, said):
+    rows = [{"prompt": f"say {n}", "completion": f"it is {n}", "label": n < good} for n in range(40)]
+    if good == 20:
+        rows = rows[:35]
+    shown, _ = run_recipe(command="preview", stage="kto", rows=rows, training=weights)
+    counted = {f"{good} rows judged good"} if good else set()
+    assert all(count in shown.out for count in counted), shown.out
+    told = shown.out + shown.err
+    assert said in told
+    assert bool(said) == ("[labels-equal]" in told or "[unbalanced-labels]" in told), told
+    assert shown.status == (1 if "error" in said or not good else 0)

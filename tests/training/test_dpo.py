@@ -152,7 +152,7 @@ def test_lost_pairs_are_counted(dpo):
         ({"training": {"packing": True}}, "error[removed-key] training.packing: pairs are not packed"),
         ({"training": {"max_prompt_length": 3}}, "removed in TRL 0.29; max_length bounds prompt and answer"),
         ({"training": {"loss_type": ["sigmod"]}}, "did you mean 'sigmoid'?"),
-        ({"dataset": {"train_on": "all"}}, "preference tuning learns from both answers"),
+        ({"dataset": {"train_on": "all"}}, "preference tuning learns from whole answers"),
         ({"dataset": {"format": "text"}}, "error[format-stage-mismatch] dataset.format"),
         ({"training": {"sync_ref_model": True}, "peft": LORA}, "error[synced-reference]"),
         ({"training": {"bet": 0.2}}, "did you mean 'beta'?"),

@@ -106,7 +106,10 @@ def test_a_prompt_that_the_tokenizer_joins_to_its_answer_is_warned_of(run_recipe
     dataset = {"format": "instruction", "template": "Q: {instruction}\nA: {output}"}
     result, _ = run_recipe(rows=ROWS * 3, dataset=dataset, peft=LORA)
     assert result.status == 0, result.err
-    assert "warning[prompt-differs] dataset: in 12 of 12 rows the prompt alone has other tokens" in result.err
+    assert (
+        "warning[prompt-differs] dataset: in 12 of 12 rows the prompt alone, which a server asks, is not what is before"
+        in result.err
+    )
     dataset["template"] = "Q: {instruction}\nA:\n{output}"
     result, _ = run_recipe(rows=ROWS * 3, dataset=dataset, peft=LORA)
     assert "prompt-differs" not in result.err

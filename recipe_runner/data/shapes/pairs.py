@@ -47,7 +47,9 @@ def keep_answers(
     lengths = whole.max(axis=0)
     dropped = drop_overlong(job, lengths, part[places], tally)
     mute = (prompt >= limit) & ~dropped if limit else dropped & False
-    keep = ~(dropped | mute)
+    equal = _find_equal(table, answers) & ~dropped & ~mute
+    keep = ~(dropped | mute | equal)
+    tally.drop("whose answers are equal in tokens", int(equal.sum()))
     tally.drop(f"whose prompt fills max_length ({limit})", int(mute.sum()))
     fitted = np.minimum(whole, limit) if limit else whole
     tally.add(
@@ -60,6 +62,17 @@ def keep_answers(
     )
     kept = make_table(table.filter(pa.array(keep)), columns, places[keep] + start)
     return with_documents(kept, fitted.max(axis=0)[keep], packing=False)
+
+
+def _find_equal(table: pa.Table, answers: tuple[str, ...]) -> np.ndarray:
+    """Which pairs have two answers that the chat template makes the same of: there is nothing to prefer."""
+    if len(answers) < 2:
+        return np.zeros(len(table), dtype=bool)
+    one, other = (table[name] for name in answers)
+    found = pc.equal(pc.list_value_length(one), pc.list_value_length(other)).to_numpy(zero_copy_only=False)
+    for place in np.flatnonzero(found):
+        found[place] = one[int(place)] == other[int(place)]
+    return np.asarray(found, dtype=bool)
 
 
 def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:

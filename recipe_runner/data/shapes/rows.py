@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from recipe_runner.data.accounting import Accounting, Tally
-from recipe_runner.data.encode import encode
+from recipe_runner.data.encode import encode, tools_of
 from recipe_runner.data.job import Job, drop_overlong
 from recipe_runner.data.tables import IGNORED, NUMBERS, hash_rows, make_table, with_documents
 
@@ -20,7 +20,7 @@ FIRST = ("prompt_ids",)
 
 def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
     """The rows as they are, and `prompt_ids`, the tokens that the model goes on from, to measure and to show them."""
-    ids, _ = encode(job.tokenizer, [row["prompt"] for row in rows], asks=True)
+    ids, _ = encode(job.tokenizer, [row["prompt"] for row in rows], tools_of(rows), asks=True)
     texts = [json.dumps(row, ensure_ascii=False) for row in rows]
     return pa.table({"prompt_ids": pa.array(ids, NUMBERS), "row": texts})
 

@@ -9,7 +9,8 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from recipe_runner.data.accounting import Accounting, Tally
-from recipe_runner.data.encode import encode, encode_answers, join, label
+from recipe_runner.data.encode import encode, encode_answers, join, label, tools_of
+from recipe_runner.data.formats import turns_of
 from recipe_runner.data.job import Job, drop_overlong
 from recipe_runner.data.tables import (
     IGNORED,
@@ -20,6 +21,7 @@ from recipe_runner.data.tables import (
     measure_rows,
     with_documents,
 )
+from recipe_runner.data.thinking import mask_thoughts
 
 COLUMNS = dict.fromkeys(("input_ids", "labels"), NUMBERS)
 LEARNED = ("labels",)
@@ -28,16 +30,32 @@ FIRST = ("input_ids",)
 
 def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
     """`input_ids` and `labels` of whole rows."""
+    table = _label(job, rows)
+    masks = job.dataset.thinking == "mask" and not job.dataset.is_plain_text
+    return _mask_thoughts(job, table, rows) if masks else table
+
+
+def _label(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
     tokenizer, train_on = job.tokenizer, job.dataset.train_on
-    if train_on == "completion":
+    if "prompt" in rows[0] and train_on != "all":
         shared, wholes = encode_answers(tokenizer, rows, ("completion",))
         return label(wholes["completion"], begins=shared)
     if "prompt" in rows[0]:
         contents = [join(row["prompt"], row["completion"], tokenizer) for row in rows]
     else:
         contents = [row["messages"] if "messages" in row else join("", row["text"], tokenizer) for row in rows]
-    table = label(*encode(tokenizer, contents, marks=train_on == "assistant"))
-    return _mute(table, rows) if any("muted" in row for row in rows) else table
+    table = label(*encode(tokenizer, contents, tools_of(rows), marks=train_on == "assistant"))
+    return _mute(table, rows) if any(row.get("muted") for row in rows) else table
+
+
+def _mask_thoughts(job: Job, table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
+    """Takes the thinking before answers out of the loss."""
+    ids, labels = table["input_ids"].to_pylist(), table["labels"].to_pylist()
+    masked = [
+        mask_thoughts(job.tokenizer, turns_of(row), row.get("tools"), tokens, np.array(learned, np.int32), IGNORED)
+        for row, tokens, learned in zip(rows, ids, labels, strict=True)
+    ]
+    return table.set_column(table.column_names.index("labels"), "labels", pa.array(masked, NUMBERS))
 
 
 def _mute(table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:

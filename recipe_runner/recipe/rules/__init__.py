@@ -69,6 +69,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "initialisation", adapter.initialisation(recipe.stage, peft, quantized, recipe.unfreeze)
     yield "wrong-column-role", data.column_roles(dataset)
     yield "mixture-weight", data.mixture_weights(dataset)
+    yield "mixture-weight", data.mixture_epochs(dataset)
     yield "wrong-source", data.source_files(dataset)
     yield "template-use", data.template_use(dataset, trained)
 

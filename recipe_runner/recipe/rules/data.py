@@ -5,22 +5,21 @@ from pathlib import Path
 
 from recipe_runner.problems.problem import Found
 from recipe_runner.problems.words import suggest
+from recipe_runner.recipe.local import (
+    BUILDERS,
+    COMPRESSED,
+    HUB,
+    UNPACKED,
+    is_data,
+    is_file_source,
+    is_saved,
+    list_files,
+    suffix_of,
+)
 from recipe_runner.recipe.sections import DatasetSection, SourceSection, UpstreamSection
 from recipe_runner.stages import FORMATS
 
-# Suffix of a local data file -> the builder of `datasets` that reads it.
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-COMPRESSED = {".gz": "gunzip", ".zip": "unzip", ".zst": "unzstd", ".xz": "unxz", ".bz2": "bunzip2"}
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name is written as a path: ./x, ../x, /x, ~x."""
-    return name.startswith(("./", "../", "/", "~")) or name in (".", "..")
-
-
-def is_file_source(name: str) -> bool:
-    """Whether a data source is a local file rather than a hub id."""
-    return looks_local(name) or Path(name).suffix.lower() in BUILDERS
+KINDS = f"local files end with {', '.join(BUILDERS)}"
 
 
 def column_roles(dataset: DatasetSection) -> Found:
@@ -43,45 +42,90 @@ def mixture_weights(dataset: DatasetSection) -> Found:
             yield source.path, "other sources of the mixture have a weight, this one has none", "add 'weight:'"
 
 
+def mixture_epochs(dataset: DatasetSection) -> Found:
+    """Epochs are a way to mix training data, weights are another."""
+    weighted = any(source.weight is not None for source in dataset.train)
+    for source in dataset.sources:
+        if source.epochs is None:
+            continue
+        if source not in dataset.train:
+            yield (*source.path, "epochs"), "evaluation data is taken once", "remove the key"
+        elif weighted:
+            yield (*source.path, "epochs"), "a mixture has weights, or epochs of its sources", "remove one of them"
+    if dataset.weight_by != "rows" and not weighted:
+        yield ("dataset", "weight_by"), "no source has a weight", "add 'weight:' to each source, or remove the key"
+
+
 def source_files(dataset: DatasetSection) -> Found:
-    """Local files exist; anything else must look like a hub id."""
-    kinds = f"local files end with {', '.join(BUILDERS)}"
+    """Local files exist; anything else must look like a hub id, or a file on the hub."""
     for source in dataset.sources:
         name, place = source.source, (*source.path, "source")
         if is_file_source(name):
-            yield from _local_source(Path(name), source, kinds)
+            yield from _local_source(source)
+        elif name.startswith(HUB):
+            if suffix_of(name) not in BUILDERS:
+                yield place, f"{name} is no file of data", f"name one: hf://datasets/OWNER/NAME/FILE; {KINDS}"
         elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
-            yield place, f"'{name}' is neither a local file nor a hub id", kinds
+            yield place, f"'{name}' is neither a local file nor a hub id", KINDS
         elif Path(name).exists():
-            yield place, f"{name} in the current folder would be taken for the hub id", f"write ./{name}; {kinds}"
-        if source.sample_by and not name.endswith(".txt"):
-            yield (*source.path, "sample_by"), "only a .txt file is cut into documents", "remove the key"
+            yield place, f"{name} in the current folder would be taken for the hub id", f"write ./{name}; {KINDS}"
+        yield from _options(source)
 
 
-def _local_source(file: Path, source: SourceSection, kinds: str) -> Found:
-    place, suffix = (*source.path, "source"), file.suffix.lower()
-    if file.is_dir():
-        inside = sorted(other.name for other in file.iterdir() if other.suffix in BUILDERS)
-        fix = f"name a file in it: {source.source}/{inside[0]}" if inside else kinds
-        yield place, f"{file} is a folder, not a file", fix
-    elif file.exists() and not file.is_file():
-        yield place, f"{file} is a device or a pipe, not a file", kinds
-    elif suffix in COMPRESSED:
-        yield place, f"{file} is compressed", f"unpack it ({COMPRESSED[suffix]}), and name what is inside"
-    elif suffix == ".tsv":
-        yield place, f"{file}: columns between tabs are not read", "save it as .csv, with commas"
-    elif file.suffix not in BUILDERS:
-        renamed = f"rename it to {file.stem}{suffix}; " * (suffix in BUILDERS)
-        yield place, f"{file} has the suffix '{file.suffix}'", f"{renamed}{kinds}"
-    elif not file.exists():
-        neighbours = [other.name for other in file.parent.glob("*")] if file.parent.is_dir() else []
-        yield place, f"there is no file {file}", suggest(file.name, neighbours)
+def _options(source: SourceSection) -> Found:
+    """Keys that say how a file is read belong to a kind of file."""
+    suffixes = {suffix_of(file.name) for file in list_files(source.source)} if is_file_source(source.source) else set()
+    suffixes = suffixes or {suffix_of(source.source)}
+    kinds = {"sample_by": (".txt",), "field": (".json",), "delimiter": (".csv", ".tsv"), "encoding": (".csv", ".tsv")}
+    for key, wanted in kinds.items():
+        if getattr(source, key) and not suffixes <= set(wanted):
+            yield (*source.path, key), f"is for a {' or '.join(wanted)} file", "remove the key"
+
+
+def _local_source(source: SourceSection) -> Found:
+    name, place = source.source, (*source.path, "source")
+    path, files = Path(name), list_files(name)
+    if path.is_dir() and is_saved(path):
+        pass  # a folder that datasets wrote
+    elif path.is_dir() and not name.endswith("/"):
+        inside = sorted(file.name for file in path.iterdir() if is_data(file))
+        fix = f"name a file in it ({name}/{inside[0]}), or {name}/ for all of them" if inside else KINDS
+        yield place, f"{path} is a folder, not a file", fix
+    elif not files:
+        where = f"no file in {path} is data" if path.is_dir() else f"no file matches {name}"
+        yield place, where, KINDS
+    else:
+        yield from _local_files(source, files)
+        below = sorted(file for file in path.glob("*/**/*") if is_data(file)) if name.endswith("/") else []
+        if below:
+            found = f"{path} has data in folders below it, too: {below[0].relative_to(path)}"
+            yield place, found, f"name all, or those meant: {name}**/*{below[0].suffix}, {name}*{below[0].suffix}"
     for key in ("subset", "revision"):
         if getattr(source, key) is not None:
             yield (*source.path, key), f"a local file has no {key}", "remove the key"
-    if not re.match(r"train$|train\[", source.split):
+    if not is_saved(path) and not re.match(r"train$|train\[", source.split):
         fix = "remove the key, or take a slice: train[:5%]"
         yield (*source.path, "split"), "a local file has the split 'train' only", fix
+
+
+def _local_files(source: SourceSection, files: list[Path]) -> Found:
+    place, kinds = (*source.path, "source"), {suffix_of(file.name) for file in files}
+    if len(kinds) > 1:
+        yield place, f"{source.source} has files of several kinds: {', '.join(sorted(kinds))}", "name one kind: *.jsonl"
+        return
+    file, suffix = files[0], kinds.pop()
+    if file.exists() and not file.is_file():
+        yield place, f"{file} is a device or a pipe, not a file", KINDS
+    elif file.suffix.lower() in COMPRESSED:
+        yield place, f"{file} is compressed", f"unpack it ({COMPRESSED[file.suffix.lower()]}), and name what is inside"
+    elif file.suffix.lower() in UNPACKED and suffix in (".parquet", ".arrow", ""):
+        yield place, f"{file}: only texts are read where they are compressed", "unpack it, and name what is inside"
+    elif suffix not in BUILDERS or (file.suffix != file.suffix.lower() and file.suffix.lower() in BUILDERS):
+        renamed = f"rename it to {file.stem}{suffix}; " * (suffix in BUILDERS)
+        yield place, f"{file} has the suffix '{file.suffix}'", f"{renamed}{KINDS}"
+    elif not file.exists():
+        neighbours = [other.name for other in file.parent.glob("*")] if file.parent.is_dir() else []
+        yield place, f"there is no file {file}", suggest(file.name, neighbours)
 
 
 def template_use(dataset: DatasetSection, training: UpstreamSection) -> Found:

@@ -15,6 +15,7 @@ from recipe_runner.model.load import load_result
 from recipe_runner.model.scores import score_sequences
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.smoke.checks.done import Done, Found, count_experts
+from recipe_runner.smoke.checks.prepared import work_out_sequences
 from recipe_runner.smoke.rows import Wanted, squeeze
 from recipe_runner.smoke.shrink import SPLITTING
 from recipe_runner.smoke.watch import split_documents
@@ -137,7 +138,7 @@ def _check_documents(done: Done, documents: Sequence[Document], tokenizer: Any) 
     wanted, training = done.small.wanted, done.recipe.training
     ends = set(tokenizer.convert_tokens_to_ids(sorted(done.small.stand_in.stops)))
     limit = training["max_length"]
-    texts = frozenset(text for of in wanted for text in of.learned)
+    texts = frozenset(text for of in wanted for text in of.learned) | _render_answers(done, tokenizer)
     asked = [texts for of in wanted for texts in of.asked]
     splits = training["packing"] and training["packing_strategy"] in SPLITTING
     ended = 0
@@ -183,6 +184,17 @@ def _check_documents(done: Done, documents: Sequence[Document], tokenizer: Any) 
     bos = tokenizer.bos_token_id
     if bos is not None and any(tokens[:2] == [bos, bos] for tokens, _ in documents):
         yield "rows begin with two tokens that mark a beginning"
+
+
+def _render_answers(done: Done, tokenizer: Any) -> frozenset[str]:
+    """What is learned of rows with calls of tools or thinking: as the chat template writes it."""
+    found: set[str] = set()
+    for row in (row for of in done.small.wanted for row in of.rows):
+        turns = row.get("messages") or row.get("completion") or []
+        if any(isinstance(turn, dict) and turn.keys() & {"tool_calls", "reasoning_content"} for turn in turns):
+            ids, labels, *_ = work_out_sequences(row, done.recipe.dataset.train_on, tokenizer)
+            found |= {squeeze(tokenizer.decode(run, skip_special_tokens=True)) for run in _find_runs(ids, labels)}
+    return frozenset(found)
 
 
 def _find_runs(tokens: Sequence[int], labels: Sequence[int]) -> list[list[int]]:

@@ -71,7 +71,10 @@ def _check_template(done: Done) -> Found:
         turns = row.get("messages") or [*row.get("prompt", ()), *row.get("completion", row.get("chosen", ()))]
         if not own.chat_template or not turns or isinstance(turns[0], str) or "text" in row:
             return
-        wanted, found = (str(of.apply_chat_template(turns, tokenize=False)) for of in (own, used))
+        wanted, found = (
+            str(of.apply_chat_template(place_thoughts(turns, of), tools=row.get("tools"), tokenize=False))
+            for of in (own, used)
+        )
         if wanted != found:
             yield f"the chat template makes {found[:80]!r} of a row, and the model's own {wanted[:80]!r}"
             return
@@ -126,7 +129,8 @@ def _compare(done: Done, found: Sequence[Sequences], wanted: Sequence[Sequences]
             yield f"{counts[0]:,} tokens of the {what} are prepared, and its rows have {counts[1]:,}"
         return
     cut = {tuple(part[:limit] for part in row) for row in wanted}
-    if any(row.get("muted") for of in done.small.wanted for row in of.rows):  # less is learned: the tokens are the same
+    muted = any(row.get("muted") for of in done.small.wanted for row in of.rows)
+    if muted or done.recipe.dataset.thinking == "mask":  # less is learned: the tokens are the same
         cut, found = {row[:1] for row in cut}, [row[:1] for row in found]
     if strange := [row for row in set(found) if row not in cut]:
         yield f"{len(strange)} prepared rows of the {what} are none of its rows"
@@ -170,8 +174,9 @@ def work_out_sequences(row: Mapping[str, Any], train_on: str | None, tokenizer: 
         return ()
     if not answers:
         return _work_out_whole(row, train_on, tokenizer)
-    asked = _encode(tokenizer, row["prompt"], True)
-    wholes = [_encode(tokenizer, row["prompt"] + row[name], False) for name in answers]
+    tools = row.get("tools")
+    asked = _encode(tokenizer, row["prompt"], True, tools)
+    wholes = [_encode(tokenizer, row["prompt"] + row[name], False, tools) for name in answers]
     begin = min(common_prefix_length(asked, whole) for whole in wholes)
     if answers == ["completion"] and "label" not in row:
         labels = [IGNORED] * begin + wholes[0][begin:] if train_on != "all" else wholes[0]
@@ -182,29 +187,49 @@ def work_out_sequences(row: Mapping[str, Any], train_on: str | None, tokenizer: 
 
 def _work_out_whole(row: Mapping[str, Any], train_on: str | None, tokenizer: Any) -> Sequences:
     if "text" in row:
-        ids = _encode(tokenizer, row["text"], False) if row["text"].strip() else []
+        ids = _encode(tokenizer, row["text"], False, None) if row["text"].strip() else []
         return (tuple(ids), tuple(ids)) if ids else ()
     marks = train_on == "assistant"
     answers = [turn for turn in row["messages"] if turn["role"] == "assistant"]
     if not row["messages"] or (marks and not answers) or not all(_says([turn]) for turn in answers):
         return ()
     made = tokenizer.apply_chat_template(
-        row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=marks
+        place_thoughts(row["messages"], tokenizer),
+        tools=row.get("tools"),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=marks,
     )
     ids, learned = made["input_ids"], made["assistant_masks"] if marks else [1] * len(made["input_ids"])
     return tuple(ids), tuple(token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True))
 
 
 def _says(answer: Any) -> bool:
-    """Whether an answer, a text or turns of which the last is the assistant's, says something."""
+    """Whether an answer, a text or turns of which the last is the assistant's, says or calls something."""
     if isinstance(answer, str):
         return bool(answer.strip())
-    return bool(answer) and answer[-1]["role"] == "assistant" and bool(answer[-1]["content"].strip())
+    if not answer or answer[-1]["role"] != "assistant":
+        return False
+    return bool(answer[-1]["content"].strip() or answer[-1].get("tool_calls"))
 
 
-def _encode(tokenizer: Any, content: Any, asks: bool) -> list[int]:
+def _encode(tokenizer: Any, content: Any, asks: bool, tools: Any) -> list[int]:
     """Turns by the chat template; a text as it is, with its end where it is not a prompt."""
     if isinstance(content, str):
         ends = asks or content.endswith(tokenizer.eos_token)
         return list(tokenizer(content if ends else content + tokenizer.eos_token)["input_ids"])
-    return list(tokenizer.apply_chat_template(content, tokenize=True, add_generation_prompt=asks, return_dict=False))
+    options = {"tools": tools, "tokenize": True, "add_generation_prompt": asks, "return_dict": False}
+    return list(tokenizer.apply_chat_template(place_thoughts(content, tokenizer), **options))
+
+
+def place_thoughts(turns: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Turns whose thinking is written into their text, where the chat template does not know the key."""
+    thoughts = [turn["reasoning_content"] for turn in turns if turn.get("reasoning_content")]
+    if not thoughts or thoughts[-1] in str(tokenizer.apply_chat_template(turns, tokenize=False)):
+        return turns
+    return [
+        {"role": turn["role"], "content": f"<think>\n{turn['reasoning_content']}\n</think>\n\n{turn['content']}"}
+        if turn.get("reasoning_content")
+        else turn
+        for turn in turns
+    ]

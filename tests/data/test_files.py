@@ -1,0 +1,202 @@
+"""Kinds of local files: compressed, by columns, several, saved by datasets; and what is said of bad ones."""
+
+import gzip
+import json
+
+import pytest
+from shared import write_rows
+
+ROWS = [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range(10)]
+
+
+@pytest.fixture
+def load(write_recipe, tmp_path):
+    """The answers of a source, and what was guessed of how it is written."""
+    from recipe_runner.data.sources import open_sources, order_rows, read_rows
+    from recipe_runner.recipe.resolve import load_recipe
+
+    def load(name, **source):
+        train = {"source": name, **source}
+        recipe = load_recipe(str(write_recipe(dataset={"format": "instruction", "train": train})))
+        with recipe.placing_errors():
+            (opened,) = sources = open_sources(recipe.dataset)
+            order = order_rows(recipe.dataset, sources, 42)["train"]
+            rows = read_rows(recipe.dataset, sources, order)
+        return [row["completion"][0]["content"] for row in rows], opened.guessed
+
+    return load
+
+
+@pytest.fixture
+def refused(load):
+    """What is said of a source that can't be read."""
+    from recipe_runner.problems.errors import UserError
+
+    def refused(name, **source):
+        with pytest.raises(UserError) as caught:
+            load(name, **source)
+        (problem,) = caught.value.problems
+        return f"{problem.code} {'.'.join(map(str, problem.path))}: {problem.message}; {problem.suggestion}"
+
+    return refused
+
+
+WANTED = [row["output"] for row in ROWS]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def write_columns(file, delimiter=",", encoding="utf-8", word="answer"):
+    lines = ["instruction", "output"], *([f"question {n}", f"{word} {n}"] for n in range(10))
+    file.write_bytes("".join(delimiter.join(line) + "\n" for line in lines).encode(encoding))
+
+
+def test_compressed_files_are_read_as_they_are(load, refused, tmp_path):
+    import zstandard
+
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(LINES.encode()))
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(json.dumps({"rows": ROWS}).encode()))
+    write_columns(tmp_path / "d.csv", ";")
+    (tmp_path / "d.csv.gz").write_bytes(gzip.compress((tmp_path / "d.csv").read_bytes()))
+    pack = zstandard.ZstdCompressor().compress
+    packed, half = pack(LINES.encode()), LINES.index("\n", len(LINES) // 2) + 1
+    (tmp_path / "two.jsonl.zst").write_bytes(pack(LINES[:half].encode()) + pack(LINES[half:].encode()))
+    assert load("two.jsonl.zst") == load("b.jsonl.zst")
+    for name, content, said in (
+        ("cut", packed[: len(packed) // 2], "is cut off: "),
+        ("plain", LINES.encode(), "can't be unpacked: it is no file of zstandard's, or broken: "),
+    ):
+        (tmp_path / f"{name}.jsonl.zst").write_bytes(content)
+        assert said in refused(f"{name}.jsonl.zst")
+    assert load("a.jsonl.gz") == load("b.jsonl.zst") == load("c.json.gz", field="rows") == (WANTED, "")
+    assert load("d.csv.gz") == (WANTED, "columns between semicolons")
+
+
+@pytest.mark.parametrize("split", ["train", "train[:50%]"])
+def test_what_datasets_saved_is_read(load, refused, tmp_path, split):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "test": rows.select(range(2))}).save_to_disk(tmp_path / "two")
+    count = len(WANTED) if split == "train" else 5
+    assert load("one", split=split)[0] == load("two", split=split)[0] == WANTED[:count]
+    assert load("two", split="test")[0] == WANTED[:2]
+    assert "test" in refused("one", split="test")
+    (arrow,) = (tmp_path / "one").glob("*.arrow")
+    assert load(f"one/{arrow.name}")[0] == WANTED
+
+
+def test_several_files_are_a_pattern_or_a_folder_that_is_named_as_one(load, refused, tmp_path):
+    (tmp_path / "many").mkdir()
+    for part in ("a", "b"):
+        write_rows(tmp_path / "many" / f"{part}.jsonl", ROWS)
+    (tmp_path / "many" / "README.md").write_text("of two files")
+    assert load("many/*.jsonl")[0] == load("many/")[0] == load("many/?.jsonl")[0] == WANTED * 2
+    assert "many is a folder, not a file; name a file in it (" in refused("many")
+    assert "many/ for all of them" in refused("many")
+    assert "no file matches" in refused("many/c*.jsonl")
+    (tmp_path / "many" / "._a.jsonl").write_bytes(b"\x00\x05")  # as macOS leaves them
+    assert load("many/")[0] == WANTED * 2
+    (tmp_path / "many" / "below").mkdir()
+    write_rows(tmp_path / "many" / "below" / "c.jsonl", ROWS)
+    assert "many has data in folders below it, too: below/c.jsonl; name all, or those meant: " in refused("many/")
+    assert load("many/**/*.jsonl")[0] == WANTED * 3
+    (tmp_path / "many" / "below" / "c.jsonl").unlink()
+    write_columns(tmp_path / "many" / "c.csv")
+    assert "has files of several kinds: .csv, .jsonl" in refused("many/")
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter", "encoding", "guessed"),
+    [
+        ("a.csv", ",", "utf-8", ""),
+        ("a.csv", ";", "utf-8", "columns between semicolons"),
+        ("a.csv", "\t", "utf-8-sig", "columns between tabs"),
+        ("a.csv", "|", "cp1252", "encoding cp1252 and columns between bars"),
+        ("a.tsv", "\t", "utf-8", ""),
+        ("a.tsv", ",", "utf-16", "encoding utf-16 and columns between commas"),
+    ],
+)
+def test_the_writing_of_columns_is_guessed_and_said(load, tmp_path, name, delimiter, encoding, guessed):
+    write_columns(tmp_path / name, delimiter, encoding, "antwört")
+    wanted = [f"antwört {n}" for n in range(10)]
+    assert load(name) == (wanted, guessed)
+    assert load(name, delimiter=delimiter, encoding=encoding) == (wanted, "")
+
+
+def test_what_was_guessed_is_told(run_recipe, tmp_path):
+    write_columns(tmp_path / "a.csv", ";", "cp1252", "antwört")
+    shown, _ = run_recipe(command="preview", dataset={"format": "instruction", "train": {"source": "a.csv"}})
+    assert shown.status == 0, shown.err
+    assert "a.csv: encoding cp1252 and columns between semicolons (guessed)" in shown.out
+
+
+def test_columns_that_are_read_wrongly_are_said(refused, tmp_path):
+    write_columns(tmp_path / "a.csv", ";")
+    found = refused("a.csv", delimiter=",")
+    assert found.startswith("unreadable-data dataset.train.delimiter: ")
+    assert "a.csv has one column, read with the delimiter ','" in found
+    assert 'set delimiter: ";", which gives instruction, output' in found
+    write_columns(tmp_path / "b.csv", encoding="cp1252", word="antwört")
+    assert "line 2: byte 0xf6 is not UTF-8; name another" in refused("b.csv", encoding="utf-8")
+    assert "there is no encoding 'klingon'" in refused("b.csv", encoding="klingon")
+    write_columns(tmp_path / "c.csv")
+    (tmp_path / "d.csv").write_text("other,output\na,b\n")
+    assert "d.csv has columns other, output, " in refused("[cd].csv")
+
+
+def test_rows_are_under_a_key(load, refused, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "rows": ROWS, "more": [1]}))
+    assert load("a.json", field="rows")[0] == WANTED
+    assert "its rows are the list 'rows'; set field: rows" in refused("a.json")
+    assert "has no list 'row'; its lists: rows, more" in refused("a.json", field="row")
+    write_rows(tmp_path / "b.jsonl", ROWS)
+    assert "wrong-source dataset.train.field: is for a .json file" in refused("b.jsonl", field="rows")
+
+
+def test_compressed_files_that_are_damaged_are_said(refused, tmp_path, monkeypatch):
+    packed = gzip.compress("".join(json.dumps({**row, "n": n}) for n in range(5000) for row in ROWS).encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    assert "a.jsonl.gz is cut off: " in refused("a.jsonl.gz")
+    (tmp_path / "b.jsonl.gz").write_bytes(b"no gzip")
+    assert "b.jsonl.gz" in refused("b.jsonl.gz")
+    (tmp_path / "c.parquet.gz").write_bytes(b"")
+    assert "only texts are read where they are compressed" in refused("c.parquet.gz")
+
+
+def test_a_file_on_the_hub_is_read_by_its_kind(load, refused, monkeypatch):
+    from datasets import Dataset
+
+    from recipe_runner.data import sources
+
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    assert load("hf://datasets/someone/rows/a.jsonl")[0] == WANTED
+    assert asked == [(("json",), {"data_files": ["hf://datasets/someone/rows/a.jsonl"], "split": "train"})]
+    assert "is no file of data; name one" in refused("hf://datasets/someone/rows")
+
+
+def test_files_with_other_columns_are_named(load, refused, tmp_path):
+    (tmp_path / "many").mkdir()
+    write_rows(tmp_path / "many" / "a.jsonl", ROWS)
+    write_rows(tmp_path / "many" / "b.jsonl", [row | {"day": {"of": 1}} for row in ROWS])
+    said = refused("many/")
+    assert "b.jsonl has the columns day, instruction, output, and " in said
+    assert "name the files as sources of a mixture" in said
+
+
+def test_a_guess_of_an_encoding_is_a_warning(run_recipe, tmp_path):
+    text = "instruction,output\n" + "".join(f"вопрос {n},ответ {n}\n" for n in range(12))
+    (tmp_path / "rows.csv").write_bytes(text.encode("cp1251"))
+    for encoding in ({}, {"encoding": "cp1251"}):
+        data = {"format": "instruction", "train": {"source": "rows.csv"} | encoding}
+        shown, _ = run_recipe(command="preview", dataset=data)
+        assert shown.status == 0, shown.err
+        assert ("warning[guessed-encoding] dataset.train" in shown.out + shown.err) == (not encoding)
+        assert ("вопрос" in shown.out) == bool(encoding)

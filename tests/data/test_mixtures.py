@@ -1,0 +1,123 @@
+"""Mixtures: weights by rows and by tokens, epochs of a source, and the loss of each source."""
+
+import pytest
+from shared import metrics, write_rows
+
+SHORT = [{"instruction": f"say {n}", "output": f"it is {n}"} for n in range(40)]
+LONG = [{"instruction": f"tell me of {n}", "output": f"once there was {n}. " * 6} for n in range(40)]
+
+
+@pytest.fixture
+def mixture(tmp_path, run_recipe):
+    """Runs a command on a mixture of short and long rows."""
+
+    def mixture(*arguments, short=None, long=None, command="train", training=None, name="tiny", **dataset):
+        train = [
+            {"source": write_rows(tmp_path / f"{of}.jsonl", rows).name, **(options or {})}
+            for of, rows, options in (("short", SHORT, short), ("long", LONG, long))
+        ]
+        data = {"format": "instruction", "train": train, **dataset}
+        return run_recipe(*arguments, command=command, dataset=data, training=training, name=name)
+
+    return mixture
+
+
+def shares(result):
+    """What `preview` says of the sources: shares of rows and of tokens."""
+    (line,) = [line for line in result.out.splitlines() if line.startswith("  sources ")]
+    numbers = [int(word.rstrip("%")) for word in line.split() if word.endswith("%")]
+    return numbers[0::2], numbers[1::2]
+
+
+def test_weights_are_shares_of_rows_or_of_tokens(mixture):
+    half = {"short": {"weight": 0.5}, "long": {"weight": 0.5}}
+    rows, _ = shares(mixture(command="preview", **half)[0])
+    assert all(abs(share - 50) < 12 for share in rows)
+    rows, tokens = shares(mixture(command="preview", weight_by="tokens", **half)[0])
+    assert rows[0] > 60
+    assert all(abs(share - 50) < 12 for share in tokens)
+
+
+def test_a_source_is_taken_as_often_as_it_says(mixture):
+    result, _ = mixture(command="preview", short={"epochs": 2.5}, long={"epochs": 0.5})
+    assert "120 rows: 120 kept" in result.out
+    assert shares(result)[0] == [83, 17]
+    assert "60 duplicates" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"short": {"epochs": 2, "weight": 1}, "long": {"weight": 1}},
+            "a mixture has weights, or epochs of its sources",
+        ),
+        ({"weight_by": "tokens"}, "no source has a weight; add 'weight:' to each source"),
+        ({"eval": {"source": "long.jsonl", "epochs": 2}}, "evaluation data is taken once"),
+        ({"short": {"epochs": 0}}, "dataset.train.0.epochs: expected a number above 0, found 0"),
+    ],
+)
+def test_ways_to_mix_that_contradict_each_other_are_refused(mixture, options, said):
+    result, _ = mixture(command="validate", **options)
+    assert result.status == 1
+    assert said in result.out
+
+
+@pytest.mark.parametrize(
+    "training", [{}, {"packing": True, "max_length": 128}, {"padding_free": True, "max_length": None}]
+)
+def test_each_source_has_its_loss(mixture, training):
+    """Summed up by tokens, they are the loss of all."""
+    training = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+    } | training
+    training |= {"eval_steps": 1, "eval_packing": False} if "packing" in training else {"eval_steps": 1}
+    result, folder = mixture(eval={"fraction": 0.2}, training=training)
+    assert result.status == 0, result.err
+    entries = [entry for entry in metrics(folder) if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        short, long = entry["loss/short"], entry["loss/long"]
+        assert min(short, long) <= entry["loss"] <= max(short, long)
+        assert short != long
+    held = [entry for entry in metrics(folder) if "eval_loss" in entry]
+    assert all({"eval_loss/short", "eval_loss/long"} <= entry.keys() for entry in held)
+
+
+def test_the_losses_of_sources_are_those_of_their_rows_alone(mixture, tmp_path):
+    """The first loss of a mixture, by source, against runs on one source."""
+    from recipe_runner.training.mixture import name_sources
+
+    training = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 80, "learning_rate": 1e-9}
+    _, folder = mixture(training=training)
+    (together,) = [entry for entry in metrics(folder) if "loss" in entry]
+    for name in ("short", "long"):
+        _, folder = mixture(training=training, name=name, train={"source": f"{name}.jsonl"})
+        (alone,) = [entry for entry in metrics(folder) if "loss" in entry]
+        assert together[f"loss/{name}"] == pytest.approx(alone["loss"], rel=1e-4)
+    assert name_sources(["/a/rows.jsonl.gz", "someone/rows", "hf://datasets/x/y/rows.csv", "/a/b/"]) == [
+        "rows",
+        "rows#2",
+        "rows#3",
+        "b",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"short": {"epochs": 0.01}, "long": {"epochs": 1}}, "0.01 epochs of 40 rows are none; take more, or leave"),
+        (
+            {"short": {"weight": 1e-6}, "long": {"weight": 1e6}},
+            "rows are drawn until each of 80 was seen; take weights",
+        ),
+    ],
+)
+def test_a_mixture_of_which_nothing_or_nearly_all_is_one_source_is_refused(mixture, options, said):
+    result, _ = mixture(command="preview", **options)
+    assert result.status == 1
+    assert "error[mixture-weight] dataset.train" in result.err
+    assert said in result.err

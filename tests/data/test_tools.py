@@ -1,0 +1,368 @@
+"""Calls of tools and thinking, through every chat template that TRL stores: what is learned, and what is said."""
+
+import json
+import re
+
+import pytest
+from jinja2 import TemplateError
+from templated import TEMPLATES, prepare, prepare_by_trl
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Says it.", "parameters": PARAMETERS}}
+NEWS = {"type": "function", "function": {"name": "news", "description": "Reads it.", "parameters": PARAMETERS}}
+CALL = {"type": "function", "id": "call00001", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+ASK = {"role": "user", "content": "Is it warm?"}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "it is sunny", "name": "weather", "tool_call_id": "call00001"}
+SAY = {"role": "assistant", "content": "Yes, it is."}
+TALKS = [[ASK, CALLING, RESULT, SAY], [ASK, SAY, ASK, CALLING, RESULT, SAY, ASK, SAY], [ASK, SAY]]
+MARKED = [file for file in TEMPLATES if "{% generation %}" in file.read_text("utf-8").replace("{%-", "{%")]
+# Templates that mark answers and can't render tools -> why not.
+WITHOUT_TOOLS = {
+    **dict.fromkeys(("cohere_training", "cohere2_training"), "roles must alternate"),
+    **dict.fromkeys(("gemma_training", "gemma3_training"), "roles must alternate"),
+    **dict.fromkeys(("llama3_training", "qwen2_5_vl_training", "deepseek_r1_distill_training"), "calls are left out"),
+    **dict.fromkeys(("phi3_training", "phi3_5_training"), "calls and results are left out"),
+    "lfm2_training": "calls are text for it",
+    **dict.fromkeys(("smolvlm_training",), "made for content in parts"),
+    "deepseekv3_training": "declared tools are left out",
+}
+OF_PARTS = ("smolvlm_training",)  # renders no content that is a text
+REFUSE_SYSTEM = ("gemma_training",)  # of those that mark answers
+# What templates write at the beginning of an answer and mark as its own: who speaks, to whom, in which channel.
+HEADERS = {"gptoss_training": "assistantfinal", "muse_glimmer_training": "assistant to=user"}
+
+
+def renders_tools(tokenizer):
+    from trl.chat_template_utils import supports_tool_calling
+
+    try:
+        declared = tokenizer.apply_chat_template([ASK], tools=[WEATHER], tokenize=False)
+        return supports_tool_calling(tokenizer) and "Says it." in declared
+    except (TemplateError, TypeError):
+        return False
+
+
+def spans(ids, labels, tokenizer):
+    """The texts that are learned of a row."""
+    found, before = [], -100
+    for token, label in zip(ids, labels, strict=True):
+        if label != -100:
+            found = found if before != -100 else [*found, []]
+            found[-1].append(token)
+        before = label
+    return [tokenizer.decode(span) for span in found]
+
+
+@pytest.mark.parametrize("template", MARKED, ids=lambda file: file.stem)
+def test_every_marked_template_learns_calls_and_answers_and_never_results(tokenizer_of, job_of, template):
+    tokenizer = tokenizer_of(template)
+    if not renders_tools(tokenizer):
+        assert template.stem in WITHOUT_TOOLS
+        return
+    assert template.stem not in WITHOUT_TOOLS
+    rows = [{"messages": talk, "tools": [tools]} for talk, tools in zip(TALKS, (WEATHER, WEATHER, NEWS), strict=True)]
+    job = job_of("sft", rows, tokenizer, {"max_length": None}, format="chat", train_on="assistant")
+    found, tally = prepare(job)
+    assert found == prepare_by_trl(job, rows)
+    assert not any(tally.lost_parts.values())
+    for row, talk in zip(found, TALKS, strict=True):
+        learned = spans(row["input_ids"], row["labels"], tokenizer)
+        assert sum("Rome" in text for text in learned) == sum("tool_calls" in turn for turn in talk)
+        assert sum("Yes, it is." in text for text in learned) == sum(turn == SAY for turn in talk)
+        assert not any("sunny" in text or "warm" in text for text in learned)
+        ends = set(tokenizer.added_tokens_encoder)
+        assert all(any(end in text for end in ends) for text in learned)
+
+
+@pytest.mark.parametrize("template", [of for of in MARKED if of.stem not in OF_PARTS], ids=lambda file: file.stem)
+def test_every_marked_template_learns_the_answers_and_their_ends_and_nothing_else(tokenizer_of, job_of, template):
+    """Several turns, with and without a system turn: each learned stretch is an answer and a token that ends it."""
+    tokenizer = tokenizer_of(template)
+    talk = [turn | {"content": f"{turn['content']} {n}"} for n, turn in enumerate([ASK, SAY] * 3)]
+    talks = [talk, [{"role": "system", "content": "Be brief."}, *talk]]
+    if template.stem in REFUSE_SYSTEM:
+        talks = talks[:1]
+    rows = prepare(job_of("sft", [{"messages": of} for of in talks], tokenizer, {"max_length": None}, format="chat"))[0]
+    tokens = sorted(map(re.escape, tokenizer.added_tokens_encoder), key=len, reverse=True)
+    for row in rows:
+        learned = spans(row["input_ids"], row["labels"], tokenizer)
+        assert len(learned) == 3
+        for answer, turn in zip(learned, talk[1::2], strict=True):
+            before, found, end = answer.partition(turn["content"])
+            assert found
+            assert re.fullmatch(rf"(\s*({'|'.join(tokens)}))+\s*", end), end
+            assert re.sub("|".join(tokens), "", before).strip() == HEADERS.get(template.stem, "")
+        seen = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+        assert "Yes" not in tokenizer.decode(seen)
+
+
+def test_calls_are_the_same_rows_in_every_way_to_write_them(tokenizer_of, job_of):
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen2_5_training"))
+    text = {**CALL, "function": {"name": "weather", "arguments": json.dumps({"city": "Rome"})}}
+    call = json.dumps({"name": "weather", "arguments": {"city": "Rome"}})
+    shared = [
+        ("human", ASK["content"]),
+        ("function_call", call),
+        ("observation", "it is sunny"),
+        ("gpt", SAY["content"]),
+    ]
+    ways = (
+        {"messages": TALKS[0], "tools": [WEATHER]},
+        {"messages": [ASK, CALLING | {"tool_calls": [text]}, RESULT, SAY], "tools": json.dumps([WEATHER["function"]])},
+        {"conversations": [{"from": role, "value": value} for role, value in shared], "tools": json.dumps([WEATHER])},
+    )
+    made = []
+    for row in ways:
+        other = {**row, "tools": [NEWS] if isinstance(row["tools"], list) else json.dumps([NEWS])}
+        job = job_of("sft", [row, other], tokenizer, {"max_length": None}, format="chat")
+        made.append(prepare(job)[0][0])
+    assert made[0] == made[1] == made[2]
+
+
+def test_objects_of_a_column_don_t_get_each_other_s_keys(tokenizer_of, job_of, tmp_path):
+    """Parquet gives every object of a column the keys of all, as null: they would be rendered."""
+    from datasets import Dataset, Features, List, Value
+
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen2_5_training"))
+    arguments = {"city": Value("string"), "day": Value("string")}
+    turn = {
+        "role": Value("string"),
+        "content": Value("string"),
+        "tool_calls": List({"function": {"name": Value("string"), "arguments": arguments}}),
+    }
+    calls = [[{"function": {"name": "weather", "arguments": given}}] for given in ({"city": "Rome"}, {"day": "Monday"})]
+    rows = [{"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": call}]} for call in calls]
+    table = Dataset.from_list(rows, features=Features({"messages": List(turn)}))
+    table.to_parquet(tmp_path / "rows.parquet")
+    job = job_of("sft", [], tokenizer, {"max_length": None}, format="chat", train={"source": "rows.parquet"})
+    learned = [spans(row["input_ids"], row["labels"], tokenizer)[0] for row in prepare(job)[0]]
+    assert '"arguments": {"city": "Rome"}}' in learned[0]
+    assert '"arguments": {"day": "Monday"}}' in learned[1]
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_pairs_and_judged_answers_render_tools(tokenizer_of, job_of, stage):
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3_training"))
+    rows = [
+        {"prompt": [ASK], "chosen": [CALLING], "rejected": [SAY], "tools": [WEATHER]},
+        {"prompt": [ASK, CALLING, RESULT], "chosen": [SAY], "rejected": [CALLING], "tools": [NEWS]},
+    ]
+    if stage == "kto":
+        rows = [
+            {"prompt": row["prompt"], "completion": row["chosen"], "label": bool(number), "tools": row["tools"]}
+            for number, row in enumerate(rows)
+        ]
+    job = job_of(stage, rows, tokenizer, {"max_length": None})
+    names = ("prompt_ids", "chosen_ids", "rejected_ids") if stage == "dpo" else ("prompt_ids", "completion_ids")
+    found = [{name: row[name] for name in names} for row in prepare(job)[0]]
+    assert found == prepare_by_trl(job, rows)
+    assert "Says it." in tokenizer.decode(found[0]["prompt_ids"])
+    assert "Rome" in tokenizer.decode(found[0][names[1]])
+
+
+def thinking_rows(number=6):
+    return [
+        {"messages": [ASK, SAY | {"reasoning_content": f"Look {n}."}, ASK, SAY | {"reasoning_content": f"Again {n}."}]}
+        for n in range(number)
+    ]
+
+
+# Template -> of its rows, what is learned with `keep`, and with `mask`; a beginning that stands in the prompt is not.
+THINKING = {
+    "qwen3_training": ("<think>\nLook 0.\n</think>\n\nYes, it is.", "Yes, it is."),
+    "qwen3_5_think_training": ("<think>\nLook 0.\n</think>\n\nYes, it is.", "Yes, it is."),
+    "deepseek_r1_distill_training": ("<think>\nLook 0.\n</think>\n\nYes, it is.", "Yes, it is."),
+    "llama3_training": ("<think>\nLook 0.\n</think>\n\nYes, it is.", "Yes, it is."),
+}
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_thinking_is_learned_seen_or_dropped(tokenizer_of, job_of, name):
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
+    learned = {}
+    for way in ("keep", "mask", "drop"):
+        job = job_of("sft", thinking_rows(), tokenizer, {"max_length": None}, format="chat", thinking=way)
+        (row, *_), tally = prepare(job)
+        learned[way] = "".join(spans(row["input_ids"], row["labels"], tokenizer))
+        assert ("Look 0." in tokenizer.decode(row["input_ids"])) == (way != "drop")
+        assert not any(tally.lost_parts.values())
+    assert THINKING[name][0] in learned["keep"]
+    assert "Look" not in learned["mask"]
+    assert "think" not in learned["mask"]
+    assert THINKING[name][1] in learned["mask"]
+    assert "Look" not in learned["drop"]
+    assert "Yes, it is." in learned["drop"]
+
+
+def test_thinking_is_found_by_other_marks(tokenizer_of, job_of):
+    for name in ("gptoss_training", "diffusion_gemma_training", "muse_glimmer_training"):
+        tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
+        job = job_of("sft", thinking_rows(), tokenizer, {"max_length": None}, format="chat", thinking="mask")
+        (row, *_), _ = prepare(job)
+        learned = "".join(spans(row["input_ids"], row["labels"], tokenizer))
+        assert "Again" not in learned, name
+        assert "Yes, it is." in learned, name
+
+
+def test_text_and_key_give_the_same_tokens(tokenizer_of, job_of):
+    for name in THINKING:
+        tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
+        written = [
+            {"messages": [ASK, SAY | {"content": f"<think>\nLook {n}.\n</think>\n\nYes, it is."}]} for n in range(3)
+        ]
+        keyed = [{"messages": [ASK, SAY | {"reasoning_content": f"Look {n}."}]} for n in range(3)]
+        made = [
+            prepare(job_of("sft", rows, tokenizer, {"max_length": None}, format="chat"))[0] for rows in (written, keyed)
+        ]
+        assert made[0] == made[1], name
+
+
+@pytest.fixture
+def problems_of(job_of):
+    from recipe_runner.data.checks import find_problems
+
+    def problems_of(rows, tokenizer, **dataset):
+        job = job_of("sft", rows, tokenizer, {"max_length": None}, **{"format": "chat"} | dataset)
+        _, tally = prepare(job)
+        found = find_problems(job.dataset, tokenizer, {tokenizer.eos_token}, tally.finish(), "train")
+        return {problem.code: f"{problem.message}; {problem.suggestion}" for problem in found}
+
+    return problems_of
+
+
+def test_what_a_template_loses_is_said(tokenizer_of, problems_of):
+    phi3 = tokenizer_of(next(file for file in TEMPLATES if file.stem == "phi3_training"))
+    found = problems_of([{"messages": TALKS[0], "tools": [WEATHER]}], phi3)
+    assert "renders nothing of" in found["tools-not-rendered"]
+    assert "none of TRL's is made of this model's tokens" in found["tools-not-rendered"]
+    assert "role 'tool'" in found["role-not-rendered"]
+    llama = tokenizer_of(next(file for file in TEMPLATES if file.stem == "llama3_1"))
+    beside = [{"messages": [ASK, CALLING | {"content": "I look."}, RESULT, SAY], "tools": [WEATHER]}]
+    found = problems_of(beside, llama, train_on="last")
+    assert "text beside calls of tools, in 1 of 1 turns" in found["text-beside-call-lost"]
+    other = problems_of([{"messages": TALKS[0], "tools": [NEWS]}], llama, train_on="last")
+    assert "1 train rows call tools that they do not declare" in other["undeclared-calls"]
+
+
+def test_a_template_with_tools_is_named(tokenizer_of, problems_of):
+    """The tokens of the model's own template decide: those of ChatML are Qwen's, too."""
+    chatml = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen2_5_vl_training"))
+    chatml.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    found = problems_of([{"messages": TALKS[0], "tools": [WEATHER]}], chatml)
+    name = re.search(r"chat_template_path: trl/(\w+\.jinja)", found["tools-not-rendered"])[1]
+    assert name == "qwen2_5_training.jinja"
+
+
+def test_thinking_that_a_template_loses_is_refused(tokenizer_of, problems_of):
+    for name in ("deepseek_r1_distill", "qwen2_5_vl_training"):
+        tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
+        found = problems_of(thinking_rows(), tokenizer, train_on="last")
+        assert ("thinking-lost" in found) == (name == "deepseek_r1_distill")
+    qwen = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3"))
+    assert "thinking-lost" not in problems_of(thinking_rows(), qwen, train_on="last")
+    assert "6 of 12 learned answers" in problems_of(thinking_rows(), qwen, train_on="all")["thinking-lost"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_training", "qwen3_5_think_training", "glm4moe_training"])
+def test_an_empty_block_of_thinking_that_is_learned_is_said(tokenizer_of, problems_of, name):
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
+    rows = [{"messages": [ASK, SAY]}] * 3
+    for train_on in ("assistant", "last"):
+        assert "3 of the first 100" in problems_of(rows, tokenizer, train_on=train_on)["empty-thinking-learned"]
+        assert "empty-thinking-learned" not in problems_of(rows, tokenizer, train_on=train_on, thinking="mask")
+    thought = [{"messages": row["messages"][:2]} for row in thinking_rows()]
+    assert "empty-thinking-learned" not in problems_of(thought, tokenizer)
+
+
+def test_what_refuses_a_turn_is_told_the_key_that_helps(tokenizer_of, job_of):
+    from recipe_runner.problems.errors import UserError
+
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "gemma_training"))
+    system = {"role": "system", "content": "Be brief."}
+    for turns, keys in (
+        ([system, ASK, SAY], ["merge_system"]),
+        ([ASK, ASK, SAY], ["merge_turns"]),
+        ([system, ASK, ASK, SAY], ["merge_system", "merge_turns"]),
+    ):
+        with pytest.raises(UserError) as caught:
+            prepare(job_of("sft", [{"messages": turns}], tokenizer, format="chat"))
+        (problem,) = caught.value.problems
+        assert problem.suggestion.endswith(f"set {' and '.join(f'dataset.{key}: true' for key in keys)}")
+        job = job_of("sft", [{"messages": turns}], tokenizer, format="chat", **dict.fromkeys(keys, True))
+        rows, tally = prepare(job)
+        assert spans(rows[0]["input_ids"], rows[0]["labels"], tokenizer)[0].startswith("Yes, it is.")
+        assert sum(tally.noted.values()) == len(keys)
+
+
+def test_calls_that_a_text_spells_otherwise_than_the_template_are_said(tokenizer_of, problems_of):
+    """Hermes' way is Qwen's, and not Llama's: a server that looks for Llama's would never find the call."""
+    spelt = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    rows = [{"messages": [ASK, {"role": "assistant", "content": spelt}, {"role": "tool", "content": "sunny"}, SAY]}]
+    for name, said in (("qwen3_training", False), ("llama3_1", True), ("phi3_training", False)):
+        tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
+        found = problems_of(rows, tokenizer, train_on="last")
+        assert ("calls-spelt-otherwise" in found) == said, name
+        if said:
+            assert "1 train rows spell calls of tools as <tool_call in their text" in found["calls-spelt-otherwise"]
+            assert '"name": "count"' in found["calls-spelt-otherwise"]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_training", "phi3_training", "qwen3_training"])
+def test_the_line_break_before_a_block_is_no_answer(tokenizer_of, job_of, name):
+    """A template may mark it as the assistant's: with the block masked, it would be a stretch without an end."""
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
+    job = job_of("sft", thinking_rows(), tokenizer, {"max_length": None}, format="chat", thinking="mask")
+    for row in prepare(job)[0]:
+        learned = spans(row["input_ids"], row["labels"], tokenizer)
+        assert all(text.lstrip().startswith("Yes, it is.") for text in learned), learned
+
+
+# Content of an answer, its key -> why the row is dropped, by the way of thinking; empty where it is kept.
+TANGLES = {
+    "Sure. <think>hm</think> Yes.": {"keep": "", "mask": "no single block", "drop": "no single block"},
+    "<think>a</think> mid <think>b</think> Yes.": {"keep": "", "mask": "no single block", "drop": "no single block"},
+    "<think>never ends": dict.fromkeys(("keep", "mask", "drop"), "no single block"),
+    "<think>only this</think>": dict.fromkeys(("keep", "mask", "drop"), "with an empty answer"),
+    "it was opened\n</think>\n\nYes.": dict.fromkeys(("keep", "mask", "drop"), ""),
+}
+
+
+@pytest.mark.parametrize("way", ["keep", "mask", "drop"])
+@pytest.mark.parametrize("content", TANGLES)
+def test_thinking_that_cant_be_told_from_the_answer_is_not_learned_silently(tokenizer_of, job_of, content, way):
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen2_5_training"))
+    rows = [{"messages": [ASK, {"role": "assistant", "content": content}]}, {"messages": [ASK, SAY]}]
+    job = job_of("sft", rows, tokenizer, {"max_length": None}, format="chat", thinking=way, max_dropped=0.9)
+    found, tally = prepare(job)
+    assert [reason for reason in tally.dropped if TANGLES[content][way] in reason] or not TANGLES[content][way]
+    assert len(found) == (1 if TANGLES[content][way] else 2)
+    if len(found) == 2 and way != "keep":
+        learned = "".join(spans(found[0]["input_ids"], found[0]["labels"], tokenizer))
+        assert "opened" not in learned
+        assert "think" not in learned
+        assert "Yes." in learned
+
+
+def test_a_thought_in_key_and_text_is_one_or_the_row_is_dropped(tokenizer_of, job_of):
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3_training"))
+    both = [
+        SAY | {"content": f"<think>\n{of}\n</think>\n\nYes.", "reasoning_content": "Look."} for of in ("Look.", "See.")
+    ]
+    rows = [{"messages": [ASK, turn]} for turn in both]
+    job = job_of("sft", rows, tokenizer, {"max_length": None}, format="chat", max_dropped=0.9)
+    (row,), tally = prepare(job)
+    assert tokenizer.decode(row["input_ids"]).count("Look.") == 1
+    assert tally.dropped == {"with one thought in a key of the turn, and another in its text": 1}
+
+
+def test_a_pair_whose_answers_render_alike_is_dropped(tokenizer_of, job_of):
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3_training"))
+    other = CALLING | {"tool_calls": [CALL | {"id": "another"}]}
+    rows = [
+        {"prompt": [ASK], "chosen": [CALLING], "rejected": [other], "tools": [WEATHER]},
+        {"prompt": [ASK], "chosen": [CALLING], "rejected": [SAY], "tools": [WEATHER]},
+    ]
+    found, tally = prepare(job_of("dpo", rows, tokenizer, {"max_length": None}, max_dropped=0.9))
+    assert len(found) == 1
+    assert tally.dropped == {"whose answers are equal in tokens": 1}
