@@ -290,10 +290,8 @@ def _find_other_spelling(tokenizer: PreTrainedTokenizerBase, counted: Accounting
         mark = what.removeprefix(SPELLING)
         if mark == what or not renders_calls(tokenizer):
             continue
-        asked, whole = (
-            str(_render(turns, tokenizer, [TOOL], asks=turns is not CALLING_TALK))
-            for turns in (CALLING_TALK[:1], CALLING_TALK)
-        )
+        asked = str(_render(CALLING_TALK[:1], tokenizer, [TOOL], asks=True))
+        whole = str(_render(CALLING_TALK, tokenizer, [TOOL]))
         written = whole[count_common(asked, whole) :]
         if mark not in written:
             found = f"{rows:,} {split} rows spell calls of tools as {mark} in their text, and the chat template writes"

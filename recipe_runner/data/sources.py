@@ -347,11 +347,9 @@ def order_rows(
     if len(train) > 1 and weights:
         weights = [weight / length for weight, length in zip(weights, lengths or [1.0] * len(weights), strict=True)]
         shares = [weight / sum(weights) for weight in weights]
-        needed = max(len(rows) / share for rows, share in zip(train, shares, strict=True))
-        if needed > MOST_REPEATS * sum(map(len, train)):
-            message = (
-                f"with these weights, {needed:,.0f} rows are drawn until each of {sum(map(len, train)):,} was seen"
-            )
+        needed, there = max(len(rows) / share for rows, share in zip(train, shares, strict=True)), sum(map(len, train))
+        if needed > MOST_REPEATS * there:
+            message = f"with these weights, {needed:,.0f} rows are drawn until each of {there:,} was seen"
             raise user_error("mixture-weight", message, "take weights that differ less", path=("dataset", "train"))
         mixed = interleave_datasets(train, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
     else:

@@ -82,8 +82,10 @@ def _find_fault(turn: dict[str, Any], thinking: str) -> str:
 
 def thought_of(turn: dict[str, Any]) -> str:
     """The thinking of an assistant turn; empty where it has none. Where it is no single block, all of its text."""
+    if "reasoning_content" in turn:
+        return str(turn["reasoning_content"])
     found = split_thought(turn["content"])
-    return str(turn["reasoning_content"]) if "reasoning_content" in turn else turn["content"] if not found else found[0]
+    return found[0] if found else str(turn["content"])
 
 
 def without_thought(text: str) -> str:

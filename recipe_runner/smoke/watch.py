@@ -2,9 +2,9 @@
 
 import contextlib
 import hashlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -286,14 +286,13 @@ def measure_packed(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple[fl
     with _evaluating(trainer, model):
         given = {key: value for key, value in inputs.items() if key not in ("input_ids", "labels", "use_cache")}
         packed = compute_logits(model, inputs["input_ids"], **given)
-        begins = [0, *itertools.accumulate(map(len, documents))]
-        apart = [
-            (packed[begin : begin + len(ids)] - alone(ids)).abs() for begin, ids in zip(begins, documents, strict=False)
-        ]
+        begins = accumulate(map(len, documents), initial=0)
+        own = [alone(ids) for ids in documents]
+        apart = [(packed[begin:end] - one).abs() for (begin, end), one in zip(pairwise(begins), own, strict=True)]
         mixing = None
         if len(documents) > 1 and len(documents[1]) > 1:
             mixed = alone([*documents[0], *documents[1]])[len(documents[0]) :]
-            far = (mixed - alone(documents[1])).abs().mean().clamp(min=1e-12)
+            far = (mixed - own[1]).abs().mean().clamp(min=1e-12)
             mixing = float(apart[1].mean() / far)
     return mixing, max(float(of.max()) for of in apart) / max(float(packed.abs().max()), 1e-6)
 

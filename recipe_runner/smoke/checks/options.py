@@ -24,18 +24,13 @@ FILLED = (
     *("activation_checkpointing", "logging_nan_inf_filter", "accelerator_config", "dataloader_pin_memory"),
     "pad_to_multiple_of",
 )
+# Keys of `peft` that PEFT spells out in its configuration: `check_targets` looks at what they do.
+SPELT_OUT = ("target_modules", "modules_to_save", "exclude_modules", "init_lora_weights")
 # Fields of PEFT's configurations that name the base, or that PEFT fills.
 FILLED_BY_PEFT = (
-    *(
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-        "peft_type",
-        "peft_version",
-        "auto_mapping",
-        "inference_mode",
-    ),
-    *("target_modules", "modules_to_save", "exclude_modules", "init_lora_weights"),
+    *SPELT_OUT,
+    *("base_model_name_or_path", "revision", "task_type", "peft_type", "peft_version", "auto_mapping"),
+    "inference_mode",
     *("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "encoder_hidden_size"),
     *("total_step", "rank_pattern", "tokenizer_name_or_path", "tokenizer_kwargs"),
 )
@@ -95,8 +90,8 @@ def _check_peft(done: Done) -> Found:
     if method != done.recipe.peft["method"]:
         yield f"peft.method is {done.recipe.peft['method']}, and the adapter is {method}"
     for key, value in done.small.recipe.peft.said.items():
-        if key in ("method", "target_modules", "modules_to_save", "init_lora_weights", "exclude_modules"):
-            continue  # names that PEFT spells out: `check_targets`
+        if key in ("method", *SPELT_OUT):
+            continue
         found = getattr(config, key, None)
         if not is_same(found, value) and not hasattr(found, "__dataclass_fields__"):
             yield f"peft.{key} is {value!r}, and the adapter has {found!r}"

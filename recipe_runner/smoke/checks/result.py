@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,17 +56,27 @@ def check_saved(done: Done) -> Found:
         if other:
             yield f"{len(other)} saved tensors are not what was trained: {list_names(other)}"
     if done.recipe.peft:
-        config, trained_with = (
-            PeftConfig.from_pretrained(str(result)).to_dict(),
-            done.model.active_peft_config.to_dict(),
-        )
-        if config["base_model_name_or_path"] != done.small.recipe.model.name_or_path:
-            yield f"the saved adapter names {config['base_model_name_or_path']} as its base"
-        converted = alters_base(done.recipe.peft)  # to an adapter of the plain base, of other ranks
-        for key in sorted(trained_with.keys() - {"inference_mode"}) if not converted else ():
-            if not is_same(config.get(key), trained_with[key]):
-                yield f"the saved adapter_config.json has the {key} {config.get(key)}, trained was {trained_with[key]}"
+        yield from _check_saved_adapter(done, result)
     tokenizer = AutoTokenizer.from_pretrained(result)
+    yield from _check_saved_tokenizer(done, tokenizer)
+    if (config := read_object(result / "config.json")) and config.get("use_cache") is False:
+        yield "the saved config.json turns the cache off: each token of an answer would take as long as all before it"
+    yield from _check_saved_generation(done, result, tokenizer)
+
+
+def _check_saved_adapter(done: Done, result: Path) -> Found:
+    """The adapter's configuration is the one that was trained with, and names the recipe's base."""
+    config, trained_with = PeftConfig.from_pretrained(str(result)).to_dict(), done.model.active_peft_config.to_dict()
+    if config["base_model_name_or_path"] != done.small.recipe.model.name_or_path:
+        yield f"the saved adapter names {config['base_model_name_or_path']} as its base"
+    converted = alters_base(done.recipe.peft)  # to an adapter of the plain base, of other ranks
+    for key in sorted(trained_with.keys() - {"inference_mode"}) if not converted else ():
+        if not is_same(config.get(key), trained_with[key]):
+            yield f"the saved adapter_config.json has the {key} {config.get(key)}, trained was {trained_with[key]}"
+
+
+def _check_saved_tokenizer(done: Done, tokenizer: Any) -> Found:
+    """The tokenizer has the template and the tokens of training, and is else the model's own."""
     used = done.seen.prepared.tokenizer
     if tokenizer.chat_template != used.chat_template:
         yield "the chat template that was trained with is not saved"
@@ -83,8 +94,10 @@ def check_saved(done: Done) -> Found:
             yield f"the saved tokenizer.json has another {key} than the model's"
     if len(tokenizer) != len(used):
         yield f"the saved tokenizer has {len(tokenizer):,} tokens, and the one in training {len(used):,}"
-    if (config := read_object(result / "config.json")) and config.get("use_cache") is False:
-        yield "the saved config.json turns the cache off: each token of an answer would take as long as all before it"
+
+
+def _check_saved_generation(done: Done, result: Path, tokenizer: Any) -> Found:
+    """The result answers by the model's own settings, and stops where the model stops."""
     generation: Any = GenerationConfig.from_pretrained(result)
     wanted, found = (of.to_dict() for of in (GenerationConfig.from_pretrained(done.small.stand_in.folder), generation))
     for key in sorted((wanted.keys() | found.keys()) - NOT_OF_ANSWERS):
