@@ -47,6 +47,10 @@ class Stage:
         reference: Whether the trained model is compared with a reference model.
         first_loss: Loss type -> its loss while the trained model is still its reference. The first is the usual one.
         packs: Whether packed rows are what is meant: its text has no documents that should stay apart.
+        scores: Whether the model gives a number for each sequence, by a head of one output, and no text.
+        generates: Whether rows are prompts, and what is trained on are the model's own answers to them.
+        rewarded: Whether those answers are judged by `rewards`.
+        taught: Whether a teacher (`model.teacher`) says what they should have been.
         notes: Lines that a new recipe of this stage gets in `training`.
     """
 
@@ -62,6 +66,10 @@ class Stage:
     reference: bool = False
     first_loss: Mapping[str, float] = field(default_factory=dict)
     packs: bool = False
+    scores: bool = False
+    generates: bool = False
+    rewarded: bool = False
+    taught: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -73,6 +81,13 @@ _DPO_FULL = replace(_DPO_ADAPTER, low=1e-8, usual=5e-7, high=5e-5)
 _KTO_ADAPTER, _KTO_FULL = (
     replace(rates, source="TRL 1.16's default for KTO is 1e-6") for rates in (_DPO_ADAPTER, _DPO_FULL)
 )
+_REWARD_ADAPTER, _REWARD_FULL = (
+    replace(rates, source="TRL 1.16's default for reward models is 1e-4") for rates in (_ADAPTER, _FULL)
+)
+_RL_ADAPTER, _RL_FULL = (
+    replace(rates, high=high, source="TRL 1.16's default is 1e-6")
+    for rates, high in ((_DPO_ADAPTER, 3e-3), (_DPO_FULL, 5e-4))
+)
 _LANGUAGE = {"eval_loss": "held-out loss", "eval_mean_token_accuracy": "held-out token accuracy"}
 _REWARDS = {"eval_rewards/accuracies": "held-out pairs ranked right", "eval_rewards/margins": "held-out reward margin"}
 _GROUPED = "  train_sampling_strategy: group_by_length   # pairs can't be packed: less padding\n"
@@ -83,6 +98,12 @@ _KTO_LOGGED: tuple[str, ...] = ("entropy", "num_tokens", "aux_loss", "kl")
 _KTO_LOGGED += tuple(f"{name}/{of}" for name in ("rewards", "logps", "logits") for of in ("chosen", "rejected"))
 _KTO_LOGGED += ("rewards/margins",)
 _DPO_LOGGED = (*(name for name in _KTO_LOGGED if name != "kl"), "rewards/accuracies", "mean_token_accuracy")
+_RL_LOGGED = ("num_tokens", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "aux_loss")
+_RL_LOGGED += tuple(f"completions/{name}_length" for name in ("mean", "min", "max"))
+_RL_LOGGED += tuple(f"completions/{name}_terminated_length" for name in ("mean", "min", "max"))
+_RL_LOGGED += ("completions/clipped_ratio",)
+_DISTILLATION_LOGGED = tuple(name for name in _RL_LOGGED if "reward" not in name and name != "kl")
+_REWARD_LOGGED = ("num_tokens", "min_reward", "mean_reward", "max_reward", "accuracy", "margin")
 
 _SFT = Stage(
     "sft", "trl:SFTTrainer", "trl:SFTConfig", "tokens", "CAUSAL_LM", _ADAPTER, _FULL, _LANGUAGE, _LANGUAGE_LOGGED
@@ -120,6 +141,49 @@ STAGES: dict[str, Stage] = {
             reference=True,
             first_loss={"kto": 0.5},
             notes={"first": _BETA},
+        ),
+        Stage(
+            "reward",
+            "trl:RewardTrainer",
+            "trl:RewardConfig",
+            "scored_pairs",
+            "SEQ_CLS",
+            _REWARD_ADAPTER,
+            _REWARD_FULL,
+            {"eval_loss": "held-out loss", "eval_accuracy": "held-out pairs ranked right", "eval_margin": "held-out margin"},
+            _REWARD_LOGGED,
+            scores=True,
+            notes={"batches": _GROUPED},
+        ),
+        *(
+            Stage(
+                name,
+                f"trl:{name.upper()}Trainer",
+                f"trl:{name.upper()}Config",
+                "rows",
+                "CAUSAL_LM",
+                _RL_ADAPTER,
+                _RL_FULL,
+                {"eval_reward": "held-out reward"},
+                _RL_LOGGED,
+                reference=True,
+                generates=True,
+                rewarded=True,
+            )
+            for name in ("rloo", "grpo")
+        ),
+        Stage(
+            "distillation",
+            "trl:DistillationTrainer",
+            "trl:DistillationConfig",
+            "rows",
+            "CAUSAL_LM",
+            _RL_ADAPTER,
+            _RL_FULL,
+            {"eval_loss": "held-out divergence from the teacher"},
+            _DISTILLATION_LOGGED,
+            generates=True,
+            taught=True,
         ),
     )
 }
@@ -175,6 +239,11 @@ FORMATS: dict[str, Format] = {
         ("completion", "label"),
         ("prompt",),
         context=("input", "system", "history", "tools"),
+    ),
+    "prompt": Format(
+        "prompts, which the model answers itself",
+        ("prompt",),
+        context=("input", "system", "history"),
     ),
 }
 

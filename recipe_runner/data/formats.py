@@ -42,7 +42,7 @@ def normalise_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
         RowError: The row has the wrong shape.
     """
     layouts = {"instruction": _instruction_row, "chat": _chat_row, "text": _text_row, "preference": _preference_row}
-    layouts["unpaired_preference"] = _unpaired_row
+    layouts |= {"unpaired_preference": _unpaired_row, "prompt": _prompt_row}
     made = layouts[dataset.format](row, dataset, where)
     tools = read_tools(row.get("tools"), f"{where}: column 'tools'")
     if tools:
@@ -245,6 +245,19 @@ def _unpaired_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
     prompt, noted = _fold(_with_context(prompt, row, dataset, where), dataset, where)
     completion = _check_answer(completion, learned, dataset, f"{where}: column 'completion'")
     return {"prompt": prompt, "completion": completion, "label": label, "dropped": dropped} | noted
+
+
+def _prompt_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
+    """A prompt, which the model answers itself, and what rewards are given beside it."""
+    prompt = _with_context(_prompt_turns(row, dataset, where), row, dataset, where)
+    if prompt and prompt[-1]["role"] == "assistant":
+        raise RowError(
+            f"{where}: the prompt ends with an answer, which the model is to write itself; let it end with the question,"
+            " and name the column of the right answer in dataset.reward_columns"
+        )
+    prompt, noted = _fold(prompt, dataset, where)
+    handed = {name: row.get(name) for name in dataset.reward_columns}
+    return {"prompt": prompt, "dropped": "" if _says(prompt) else "with an empty prompt"} | handed | noted
 
 
 def _turns(value: Any, role: str, dataset: DatasetSection, where: str) -> tuple[Turns, list[bool]]:

@@ -45,8 +45,11 @@ class Prompt:
     tools: Any = None
 
 
-def split_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
-    """The prompt of a row as TRL knows it, and the answer to it; None where the row has none (raw text)."""
+def split_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, columns: Sequence[str] = ()) -> Prompt | None:
+    """The prompt of a row as TRL knows it, and the answer to it; None where the row has none (raw text).
+
+    Of a prompt alone, the answer is what the first of the columns has that rewards are given.
+    """
     tools = row.get("tools")
     if isinstance(row.get("prompt"), str):
         return Prompt(row["prompt"], row["completion"].strip())
@@ -56,6 +59,9 @@ def split_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt
         return Prompt(turns[:last], _say(turns[last], turns[:last], tools, tokenizer), tools=tools) if last else None
     if not row.get("prompt"):
         return None
+    if not row.keys() & {"chosen", "completion"}:
+        right = row[columns[0]] if columns else None
+        return Prompt(row["prompt"], right.strip() if isinstance(right, str) else "", tools=tools)
     answer = row.get("chosen") or (row["completion"] if row.get("label", True) else [])
     wanted = _say(answer[0], row["prompt"], tools, tokenizer) if answer else ""
     return Prompt(row["prompt"], wanted, tools=tools)
@@ -94,15 +100,19 @@ def _read_prompts(job: Job, order: np.ndarray) -> Iterator[Prompt]:
     for row in read_rows(job, order[:LOOKED_AT]):
         if row["dropped"]:
             continue
-        if prompt := split_row(row, job.tokenizer):
+        if prompt := split_row(row, job.tokenizer, job.dataset.reward_columns):
             yield prompt
         elif "text" in row:
             words = row["text"].split(" ")[:WORDS]
             yield Prompt(" ".join(words))
 
 
-def render_prompt(prompt: Turns | str, tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> list[int]:
+def render_prompt(
+    prompt: Turns | str, tokenizer: PreTrainedTokenizerBase, tools: Any = None, asks: bool = True
+) -> list[int]:
     """The tokens that a model sees before it answers: turns by the chat template, plain text as it is.
+
+    A reward model asks for no answer: without `asks`, the turns are whole.
 
     Raises:
         UserError: The chat template refuses the turns, or there is none.
@@ -114,7 +124,7 @@ def render_prompt(prompt: Turns | str, tokenizer: PreTrainedTokenizerBase, tools
         raise user_error("no-chat-template", "the tokenizer has no chat template", fix)
     try:
         rendered: Any = apply_template(
-            tokenizer, prompt, tools, add_generation_prompt=True, tokenize=True, return_dict=False
+            tokenizer, prompt, tools, add_generation_prompt=asks, tokenize=True, return_dict=False
         )
     except TemplateSyntaxError as error:
         raise user_error("template-broken", f"the chat template can't be read: line {error.lineno}: {error}") from error
@@ -132,7 +142,7 @@ def find_split_prompts(job: Job, orders: Orders) -> tuple[int, int, str]:
     first = orders["train"][:COMPARED]
     rows = [row for row in read_rows(job, first) if not row.pop("dropped")]
     shape = shape_of(job.stage)
-    asked = [split_row(row, job.tokenizer) for row in rows]
+    asked = [split_row(row, job.tokenizer, job.dataset.reward_columns) for row in rows]
     if not rows or not all(asked):
         return 0, 0, ""
     found, change = 0, ""

@@ -182,6 +182,7 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
         fix = f"set field: {key}"
         raise user_error("unreadable-data", f"{name} is one object; its rows are the list '{key}'", fix, path=place)
     columns = choose_columns(section, dataset.format, rows[:FEW_ROWS])
+    columns |= _hand_on(section, dataset.reward_columns, columns, rows.column_names)
     unused = [column for column in rows.column_names if column not in (*columns.values(), *dataset.ignore)]
     _refuse_lost_columns(section, dataset.format, rows.select_columns(unused))
     used = rows.select_columns(list(dict.fromkeys(columns.values())))
@@ -452,6 +453,29 @@ def choose_columns(section: SourceSection, form: str, head: Columns) -> dict[str
             place = ("columns", role if role in given else shared)
             raise user_error("wrong-column-role", message, "name another column", path=(*section.path, *place))
     return columns
+
+
+# What a reward function is given by the trainer itself. Source: TRL 1.16, GRPOTrainer._calculate_rewards.
+GIVEN = ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+def _hand_on(
+    section: SourceSection, wanted: Sequence[str], columns: dict[str, str], available: Sequence[str]
+) -> dict[str, str]:
+    """The columns that rewards are given, each by its own name.
+
+    Raises:
+        UserError: The source does not have one, or its name is taken.
+    """
+    for number, name in enumerate(wanted):
+        place: KeyPath = ("dataset", "reward_columns", number)
+        if name not in available:
+            fix = suggest(name, available) or f"its columns: {', '.join(available)}"
+            raise user_error("missing-column", f"{section.source} has no column '{name}'", fix, path=place)
+        if name in (*columns, *GIVEN, "dropped", "noted", "tools"):
+            what = f"a role of this format (columns: {{{name}: {columns[name]}}})" if name in columns else "taken"
+            raise user_error("wrong-column-role", f"the name '{name}' is {what}", "rename the column", path=place)
+    return {name: name for name in wanted}
 
 
 def _refuse_lost_columns(section: SourceSection, form: str, unused: Dataset) -> None:

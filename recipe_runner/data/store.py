@@ -231,7 +231,12 @@ def _load(folder: Path, job: Job) -> dict[str, PreparedSplit]:
     for split, values in told.items():
         dataset = Dataset.from_file(str(folder / f"{split}.arrow"))
         lengths = pc.list_flatten(dataset.data.column("document_lengths")).to_numpy()
-        accounting = replace(Accounting(**values), batches=simulate_batches(lengths, job.config, split))
+        accounting = replace(Accounting(**values), batches=_batches(job, lengths, split))
         dataset = shape_of(job.stage).finish(dataset, accounting, job.config)
         splits[split] = PreparedSplit(dataset, np.load(folder / f"{split}.npy", mmap_mode="r"), accounting)
     return splits
+
+
+def _batches(job: Job, lengths: np.ndarray, split: str) -> dict[str, float]:
+    """What padding costs; nothing is known of answers that are still to be generated."""
+    return {} if job.stage.generates else simulate_batches(lengths, job.config, split)

@@ -25,6 +25,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from recipe_runner.methods import METHODS
+from recipe_runner.model.base import HEAD
 from recipe_runner.model.bottleneck import BottleneckConfig
 from recipe_runner.model.targets import check_adapted, check_named, is_called
 from recipe_runner.problems.errors import first_line, refused, user_error
@@ -32,6 +33,7 @@ from recipe_runner.recipe.rules.adapter import CHANGING_BASE, FROM_DATA
 from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.stages import load_class
 
+SCORING = "SEQ_CLS"  # PEFT's task type of a model that gives each sequence a number
 UNKNOWN_STEPS = 10**9  # of a run whose rows are not prepared yet: `total_step` of AdaLoRA until they are
 
 
@@ -66,6 +68,8 @@ def build_peft(section: Mapping[str, Any], task: str, model: ModelSection | None
         fields["total_step"] = fields.get("total_step") or UNKNOWN_STEPS
     if fields.get("init_lora_weights") == "loftq":
         fields["init_lora_weights"] = True  # put in place by training/calibration.py
+    if task == SCORING and "modules_to_save" in hints:  # the head is new: it is trained, and saved with the adapter
+        fields["modules_to_save"] = list(dict.fromkeys([*(fields.get("modules_to_save") or ()), HEAD]))
     if model and fields.get("prompt_tuning_init") == "TEXT":
         fields |= {"tokenizer_name_or_path": model.name_or_path, "tokenizer_kwargs": {"revision": model.revision}}
     try:
@@ -142,7 +146,7 @@ def fit_adapter(peft_config: Any, empty: Any, build: Callable[[], Any], model_ty
     head, key = fitted.get_output_embeddings(), "trainable_token_indices"
     if isinstance(peft_config, TrainableTokensConfig):
         key = "token_indices"
-    if not hasattr(head, "bias") or (isinstance(head, BaseTunerLayer) and key == "token_indices"):
+    if head is not None and not hasattr(head, "bias") or (isinstance(head, BaseTunerLayer) and key == "token_indices"):
         message = "TRL 1.16 computes the loss from the head itself, and here tokens of a tied head would be trained"
         fix = "train all tokens: method: lora, modules_to_save: [embed_tokens], ensure_weight_tying: true"
         raise user_error("peft-refused", message, fix, path=("peft", key))

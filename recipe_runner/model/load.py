@@ -10,13 +10,20 @@ import torch
 from huggingface_hub.constants import DEFAULT_REVISION
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipe_runner.files import read_object, read_status
 from recipe_runner.model import bottleneck  # noqa: F401 (makes its method known to PEFT)
-from recipe_runner.model.adapter import saves_embeddings
-from recipe_runner.model.base import refusing_other_weights
+from recipe_runner.model.adapter import SCORING, saves_embeddings
+from recipe_runner.model.base import is_scoring, refusing_other_weights
 from recipe_runner.model.hub import find_model
 from recipe_runner.model.quantization import keep_4bit_weights_trainable
 from recipe_runner.problems.errors import UserError, first_line, user_error
@@ -99,8 +106,9 @@ def load_result(
             name = find_base(config, result)
             _refuse_missing(name, result)
             tokenizer = read_tokenizer(result)
-            with _refusing(section, name):
-                base: Any = AutoModelForCausalLM.from_pretrained(name, **{"revision": config.revision} | options)
+            auto, scores = _choose_class(config.task_type == SCORING)
+            with _refusing(section, name, bool(scores)):
+                base: Any = auto.from_pretrained(name, **{"revision": config.revision} | options | scores)
             if plain_base and getattr(base, "is_quantized", False):
                 base = base.dequantize()
             if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
@@ -113,8 +121,11 @@ def load_result(
             if not result.is_dir():
                 _find_on_hub(str(folder), place.get("revision", DEFAULT_REVISION))
             tokenizer = read_tokenizer(result, **place)
+            auto, scores = _choose_class(is_scoring(AutoConfig.from_pretrained(str(result), **place)))
             with _refusing(section, str(result)):
-                model = AutoModelForCausalLM.from_pretrained(str(result), **options)
+                model = auto.from_pretrained(str(result), **options | scores)
+        if scores:
+            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # by which the last token is found
         if (result / GENERATION_CONFIG_NAME).is_file():  # of an adapter, PEFT leaves it out
             model.generation_config = GenerationConfig.from_pretrained(str(result))
     except torch.OutOfMemoryError:
@@ -127,8 +138,13 @@ def load_result(
     return model.eval(), tokenizer
 
 
+def _choose_class(scores: bool) -> tuple[Any, dict[str, Any]]:
+    """transformers' class for a model, and what it has to be told beside: a reward model has one output."""
+    return (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
+
+
 @contextlib.contextmanager
-def _refusing(section: ModelSection | None, name: str) -> Iterator[None]:
+def _refusing(section: ModelSection | None, name: str, scores: bool = False) -> Iterator[None]:
     """While weights are loaded: refuses files that lack tensors; with a recipe's section also those left over.
 
     Raises:
@@ -136,7 +152,7 @@ def _refusing(section: ModelSection | None, name: str) -> Iterator[None]:
     """
     known = section or ModelSection(name, DEFAULT_REVISION, True, False)
     try:
-        with refusing_other_weights(known, strict=section is not None):
+        with refusing_other_weights(known, strict=section is not None, scores=scores):
             yield
     except UserError as error:
         problem = error.problems[0]

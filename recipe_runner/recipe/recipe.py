@@ -10,7 +10,14 @@ from typing import Any
 from recipe_runner.problems.errors import UserError
 from recipe_runner.problems.problem import KeyPath, Mark, Problem, sort_problems
 from recipe_runner.recipe import schema
-from recipe_runner.recipe.sections import DatasetSection, ModelSection, RunSection, UpstreamSection, read_dataset
+from recipe_runner.recipe.sections import (
+    DatasetSection,
+    ModelSection,
+    RewardSection,
+    RunSection,
+    UpstreamSection,
+    read_dataset,
+)
 from recipe_runner.stages import STAGES, Stage
 
 
@@ -65,6 +72,11 @@ class Recipe:
         return read_dataset(self.values["dataset"])
 
     @cached_property
+    def rewards(self) -> list[RewardSection]:
+        """The section `rewards`; empty for a stage that has none."""
+        return [RewardSection(**reward) for reward in self.values.get("rewards") or ()]
+
+    @cached_property
     def run(self) -> RunSection:
         """The section `run`."""
         return RunSection(**self.values["run"])
@@ -98,7 +110,8 @@ class Recipe:
     def local_paths(self) -> list[str]:
         """Files and folders of this machine that it reads, the longest first: a folder never hides what is in it."""
         named: list[str | None] = [source.source for source in self.dataset.sources]
-        named += [self.model.name_or_path, self.model.adapter, self.training["chat_template_path"]]
+        named += [self.model.name_or_path, self.model.adapter, self.model.teacher, self.training["chat_template_path"]]
+        named += [reward.model or (reward.function or "").rpartition(":")[0] for reward in self.rewards]
         return sorted({name for name in named if name and Path(name).is_absolute()}, key=len, reverse=True)
 
     def _read_upstream(self, section: str) -> UpstreamSection:

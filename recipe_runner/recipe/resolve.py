@@ -308,6 +308,17 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
         local = absolute(("model", "adapter"), model["adapter"])
         if looks_local(model["adapter"]) or local.is_dir() or model["adapter"].count("/") != 1:
             model["adapter"] = str(locate_adapter(local))
+    if "teacher" in model:
+        local = absolute(("model", "teacher"), model["teacher"])
+        model["teacher"] = str(local) if looks_local(model["teacher"]) or local.is_dir() else model["teacher"]
+    for number, reward in enumerate(values.get("rewards", ())):
+        if "function" in reward:
+            file, _, name = reward["function"].rpartition(":")
+            reward["function"] = f"{absolute(('rewards', number, 'function'), file)}:{name}"
+        if "model" in reward:
+            local = absolute(("rewards", number, "model"), reward["model"])
+            named = looks_local(reward["model"]) or local.suffix in SUFFIXES or local.is_dir()
+            reward["model"] = str(local) if named else reward["model"]
     for path, source in _source_values(values["dataset"]):
         local = absolute((*path, "source"), source["source"])
         if is_file_source(source["source"]) or (local.exists() and not source["source"].startswith("hf://")):

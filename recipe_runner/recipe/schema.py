@@ -286,6 +286,7 @@ def _with_defaults(schema: Any, known: Mapping[str, str]) -> dict[str, Any]:
     if schema.get("$ref", "").startswith("upstream/"):
         schema = {key: value for key, value in schema.items() if key != "$ref"}
     own, together = _decide(schema, known)
+    together += [own["items"]] if "items" in own else []  # `_fill` fills the items of a list
     kept = {"default": own["default"]} if "default" in own else {}
     entries = {key: _with_defaults(entry, known) for key, entry in own.get("properties", {}).items()}
     if entries := {key: entry for key, entry in entries.items() if entry}:

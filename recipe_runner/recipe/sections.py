@@ -42,6 +42,8 @@ class ModelSection:
     use_safetensors: bool
     trust_remote_code: bool
     adapter: str | None = None
+    teacher: str | None = None
+    teacher_revision: str | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
     add_tokens: Sequence[str] = ()
@@ -99,6 +101,7 @@ class DatasetSection:
     eval: tuple[SourceSection, ...] = ()
     fraction: float | None = None
     train_on: str | None = None
+    reward_columns: Sequence[str] = ()
     system: str | None = None
     merge_system: bool = False
     merge_turns: bool = False
@@ -123,12 +126,31 @@ class DatasetSection:
 
 
 @dataclass(frozen=True)
+class RewardSection:
+    """One of `rewards`: a model, a known function by name, or one of the user's own."""
+
+    weight: float
+    tokenizer: str
+    model: str | None = None
+    name: str | None = None
+    function: str | None = None
+    column: str | None = None
+    pattern: str | None = None
+    min: int | None = None
+    max: int | None = None
+    ngram_size: int | None = None
+    max_penalty: float | None = None
+    soft_punish_cache: int | None = None
+
+
+@dataclass(frozen=True)
 class RunSection:
     """`run`: where results go, and the seed."""
 
     output_dir: str
     seed: int
     global_batch_size: int | None = None
+    allow_code: bool = False
     longest_batch_first: bool = True
     early_stopping: Mapping[str, Any] | None = None
     samples: Mapping[str, Any] | None = None

@@ -21,13 +21,13 @@ from recipe_runner.data.prompts import Prompt, few_shot, render_prompt, split_ro
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.answers import GREEDY, Answer, answer_all, check_prompt, count_context
 from recipe_runner.model.continuation import find_adapter
-from recipe_runner.model.scores import Score, score_sequences
+from recipe_runner.model.scores import Score, rate_sequences, score_sequences
 from recipe_runner.preview.rows import open_preview
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.problems.words import align
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.results.scorers import Scorer, build_scorers
+from recipe_runner.model.scorers import Scorer, build_scorers
 from recipe_runner.results.statistics import Measure, estimate, resample
 from recipe_runner.results.target import Opened, Target, open_target
 
@@ -124,6 +124,8 @@ def evaluate(
     preview = open_preview(recipe, 1)
     job, pairs = preview.job, preview.job.stage.reference
     rows = read_evaluation(job, preview.orders, limit)
+    if job.stage.scores:
+        return _rate_pairs(rows, open_target(target, dtype, quantized, scores=True), seed, tell)
     warn_of_prompts(rows)
     wanted = [row.prompt.wanted for row in rows if row.prompt and row.prompt.wanted]
     built = build_scorers(scorers or (), wanted if not pairs and scorers is None else [])
@@ -158,6 +160,15 @@ def evaluate(
         reference = started or columns[0].scores
         tuned = dataclasses.replace(tuned, rewards=reward(tuned.scores, reference, recipe.training["beta"]))
     return Evaluation(rows, [*columns, tuned], examples, seed)
+
+
+def _rate_pairs(rows: list[Row], opened: Opened, seed: int, tell: Callable[[str], None]) -> Evaluation:
+    """What a reward model gives both answers of every row. There is no base beside it: its head would be random."""
+    began, rewards = time.monotonic(), {}
+    for name in rows[0].sequences:
+        rewards[name] = np.array(rate_sequences(opened.model, [row.sequences[name][0] for row in rows]))
+    tell(f"{TUNED}: {len(rows):,} rows in {time.monotonic() - began:.0f} s")
+    return Evaluation(rows, [Column(TUNED, [], {}, {}, rewards)], [], seed)
 
 
 def reward(
@@ -251,7 +262,7 @@ def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | Non
         entries = [entry for table in tables for entry in table.to_pylist()]
         part = order[[entry["documents"][0] for entry in entries]]
         for entry, (source, number), raw in zip(entries, part, read_rows(job, part), strict=True):
-            prompt = split_row(raw, job.tokenizer)
+            prompt = split_row(raw, job.tokenizer, job.dataset.reward_columns)
             ids = render_prompt(prompt.content, job.tokenizer, prompt.tools) if prompt else []
             sequences = shape_of(job.stage).as_trained(entry, job.config)
             label = raw.get("label")
@@ -301,7 +312,7 @@ def choose_examples(job: Job, order: np.ndarray, number: int, seed: int) -> list
     found = [
         prompt
         for row in read_rows(job, drawn)
-        if not row["dropped"] and (prompt := split_row(row, job.tokenizer)) and prompt.wanted
+        if not row["dropped"] and (prompt := split_row(row, job.tokenizer, job.dataset.reward_columns)) and prompt.wanted
     ]
     if len(found) < number:
         message = f"{number} examples were asked for, and the training data has {len(found)} with an answer"

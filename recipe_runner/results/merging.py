@@ -145,7 +145,7 @@ def _merge_into(
     shares = dict(_merge_layers(model, saved))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of many lines: what it warns of is compared here
-        generation, merged = model.generation_config, model.merge_and_unload()
+        generation, merged = getattr(model, "generation_config", None), model.merge_and_unload()
     if not (found := _largest_difference(_find_logits(merged, rows), wanted)) <= CLOSE * largest:
         raise _computes_otherwise(found, CLOSE * largest, base_config, shares)
     lost = {name: share for name, share in shares.items() if not share >= SHARE}  # nan, too
@@ -153,7 +153,8 @@ def _merge_into(
         raise _too_much_lost(lost, len(shares), saved)
     merged.to(saved)
     merged.config.dtype = saved
-    merged.generation_config = generation
+    if generation is not None:  # a reward model has none
+        merged.generation_config = generation
     merged.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     del model, merged
@@ -214,12 +215,12 @@ def _largest_difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -
 
 
 def _find_logits(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Logits `(positions, vocabulary)` at the end of each row."""
+    """Logits `(positions, vocabulary)` at the end of each row; of a reward model, its score `(1, 1)`."""
     found = []
     for row in rows:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row]), use_cache=False).logits
-        found.append(logits[0, -POSITIONS:].float().clone())
+        found.append(logits.reshape(-1, logits.shape[-1])[-POSITIONS:].float().clone())
     return found
 
 

@@ -139,7 +139,7 @@ def compose_card(run: Path, recipe: Recipe, kind: str, base: str | None, reposit
         *([f"- Base model: `{base}`"] if base else []),
         *facts,
         *_describe_evaluation(run),
-        f"\n## Use\n\n```python\n{write_usage(base or '', kind, repository, recipe.peft['method'])}```\n",
+        f"\n## Use\n\n```python\n{write_usage(base or '', kind, repository, recipe.peft['method'], recipe.stage.scores)}```\n",
         "## Recipe\n\nAs it was run, with everything resolved:\n",
         f"```yaml\n{dump_values(dict(recipe.values))}```\n",
     ]

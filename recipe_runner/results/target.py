@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipe_runner.data.prompts import render_prompt
 from recipe_runner.files import FULL, disk_full, hash_weights, list_runs, read_object, read_status
+from recipe_runner.model.adapter import SCORING
 from recipe_runner.model.load import can_switch_off, find_base, find_result, load_result, read_tokenizer
 from recipe_runner.model.quantization import build_quantization
 from recipe_runner.problems.errors import UserError, first_line, user_error
@@ -61,6 +62,16 @@ class Target:
             message = f"{self.result}: {CONFIG} can't be read: {first_line(error)}"
             raise user_error("result-not-loaded", message) from error
         return config
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is a reward model, which gives numbers and writes no text."""
+        if self.recipe:
+            return self.recipe.stage.scores
+        if self.is_adapter:
+            return bool(self.peft_config.task_type == SCORING)
+        named = read_object(Path(self.result) / "config.json").get("architectures")
+        return isinstance(named, list) and str(named[:1]).endswith("ForSequenceClassification']")
 
     @property
     def holds_base(self) -> bool:
@@ -113,7 +124,9 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
 
 
-def open_target(target: Target, dtype: str | None = None, quantized: bool = True, base: bool = False) -> Opened:
+def open_target(
+    target: Target, dtype: str | None = None, quantized: bool = True, base: bool = False, scores: bool = False
+) -> Opened:
     """Loads a target for inference, on a GPU where there is one.
 
     The base of an adapter is quantized as it was in training. Without `dtype`, weights are float32 on a CPU, and of
@@ -124,10 +137,13 @@ def open_target(target: Target, dtype: str | None = None, quantized: bool = True
         dtype: Of the weights.
         quantized: Whether the base is quantized as the recipe says.
         base: Load the base model of a run's recipe, with the tokenizer of the result.
+        scores: Whether a reward model is asked for.
 
     Raises:
-        UserError: It can't be loaded, or its tokenizer is not the one of the training.
+        UserError: It can't be loaded, or its tokenizer is not the one of the training; or a reward model is asked for
+            text, or any other for scores.
     """
+    check_kind(target, scores)
     disable_progress_bar()
     device = torch.accelerator.current_accelerator(check_available=True)
     options: dict[str, Any] = {"dtype": dtype or ("auto" if device else "float32")}
@@ -153,6 +169,20 @@ def open_target(target: Target, dtype: str | None = None, quantized: bool = True
     return Opened(model, tokenizer)
 
 
+def check_kind(target: Target, scores: bool = False) -> None:
+    """Checks that a target does what a command needs: write text, or score it.
+
+    Raises:
+        UserError: It does the other.
+    """
+    if target.scores and not scores:
+        fix = f"recipe-run evaluate {target.name} ranks pairs with it; stages rloo and grpo name it in rewards"
+        raise user_error("reward-model", f"{target.name} is a reward model: it gives numbers, and writes no text", fix)
+    if scores and not (target.scores and target.is_trained):
+        fix = "name a run of stage reward" if not target.scores else "run the recipe first"
+        raise user_error("reward-model", f"{target.name} is no reward model that was trained: it scores nothing", fix)
+
+
 def check_tokenizer(target: Target, tokenizer: PreTrainedTokenizerBase) -> None:
     """Checks that the tokenizer and its template make of the golden rows what they made at the end of training.
 
@@ -160,7 +190,7 @@ def check_tokenizer(target: Target, tokenizer: PreTrainedTokenizerBase) -> None:
         UserError: They don't.
     """
     for number, row in enumerate(read_golden(target.run) if target.run else [], 1):
-        if render_prompt(row.content, tokenizer, row.tools) != row.prompt_ids:
+        if render_prompt(row.content, tokenizer, row.tools, asks=row.score is None) != row.prompt_ids:
             message = f"the tokenizer in {target.result} makes other tokens of golden row {number} than in training"
             fix = "put back the files of the tokenizer and its chat template, as they were saved"
             raise user_error("tokenizer-changed", message, fix)

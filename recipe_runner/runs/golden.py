@@ -1,7 +1,7 @@
 """`golden.jsonl`: ten rows by which a served model is compared with the trained one.
 
 A row is what the model is asked (`messages`, or `text`), the exact tokens of its prompt, and the first tokens of its
-greedy answer. Written when a run is completed.
+greedy answer; of a reward model, a whole conversation, its tokens, and its score. Written when a run is completed.
 """
 
 import json
@@ -32,6 +32,7 @@ class GoldenRow:
         answer: What they say.
         before: What the base answered; None where it was not at hand.
         wanted: The answer in the data.
+        score: What a reward model gives `messages`, whose tokens `prompt_ids` are; None for a model that answers.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class GoldenRow:
     answer: str
     before: str | None
     wanted: str
+    score: float | None = None
 
     @property
     def content(self) -> list[dict[str, Any]] | str:

@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: what the trainer logged, one JSON object a line, with `time` (seconds) and `step`."""
+"""`metrics.jsonl`: what the trainer logged, one JSON object a line, with `time` (seconds) and `step`.
+
+`completions.jsonl`, of stages in which the model answers itself: every answer, with what judged it, and `step`.
+"""
 
 import json
 import time
@@ -8,7 +11,7 @@ from typing import Any
 
 from recipe_runner.files import write_text
 
-FILE = "metrics.jsonl"
+FILE, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 
 
 def append_metrics(run: Path, metrics: dict[str, Any]) -> None:
@@ -18,7 +21,7 @@ def append_metrics(run: Path, metrics: dict[str, Any]) -> None:
 
 def append_line(file: Path, entry: dict[str, Any]) -> None:
     """Adds a JSON object as a line; where half a line was left by a kill or a full disk, below it."""
-    line = json.dumps(entry) + "\n"
+    line = json.dumps(entry, ensure_ascii=False) + "\n"
     with file.open("ab+") as stream:
         if end := stream.tell():
             stream.seek(end - 1)
@@ -26,10 +29,10 @@ def append_line(file: Path, entry: dict[str, Any]) -> None:
         stream.write(line.encode())
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path, name: str = FILE) -> list[dict[str, Any]]:
     """All lines that can be read, oldest first: a run that is killed may leave one half written."""
     try:
-        lines = (run / FILE).read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = (run / name).read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
     return [entry for line in lines if (entry := _read_line(line))]
@@ -45,9 +48,10 @@ def _read_line(line: str) -> dict[str, Any]:
 
 def drop_metrics_after(run: Path, step: int) -> None:
     """Removes the lines of steps that a resumed run trains again, and those that can't be read."""
-    kept = [entry for entry in read_metrics(run) if entry["step"] <= step]
-    if kept or (run / FILE).exists():
-        write_text(run / FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
+    for name in (FILE, COMPLETIONS):
+        if (run / name).exists():
+            kept = [entry for entry in read_metrics(run, name) if entry["step"] <= step]
+            write_text(run / name, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
 
 
 def measure_series(logged: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:

@@ -19,7 +19,7 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import load_recipe
 from recipe_runner.recipe.schema import SECTIONS, study_defaults
 from recipe_runner.recipe.validate import check_study
-from recipe_runner.results.scorers import build_scorers
+from recipe_runner.model.scorers import build_scorers
 
 MOST = 1000  # variants of a study: more is a mistaken list
 

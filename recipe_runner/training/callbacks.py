@@ -18,6 +18,9 @@ from recipe_runner.runs.metrics import append_metrics
 from recipe_runner.stages import Stage
 
 
+SHOWN = {"rewards/margins": "margin", "margin": "margin", "reward": "reward"}  # what is logged -> its column
+
+
 class Finished(Exception):
     """The checkpoint that a run is resumed from was its last."""
 
@@ -59,10 +62,11 @@ class Lines(TrainerCallback):
     to come take, if they take as long as those of this run did.
     """
 
-    COLUMNS: ClassVar = {"step": 8, "loss": 10, "margin": 10, "rate": 11, "tokens/s": 10, "left": 10}
+    COLUMNS: ClassVar = {"step": 8, "loss": 10, "margin": 10, "reward": 10, "rate": 11, "tokens/s": 10, "left": 10}
 
     def __init__(self, stage: Stage) -> None:
-        self.measures, self.pairs = stage.measures, "eval_rewards/margins" in stage.measures
+        self.measures = stage.measures
+        self.shown = {key: name for key, name in SHOWN.items() if key in stage.logged}
         self.evaluated, self.told = 0.0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -93,8 +97,7 @@ class Lines(TrainerCallback):
     def _say_step(self, state: Any, logs: dict[str, Any]) -> None:
         now, tokens, done = time.monotonic(), logs.get("num_tokens"), state.global_step - self.first
         cells = {"step": f"{state.global_step:,}", "loss": f"{logs['loss']:.4f}"}
-        if self.pairs:
-            cells["margin"] = f"{logs.get('rewards/margins', 0):.4f}"
+        cells |= {name: f"{logs.get(key) or 0:.4f}" for key, name in self.shown.items()}
         cells["rate"] = f"{logs.get('learning_rate', 0):.2e}"
         speed = ""
         if tokens is not None and self.tokens is not None:

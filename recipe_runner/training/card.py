@@ -48,7 +48,7 @@ def write_card(
             f"# {recipe.name}\n",
             f"{recipe.description}\n",
             *[f"- {fact}" for fact in facts],
-            f"\n## Use\n\n```python\n{write_usage(base, result.name, weights, recipe.peft['method'])}```\n",
+            f"\n## Use\n\n```python\n{write_usage(base, result.name, weights, recipe.peft['method'], recipe.stage.scores)}```\n",
             *([f"## Ranks\n\n{_rank_table(kept)}"] if kept else []),
             "## Recipe\n\nAs it was run, with everything resolved:\n",
             f"```yaml\n{dump_values(dict(recipe.values))}```\n",
@@ -66,7 +66,7 @@ def describe_header(recipe: Recipe, adapter: bool, base: str | None) -> dict[str
         "datasets": published,
         "license": str(metadata["license"]).lower() if metadata.get("license") else None,
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if recipe.stage.scores else "text-generation",
         "tags": ["trl", recipe.stage.name, *recipe.tags],
     }
     return {key: value for key, value in header.items() if value}
@@ -77,9 +77,11 @@ def _rank_table(ranks: Mapping[str, int]) -> str:
     return "| module | rank |\n|---|---:|\n" + "".join(f"| {name} | {rank} |\n" for name, rank in ranks.items())
 
 
-def write_usage(base: str, kind: str, weights: str, method: str | None) -> str:
+def write_usage(base: str, kind: str, weights: str, method: str | None, scores: bool = False) -> str:
     """Lines of Python that load a result: an `adapter`, or a `model`; `weights` is its folder or id."""
     folder = f'folder = "{weights}"  # or its id on the hub\n'
+    if scores:
+        return _write_scoring(base, kind, folder, method)
     if kind == "model":
         return f'from transformers import pipeline\n\n{folder}generate = pipeline("text-generation", model=folder)\n'
     known = "import recipe_runner.model.bottleneck  # makes the method known to PEFT\n" * (method == "bottleneck")
@@ -89,4 +91,23 @@ def write_usage(base: str, kind: str, weights: str, method: str | None) -> str:
         f"{folder}model = AutoPeftModelForCausalLM.from_pretrained(folder)  # loads {base} and the adapter\n"
         "model.generation_config = GenerationConfig.from_pretrained(folder)  # where it stops\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+    )
+
+
+def _write_scoring(base: str, kind: str, folder: str, method: str | None) -> str:
+    """Lines of Python that score a conversation with a reward model."""
+    known = "import recipe_runner.model.bottleneck  # makes the method known to PEFT\n" * (method == "bottleneck")
+    adapter = kind == "adapter"
+    cls = "AutoPeftModelForSequenceClassification" if adapter else "AutoModelForSequenceClassification"
+    imports = f"from peft import {cls}\nfrom transformers import AutoTokenizer\n"
+    imports = imports if adapter else f"from transformers import {cls}, AutoTokenizer\n"
+    loads = f"  # loads {base} and the adapter" * adapter
+    return (
+        f"{known}{imports}\n"
+        f"{folder}model = {cls}.from_pretrained(folder, num_labels=1){loads}\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model.config.pad_token_id = tokenizer.pad_token_id  # by which the last token is found\n"
+        'turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello. How can I help?"}]\n'
+        'batch = tokenizer.apply_chat_template(turns, return_dict=True, return_tensors="pt")\n'
+        "score = model(**batch).logits[0, 0].item()  # higher is better, beside other answers to the same prompt\n"
     )

@@ -62,7 +62,24 @@ def count_steps(config: Any, rows: int, processes: int) -> int:
 
 
 def steps_per_epoch(config: Any, rows: int, processes: int) -> int:
-    """Optimizer steps in which every row is seen once."""
+    """Optimizer steps in which every row is seen once.
+
+    Trainers that generate take whole batches of prompts, and leave out what is left over (TRL 1.16, RepeatSampler).
+    """
+    if prompts := count_prompts(config, processes):
+        batches = rows // prompts * getattr(config, "steps_per_generation", config.gradient_accumulation_steps)
+        batches *= getattr(config, "num_iterations", 1)
+        return max(math.ceil(batches / config.gradient_accumulation_steps), 1)
     round_ = math.floor if config.dataloader_drop_last else math.ceil
     batches = round_(rows / (config.per_device_train_batch_size * processes))
     return max(math.ceil(batches / config.gradient_accumulation_steps), 1)
+
+
+def count_prompts(config: Any, processes: int) -> int:
+    """Prompts that are answered at a time by all processes together, where the trainer generates; else 0."""
+    if not hasattr(config, "max_completion_length"):
+        return 0
+    answers = getattr(config, "generation_batch_size", None)
+    if answers is None:
+        answers = config.per_device_train_batch_size * processes * config.gradient_accumulation_steps
+    return int(answers // getattr(config, "num_generations", 1))

@@ -23,6 +23,7 @@ from recipe_runner.launch.configuration import Launch
 from recipe_runner.model import adapter as new_adapter
 from recipe_runner.model import base, continuation, hub
 from recipe_runner.model.adapter import is_norm
+from recipe_runner.model.load import read_tokenizer
 from recipe_runner.model.quantization import build_quantization, check_published, describe_published
 from recipe_runner.model.tokenizer import find_stops, load_tokenizer
 from recipe_runner.model.unfreeze import check_new_rows, freeze_others, select_parameters, train_beside_adapter
@@ -32,10 +33,11 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules import check_steps
 from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
 from recipe_runner.runs.golden import ROWS
-from recipe_runner.training.config import build_config, count_steps
+from recipe_runner.training.config import build_config, count_prompts, count_steps
 from recipe_runner.training.environment import Precision, check_offloading, choose_precision, describe_environment
 from recipe_runner.training.optimizer import check_optimizer, freeze_first_matrices
 from recipe_runner.training.resume import describe_batches
+from recipe_runner.training.rewards import check_reward_models, compare_tokens, find_trained
 
 BASE, ADAPTER = "the base model's weights", "the adapter that it continues from"  # of what a run is made from
 
@@ -118,9 +120,13 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     check_published(published, recipe.quantization.said)
     check_optimizer(config, model)
     check_norms(model, precision)
+    judged_by = check_reward_models(recipe, job.tokenizer)
+    if recipe.stage.taught:
+        judged_by |= _check_teacher(recipe, job.tokenizer)
     data = prepare_data(job)
     _check_tokens(recipe.model.name_or_path, job.tokenizer, data, model.config.get_text_config().vocab_size)
     problems = find_data_problems(recipe.model, job, data)
+    check_completions(config, data, model.config)
     steps = count_steps(config, len(data.splits["train"].dataset), config.world_size)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe, steps)
@@ -144,7 +150,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         fix = "leave model.dtype out (float32 weights, mixed precision), or train an adapter"
         problems.append(as_warning(Problem("half-precision-weights", message, None, ("model", "dtype"), fix)))
     problems += check_prompt_text(peft_config, job.tokenizer)
-    inputs = _hash_inputs(recipe.model, model.config, job.tokenizer, adapter)
+    inputs = _hash_inputs(recipe.model, model.config, job.tokenizer, adapter) | judged_by
     return Prepared(
         config,
         precision,
@@ -221,6 +227,49 @@ def accumulate(recipe: Recipe, count: int) -> dict[str, Any]:
     return training
 
 
+def check_completions(config: Any, data: PreparedData, model_config: Any) -> None:
+    """Checks that there are prompts for a batch, and that answers have room after the longest one.
+
+    Raises:
+        UserError: There are not, or they have none.
+    """
+    prompts = count_prompts(config, config.world_size)
+    if not prompts:
+        return
+    rows = len(data.splits["train"].dataset)
+    if rows < prompts:
+        message = f"{rows:,} prompts to train on, and {prompts:,} are answered at a time: there is no whole batch"
+        fix = "take more data, a smaller batch, or more num_generations"
+        raise user_error("too-few-rows", message, fix, path=("dataset", "train"))
+    context, most = getattr(model_config.get_text_config(), "max_position_embeddings", None), config.max_completion_length
+    for split in data.splits.values():
+        longest = split.accounting.lengths["max"]
+        if context and longest + most > context:
+            message = f"{most:,} tokens of an answer and {longest:,} of the longest prompt are {longest + most:,},"
+            message += f" and the model has {context:,} positions"
+            fix = f"set it to {context - longest:,} or less" if longest < context else "leave out the longest prompts"
+            raise user_error("no-room-to-answer", message, fix, path=("training", "max_completion_length"))
+
+
+def _check_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Compares the teacher's tokenizer with the model's: what is learned is its distribution over the same tokens.
+
+    Returns:
+        What the teacher is, in words -> its hash, where it is a folder.
+
+    Raises:
+        UserError: There is no such teacher, or it knows other tokens.
+    """
+    path, model = ("model", "teacher"), recipe.model
+    found = find_trained(str(model.teacher), path)
+    place = {"revision": model.teacher_revision} if model.teacher_revision else {}
+    if changed := compare_tokens(read_tokenizer(found.folder, **place), tokenizer):
+        message = f"{model.teacher} has another tokenizer than {model.name_or_path}: {changed}"
+        raise user_error("teacher-differs", message, "take a teacher of the same family", path=path)
+    digest = hash_weights(Path(found.folder)) if Path(found.folder).is_dir() else ""
+    return {"the teacher": digest} if digest else {}
+
+
 def _hash_inputs(
     model: ModelSection, model_config: Any, tokenizer: PreTrainedTokenizerBase, adapter: Path | None
 ) -> dict[str, str]:
@@ -270,10 +319,10 @@ def _check_model(
     Raises:
         UserError: The adapter does not suit the model.
     """
-    model_config = base.load_model_config(recipe.model)
+    model_config = base.load_model_config(recipe.model, recipe.stage.scores)
 
     def build() -> torch.nn.Module:
-        empty = base.build_empty(model_config, recipe.model.trust_remote_code)
+        empty = base.build_empty(model_config, recipe.model.trust_remote_code, recipe.stage.scores)
         if recipe.model.adds_tokens and tokens > empty.get_input_embeddings().num_embeddings:
             with torch.device("meta"):
                 empty.resize_token_embeddings(tokens, mean_resizing=False)

@@ -24,13 +24,15 @@ from recipe_runner.stages import Stage
 from recipe_runner.training import card, prepare, resume, summary, trainers, verify
 from recipe_runner.training.allocation import allocate_ranks
 from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, Recorder, say_progress
+from recipe_runner.training.completions import keep_completions
 from recipe_runner.training.environment import measure_memory
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
 from recipe_runner.training.longest import LongestBatch, find_longest
 from recipe_runner.training.optimizer import forget_modules, use_peft_optimizer
 from recipe_runner.training.prepare import Prepared
-from recipe_runner.training.samples import Sampler, record_golden
+from recipe_runner.training.rewards import FAILED, try_rewards
+from recipe_runner.training.samples import Sampler, record_golden, record_scores
 from recipe_runner.training.state import keep_state
 
 Watch = Callable[[Any, Prepared, Path], None]  # is given the trainer, what was prepared, and the run folder
@@ -93,7 +95,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
         interruption = Interruption(speaks=config.process_index == 0)
         trainer.add_callback(interruption)
         trainer.add_callback(Recorder(folder, config))
-        if recipe.run.longest_batch_first:
+        if recipe.run.longest_batch_first and not recipe.stage.generates:  # what is generated has no longest row
             sources = [source.source for source in recipe.dataset.sources]
             trainer.add_callback(LongestBatch(trainer, prepared.data.splits, sources))
         rows, longest = find_longest(prepared.data.splits["train"], config.per_device_train_batch_size)
@@ -105,11 +107,19 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
         if asked := recipe.run.samples:
             every, most = asked["every"], asked["max_new_tokens"]
             trainer.add_callback(Sampler(trainer, folder, prepared.samples, every, most, room))
+        if recipe.stage.generates:
+            keep_completions(trainer, folder)
+            found_flat = try_rewards(trainer, trainer.rewards, recipe.dataset.reward_columns, room)
+            for problem in found_flat if config.process_index == 0 else ():
+                print(recipe.place(problem), file=sys.stderr)
         if watch:
             watch(trainer, prepared, folder)
         _train(trainer, folder, interruption, found is not None, early)
         result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)), recipe.stage, initial)
-        record_golden(trainer, folder, prepared.golden, plain_base=initial is None, room=room)
+        if recipe.stage.scores:
+            record_scores(trainer, folder, prepared.golden, room)
+        else:
+            record_golden(trainer, folder, prepared.golden, plain_base=initial is None, room=room)
         if config.process_index == 0:
             card.write_card(recipe, folder, result, prepared.train.accounting, trainer.state.log_history)
         measured = {"measured": measure_memory(config.device)}
@@ -132,6 +142,10 @@ def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool
     before = {number: signal.signal(number, interruption) for number in SIGNALS}
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except UserError as error:
+        if error.problems[0].code == FAILED and trainer.args.world_size == 1:
+            _keep_checkpoint(trainer, folder)
+        raise
     except Finished:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
@@ -148,6 +162,15 @@ def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool
     if interruption.requested and not whole:
         message = f"Interrupted at step {trainer.state.global_step}; continue with: --resume {folder}"
         raise Interrupted(message, interruption.number)
+
+
+def _keep_checkpoint(trainer: Any, folder: Path) -> None:
+    """Saves what was trained before a reward failed: answers are judged between two steps."""
+    last = run_folder.last_checkpoint(folder)
+    if trainer.state.global_step > (run_folder.step_of(last) if last else 0):
+        trainer._save_checkpoint(trainer.model, trial=None)
+        trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+        print(f"A checkpoint is kept; continue with: --resume {folder}", file=sys.stderr)
 
 
 def _find_checkpoint(trainer: Any, folder: Path) -> Path | None:
@@ -194,10 +217,11 @@ def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Pat
             save_converted(model, partial, initial)
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths; the recipe says it all
         shutil.rmtree(partial / "ref", ignore_errors=True)  # DPO's frozen copy of the adapter it began with
-        model.generation_config.save_pretrained(partial)  # where it stops
+        if not stage.scores:
+            model.generation_config.save_pretrained(partial)  # where it stops
         shutil.rmtree(result, ignore_errors=True)
         partial.rename(result)
-        tried = trainer.train_dataset.select(range(min(verify.ROWS, len(trainer.train_dataset))))
+        tried = trainer.train_dataset.with_format(None).select(range(min(verify.ROWS, len(trainer.train_dataset))))
         verify.verify_saved(trainer, result, [input_ids_of(stage, row) for row in tried], gathered, initial)
     return result
 

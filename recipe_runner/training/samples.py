@@ -100,7 +100,7 @@ def answer_in_training(trainer: Any, prompts: Sequence[list[int]], tokens: int, 
     return answers
 
 
-def _can_answer(trainer: Any) -> bool:
+def can_answer(trainer: Any) -> bool:
     """Whether a model can generate as the launcher has sharded it.
 
     Not under FSDP; nor virtual tokens under ZeRO-3, where PEFT 0.21 reads them outside of the modules whose hooks would
@@ -115,7 +115,7 @@ def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_b
     """Writes the golden rows of a model that is trained; every process has to call it.
 
     What a chat template refuses (a system prompt) is left out, and so is what is too long. Weights that FSDP sharded
-    answer nothing, and virtual tokens that ZeRO-3 sharded don't, either: see `_can_answer`.
+    answer nothing, and virtual tokens that ZeRO-3 sharded don't, either: see `can_answer`.
 
     Args:
         trainer: With the trained model.
@@ -136,7 +136,7 @@ def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_b
     ids = [tokens for _, tokens in rendered]
     answers: list[Answer] = []
     before: list[Answer] = []
-    if ids and _can_answer(trainer):
+    if ids and can_answer(trainer):
         try:
             answers = answer_in_training(trainer, ids, GOLDEN_TOKENS, room)
             model = trainer.accelerator.unwrap_model(trainer.model)
@@ -166,4 +166,26 @@ def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_b
                     prompt.wanted,
                 )
             )
+        write_golden(folder, rows)
+
+
+def record_scores(trainer: Any, folder: Path, prompts: Sequence[Prompt], room: int) -> None:
+    """Writes the golden rows of a reward model that is trained: conversations and their scores; see `record_golden`."""
+    tokenizer, rows = trainer.processing_class, []
+    trainer.model_wrapped.eval()
+    for prompt in prompts:
+        if isinstance(prompt.content, str):
+            continue
+        turns = [*prompt.content, {"role": "assistant", "content": prompt.wanted}]
+        try:
+            tokens = render_prompt(turns, tokenizer, prompt.tools, asks=False)
+        except UserError:
+            continue
+        if 0 < len(tokens) <= min(LONGEST, room):
+            batch = torch.tensor([tokens], device=trainer.args.device)
+            with torch.no_grad(), trainer.accelerator.autocast():
+                score = float(trainer.model_wrapped(input_ids=batch, use_cache=False).logits[0, 0])
+            kind, tools = prompt.kind, prompt.tools
+            rows.append(GoldenRow(kind, turns, None, tools, tokens, None, False, "", None, "", score))
+    if trainer.args.process_index == 0:
         write_golden(folder, rows)

@@ -10,10 +10,10 @@ from recipe_runner.launch.processes import describe_launcher
 from recipe_runner.problems.words import write_facts
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import FROM_DATA
-from recipe_runner.recipe.sections import UpstreamSection
+from recipe_runner.recipe.sections import RewardSection, UpstreamSection
 from recipe_runner.stages import Stage
 from recipe_runner.training.calibration import ROWS
-from recipe_runner.training.config import count_steps, steps_per_epoch
+from recipe_runner.training.config import count_prompts, count_steps, steps_per_epoch
 from recipe_runner.training.environment import describe_device, describe_processes
 from recipe_runner.training.prepare import Prepared
 
@@ -46,6 +46,9 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "steps": describe_steps(config, rows, config.world_size),
         "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g},"
         f" {config.lr_scheduler_type.value}{unpaged}",
+        "answers": describe_answers(config),
+        "rewards": describe_rewards(recipe.rewards),
+        "teacher": model.teacher or "",
         "samples": describe_samples(recipe.run.samples, len(prepared.samples)),
         "precision": str(prepared.precision),
         "device": describe_device(config),
@@ -70,6 +73,20 @@ def describe_initialisation(name: object, rows: int) -> str:
     return "loftq, by what the base's weights lose in 4 bits" if name == "loftq" else ""
 
 
+def describe_answers(config: Any) -> str:
+    """How a trainer that generates does it."""
+    if not hasattr(config, "max_completion_length"):
+        return ""
+    by = f"vLLM ({config.vllm_mode})" if config.use_vllm else "transformers"
+    return f"of up to {config.max_completion_length:,} tokens, temperature {config.temperature:g}, by {by}"
+
+
+def describe_rewards(rewards: Sequence[RewardSection]) -> str:
+    """What answers are judged by, each with its weight."""
+    named = [(one.name or Path(one.model or one.function or "").name, one.weight) for one in rewards]
+    return ", ".join(f"{name} x {weight:g}" for name, weight in named)
+
+
 def describe_samples(section: Mapping[str, Any] | None, prompts: int) -> str:
     """How many prompts are answered while the model trains, when, and what they may cost."""
     if not section:
@@ -83,6 +100,14 @@ def describe_steps(config: Any, rows: int, processes: int) -> str:
     """Steps, epochs and batch size, in a line."""
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     steps = count_steps(config, rows, processes)
+    if prompts := count_prompts(config, processes):
+        answers = getattr(config, "num_generations", 1)
+        told = f"{answers} answers to each of {prompts:,} prompts" if answers > 1 else f"an answer to each of {prompts:,} prompts"
+        return (
+            f"{steps:,} of {batch:,} answers: {told}; {config.per_device_train_batch_size} per device"
+            f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(processes)};"
+            f" {steps / steps_per_epoch(config, rows, processes):.3g} epochs"
+        )
     size = f"{batch:,} rows" if batch <= rows else f"all {rows:,} rows" if rows > 1 else "the one row"
     return (
         f"{steps:,} of {size}: {'up to ' * (batch > rows)}{config.per_device_train_batch_size} per device"

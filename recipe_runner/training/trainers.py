@@ -1,8 +1,9 @@
 """TRL's trainer for a stage, and the places where it is made to do or say what upstream does not."""
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +30,7 @@ from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
 from recipe_runner.training.mixture import mark_sources, name_sources, watch_sources
 from recipe_runner.training.packing import PackingCheck, split_attention
 from recipe_runner.training.prepare import Prepared
+from recipe_runner.training.rewards import Reward, build_rewards, find_trained, load_trained
 from recipe_runner.training.scoring import score_on_cpu
 
 # Trained in float32 on a quantized base: scales near 1, and layers that convert nothing (PEFT 0.21, tuners/*/bnb.py).
@@ -50,16 +52,18 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     begun = "" if continued else str(recipe.peft["init_lora_weights"])
     batches = collect_batches(recipe.stage, prepared) if begun in FROM_DATA else []
     mixed = recipe.stage.shape == "tokens" and len(recipe.dataset.sources) > 1
+    rewards = build_rewards(recipe, config) if recipe.stage.rewarded else []
+    more = _find_judges(recipe, config, rewards)
     datasets = {split: _mark(of) if mixed else of.dataset for split, of in prepared.data.splits.items()}
     try:
         with (
-            mock.patch.object(cls, "_prepare_dataset", lambda self, dataset, *rest: dataset),
-            base.refusing_other_weights(recipe.model),
+            _taking_prepared(cls),
+            base.refusing_other_weights(recipe.model, scores=recipe.stage.scores),
         ):
             model: Any = name
             if continued or recipe.model.adds_tokens or begun in CHANGING_BASE:
                 tokens = len(prepared.tokenizer) if recipe.model.adds_tokens else 0
-                model = base.load_base(name, tokens, quantization, config)
+                model = base.load_base(name, tokens, quantization, config, recipe.stage.scores)
             if continued and peft_config:
                 model = continuation.load_for_training(model, continued, peft_config, quantization, config)
             if begun in CHANGING_BASE:
@@ -72,6 +76,7 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
                 processing_class=prepared.tokenizer,
                 quantization_config=quantization if model is name else None,
                 peft_config=None if continued else peft_config,
+                **more,
             )
     except (OSError, SafetensorError) as error:
         raise user_error("model-not-loaded", first_line(error), path=("model", "name_or_path")) from error
@@ -86,7 +91,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if prepared.unfrozen and not peft_config:
         freeze_others(trained, prepared.unfrozen)
-    base.drop_idle_flags(trained.generation_config)
+    if not recipe.stage.scores:
+        base.drop_idle_flags(trained.generation_config)
     if begun in CHANGING_BASE:  # of the adapter that is saved, which is for the plain base, it is not true
         setattr(trained.active_peft_config, f"{begun}_config", None)
     if begun in ("eva", "loftq"):
@@ -112,9 +118,33 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     if "seq_lengths" in prepared.train.dataset.column_names:
         split_attention(trainer)
         trainer.add_callback(PackingCheck(trainer, name))
+    trainer.rewards = rewards
     if mixed:
         watch_sources(trainer, name_sources([source.source for source in recipe.dataset.sources]))
     return trainer
+
+
+@contextlib.contextmanager
+def _taking_prepared(cls: Any) -> Iterator[None]:
+    """Has TRL's trainer take rows as they are; one that generates prepares none."""
+    if not hasattr(cls, "_prepare_dataset"):
+        yield
+        return
+    with mock.patch.object(cls, "_prepare_dataset", lambda self, dataset, *rest: dataset):
+        yield
+
+
+def _find_judges(recipe: Recipe, config: Any, rewards: Sequence[Reward]) -> dict[str, Any]:
+    """What judges the answers that the model makes while it trains: its rewards, or its teacher."""
+    if recipe.stage.taught:
+        name, place = str(recipe.model.teacher), {"trust_remote_code": recipe.model.trust_remote_code}
+        place |= {"revision": recipe.model.teacher_revision} if recipe.model.teacher_revision else {}
+        return {"teacher_model": load_trained(find_trained(name, ("model", "teacher")), config, **place)[0]}
+    if not rewards:
+        return {}
+    config.reward_weights = [one.weight for one in rewards]
+    judges, tokenizers = [one.judge for one in rewards], [one.tokenizer for one in rewards]
+    return {"reward_funcs": judges, "reward_processing_classes": tokenizers}
 
 
 def _mark(split: PreparedSplit) -> Dataset:

@@ -204,14 +204,14 @@ SCORES = [
 
 @pytest.mark.parametrize(("name", "answer", "wanted", "score"), SCORES)
 def test_scorers(name, answer, wanted, score):
-    from recipe_runner.results.scorers import build_scorers
+    from recipe_runner.model.scorers import build_scorers
 
     (scorer,) = build_scorers([name], [wanted]).values()
     assert scorer(answer, wanted) == score
 
 
 def test_json_is_scored_where_all_wanted_answers_are_json():
-    from recipe_runner.results.scorers import build_scorers
+    from recipe_runner.model.scorers import build_scorers
 
     assert list(build_scorers([], ['{"a": 1}', "[2]"])) == ["exact_match", "json"]
     assert list(build_scorers([], ['{"a": 1}', "two"])) == ["exact_match"]

@@ -47,7 +47,7 @@ def keep_answers(
     lengths = whole.max(axis=0)
     dropped = drop_overlong(job, lengths, part[places], tally)
     mute = (prompt >= limit) & ~dropped if limit else dropped & False
-    equal = _find_equal(table, answers) & ~dropped & ~mute
+    equal = find_equal(table, answers) & ~dropped & ~mute
     keep = ~(dropped | mute | equal)
     tally.drop("whose answers are equal in tokens", int(equal.sum()))
     tally.drop(f"whose prompt fills max_length ({limit})", int(mute.sum()))
@@ -64,7 +64,7 @@ def keep_answers(
     return with_documents(kept, fitted.max(axis=0)[keep], packing=False)
 
 
-def _find_equal(table: pa.Table, answers: tuple[str, ...]) -> np.ndarray:
+def find_equal(table: pa.Table, answers: tuple[str, ...]) -> np.ndarray:
     """Which pairs have two answers that the chat template makes the same of: there is nothing to prefer."""
     if len(answers) < 2:
         return np.zeros(len(table), dtype=bool)

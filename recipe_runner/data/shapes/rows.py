@@ -40,8 +40,14 @@ def keep(
 
 
 def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
-    """A split as such a trainer takes it: the rows, with every column that they had."""
-    return Dataset.from_list([json.loads(row) for row in dataset["row"]])
+    """A split as such a trainer takes it: when a row is read, it is as it was, with every column and key that it had."""
+    return dataset.with_transform(lambda batch: _read(batch["row"]))
+
+
+def _read(rows: list[str]) -> dict[str, list[Any]]:
+    """Rows by column."""
+    decoded = [json.loads(row) for row in rows]
+    return {name: [row[name] for row in decoded] for name in decoded[0]}
 
 
 def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:

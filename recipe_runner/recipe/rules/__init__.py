@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from recipe_runner.problems.problem import Found, Problem, as_warning, at_most
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.recipe.rules import adapter, data, model, packages, quantization, training
+from recipe_runner.recipe.rules import adapter, data, model, packages, quantization, rewards, training
 from recipe_runner.recipe.schema import is_name
 
 # What may be meant: it is said, and never fails a run.
@@ -67,6 +67,15 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "rank-allocation", adapter.allocation(base, peft, trained["max_steps"])
     yield "random-adapter", adapter.random_adapter(peft)
     yield "initialisation", adapter.initialisation(recipe.stage, peft, quantized, recipe.unfreeze)
+    yield "reward-kind", rewards.reward_kinds(recipe.rewards, dataset)
+    yield "reward-kind", rewards.reward_names(recipe.rewards)
+    yield "reward-weight", rewards.reward_weights(recipe.rewards)
+    yield "code-not-allowed", rewards.reward_code(recipe.rewards, run)
+    yield "reward-model", rewards.reward_models(recipe.rewards)
+    yield "missing-package", rewards.needed_packages(recipe.rewards, trained)
+    yield "generation-batch", rewards.generation_batch(recipe.stage, trained, run)
+    yield "prompt-learning", rewards.generating_method(recipe.stage, peft)
+    yield "new-head", rewards.scoring_head(recipe.stage, peft)
     yield "wrong-column-role", data.column_roles(dataset)
     yield "mixture-weight", data.mixture_weights(dataset)
     yield "mixture-weight", data.mixture_epochs(dataset)

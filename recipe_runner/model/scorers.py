@@ -25,7 +25,7 @@ def build_scorers(names: Sequence[str], wanted: Sequence[str]) -> dict[str, Scor
         UserError: There is no such scorer, or its pattern or its package is at fault.
     """
     if not names and wanted:
-        names = ("exact_match", *(("json",) if all(_parse(text) is not None for text in wanted) else ()))
+        names = ("exact_match", *(("json",) if all(parse_json(text) is not None for text in wanted) else ()))
     return {name: _build(name) for name in names}
 
 
@@ -65,7 +65,7 @@ def normalize(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def _parse(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """The value of a JSON text, also in a Markdown fence; None where it is none, and for null."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
     try:
@@ -75,24 +75,24 @@ def _parse(text: str) -> Any:
 
 
 def _equal_json(answer: str, wanted: str) -> float:
-    value = _parse(answer)
-    return float(value is not None and _same(value, _parse(wanted)))
+    value = parse_json(answer)
+    return float(value is not None and same_json(value, parse_json(wanted)))
 
 
-def _same(one: Any, other: Any) -> bool:
+def same_json(one: Any, other: Any) -> bool:
     """Equality of JSON values: true is not 1 there, and 1 is 1.0."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same_json(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_same, one, other))
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def _equal_at(key: str, answer: str, wanted: str) -> float:
-    value, right = _parse(answer), _parse(wanted)
+    value, right = parse_json(answer), parse_json(wanted)
     if not isinstance(value, dict) or not isinstance(right, dict):
         return 0.0
-    return float(key in value and key in right and _same(value[key], right[key]))
+    return float(key in value and key in right and same_json(value[key], right[key]))
 
 
 def _same_found(pattern: re.Pattern[str], answer: str, wanted: str) -> float:

@@ -1,0 +1,66 @@
+"""Rows of two whole sequences in tokens, the one with the chosen answer and that with the rejected. For RewardTrainer."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from recipe_runner.data.accounting import Accounting, Tally
+from recipe_runner.data.encode import encode, join, tools_of
+from recipe_runner.data.job import Job, drop_overlong
+from recipe_runner.data.shapes.pairs import find_equal
+from recipe_runner.data.tables import IGNORED, NUMBERS, hash_rows, make_table, with_documents
+
+ANSWERS = ("chosen", "rejected")
+COLUMNS = dict.fromkeys(("chosen_ids", "rejected_ids"), NUMBERS)
+LEARNED = ()
+FIRST = ("chosen_ids",)
+
+
+def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
+    """`chosen_ids` and `rejected_ids`, each with its prompt.
+
+    Source: trl/trainer/reward_trainer.py 1.16.0, `tokenize_fn`.
+    """
+    tools = tools_of(rows)
+    wholes = {
+        f"{name}_ids": encode(job.tokenizer, [join(row["prompt"], row[name], job.tokenizer) for row in rows], tools)[0]
+        for name in ANSWERS
+    }
+    return pa.table({name: pa.array(ids, NUMBERS) for name, ids in wholes.items()})
+
+
+def keep(
+    job: Job, split: str, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int
+) -> pa.Table:
+    """Drops or refuses pairs that are too long (an answer that is cut is not what was judged). See `tokens.keep`."""
+    whole = np.stack([pc.list_value_length(table[name]).to_numpy() for name in COLUMNS])
+    lengths = whole.max(axis=0)
+    dropped = drop_overlong(job, lengths, part[places], tally)
+    equal = find_equal(table, tuple(COLUMNS)) & ~dropped
+    keep = ~(dropped | equal)
+    tally.drop("whose answers are equal in tokens", int(equal.sum()))
+    tally.add(
+        length=lengths[keep],
+        tokens=whole.sum(axis=0)[keep],
+        lost=np.zeros(keep.sum(), dtype=np.int64),
+        supervised=np.full(keep.sum(), len(ANSWERS)),  # the score is read at the last token of each
+        source=part[places[keep], 0],
+        hash=hash_rows(table, COLUMNS)[keep],
+    )
+    kept = make_table(table.filter(pa.array(keep)), COLUMNS, places[keep] + start)
+    return with_documents(kept, lengths[keep], packing=False)
+
+
+def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
+    """A split as RewardTrainer takes it, with `length`, of the longer sequence, by which transformers groups rows."""
+    lengths = pc.list_flatten(dataset.data.column("document_lengths")).to_numpy()
+    return dataset.add_column("length", lengths)
+
+
+def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:
+    """Tokens of both sequences; as label the last token of each, at which the score is read."""
+    sequences = {name: list(row[f"{name}_ids"]) for name in ANSWERS}
+    return {name: (ids, [IGNORED] * (len(ids) - 1) + ids[-1:]) for name, ids in sequences.items()}
