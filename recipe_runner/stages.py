@@ -46,6 +46,7 @@ class Stage:
         logged: All that it logs of held-out data beside the loss. Source: TRL 1.16, `_metrics` of its trainers.
         reference: Whether the trained model is compared with a reference model.
         first_loss: Loss type -> its loss while the trained model is still its reference. The first is the usual one.
+        shown: What is logged while it trains -> its column in the output, beside the loss.
         packs: Whether packed rows are what is meant: its text has no documents that should stay apart.
         scores: Whether the model gives a number for each sequence, by a head of one output, and no text.
         generates: Whether rows are prompts, and what is trained on are the model's own answers to them.
@@ -65,6 +66,7 @@ class Stage:
     logged: tuple[str, ...]
     reference: bool = False
     first_loss: Mapping[str, float] = field(default_factory=dict)
+    shown: Mapping[str, str] = field(default_factory=dict)
     packs: bool = False
     scores: bool = False
     generates: bool = False
@@ -90,6 +92,7 @@ _RL_ADAPTER, _RL_FULL = (
 )
 _LANGUAGE = {"eval_loss": "held-out loss", "eval_mean_token_accuracy": "held-out token accuracy"}
 _REWARDS = {"eval_rewards/accuracies": "held-out pairs ranked right", "eval_rewards/margins": "held-out reward margin"}
+_MARGIN = {"rewards/margins": "margin"}
 _GROUPED = "  train_sampling_strategy: group_by_length   # pairs can't be packed: less padding\n"
 _BETA = "  beta: 0.1                        # smaller: further from the reference model\n"
 
@@ -98,7 +101,15 @@ _KTO_LOGGED: tuple[str, ...] = ("entropy", "num_tokens", "aux_loss", "kl")
 _KTO_LOGGED += tuple(f"{name}/{of}" for name in ("rewards", "logps", "logits") for of in ("chosen", "rejected"))
 _KTO_LOGGED += ("rewards/margins",)
 _DPO_LOGGED = (*(name for name in _KTO_LOGGED if name != "kl"), "rewards/accuracies", "mean_token_accuracy")
-_RL_LOGGED = ("num_tokens", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "aux_loss")
+_RL_LOGGED: tuple[str, ...] = (
+    "num_tokens",
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "kl",
+    "entropy",
+    "aux_loss",
+)
 _RL_LOGGED += tuple(f"completions/{name}_length" for name in ("mean", "min", "max"))
 _RL_LOGGED += tuple(f"completions/{name}_terminated_length" for name in ("mean", "min", "max"))
 _RL_LOGGED += ("completions/clipped_ratio",)
@@ -126,6 +137,7 @@ STAGES: dict[str, Stage] = {
             _DPO_LOGGED,
             reference=True,
             first_loss={"sigmoid": math.log(2), "sigmoid_norm": math.log(2), "hinge": 1.0},
+            shown=_MARGIN,
             notes={"first": _BETA, "batches": _GROUPED},
         ),
         Stage(
@@ -140,6 +152,7 @@ STAGES: dict[str, Stage] = {
             _KTO_LOGGED,
             reference=True,
             first_loss={"kto": 0.5},
+            shown=_MARGIN,
             notes={"first": _BETA},
         ),
         Stage(
@@ -150,8 +163,13 @@ STAGES: dict[str, Stage] = {
             "SEQ_CLS",
             _REWARD_ADAPTER,
             _REWARD_FULL,
-            {"eval_loss": "held-out loss", "eval_accuracy": "held-out pairs ranked right", "eval_margin": "held-out margin"},
+            {
+                "eval_loss": "held-out loss",
+                "eval_accuracy": "held-out pairs ranked right",
+                "eval_margin": "held-out margin",
+            },
             _REWARD_LOGGED,
+            shown={"margin": "margin"},
             scores=True,
             notes={"batches": _GROUPED},
         ),
@@ -167,6 +185,7 @@ STAGES: dict[str, Stage] = {
                 {"eval_reward": "held-out reward"},
                 _RL_LOGGED,
                 reference=True,
+                shown={"reward": "reward"},
                 generates=True,
                 rewarded=True,
             )
@@ -240,11 +259,7 @@ FORMATS: dict[str, Format] = {
         ("prompt",),
         context=("input", "system", "history", "tools"),
     ),
-    "prompt": Format(
-        "prompts, which the model answers itself",
-        ("prompt",),
-        context=("input", "system", "history"),
-    ),
+    "prompt": Format("prompts, which the model answers itself", ("prompt",), context=("input", "system", "history")),
 }
 
 

@@ -252,8 +252,8 @@ def _prompt_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dic
     prompt = _with_context(_prompt_turns(row, dataset, where), row, dataset, where)
     if prompt and prompt[-1]["role"] == "assistant":
         raise RowError(
-            f"{where}: the prompt ends with an answer, which the model is to write itself; let it end with the question,"
-            " and name the column of the right answer in dataset.reward_columns"
+            f"{where}: the prompt ends with an answer, which the model is to write itself; let it end with the"
+            " question, and name the column of the right answer in dataset.reward_columns"
         )
     prompt, noted = _fold(prompt, dataset, where)
     handed = {name: row.get(name) for name in dataset.reward_columns}

@@ -57,6 +57,11 @@ class Job:
         """Tokens of a row; None for no limit."""
         return getattr(self.config, "max_length", None)
 
+    @property
+    def unpairs(self) -> bool:
+        """Whether rows are pairs, of which each answer is a row for the trainer, with a label."""
+        return self.stage.shape == "unpaired" and self.dataset.format == "preference"
+
     def packing(self, split: str) -> bool:
         """Whether a split is packed."""
         packing, of_eval = getattr(self.config, "packing", False), getattr(self.config, "eval_packing", None)

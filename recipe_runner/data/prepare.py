@@ -24,7 +24,7 @@ from recipe_runner.data.checks import (
     count_special_tokens,
 )
 from recipe_runner.data.job import Job, read_rows
-from recipe_runner.data.tables import PACKED_TOGETHER, make_table, pack, with_documents
+from recipe_runner.data.tables import PACKED_TOGETHER, flatten, make_table, pack, with_documents
 from recipe_runner.data.thinking import is_turns
 from recipe_runner.data.turns import BAD, GOOD, fold_turns
 from recipe_runner.problems.errors import UserError, first_line, user_error
@@ -59,7 +59,7 @@ def _measure(job: Job, number: int) -> float:
     """Mean tokens of some rows of a source, by the seed, as they reach the model."""
     count = len(job.sources[number].rows)
     places = np.random.default_rng(job.seed).permutation(count)[:MEASURED]
-    rows = read_rows(job, np.stack([np.full(len(places), number), places], axis=1))
+    rows = read_answers(job, np.stack([np.full(len(places), number), places], axis=1))
     usable = [row for row in rows if not row.pop("dropped")]
     if not usable:
         raise nothing_left("train", {f"rows of {job.sources[number].name}": len(rows)})
@@ -120,7 +120,12 @@ def _pack_together(tables: Iterator[pa.Table], job: Job, tally: Tally) -> Iterat
 def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int) -> tuple[pa.Table, Tally]:
     """The shape's columns and `document` of the rows of a chunk that are kept, and what became of all."""
     part, shape, tally = order[start : start + CHUNK], shape_of(job.stage), job.tally()
-    rows = read_rows(job, part)
+    rows, documents = read_rows(job, part), np.arange(len(part))
+    if job.unpairs:  # mixed: the answers to a prompt should not meet in a batch
+        mixed = np.random.default_rng([job.seed, start]).permutation(2 * len(part))
+        both = shape.unpair(rows)
+        rows, documents = [both[place] for place in mixed], mixed % len(part)
+        part = part[documents]
     tally.read += len(rows)
     reasons = [row.pop("dropped") for row in rows]
     for reason in filter(None, reasons):
@@ -143,7 +148,21 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int) -> tuple
         for name in shape.LEARNED:
             tally.ends |= check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
             count_empty_thoughts(table[name].slice(0, CHECKED_ROWS), job.tokenizer, tally)
-    return shape.keep(job, split, table, part, places, tally, start), tally
+    table = shape.keep(job, split, table, part, places, tally, start)
+    return (_renumber(table, documents, start) if job.unpairs else table), tally
+
+
+def _renumber(table: pa.Table, documents: np.ndarray, start: int) -> pa.Table:
+    """A table whose rows know which pair they are of, rather than their own places after `start`."""
+    values, ends = flatten(table, "documents")
+    numbers = pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(documents[values - start] + start))
+    return table.set_column(table.column_names.index("documents"), "documents", numbers)
+
+
+def read_answers(job: Job, order: np.ndarray) -> list[dict[str, Any]]:
+    """As `read_rows`; of pairs that the trainer takes one by one, each answer as a row."""
+    rows = read_rows(job, order)
+    return shape_of(job.stage).unpair(rows) if job.unpairs else rows
 
 
 def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Table:

@@ -14,7 +14,7 @@ from recipe_runner.data.checks import find_change
 from recipe_runner.data.encode import apply_template
 from recipe_runner.data.formats import normalise_row
 from recipe_runner.data.job import Job, read_rows
-from recipe_runner.data.prepare import shape_of
+from recipe_runner.data.prepare import read_answers, shape_of
 from recipe_runner.data.thinking import without_thought
 from recipe_runner.data.turns import Turns
 from recipe_runner.problems.errors import first_line, user_error
@@ -140,7 +140,7 @@ def find_split_prompts(job: Job, orders: Orders) -> tuple[int, int, str]:
     tokenizer join it to the answer; a chat template may render a last turn in its own way.
     """
     first = orders["train"][:COMPARED]
-    rows = [row for row in read_rows(job, first) if not row.pop("dropped")]
+    rows = [row for row in read_answers(job, first) if not row.pop("dropped")]
     shape = shape_of(job.stage)
     asked = [split_row(row, job.tokenizer, job.dataset.reward_columns) for row in rows]
     if not rows or not all(asked):

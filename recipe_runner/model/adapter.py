@@ -146,7 +146,8 @@ def fit_adapter(peft_config: Any, empty: Any, build: Callable[[], Any], model_ty
     head, key = fitted.get_output_embeddings(), "trainable_token_indices"
     if isinstance(peft_config, TrainableTokensConfig):
         key = "token_indices"
-    if head is not None and not hasattr(head, "bias") or (isinstance(head, BaseTunerLayer) and key == "token_indices"):
+    trains_tokens = isinstance(head, BaseTunerLayer) and key == "token_indices"
+    if (head is not None and not hasattr(head, "bias")) or trains_tokens:
         message = "TRL 1.16 computes the loss from the head itself, and here tokens of a tied head would be trained"
         fix = "train all tokens: method: lora, modules_to_save: [embed_tokens], ensure_weight_tying: true"
         raise user_error("peft-refused", message, fix, path=("peft", key))

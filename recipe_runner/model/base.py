@@ -139,8 +139,9 @@ def load_base(
         options["device_map"] = None
     if scores:
         set_seed(config.seed)  # of a new head
+        cls: Any = AutoModelForSequenceClassification
         with suppress_seqcls_warning():
-            loaded: Any = create_model_from_path(name, AutoModelForSequenceClassification, num_labels=1, **options)
+            loaded: Any = create_model_from_path(name, cls, num_labels=1, **options)
     else:
         loaded = create_model_from_path(name, **options)
     config.model_init_kwargs = None
@@ -208,7 +209,8 @@ def refusing_other_weights(model: ModelSection, strict: bool = True, scores: boo
                 fix = "take the weights and the config.json of one model"
                 fix += f"; if it is meant, list {wrong[0].rpartition('.')[0]} in model.{key}" if key else ""
                 raise user_error("other-weights", message, fix, path=PLACE)
-        report(*args, **kwargs)
+        if not scores:  # it would tell of the head at length
+            report(*args, **kwargs)
 
     with mock.patch("transformers.modeling_utils.log_state_dict_report", check):
         yield

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from recipe_runner.model.adapter import put_on
+from recipe_runner.model.adapter import SCORING, put_on
+from recipe_runner.model.base import HEAD
 from recipe_runner.model.hub import download_adapter
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.rules.adapter import CONFIG, WEIGHTS, adapter_base, adapter_config
@@ -28,6 +29,7 @@ from recipe_runner.recipe.sections import ModelSection, UpstreamSection
 
 PLACE = ("model", "adapter")
 SHOWN = 3  # tensors that an error names
+HEADS = ("classifier", "score")  # PEFT 0.21 lists both of every model that scores, whatever it has
 
 
 def find_adapter(model: ModelSection, peft: UpstreamSection) -> Path | None:
@@ -50,9 +52,15 @@ def find_adapter(model: ModelSection, peft: UpstreamSection) -> Path | None:
     return folder
 
 
-def load_peft(folder: Path, base: str, peft: UpstreamSection) -> PeftConfig:
-    """The configuration of the adapter, with the recipe's dropout, ready to be trained further."""
-    config = PeftConfig.from_pretrained(str(folder))
+def load_peft(folder: Path, base: str, peft: UpstreamSection, task: str) -> PeftConfig:
+    """The configuration of the adapter, with the recipe's dropout, ready to be trained further.
+
+    A reward model goes on from an adapter that answers: it gets a head, which is trained beside it.
+    """
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if task == SCORING and config.task_type != SCORING:
+        config.task_type = task
+        config.modules_to_save = [*(config.modules_to_save or ()), HEAD]
     config.inference_mode = False
     config.base_model_name_or_path = base  # known to be the same, maybe moved
     if getattr(config, "tokenizer_name_or_path", None):
@@ -94,6 +102,8 @@ def check_fit(folder: Path, config: Any, asked: Any, build: Callable[[], Any], b
         message = f"the adapter is not of this model ({base}): {first_line(error)[:120]}"
         raise user_error("adapter-does-not-fit", message, fix, path=PLACE) from error
     wanted = _shapes_of(fitted, config)
+    if config.task_type == SCORING and not any(f".{HEAD}." in name for name in found):  # a new one
+        wanted = {name: shape for name, shape in wanted.items() if f".{HEAD}." not in name}
     if isinstance(config, ShiraConfig):  # LoRA stands in for it
         found, wanted = _modules_in(found), _modules_in(wanted)
     if wrong := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
@@ -106,7 +116,7 @@ def check_fit(folder: Path, config: Any, asked: Any, build: Callable[[], Any], b
         raise user_error("adapter-does-not-fit", message, fix, path=PLACE)
     saved = set(getattr(config, "modules_to_save", None) or [])
     wished = set(getattr(asked, "modules_to_save", None) or [])
-    if wished and (other := wished ^ saved):
+    if wished and (other := (wished ^ saved) - {HEAD, *HEADS}):
         message = f"the adapter trains {'also' if other & saved else 'no'} {min(other)}"
         fix = "remove the key: what the adapter trains of the base is trained further"
         raise user_error("adapter-config-differs", message, fix, path=("unfreeze",))
@@ -183,6 +193,13 @@ def load_for_training(
         return model
     plugin = config.deepspeed_plugin
     casts = quantization is not None or plugin is None or plugin.zero_stage != 3  # as in TRL, for a new adapter
+    if peft_config.task_type == SCORING:
+        saved = load_file(folder / WEIGHTS)
+        if not any(f".{HEAD}." in name for name in saved):  # a new head, which PEFT would look for in the file
+            head = {f"base_model.model.{HEAD}.{name}": of.detach() for name, of in loaded.score.named_parameters()}
+            model = get_peft_model(loaded, peft_config, autocast_adapter_dtype=casts)
+            set_peft_model_state_dict(model, saved | head)
+            return model
     return PeftModel.from_pretrained(
         loaded, str(folder), is_trainable=True, config=peft_config, autocast_adapter_dtype=casts
     )

@@ -139,7 +139,7 @@ def load_result(
 
 
 def _choose_class(scores: bool) -> tuple[Any, dict[str, Any]]:
-    """transformers' class for a model, and what it has to be told beside: a reward model has one output."""
+    """Transformers' class for a model, and what it has to be told beside: a reward model has one output."""
     return (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
 
 

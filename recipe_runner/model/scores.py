@@ -58,15 +58,19 @@ def score_sequences(model: Any, sequences: Sequence[tuple[list[int], list[int]]]
 
 
 def rate_sequences(model: Any, sequences: Sequence[list[int]]) -> list[float]:
-    """What a reward model gives sequences of tokens, those of like length together; padded on the right, as in training."""
+    """What a reward model gives sequences of tokens, those of like length together; padded as in training."""
     found: dict[int, float] = {}
     order = sorted(range(len(sequences)), key=lambda place: -len(sequences[place]))
     device, pad = model.get_input_embeddings().weight.device, model.config.get_text_config().pad_token_id
     while order:
         width = len(sequences[order[0]])
         places, order = order[: max(1, TOKENS // width)], order[max(1, TOKENS // width) :]
-        rows = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in (sequences[p] for p in places)], device=device)
-        real = torch.tensor([[1] * len(sequences[p]) + [0] * (width - len(sequences[p])) for p in places], device=device)
+        rows = torch.tensor(
+            [[*ids, *[pad] * (width - len(ids))] for ids in (sequences[p] for p in places)], device=device
+        )
+        real = torch.tensor(
+            [[1] * len(sequences[p]) + [0] * (width - len(sequences[p])) for p in places], device=device
+        )
         with torch.no_grad():
             scores = model(input_ids=rows, attention_mask=real, use_cache=False).logits[:, 0]
         found |= dict(zip(places, scores.float().tolist(), strict=True))

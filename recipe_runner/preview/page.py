@@ -68,6 +68,7 @@ def _row(number: int, row: Row) -> str:
     first, more = row.documents[0], len(row.documents) - 1
     origin = f"{escape(first.source)} row {first.row}" + (f" and {more} more, packed" if more else "")
     summary = f"{origin}: {len(row.input_ids):,} tokens, {row.supervised:,} in the loss"
+    summary += "" if row.label is None else f", judged {'good' if row.label else 'bad'}"
     content = f"<pre>{_tokens(row)}</pre>"
     if row.rejected:
         summary = f"{origin}: chosen {row.supervised:,}, rejected {row.rejected.supervised:,} tokens learned"

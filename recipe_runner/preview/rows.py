@@ -11,6 +11,7 @@ from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.formats import turns_of
 from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks, shape_of
+from recipe_runner.data.shapes.unpaired import take_side
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.data.turns import Turns
 from recipe_runner.model import hub
@@ -75,6 +76,7 @@ class Row:
         pieces: The tokens as text.
         documents: What the row is made of.
         rejected: The sequence with the rejected answer, when the row is a pair; this one then holds the chosen answer.
+        label: Whether the answer is a good one, where rows are judged; None elsewhere.
     """
 
     tokens: list[str]
@@ -83,6 +85,7 @@ class Row:
     pieces: tuple[Piece, ...]
     documents: tuple[Origin, ...]
     rejected: "Row | None" = None
+    label: bool | None = None
 
     @property
     def supervised(self) -> int:
@@ -165,7 +168,7 @@ def take_row(opened: Opened, number: int) -> list[Row]:
         reason = next(iter(tally.dropped))
         name = f"{job.sources[source].name}: row {order[0, 1] + 1}"
         raise user_error("row-dropped", f"{name} is not trained on: it is one {reason}", "fix it, or leave it out")
-    return _read_table(job, order, table, tally, 1)
+    return _read_table(job, order, table, tally, 2 if job.unpairs else 1)
 
 
 def _read_table(job: Job, order: np.ndarray, table: Any, tally: Tally, number: int) -> list[Row]:
@@ -179,7 +182,8 @@ def _read_table(job: Job, order: np.ndarray, table: Any, tally: Tally, number: i
             _read_sequence(job, order, entry, answer, ids, labels, cut)
             for answer, (ids, labels) in shape_of(job.stage).as_trained(entry, job.config).items()
         ]
-        rows.append(dataclasses.replace(sides[0], rejected=sides[1] if len(sides) > 1 else None))
+        label = entry["label"] == [1] if "label" in entry else None
+        rows.append(dataclasses.replace(sides[0], rejected=sides[1] if len(sides) > 1 else None, label=label))
     return rows
 
 
@@ -191,6 +195,7 @@ def _read_sequence(
     documents, start = [], 0
     for document, length in zip(entry["documents"], lengths, strict=True):
         raw = read_rows(job, order[document : document + 1])[0]
+        raw = take_side(raw, entry["label"] == [1]) if "label" in entry else raw
         turns = [*raw["prompt"], *raw[answer]] if answer else turns_of(raw)
         found = _find_turns(job, turns, raw.get("tools"), ids[start : start + length], start)
         source, row = order[document]
@@ -256,4 +261,5 @@ def as_json(row: Row) -> dict[str, Any]:
         "labels": row.labels,
         "documents": documents,
     }
+    values |= {"label": row.label} if row.label is not None else {}
     return values | ({"rejected": as_json(row.rejected)} if row.rejected else {})

@@ -86,7 +86,9 @@ def _head(number: int, row: Row) -> str:
     span = row.labels[document.start : document.start + document.tokens]
     learned = sum(label != IGNORED for label in span)
     of = f" (document {number + 1})" if len(row.documents) > 1 else ""
-    return f"{make_visible(document.source)} row {document.row}{of}: {document.tokens:,} tokens, {learned:,} supervised"
+    judged = "" if row.label is None else f", judged {'good' if row.label else 'bad'}"
+    place = f"{make_visible(document.source)} row {document.row}{of}"
+    return f"{place}: {document.tokens:,} tokens, {learned:,} supervised{judged}"
 
 
 def _close(last: bool, colour: bool) -> str:

@@ -22,6 +22,24 @@ from recipe_runner.stages import STAGES, Stage
 
 
 @dataclass(frozen=True)
+class Link:
+    """What a stage of a pipeline takes from earlier ones, by their places.
+
+    Attributes:
+        before: Whose adapter or model it starts from; None for the base.
+        reward: Whose reward model judges its answers; None where its recipe names one itself, or has none.
+    """
+
+    before: int | None = None
+    reward: int | None = None
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """All that it needs to be done."""
+        return tuple(place for place in (self.before, self.reward) if place is not None)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe that passed the schema, with defaults filled in and paths made absolute.
 
@@ -32,6 +50,7 @@ class Recipe:
         marks: Where each key was written; keys that come from a default are absent.
         warnings: What validation warned about, as lines.
         stages: The recipes of a pipeline, in order; empty for any other stage. A pipeline has no section but `run`.
+        links: What each of them takes from those before it.
     """
 
     file: Path
@@ -40,6 +59,7 @@ class Recipe:
     marks: Mapping[KeyPath, Mark]
     warnings: tuple[str, ...] = ()
     stages: "tuple[Recipe, ...]" = ()
+    links: tuple[Link, ...] = ()
 
     @property
     def name(self) -> str:

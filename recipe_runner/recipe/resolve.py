@@ -12,11 +12,11 @@ from typing import Any
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import KeyPath, Mark, Problem, join_path, sort_problems, value_at
 from recipe_runner.recipe import rules, schema, validate
-from recipe_runner.recipe.chain import chain, check_handover
+from recipe_runner.recipe.chain import chain, check_handover, find_links
 from recipe_runner.recipe.document import Document, parse_document, paths_below, read_document
 from recipe_runner.recipe.library import SUFFIXES, find_recipe, find_shipped
 from recipe_runner.recipe.local import is_file_source, looks_local
-from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.recipe import Link, Recipe
 from recipe_runner.recipe.rules.adapter import locate_adapter
 from recipe_runner.stages import PIPELINE
 
@@ -84,11 +84,12 @@ def examine_recipe(
         values = _repaired(draft.values, problems)
         values.pop("extends", None)  # meant by a typo: what it would bring is missing, and the rules can't be applied
         stages: list[Recipe] = []
+        links: list[Link] = []
         if not problems or not [p for p in validate.check_values(values, draft.place) if p.code != "removed-key"]:
             schema.fill_defaults(values)
             recipe = Recipe(file, written, values, draft.key_marks)
             if values["stage"] == PIPELINE:
-                problems += _resolve_pipeline(values, draft, file, passed, stages)
+                problems += _resolve_pipeline(values, draft, file, passed, stages, links)
                 found = rules.check_name(recipe)
             else:
                 _make_paths_absolute(values, draft)
@@ -102,7 +103,7 @@ def examine_recipe(
     if any(problem.severity == "error" for problem in problems):
         return None, problems
     warnings = tuple(str(problem) for problem in problems)
-    return Recipe(file, written, values, draft.key_marks, warnings, tuple(stages)), problems
+    return Recipe(file, written, values, draft.key_marks, warnings, tuple(stages), tuple(links)), problems
 
 
 def _begin(file: Path) -> tuple[str, _Draft]:
@@ -117,16 +118,17 @@ def _is_own(override: str) -> bool:
 
 
 def _resolve_pipeline(
-    values: dict[str, Any], draft: _Draft, file: Path, overrides: Sequence[str], stages: list[Recipe]
+    values: dict[str, Any], draft: _Draft, file: Path, overrides: Sequence[str], stages: list[Recipe], links: list[Link]
 ) -> list[Problem]:
-    """Resolves the recipes of a pipeline into `stages`, and returns everything that is wrong with them."""
+    """Resolves the recipes of a pipeline into `stages` and `links`, and returns everything that is wrong with them."""
     values.pop("training")  # defaults of other stages
     values["run"].pop("seed")
     values["run"]["output_dir"] = os.path.abspath(os.path.expanduser(values["run"]["output_dir"]))
     problems: list[Problem] = []
-    names = list(values["stages"])
-    for number, name in enumerate(names):
-        path: KeyPath = ("stages", number)
+    entries = list(values["stages"])
+    for number, entry in enumerate(entries):
+        path: KeyPath = ("stages", number, "recipe") if isinstance(entry, dict) else ("stages", number)
+        name = entry["recipe"] if isinstance(entry, dict) else entry
         mark = draft.place(path, False)
         folder, begun = draft.folders.get(mark.file, Path.cwd()), None
         try:
@@ -144,12 +146,15 @@ def _resolve_pipeline(
                 continue
         recipe, wrong = examine_recipe(found, overrides, begun)
         problems += wrong
-        values["stages"][number] = str(found)
+        values["stages"][number] = {**entry, "recipe": str(found)} if isinstance(entry, dict) else str(found)
         if recipe:
             stages.append(recipe)
-    if len(stages) == len(names):
-        stages[:] = chain(stages)
-        problems += [replace(p, mark=draft.place(p.path, False)) for p in check_handover(stages)]
+    if len(stages) == len(entries):
+        found_links, wrong = find_links(entries, stages)
+        links[:] = found_links
+        stages[:] = chain(stages, links)
+        wrong += check_handover(stages, links)
+        problems += [replace(p, mark=draft.place(p.path, False)) for p in wrong]
     return problems
 
 

@@ -18,16 +18,17 @@ import numpy as np
 from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
 from recipe_runner.data.prompts import Prompt, few_shot, render_prompt, split_row
+from recipe_runner.data.shapes.unpaired import take_side
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.answers import GREEDY, Answer, answer_all, check_prompt, count_context
 from recipe_runner.model.continuation import find_adapter
+from recipe_runner.model.scorers import Scorer, build_scorers
 from recipe_runner.model.scores import Score, rate_sequences, score_sequences
 from recipe_runner.preview.rows import open_preview
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.problems.words import align
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.model.scorers import Scorer, build_scorers
 from recipe_runner.results.statistics import Measure, estimate, resample
 from recipe_runner.results.target import Opened, Target, open_target
 
@@ -262,6 +263,7 @@ def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | Non
         entries = [entry for table in tables for entry in table.to_pylist()]
         part = order[[entry["documents"][0] for entry in entries]]
         for entry, (source, number), raw in zip(entries, part, read_rows(job, part), strict=True):
+            raw = take_side(raw, entry["label"] == [1]) if "label" in entry else raw
             prompt = split_row(raw, job.tokenizer, job.dataset.reward_columns)
             ids = render_prompt(prompt.content, job.tokenizer, prompt.tools) if prompt else []
             sequences = shape_of(job.stage).as_trained(entry, job.config)
@@ -312,7 +314,9 @@ def choose_examples(job: Job, order: np.ndarray, number: int, seed: int) -> list
     found = [
         prompt
         for row in read_rows(job, drawn)
-        if not row["dropped"] and (prompt := split_row(row, job.tokenizer, job.dataset.reward_columns)) and prompt.wanted
+        if not row["dropped"]
+        and (prompt := split_row(row, job.tokenizer, job.dataset.reward_columns))
+        and prompt.wanted
     ]
     if len(found) < number:
         message = f"{number} examples were asked for, and the training data has {len(found)} with an answer"

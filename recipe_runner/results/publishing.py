@@ -132,6 +132,7 @@ def compose_card(run: Path, recipe: Recipe, kind: str, base: str | None, reposit
         if line.startswith("- ") and not line.startswith("- Base model:")
     ]
     header = describe_header(recipe, kind == "adapter", base)
+    usage = write_usage(base or "", kind, repository, recipe.peft["method"], recipe.stage.scores)
     parts = [
         f"---\n{dump_values(header)}---\n",
         f"# {repository.rpartition('/')[2]}\n",
@@ -139,7 +140,7 @@ def compose_card(run: Path, recipe: Recipe, kind: str, base: str | None, reposit
         *([f"- Base model: `{base}`"] if base else []),
         *facts,
         *_describe_evaluation(run),
-        f"\n## Use\n\n```python\n{write_usage(base or '', kind, repository, recipe.peft['method'], recipe.stage.scores)}```\n",
+        f"\n## Use\n\n```python\n{usage}```\n",
         "## Recipe\n\nAs it was run, with everything resolved:\n",
         f"```yaml\n{dump_values(dict(recipe.values))}```\n",
     ]

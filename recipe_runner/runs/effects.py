@@ -9,19 +9,22 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.runs.metrics import measure_series, read_metrics
 from recipe_runner.runs.stages import StageRun
 
+LOSS = {"loss": "training loss"}
+
 
 def describe_effects(runs: Sequence[StageRun]) -> list[tuple[str, str, str, str]]:
     """What each stage did to its own held-out data: stage, measure, before, after.
 
     Evaluations are read from its metrics: the first (at step 0 with `eval_on_start`) and the last. A stage that does
-    not evaluate is told by its training loss.
+    not evaluate is told by its training loss; one that is judged by rewards, by these.
     """
     rows = []
     for number, run in enumerate(runs, 1):
-        name = f"{number} {run.recipe.stage.name}"
+        stage = run.recipe.stage
+        name = f"{number} {stage.name}"
         logged = read_metrics(run.folder) if run.folder else []
         evaluated = any("eval_loss" in entry for entry in logged)
-        for key, title in (run.recipe.stage.measures if evaluated else {"loss": "training loss"}).items():
+        for key, title in (stage.measures if evaluated else (stage.rewarded and stage.shown) or LOSS).items():
             if series := measure_series(logged, key):
                 (first, before), (last, after) = series[0], series[-1]
                 rows.append((name, title, f"{before:.3f} (step {first})", f"{after:.3f} (step {last})"))

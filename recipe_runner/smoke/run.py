@@ -160,14 +160,16 @@ def _train_pipeline(recipe: Recipe, smalls: Sequence[Small], full: Sequence[Full
     waiting = iter(watchers)
     whole = run_pipeline(pipeline, "never", None, lambda *given: next(waiting)(*given))
     ended: list[Done] = []
-    before: StageRun | None = None
+    runs: list[StageRun] = []
     for number, (stage, small, watcher) in enumerate(zip(recipe.stages, smalls, watchers, strict=True)):
         assert watcher.seen is not None
-        ran = start_from(small.recipe, before, whole / str(number + 1))
+        link = recipe.links[number]
+        before, judge = (None if place is None else runs[place] for place in (link.before, link.reward))
+        ran = start_from(small.recipe, before, whole / str(number + 1), judge)
         done = Done(stage, small, watcher.seen, full[number], before=before.result if before else None)
         with stage.placing_errors():
             ended.append(_go_on(done, ran))
-        before = StageRun(ran, watcher.seen.folder, "completed")
+        runs.append(StageRun(ran, watcher.seen.folder, "completed"))
     return ended
 
 
@@ -205,7 +207,7 @@ def build_full(recipe: Recipe, stand_in: StandIn) -> FullSize:
     """
 
     def build() -> Any:
-        return build_empty(stand_in.config)
+        return build_empty(stand_in.config, scores=recipe.stage.scores)
 
     empty = build()
     parameters = sum(parameter.numel() for parameter in empty.parameters())

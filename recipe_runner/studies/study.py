@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recipe_runner.model.scorers import build_scorers
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import KeyPath, Mark, Problem, sort_problems
 from recipe_runner.problems.words import suggest
@@ -19,7 +20,6 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import load_recipe
 from recipe_runner.recipe.schema import SECTIONS, study_defaults
 from recipe_runner.recipe.validate import check_study
-from recipe_runner.model.scorers import build_scorers
 
 MOST = 1000  # variants of a study: more is a mistaken list
 

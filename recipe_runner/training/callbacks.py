@@ -18,9 +18,6 @@ from recipe_runner.runs.metrics import append_metrics
 from recipe_runner.stages import Stage
 
 
-SHOWN = {"rewards/margins": "margin", "margin": "margin", "reward": "reward"}  # what is logged -> its column
-
-
 class Finished(Exception):
     """The checkpoint that a run is resumed from was its last."""
 
@@ -62,11 +59,11 @@ class Lines(TrainerCallback):
     to come take, if they take as long as those of this run did.
     """
 
-    COLUMNS: ClassVar = {"step": 8, "loss": 10, "margin": 10, "reward": 10, "rate": 11, "tokens/s": 10, "left": 10}
+    COLUMNS: ClassVar = {"step": 8, "loss": 10, "margin": 10, "rate": 11, "tokens/s": 10, "left": 10}
 
     def __init__(self, stage: Stage) -> None:
         self.measures = stage.measures
-        self.shown = {key: name for key, name in SHOWN.items() if key in stage.logged}
+        self.shown = stage.shown
         self.evaluated, self.told = 0.0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -105,8 +102,8 @@ class Lines(TrainerCallback):
         left = (now - self.began) / max(done, 1) * (state.max_steps - state.global_step)
         cells |= {"tokens/s": speed, "left": str(timedelta(seconds=round(left)))}
         if not self.told:
-            tqdm.write("".join(f"{name:>{self.COLUMNS[name]}}" for name in cells))
-        tqdm.write("".join(f"{cell:>{self.COLUMNS[name]}}" for name, cell in cells.items()))
+            tqdm.write("".join(f"{name:>{self.COLUMNS.get(name, 10)}}" for name in cells))
+        tqdm.write("".join(f"{cell:>{self.COLUMNS.get(name, 10)}}" for name, cell in cells.items()))
         self.told, self.last, self.tokens, self.evaluated = True, now, tokens, 0.0
 
 

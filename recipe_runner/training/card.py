@@ -48,7 +48,7 @@ def write_card(
             f"# {recipe.name}\n",
             f"{recipe.description}\n",
             *[f"- {fact}" for fact in facts],
-            f"\n## Use\n\n```python\n{write_usage(base, result.name, weights, recipe.peft['method'], recipe.stage.scores)}```\n",
+            f"\n## Use\n\n```python\n{write_usage(base, result.name, weights, method, recipe.stage.scores)}```\n",
             *([f"## Ranks\n\n{_rank_table(kept)}"] if kept else []),
             "## Recipe\n\nAs it was run, with everything resolved:\n",
             f"```yaml\n{dump_values(dict(recipe.values))}```\n",

@@ -29,7 +29,7 @@ def keep_completions(trainer: Any, folder: Path) -> None:
 def _last_answers(trainer: Any, number: int) -> list[dict[str, Any]]:
     logs = trainer._logs
     prompts, answers = list(logs["prompt"])[-number:], list(logs["completion"])[-number:]
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"prompt": text_of(prompt), "completion": text_of(answer)}
         for prompt, answer in zip(prompts, answers, strict=True)
     ]

@@ -3,15 +3,17 @@
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.problems.errors import Interrupted, UserError, user_error
+from recipe_runner.recipe.chain import with_reward
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.runs import folder as run_folder
 from recipe_runner.runs.effects import write_effects
@@ -34,8 +36,8 @@ def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None, watc
     """
     run_folder.check_writable(recipe.home.parent)
     found = run_folder.find_pipeline(recipe.home, resume)
-    files = prepare_stages(recipe.stages, launch)
-    runs = _inspect(recipe.stages, found, files) if found else []
+    files = prepare_stages(recipe, launch)
+    runs = _inspect(recipe, found, files) if found else []
     if found and all(run.is_done for run in runs):
         if resume != "auto":
             message = f"the pipeline's run in {found} is complete, and nothing has changed"
@@ -45,14 +47,15 @@ def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None, watc
     found = agree(found)
     folder = found or agree(run_folder.create_run_folder(recipe.home, recipe.text, recipe.values) if main else None)
     assert folder is not None
-    runs = runs if found else _inspect(recipe.stages, folder, files)
+    runs = runs if found else _inspect(recipe, folder, files)
     count = len(recipe.stages)
-    with _recorded(folder, runs, main):
+    with _recorded(recipe, folder, runs, main):
         for place, stage in enumerate(recipe.stages):
             _tell(main, place, count, runs[place])
             if not runs[place].is_done:
-                before = runs[place - 1] if place else None
-                ready = start_from(stage, before, folder / str(place + 1))
+                link = recipe.links[place]
+                before, judge = (None if of is None else runs[of] for of in (link.before, link.reward))
+                ready = start_from(stage, before, folder / str(place + 1), judge)
                 resumed = runs[place].folder if _can_resume(runs[place]) else None
                 runs[place] = StageRun(ready, resumed, "running")
                 if main:
@@ -71,34 +74,35 @@ def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None, watc
     return folder
 
 
-def prepare_stages(stages: Sequence[Recipe], launch: Launch | None) -> list[dict[str, str]]:
-    """Prepares the data of all stages and checks everything but the weights.
+def prepare_stages(pipeline: Recipe, launch: Launch | None) -> list[dict[str, str]]:
+    """Prepares the data of all stages and checks everything but the weights, which an earlier one may still train.
 
     Returns:
         Of each stage, its data files (or hub ids) and a hash of each.
     """
     files: list[dict[str, str]] = []
-    tokenizer = None
-    for stage in stages:
+    tokenizers: list[PreTrainedTokenizerBase] = []
+    for stage, link in zip(pipeline.stages, pipeline.links, strict=True):
         with stage.placing_errors():
-            ready = prepare(stage, launch, tokenizer)
+            known = stage if link.reward is None else with_reward(stage, None)
+            ready = prepare(known, launch, None if link.before is None else tokenizers[link.before])
             held_out = len(ready.evaluation.dataset) if ready.evaluation else None
             check_rows(len(ready.train.dataset), held_out, ready.config)
-        tokenizer = ready.tokenizer
+        tokenizers.append(ready.tokenizer)
         files.append(ready.data.files)
     return files
 
 
-def _inspect(stages: Sequence[Recipe], folder: Path, files: list[dict[str, str]]) -> list[StageRun]:
-    """Where each stage stands; one whose data has changed is stale, and so are those after it."""
-    runs = inspect_stages(stages, folder)
+def _inspect(pipeline: Recipe, folder: Path, files: list[dict[str, str]]) -> list[StageRun]:
+    """Where each stage stands; one whose data has changed is stale, and so are those that take something from it."""
+    runs = inspect_stages(pipeline, folder)
     for place, run in enumerate(runs):
         if run.folder and not run.stale and (changed := run_folder.find_changed_data(run.folder, files[place])):
             runs[place] = replace(run, stale=changed)
-            for later in range(place + 1, len(runs)):
-                if runs[later].folder and not runs[later].stale:
-                    why = f"the stage before it, {run.recipe.name}, runs again"
-                    runs[later] = replace(runs[later], stale=why)
+        for of in pipeline.links[place].places:
+            if runs[of].stale and runs[place].folder and not runs[place].stale:
+                why = f"the stage before it, {runs[of].recipe.name}, runs again"
+                runs[place] = replace(runs[place], stale=why)
     return runs
 
 
@@ -122,13 +126,13 @@ def _tell(main: bool, place: int, count: int, run: StageRun) -> None:
 
 
 @contextlib.contextmanager
-def _recorded(folder: Path, runs: list[StageRun], main: bool) -> Iterator[None]:
+def _recorded(recipe: Recipe, folder: Path, runs: list[StageRun], main: bool) -> Iterator[None]:
     """Leaves the right status in the pipeline's folder, whatever happens."""
 
     def write(status: str, **details: str) -> None:
         for place, run in enumerate(runs):
             if run.status == "running":
-                latest = inspect_stage(run.recipe, runs[place - 1] if place else None)
+                latest = inspect_stage(run.recipe, [runs[of] for of in recipe.links[place].places])
                 runs[place] = replace(latest, status=status) if latest.status == "running" else latest
         if main:
             write_pipeline_status(folder, status, runs, **details)

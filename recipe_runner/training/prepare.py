@@ -241,7 +241,10 @@ def check_completions(config: Any, data: PreparedData, model_config: Any) -> Non
         message = f"{rows:,} prompts to train on, and {prompts:,} are answered at a time: there is no whole batch"
         fix = "take more data, a smaller batch, or more num_generations"
         raise user_error("too-few-rows", message, fix, path=("dataset", "train"))
-    context, most = getattr(model_config.get_text_config(), "max_position_embeddings", None), config.max_completion_length
+    context, most = (
+        getattr(model_config.get_text_config(), "max_position_embeddings", None),
+        config.max_completion_length,
+    )
     for split in data.splits.values():
         longest = split.accounting.lengths["max"]
         if context and longest + most > context:
@@ -340,9 +343,9 @@ def _check_model(
         elif recipe.model.adds_tokens:
             check_new_rows(unfrozen, model)
     if adapter:
-        fitted = continuation.load_peft(adapter, name, recipe.peft)
+        fitted, again = (continuation.load_peft(adapter, name, recipe.peft, recipe.stage.task) for _ in range(2))
         model = continuation.check_fit(adapter, fitted, asked, build, f"{model_config.model_type}, {name}")
-        return continuation.load_peft(adapter, name, recipe.peft), model, unfrozen
+        return again, model, unfrozen  # PEFT has written into the first
     if asked:
         if recipe.model.adds_tokens:  # after unfreeze, which may name the embeddings
             new_adapter.check_new_tokens(asked, model)

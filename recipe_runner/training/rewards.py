@@ -33,16 +33,10 @@ from recipe_runner.training.samples import answer_in_training, can_answer
 
 PATTERN_SECONDS = 5  # for one answer
 FAILED = "reward-failed"
+QUOTED = 200  # characters of an answer in a message
 TRIED_ROWS, TRIED_TOKENS = 4, 64  # rows that the model answers before the first step, and the tokens of an answer
 # Texts of many kinds: a reward that gives all of them, and what the model says, the same tells nothing apart.
-PROBES = (
-    "",
-    "Yes.",
-    '{"a": 1}',
-    "<think>\nOne and one.\n</think>\nTwo.",
-    "The answer is \\boxed{2}.",
-    "word " * 200,
-)
+PROBES = ("", "Yes.", '{"a": 1}', "<think>\nOne and one.\n</think>\nTwo.", "The answer is \\boxed{2}.", "word " * 200)
 
 Call = Callable[..., list[float | None]]
 
@@ -118,7 +112,7 @@ def check_reward_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> d
         if not reward.model:
             continue
         place = _find_reward_model(reward.model, path)
-        if (digest := hash_weights(Path(place.folder))) if Path(place.folder).is_dir() else "":
+        if digest := hash_weights(Path(place.folder)):
             found[f"the reward model {reward.model}"] = digest
         own = read_tokenizer(place.folder)
         if not own.chat_template:
@@ -156,6 +150,7 @@ def build_rewards(recipe: Recipe, config: Any) -> list[Reward]:
     for number, reward in enumerate(recipe.rewards):
         path: KeyPath = ("rewards", number)
         tokenizer = None
+        judge: Any
         if reward.model:
             name = Path(reward.model).stem
             judge, tokenizer, name = _load_model(reward, config, (*path, "model"))
@@ -214,7 +209,8 @@ def _load_function(named: str, path: KeyPath) -> Call:
     """
     file, _, name = named.rpartition(":")
     spec = importlib.util.spec_from_file_location(f"recipe_rewards_{Path(file).stem}", file)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -253,7 +249,7 @@ def _check_values(name: str, found: Any, completions: list[Any], path: KeyPath) 
         raise user_error(FAILED, message, "return a list with one number for each", path=path)
     for value, completion in zip(values, completions, strict=True):
         if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
-            message = f"{name} gives {describe_value(value)} for the answer {describe_value(text_of(completion))}"
+            message = f"{name} gives {describe_value(value)} for the answer {_quote(text_of(completion))}"
             raise user_error(FAILED, message, "return a finite number, or None", path=path)
     return [value if value is None else float(value) for value in values]
 
@@ -272,12 +268,16 @@ def _find_failing(function: Call, prompts: list[Any], completions: list[Any], id
         try:
             function(prompts=[prompt], completions=[completion], completion_ids=[ids[place]], **own)
         except Exception:  # the one that is looked for
-            return f"on the answer {describe_value(text_of(completion))} to {describe_value(text_of(prompt))}"
+            return f"on the answer {_quote(text_of(completion))} to {_quote(text_of(prompt))}"
     return f"on {len(prompts)} answers at once; none of them alone"
 
 
 def _is_column(value: Any, prompts: list[Any]) -> bool:
     return isinstance(value, list) and len(value) == len(prompts)
+
+
+def _quote(text: str) -> str:
+    return repr(text if len(text) <= QUOTED else f"{text[:QUOTED]}...")
 
 
 def text_of(content: Any) -> str:
@@ -296,7 +296,7 @@ def _build_known(reward: RewardSection, config: Any) -> Call:
 
         return judge
 
-    def by_tokens(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
+    def by_tokens(completion_ids: list[list[int]], **columns: Any) -> Any:
         return [_rate_length(len(ids), reward.min or 0, reward.max or 0) for ids in completion_ids]
 
     def accuracy(completions: list[Any], **columns: Any) -> list[float | None]:
@@ -308,8 +308,8 @@ def _build_known(reward: RewardSection, config: Any) -> Call:
 
     cache = reward.soft_punish_cache or 0
     asked = {"ngram_size": reward.ngram_size, "max_penalty": reward.max_penalty}
-    said = {key: value for key, value in asked.items() if value is not None}
-    makers: dict[str, Callable[[], Call]] = {
+    said: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    makers: dict[str, Callable[[], Any]] = {
         "exact_match": lambda: by_text(lambda text, right: float(text.strip() == _write(right).strip()), column),
         "json_valid": lambda: by_text(lambda text, _: float(_is_json(text))),
         "json_equal": lambda: by_text(_rate_json, column),
@@ -320,7 +320,8 @@ def _build_known(reward: RewardSection, config: Any) -> Call:
         "repetition_penalty": lambda: penalty(shipped.get_repetition_penalty_reward(**said)),
         "soft_overlong": lambda: penalty(shipped.get_soft_overlong_punishment(config.max_completion_length, cache)),
     }
-    return makers[str(reward.name)]()
+    judge: Call = makers[str(reward.name)]()
+    return judge
 
 
 def _write(value: Any) -> str:
@@ -395,7 +396,9 @@ def try_rewards(trainer: Any, rewards: Sequence[Reward], columns: Sequence[str],
     return check_rewards(rewards, Tried(cycled, texts, ids, len(answers)), columns, trainer.args.device)
 
 
-def check_rewards(rewards: Sequence[Reward], tried: Tried, columns: Sequence[str], device: torch.device) -> list[Problem]:
+def check_rewards(
+    rewards: Sequence[Reward], tried: Tried, columns: Sequence[str], device: torch.device
+) -> list[Problem]:
     """Calls each reward as the trainer will, and looks at what it gives.
 
     Returns:
@@ -448,7 +451,7 @@ def _judge(reward: Reward, tried: Tried, columns: Sequence[str], device: torch.d
     completions = [[{"role": "assistant", "content": text}] for text in tried.texts]
     if isinstance(reward.judge, torch.nn.Module):
         return _rate(reward, prompts, completions, device)
-    given = {name: [row[name] for row in tried.rows] for name in columns}
+    given: dict[str, Any] = {name: [row[name] for row in tried.rows] for name in columns}
     given |= {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
     found = reward.judge(prompts=prompts, completions=completions, completion_ids=tried.ids, **given)
     return _check_values(reward.name, found, completions, reward.path)
@@ -468,5 +471,7 @@ def _rate(reward: Reward, prompts: list[Any], completions: list[Any], device: to
     with torch.inference_mode():
         scores = model(**batch.to(device)).logits[:, 0].float().tolist()
     if not all(map(math.isfinite, scores)):
-        raise user_error("reward-function", f"{reward.name} gives no finite numbers", "train it again", path=reward.path)
+        raise user_error(
+            "reward-function", f"{reward.name} gives no finite numbers", "train it again", path=reward.path
+        )
     return list(scores)

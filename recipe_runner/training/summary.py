@@ -102,7 +102,11 @@ def describe_steps(config: Any, rows: int, processes: int) -> str:
     steps = count_steps(config, rows, processes)
     if prompts := count_prompts(config, processes):
         answers = getattr(config, "num_generations", 1)
-        told = f"{answers} answers to each of {prompts:,} prompts" if answers > 1 else f"an answer to each of {prompts:,} prompts"
+        told = (
+            f"{answers} answers to each of {prompts:,} prompts"
+            if answers > 1
+            else f"an answer to each of {prompts:,} prompts"
+        )
         return (
             f"{steps:,} of {batch:,} answers: {told}; {config.per_device_train_batch_size} per device"
             f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(processes)};"
@@ -142,9 +146,9 @@ def describe_method(
 def describe_reference(stage: Stage, training: UpstreamSection, adapter: bool, continued: bool) -> str:
     """What the trained model is compared with; empty for a stage without a reference.
 
-    Source: trl/trainer/{dpo,kto}_trainer.py 1.16.0, __init__.
+    Source: trl/trainer/{dpo,kto,rloo,grpo}_trainer.py 1.16.0, __init__.
     """
-    if not stage.reference:
+    if not stage.reference or not training["beta"]:  # GRPO's default has none
         return ""
     if continued:
         which = "a frozen copy of the adapter"

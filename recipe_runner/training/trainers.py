@@ -56,10 +56,7 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     more = _find_judges(recipe, config, rewards)
     datasets = {split: _mark(of) if mixed else of.dataset for split, of in prepared.data.splits.items()}
     try:
-        with (
-            _taking_prepared(cls),
-            base.refusing_other_weights(recipe.model, scores=recipe.stage.scores),
-        ):
+        with _taking_prepared(cls), base.refusing_other_weights(recipe.model, scores=recipe.stage.scores):
             model: Any = name
             if continued or recipe.model.adds_tokens or begun in CHANGING_BASE:
                 tokens = len(prepared.tokenizer) if recipe.model.adds_tokens else 0
@@ -102,6 +99,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     if peft_config:
         for adapter in trained.peft_config.values():
             adapter.base_model_name_or_path = share_path(name)
+            if recipe.stage.scores:  # PEFT 0.21 adds names of heads each time that it meets a configuration
+                adapter.modules_to_save = [*dict.fromkeys(n for n in adapter.modules_to_save if n != "classifier")]
             if getattr(adapter, "tokenizer_name_or_path", None):  # of a prompt that begins with a text
                 adapter.tokenizer_name_or_path = share_path(name)
         trained.create_or_update_model_card = lambda *args: None  # an empty form: training/card.py writes ours
@@ -137,7 +136,8 @@ def _taking_prepared(cls: Any) -> Iterator[None]:
 def _find_judges(recipe: Recipe, config: Any, rewards: Sequence[Reward]) -> dict[str, Any]:
     """What judges the answers that the model makes while it trains: its rewards, or its teacher."""
     if recipe.stage.taught:
-        name, place = str(recipe.model.teacher), {"trust_remote_code": recipe.model.trust_remote_code}
+        name = str(recipe.model.teacher)
+        place: dict[str, Any] = {"trust_remote_code": recipe.model.trust_remote_code}
         place |= {"revision": recipe.model.teacher_revision} if recipe.model.teacher_revision else {}
         return {"teacher_model": load_trained(find_trained(name, ("model", "teacher")), config, **place)[0]}
     if not rewards:

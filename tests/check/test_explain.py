@@ -29,7 +29,7 @@ def test_a_key_that_stages_understand_differently_is_explained_for_each(run_cli)
     heads = [line for line in out.splitlines() if line.startswith("training.")]
     assert heads[:2] == ["training.loss_type (stage pretrain, sft)", "training.loss_type (stage dpo)"]
     named = [name for line in heads for name in re.search(r"stage ([\w, ]+)", line)[1].split(", ")]
-    assert named == list(STAGES)
+    assert sorted(named) == sorted(set(STAGES) - {"rloo", "distillation"})  # which have one loss
 
 
 @pytest.mark.parametrize(

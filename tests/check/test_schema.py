@@ -39,7 +39,7 @@ def properties(node, path=()):
 def test_every_property_is_described(file):
     """Bounds on upstream's keys, choices by format, and `if` conditions refine a property described elsewhere."""
     refining = {"if", "shared_training", "packed_text", "rewarmed", "kl_estimated", "quantization", "allOf"}
-    refining |= {"any_adapter", *METHODS}
+    refining |= {"any_adapter", "generating_training", *METHODS}
     refining |= {f"{stage}_training" for stage in STAGES}
     for path, entry in properties(json.loads(file.read_text())):
         if "$ref" not in entry and (entry.get("not") == {} or not refining & set(path)):
@@ -50,7 +50,7 @@ def test_a_key_that_is_refused_says_why_and_its_replacement_exists():
     stages = STAGES
     known = {f"{s}.{key}" for s in schema.SECTIONS for stage in stages for key in schema.section_keys(s, stage)}
     known |= {f"peft.{key}" for method in METHODS for key in schema.section_keys("peft", method)}
-    known |= {*schema.SECTIONS, "dataset.train.columns"}
+    known |= {*schema.SECTIONS, "dataset.train.columns", "rewards"}
     for path, entry in properties(schema.load()):
         if "not" in entry and entry["not"] == {}:
             new = entry.get("x-replaced-by")
@@ -71,6 +71,10 @@ def test_upstream_defaults_are_valid_by_our_bounds(stage):
     training = {key: entry["default"] for key, entry in upstream.items() if key not in refused}
     dataset = {"format": form, "train": {"source": "a/b"}}
     recipe = {"schema_version": 1, "name": "x", "stage": stage, "model": {"name_or_path": "a/b"}, "dataset": dataset}
+    if STAGES[stage].rewarded:
+        recipe["rewards"] = [{"name": "json_valid"}]
+    if STAGES[stage].taught:
+        recipe["model"]["teacher"] = "c/d"
     errors = list(schema.validator().iter_errors(recipe | {"training": training}))
     assert not errors, [error.message for error in errors]
 

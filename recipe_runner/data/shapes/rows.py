@@ -40,7 +40,7 @@ def keep(
 
 
 def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
-    """A split as such a trainer takes it: when a row is read, it is as it was, with every column and key that it had."""
+    """A split as such a trainer takes it: a row that is read is as it was, with every column and key that it had."""
     return dataset.with_transform(lambda batch: _read(batch["row"]))
 
 

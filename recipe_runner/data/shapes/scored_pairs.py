@@ -1,4 +1,4 @@
-"""Rows of two whole sequences in tokens, the one with the chosen answer and that with the rejected. For RewardTrainer."""
+"""Rows of two whole sequences in tokens, with the chosen and with the rejected answer. For RewardTrainer."""
 
 from typing import Any
 
@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from trl.data_utils import common_prefix_length
 
 from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.encode import encode, join, tools_of
 from recipe_runner.data.job import Job, drop_overlong
 from recipe_runner.data.shapes.pairs import find_equal
-from recipe_runner.data.tables import IGNORED, NUMBERS, hash_rows, make_table, with_documents
+from recipe_runner.data.tables import IGNORED, NUMBERS, flatten, hash_rows, make_table, with_documents
 
 ANSWERS = ("chosen", "rejected")
 COLUMNS = dict.fromkeys(("chosen_ids", "rejected_ids"), NUMBERS)
@@ -46,12 +47,24 @@ def keep(
         length=lengths[keep],
         tokens=whole.sum(axis=0)[keep],
         lost=np.zeros(keep.sum(), dtype=np.int64),
-        supervised=np.full(keep.sum(), len(ANSWERS)),  # the score is read at the last token of each
+        supervised=(whole - _count_shared(table)).sum(axis=0)[keep],
         source=part[places[keep], 0],
         hash=hash_rows(table, COLUMNS)[keep],
     )
     kept = make_table(table.filter(pa.array(keep)), COLUMNS, places[keep] + start)
     return with_documents(kept, lengths[keep], packing=False)
+
+
+def _count_shared(table: pa.Table) -> np.ndarray:
+    """How many tokens both sequences of each row begin with: array `(rows,)`."""
+    (chosen, begins), (rejected, starts) = (flatten(table, name) for name in COLUMNS)
+    shared = np.zeros(len(table), dtype=np.int64)
+    for row in range(len(table)):
+        one, other = chosen[begins[row] : begins[row + 1]], rejected[starts[row] : starts[row + 1]]
+        length = min(len(one), len(other))
+        differ = np.flatnonzero(one[:length] != other[:length])
+        shared[row] = differ[0] if len(differ) else length
+    return shared
 
 
 def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
@@ -61,6 +74,7 @@ def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
 
 
 def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:
-    """Tokens of both sequences; as label the last token of each, at which the score is read."""
+    """Tokens of both sequences; as labels those that tell the answers apart, of which the score has to be."""
     sequences = {name: list(row[f"{name}_ids"]) for name in ANSWERS}
-    return {name: (ids, [IGNORED] * (len(ids) - 1) + ids[-1:]) for name, ids in sequences.items()}
+    shared = common_prefix_length(*sequences.values())
+    return {name: (ids, [IGNORED] * shared + ids[shared:]) for name, ids in sequences.items()}

@@ -19,6 +19,22 @@ LEARNED = ("completion_ids",)
 FIRST = ("prompt_ids", "completion_ids")
 
 
+def unpair(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Both answers of pairs, each with its label: all chosen ones, then all rejected ones.
+
+    Source: trl/data_utils.py 1.16.0, `unpair_preference_dataset`.
+    """
+    return [take_side(row, good) for good in (True, False) for row in rows]
+
+
+def take_side(row: dict[str, Any], good: bool) -> dict[str, Any]:
+    """The good or the bad answer of a pair, as a row of its own; any other row as it is."""
+    if "chosen" not in row:
+        return row
+    kept = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
+    return {**kept, "completion": row["chosen" if good else "rejected"], "label": good}
+
+
 def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
     """`prompt_ids`, `completion_ids` and `label` of whole rows."""
     table = split(*encode_answers(job.tokenizer, rows, ("completion",)))

@@ -252,7 +252,9 @@ def adapter_continuation(stage: Stage, model: ModelSection, quantization: Upstre
     config = read_adapter_config(Path(model.adapter or ""))
     method = str(config.get("peft_type", "")).lower()
     message, fix = why_not_continued(stage, method, bool(config.get("prefix_projection")), bool(quantization))
-    if message:
+    if config.get("task_type") == "SEQ_CLS" and not stage.scores:
+        yield PLACE, "the adapter is a reward model's: it gives numbers, and writes no text", "take the one before it"
+    elif message:
         yield PLACE, message, fix
 
 

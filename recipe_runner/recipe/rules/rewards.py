@@ -80,7 +80,7 @@ def reward_code(rewards: Sequence[RewardSection], run: RunSection) -> Found:
     for number, reward in enumerate(rewards):
         if not reward.function:
             continue
-        file, _, name = reward.function.rpartition(":")
+        file = reward.function.rpartition(":")[0]
         if not run.allow_code:
             found = f"{Path(file).name}: Python code of the recipe would run while it trains"
             yield ("rewards", number, "function"), found, "read it, and set run.allow_code: true"
@@ -91,7 +91,7 @@ def reward_code(rewards: Sequence[RewardSection], run: RunSection) -> Found:
 
 
 def reward_models(rewards: Sequence[RewardSection]) -> Found:
-    """A reward model is one that was trained: a run that completed, or a model's folder. Hub ids are looked up later."""
+    """A reward model is one that was trained: a completed run, or a model's folder. Hub ids are looked up later."""
     for number, reward in enumerate(rewards):
         folder, place = Path(reward.model or ""), ("rewards", number, "model")
         if not folder.is_absolute() or folder.suffix in (".yaml", ".yml"):
@@ -131,7 +131,7 @@ def generation_batch(stage: Stage, training: UpstreamSection, run: RunSection) -
     elif size % group:
         found = f"{group} answers to a prompt (num_generations) do not divide the {size} answers of a batch"
         found += f" ({device} per device x {steps})" * (not training["generation_batch_size"])
-        fix = f"set per_device_train_batch_size or gradient_accumulation_steps so that they make {group}, {2 * group}, ..."
+        fix = f"make per_device_train_batch_size x gradient_accumulation_steps {group}, {2 * group}, ..."
         yield ("training", "num_generations"), found, fix
     if training["eval_strategy"] != "no":
         held, batch = training["num_generations_eval"] or group, training["per_device_eval_batch_size"]
@@ -149,7 +149,7 @@ def generating_method(stage: Stage, peft: UpstreamSection) -> Found:
     distillation takes hidden states of the base alone.
     """
     if peft and METHODS[str(peft["method"])].is_prompt and (stage.scores or stage.generates):
-        found = f"{peft['method']} puts virtual tokens before a row, of which TRL's trainer of stage {stage.name} knows nothing"
+        found = f"{peft['method']} puts virtual tokens before a row, and TRL's trainer of stage {stage.name} knows none"
         yield ("peft", "method"), found, "take another method: lora"
 
 
