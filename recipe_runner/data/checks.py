@@ -24,7 +24,7 @@ from recipe_runner.data.job import Job, Replaced
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.data.thinking import EMPTY, thought_of, without_thought
 from recipe_runner.data.turns import BAD, GOOD, SPELLING, UNDECLARED, Turns
-from recipe_runner.problems.errors import UserError, user_error
+from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.recipe.local import UNSURE
 from recipe_runner.recipe.sections import DatasetSection
@@ -213,6 +213,31 @@ def _render(
         return None
 
 
+def find_refused(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, told: str) -> str:
+    """What of a row the chat template refuses with some words: a declared tool, or a turn; empty for neither."""
+
+    def refuses(turns: Turns, tools: Any) -> bool:
+        try:
+            apply_template(tokenizer, turns, tools, tokenize=False)
+        except REFUSALS as error:
+            return first_line(error) == told
+        return False
+
+    tools, turns = row.get("tools") or [], turns_of(row)
+    if tools and not refuses(turns, None):
+        names = [(number, tool["function"]["name"]) for number, tool in enumerate(tools, 1) if refuses(turns, [tool])]
+        if names:
+            return "tool {} ('{}')".format(*names[0])
+    conversations = [turns, [*row.get("prompt", ()), *row["rejected"]]] if "rejected" in row else [turns]
+    for whole in conversations:
+        for number, turn in enumerate(whole, 1):
+            if refuses(whole[:number], tools):
+                calls = [call["function"]["name"] for call in turn.get("tool_calls", ())]
+                said = f"calls of {', '.join(calls)}" if calls else repr(shorten_middle(turn["content"]))
+                return f"turn {number} ({turn['role']}, {said})"
+    return ""
+
+
 def find_turn(
     turns: Turns, number: int, input_ids: list[int], tokenizer: PreTrainedTokenizerBase, tools: Any = None
 ) -> int | None:
@@ -308,6 +333,15 @@ def renders_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
 
 
+def marks_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template marks a call as the assistant's, and not only the texts of answers."""
+    try:
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        return 1 in apply_template(tokenizer, CALLING_TALK, [TOOL], **options)["assistant_masks"]
+    except REFUSALS:
+        return True  # what it refuses is said of the rows
+
+
 def check_labels(config: Any, counted: Accounting) -> Iterator[Problem]:
     """Whether good and bad answers weigh alike in KTO's loss.
 
@@ -386,6 +420,11 @@ def find_problems(
         fix = f"fix the data, or allow it: dataset.max_dropped is {dataset.max_dropped:g}"
         yield at("too-many-dropped", found, fix, "dataset", "max_dropped")
     yield from _find_lost_parts(dataset, tokenizer, counted, split)
+    if dataset.train_on == "assistant" and counted.parts.get(CALLS) and not marks_calls(tokenizer):
+        found = f"the chat template does not mark {CALLS} as the assistant's ({{% generation %}}): those of"
+        found += f" {counted.parts[CALLS]:,} {split} rows would not be learned"
+        fix = f"set dataset.train_on: last, or {_name_tool_templates(tokenizer, dataset).removeprefix('set ')}"
+        yield at("calls-not-marked", found, fix, "dataset", "train_on")
     for name, told in counted.guessed.items() if split == "train" else ():
         if UNSURE in told:
             found = f"{name} is not in UTF-8, and is read as {UNSURE}, by a guess: look whether the texts are right"

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from recipe_runner.data.checks import (
     count_empty_thoughts,
     count_rendered_parts,
     count_special_tokens,
+    find_refused,
 )
 from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.tables import PACKED_TOGETHER, make_table, pack, with_documents
@@ -163,9 +165,14 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
                     shape.tokenize(job, [row])
             except (*REFUSALS, TooSlow) as error:
                 opened = job.sources[source]
-                message = f"{opened.name}: row {number + 1} can't be rendered: {first_line(error)}"
-                fix = "does the chat template come to an end?" if isinstance(error, TooSlow) else ""
-                fix = fix or _find_remedy(job, row) or "fix or remove the row"
+                told, what, fix = first_line(error), "", "does the chat template come to an end?"
+                if not isinstance(error, TooSlow):
+                    what = find_refused(row, job.tokenizer, told)
+                    lacks = re.search(r"has no attribute '(\w+)'", told) if what.startswith("tool") else None
+                    fix = (
+                        f"give the tool a '{lacks[1]}'" if lacks else _find_remedy(job, row) or "fix or remove the row"
+                    )
+                message = f"{opened.name}: row {number + 1} can't be rendered: {what}{': ' * bool(what)}{told}"
                 raise user_error("row-refused", message, fix, path=opened.path) from error
         if isinstance(failure, TooSlow):
             return shape.tokenize(job, rows)  # long rows, each of which comes to an end

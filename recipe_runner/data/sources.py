@@ -31,7 +31,7 @@ from datasets.utils import logging
 
 from recipe_runner.data.formats import normalise_row
 from recipe_runner.data.look import iterate_rows
-from recipe_runner.data.turns import KNOWN_KEYS, RowError, says_something
+from recipe_runner.data.turns import KNOWN_KEYS, RowError, read_json, says_something
 from recipe_runner.files import FULL, disk_full
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
@@ -609,21 +609,6 @@ def _find_bad_bytes(file: Path, encoding: str | None) -> str:
     return ""
 
 
-def _check_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON file.
-
-    Raises:
-        ValueError: A key is there twice, or a text is no Unicode text.
-    """
-    for number, (key, value) in enumerate(pairs):
-        if any(key == other for other, _ in pairs[:number]):
-            raise ValueError(f"the key '{key}' is there twice")
-        for text in (key, value):
-            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"key '{key}': half a surrogate pair (\\ud800 to \\udfff), which is no character")
-    return dict(pairs)
-
-
 def _find_bad_json(file: Path) -> str:
     """Where a JSON or JSON-lines file stops being one; empty when every row is an object."""
     with open_text(file, "utf-8") as stream:
@@ -632,14 +617,10 @@ def _find_bad_json(file: Path) -> str:
         number = 0
         try:
             if whole:
-                wrong = [
-                    index
-                    for index, row in enumerate(json.load(stream, object_pairs_hook=_check_pairs), 1)
-                    if not isinstance(row, dict)
-                ]
+                wrong = [at for at, row in enumerate(read_json(stream.read()), 1) if not isinstance(row, dict)]
                 return f"{file}: item {wrong[0]} is not a JSON object" if wrong else ""
             for number, line in enumerate(stream, 1):
-                if line.strip() and not isinstance(json.loads(line.rstrip(), object_pairs_hook=_check_pairs), dict):
+                if line.strip() and not isinstance(read_json(line.rstrip()), dict):
                     return f"{file}: line {number} is not a JSON object"
         except json.JSONDecodeError as error:
             return f"{file}: line {error.lineno if whole else number}, column {error.colno}: {error.msg}"

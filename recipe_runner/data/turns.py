@@ -56,6 +56,7 @@ UNDECLARED = "that call a tool which they do not declare"
 SPELLING = "that spell a call of a tool in the text of an answer, as "  # and how it begins
 GOOD, BAD = "judged good", "judged bad"
 FOLDED_SYSTEM, JOINED = "with a system turn put into the user turn after it", "with turns of one role joined"
+SYSTEM_AS_USER = "with a system turn made a user turn: none of the user's is right after it"
 
 
 class RowError(Exception):
@@ -187,9 +188,33 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 def _parse(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return read_json(text)
     except ValueError as error:
         raise RowError(f"{what}: no JSON ({error}): {describe_value(text)}") from error
+
+
+def read_json(text: str) -> Any:
+    """What a text of JSON says, more strictly than Python reads it.
+
+    Raises:
+        ValueError: It is no JSON, has NaN or Infinity, a key twice, or half a character.
+    """
+    return json.loads(text, object_pairs_hook=_check_pairs, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def _check_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' is there twice")
+    for key, value in pairs:
+        if any("\ud800" <= character <= "\udfff" for of in (key, value) if isinstance(of, str) for character in of):
+            raise ValueError(f"key '{key}': half a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return made
 
 
 def read_tools(value: Any, where: str) -> Tools:
@@ -209,7 +234,7 @@ def read_tools(value: Any, where: str) -> Tools:
 @lru_cache(maxsize=1024)
 def _read_schemas(text: str) -> Tools:
     try:
-        declared = json.loads(text)
+        declared = read_json(text)
     except ValueError as error:
         raise ValueError(f"no JSON ({error}): {describe_value(text)}") from error
     tools = []
@@ -293,8 +318,7 @@ def fold_turns(
     """
     done: list[str] = []
     if dataset.merge_system and any(turn["role"] == "system" for turn in turns):
-        turns, learned = _fold_system(turns, learned)
-        done.append(FOLDED_SYSTEM)
+        turns, learned, done = _fold_system(turns, learned)
     if dataset.merge_turns:
         joined: Turns = []
         kept: list[bool] = []
@@ -312,8 +336,9 @@ def fold_turns(
     return turns, learned, done
 
 
-def _fold_system(turns: Turns, learned: list[bool]) -> tuple[Turns, list[bool]]:
+def _fold_system(turns: Turns, learned: list[bool]) -> tuple[Turns, list[bool], list[str]]:
     """Each system turn at the beginning of the user turn after it; as a user turn where there is none."""
+    done: dict[str, None] = {}
     folded: Turns = []
     kept: list[bool] = []
     waiting: dict[str, Any] | None = None
@@ -324,13 +349,19 @@ def _fold_system(turns: Turns, learned: list[bool]) -> tuple[Turns, list[bool]]:
             continue
         if waiting is not None and turn["role"] == "user":
             turn = join_turns(waiting, turn)
+            done[FOLDED_SYSTEM] = None
         elif waiting is not None:
             folded.append(waiting)
             kept.append(True)
+            done[SYSTEM_AS_USER] = None
         waiting = None
         folded.append(turn)
         kept.append(may)
-    return (folded, kept) if waiting is None else ([*folded, waiting], [*kept, True])
+    if waiting is not None:
+        folded.append(waiting)
+        kept.append(True)
+        done[SYSTEM_AS_USER] = None
+    return folded, kept, list(done)
 
 
 def call_undeclared(turn: dict[str, Any], tools: Tools) -> bool:
