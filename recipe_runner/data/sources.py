@@ -52,7 +52,7 @@ from recipe_runner.recipe.local import (
     split_line,
     suffix_of,
 )
-from recipe_runner.recipe.new import Columns, find_columns
+from recipe_runner.recipe.new import OTHER_NAMES, Columns, find_columns
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS
 
@@ -81,14 +81,6 @@ UNREADABLE = (
     ImportError,
     zlib.error,
 )
-# Role -> columns that hold it in well-known data sets; conversations with a label end with what is judged (ShareGPT).
-OTHER_NAMES = {
-    "messages": ("conversations",),
-    "prompt": ("conversations",),
-    "tools": ("functions",),
-    "completion": ("messages", "conversations"),
-    "label": ("kto_tag",),
-}
 
 
 @dataclass(frozen=True)
