@@ -181,6 +181,10 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
         arguments = arguments or {}
         if not isinstance(arguments, dict):
             raise RowError(f"{where}: the arguments of '{name}' are no JSON object: {describe_value(arguments)}")
+        try:
+            json.dumps(arguments, allow_nan=False, default=str)
+        except ValueError as error:
+            raise RowError(f"{where}: the arguments of '{name}': NaN and Infinity are no numbers of JSON's") from error
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
     return calls

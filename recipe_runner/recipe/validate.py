@@ -108,7 +108,7 @@ def _problems(error: Any, path: KeyPath, place: Place, kinds: Mapping[str, str])
             yield problem("out-of-bounds", f"{len(value)} items, at most {error.validator_value} are allowed")
         case "maxLength":
             most = error.validator_value
-            hint = f'write "{value}" in double quotes: elsewhere a backslash is one' if value in _ESCAPES else ""
+            hint = f'write "{value}" in double quotes: elsewhere it is two characters' if value in _ESCAPES else ""
             yield problem("out-of-bounds", f"longer than {most} character{'s' * (most != 1)}", hint)
         case "pattern":
             forms = f"expected {error.validator_value.strip('^$()').replace('|', ', ')}"
