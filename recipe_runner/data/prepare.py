@@ -1,5 +1,6 @@
 """From rows to what the trainer is given, by several processes, with every lost row and token counted."""
 
+import collections
 import contextlib
 import importlib
 import re
@@ -26,6 +27,7 @@ from recipe_runner.data.checks import (
     find_refused,
 )
 from recipe_runner.data.job import Job, read_rows
+from recipe_runner.data.sources import Source
 from recipe_runner.data.tables import PACKED_TOGETHER, make_table, pack, with_documents
 from recipe_runner.data.thinking import is_turns
 from recipe_runner.data.turns import BAD, GOOD, fold_turns
@@ -62,9 +64,10 @@ def _measure(job: Job, number: int) -> float:
     count = len(job.sources[number].rows)
     places = np.random.default_rng(job.seed).permutation(count)[:MEASURED]
     rows = read_rows(job, np.stack([np.full(len(places), number), places], axis=1))
-    usable = [row for row in rows if not row.pop("dropped")]
+    reasons = [row.pop("dropped") for row in rows]
+    usable = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
     if not usable:
-        raise nothing_left("train", {f"rows of {job.sources[number].name}": len(rows)})
+        raise nothing_left("train", collections.Counter(reasons), job.sources[number])
     shape = shape_of(job.stage)
     table = shape.tokenize(job, usable)
     lengths = np.sum([pc.list_value_length(table[name]).to_numpy() for name in shape.FIRST], axis=0)
@@ -200,8 +203,9 @@ def input_ids_of(stage: Stage, row: dict[str, Any]) -> list[int]:
     return [token for name in shape_of(stage).FIRST for token in row[name]]
 
 
-def nothing_left(split: str, reasons: dict[str, int]) -> UserError:
-    """The error for a split of which no row is left."""
-    told = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-    message = f"no row of the {split} data can be used: {told}"
-    return user_error("empty-dataset", message, path=("dataset", split))
+def nothing_left(split: str, reasons: dict[str, int], source: Source | None = None) -> UserError:
+    """The error for a split, or for a source of it, of which no row is left."""
+    told = "; ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+    message = f"no row of the {split} data{f' of {source.name}' if source else ''} can be used: {told}"
+    fix = "fix its rows, or leave the source out" if source else ""
+    return user_error("empty-dataset", message, fix, path=source.path if source else ("dataset", split))
