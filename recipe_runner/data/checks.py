@@ -21,9 +21,10 @@ from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.encode import apply_template
 from recipe_runner.data.formats import turns_of
 from recipe_runner.data.job import Job, Replaced
+from recipe_runner.data.results import TALK
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.data.thinking import EMPTY, thought_of, without_thought
-from recipe_runner.data.turns import BAD, GOOD, SPELLING, UNDECLARED, Turns
+from recipe_runner.data.turns import BAD, GOOD, LISTED, SPELLING, UNDECLARED, Turns
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.recipe.local import UNSURE
@@ -46,11 +47,7 @@ ANSWERS_WHOLE = ("preference", "unpaired_preference")  # formats whose answers a
 # How templates spell special tokens.
 SPELT = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|<(?:start_of_turn|end_of_turn|sop|bos|eos|/?s)>|\[g?[A-Z_]{3,}\]")
 TOOL = {"type": "function", "function": {"name": "count", "description": "Counts.", "parameters": {"type": "object"}}}
-CALL = {"type": "function", "id": "call00001", "function": {"name": "count", "arguments": {}}}
-CALLING_TALK: Turns = [
-    {"role": "user", "content": "Count."},
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-]
+CALLING_TALK = TALK[:2]
 TOOL_TALK = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One."}]
 SHOWN = 60  # characters of a difference between two texts
 LEAST_RATIO, MOST_RATIO = 0.75, 1.34  # of the weights of good and bad answers: about alike
@@ -337,7 +334,8 @@ def marks_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template marks a call as the assistant's, and not only the texts of answers."""
     try:
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        return 1 in apply_template(tokenizer, CALLING_TALK, [TOOL], **options)["assistant_masks"]
+        found: Any = apply_template(tokenizer, CALLING_TALK, [TOOL], **options)
+        return 1 in found["assistant_masks"]
     except REFUSALS:
         return True  # what it refuses is said of the rows
 
@@ -434,6 +432,12 @@ def find_problems(
         found = f"{undeclared:,} {split} rows call tools that they do not declare"
         fix = "declare them in the column of tools: a model that is offered others should not learn to call these"
         yield as_warning(at("undeclared-calls", found, fix, "dataset", split))
+    listed = counted.noted.get(LISTED)
+    if listed and "Counts." in str(_render(TOOL_TALK[:1], tokenizer, [TOOL])):
+        found = f"{listed:,} {split} rows list their tools in the text of the first turn, and declare them in a column:"
+        found += " the chat template writes them again"
+        fix = "take the list out of the text, or leave the column out: columns: {tools: null}"
+        yield as_warning(at("tools-listed-twice", found, fix, "dataset", split))
     yield from map(as_warning, _find_other_spelling(tokenizer, counted, split))
     if counted.empty_thoughts and dataset.thinking != "mask":
         found = f"the chat template writes a block of thinking with nothing in it before answers of the {split} rows"

@@ -5,6 +5,7 @@ and `reasoning_content`; a `tool` turn, the result of a call, has the `name` of 
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -49,10 +50,12 @@ KNOWN_KEYS = frozenset(READ_KEYS + LOST_KEYS)
 NESTED_KEYS = frozenset(("tool_calls", "function_call"))  # whose values are objects
 # How a call begins that is spelt in the text of an answer: Hermes and Qwen, Llama, Mistral, LFM; and without tokens
 # of a template's, ReAct.
-SPELT_BY_TEMPLATES = ("<tool_call", "<function=", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_call")
-SPELT_CALLS = (*SPELT_BY_TEMPLATES, "<function", "```tool_c", "Action:")
+SPELT_BY_TEMPLATES = re.compile(r"<tool_call\w*>?|<function=|<\|python_tag\|>|\[TOOL_CALLS\]|<\|tool_call\w*(?:\|>)?")
+SPELT_CALLS = ("<tool_call", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_call", "<function", "```tool_c", "Action:")
 # What is counted of rows.
 UNDECLARED = "that call a tool which they do not declare"
+UNWRAPPED = "with results of tools taken out of <tool_response> tags, which the chat template writes itself"
+LISTED = "whose first turn lists the tools that they declare"
 SPELLING = "that spell a call of a tool in the text of an answer, as "  # and how it begins
 GOOD, BAD = "judged good", "judged bad"
 FOLDED_SYSTEM, JOINED = "with a system turn put into the user turn after it", "with turns of one role joined"
@@ -377,12 +380,19 @@ def call_undeclared(turn: dict[str, Any], tools: Tools) -> bool:
     return any(call["function"]["name"] not in names for call in calls)
 
 
+def lists_tools(turns: Turns, tools: Tools) -> bool:
+    """Whether the first turn spells the schemas of the declared tools, as Hermes' system prompts do."""
+    said = turns[0]["content"] if turns and tools else ""
+    return '"parameters"' in said and all(f'"{tool["function"]["name"]}"' in said for tool in tools)
+
+
 def find_spelt_call(turn: dict[str, Any]) -> str:
     """How a call begins that is spelt in the text of an answer, as a template writes calls; empty where none is."""
     content = turn["content"]
     if turn["role"] != "assistant" or ("<" not in content and "[" not in content):
         return ""
-    return next((mark for mark in SPELT_BY_TEMPLATES if mark in content), "")
+    found = SPELT_BY_TEMPLATES.search(content)
+    return found[0] if found else ""
 
 
 def describe_value(value: Any) -> str:

@@ -426,6 +426,7 @@ def test_a_template_without_system_turns_says_where_to_put_them(write_recipe, tm
     options = {"command": "preview", "training": training}
     told, _ = run_recipe(rows=rows, dataset={"format": "chat"}, **options)
     fix = "roles must alternate; the chat template refuses a system turn: set dataset.merge_system: true"
+    fix = f"row 1 can't be rendered: turn 1 (system, 's'): {fix}"
     assert (told.status, fix in told.err) == (1, True), told.err
     told, _ = run_recipe(rows=[{"messages": turns}] * 3, dataset={"format": "chat", "system": "s"}, **options)
     assert fix in told.err
