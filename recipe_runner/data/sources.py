@@ -318,8 +318,11 @@ def load_saved(section: SourceSection) -> Dataset:
 def _find_lost_shard(folder: Path) -> str:
     """Which file of a folder that datasets saved is not there, or not whole; empty when all are."""
     for state in sorted(folder.rglob(SAVED[0])):
-        for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
-            file = state.parent / entry["filename"]
+        try:
+            names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        except (ValueError, LookupError, TypeError) as error:
+            return f"{state} is not as datasets writes it: {type(error).__name__}: {first_line(error)}"
+        for file in (state.parent / name for name in names):
             if not file.is_file():
                 return f"{file} is missing: {state} lists it"
             try:

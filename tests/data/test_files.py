@@ -103,6 +103,8 @@ def test_a_file_of_what_datasets_saved_is_missing_or_cut_off(refused, tmp_path):
         said = refused(f"of_{number}")
         assert said.startswith("unreadable-data dataset.train.source: ")
         assert f"{shard} is {harm}" in said
+    (tmp_path / "of_0" / "state.json").write_text("{}")
+    assert "of_0/state.json is not as datasets writes it" in refused("of_0")
 
 
 def test_several_files_are_a_pattern_or_a_folder_that_is_named_as_one(load, refused, tmp_path):
@@ -274,7 +276,8 @@ def test_parts_that_cant_be_one_are_named(refused, tmp_path):
     assert "its columns: question, output" in found
 
 
-def test_turns_of_parts_keep_their_own_keys(tokenizer_of, job_of, tmp_path):
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_turns_of_parts_keep_their_own_keys(tokenizer_of, job_of, tmp_path, suffix):
     from templated import TEMPLATES, prepare
 
     ask, say = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -283,7 +286,7 @@ def test_turns_of_parts_keep_their_own_keys(tokenizer_of, job_of, tmp_path):
         for of in ({"x": 1}, {"y": "z"})
     ]
     parts = [[{"messages": [ask, turn]}] for turn in (say, *calls, {**say, "weight": 1})]
-    write_parts(tmp_path / "many", "jsonl", parts)
+    write_parts(tmp_path / "many", suffix, parts)
     tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3_training"))
     rows = prepare(job_of("sft", [], tokenizer, {"max_length": None}, format="chat", train={"source": "many/"}))[0]
     texts = [tokenizer.decode(row["input_ids"]) for row in rows]
