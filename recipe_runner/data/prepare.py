@@ -63,14 +63,14 @@ def _measure(job: Job, number: int) -> float:
     """Mean tokens of some rows of a source, by the seed, as they reach the model."""
     count = len(job.sources[number].rows)
     places = np.random.default_rng(job.seed).permutation(count)[:MEASURED]
-    rows = read_rows(job, np.stack([np.full(len(places), number), places], axis=1))
+    order = np.stack([np.full(len(places), number), places], axis=1)
+    rows = read_rows(job, order)
     reasons = [row.pop("dropped") for row in rows]
-    usable = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-    if not usable:
+    kept = [place for place, reason in enumerate(reasons) if not reason]
+    if not kept:
         raise nothing_left("train", collections.Counter(reasons), job.sources[number])
-    shape = shape_of(job.stage)
-    table = shape.tokenize(job, usable)
-    lengths = np.sum([pc.list_value_length(table[name]).to_numpy() for name in shape.FIRST], axis=0)
+    table = _tokenize(job, [rows[place] for place in kept], order[kept])
+    lengths = np.sum([pc.list_value_length(table[name]).to_numpy() for name in shape_of(job.stage).FIRST], axis=0)
     return float(np.minimum(lengths, job.limit).mean() if job.limit and job.cuts("train") else lengths.mean())
 
 

@@ -387,6 +387,21 @@ def test_what_of_a_row_a_template_refuses_is_named(tokenizer_of, job_of):
         assert said in f"{problem.message}; {problem.suggestion}"
 
 
+def test_a_row_that_is_refused_is_named_where_lengths_are_measured(tokenizer_of, job_of, tmp_path):
+    from recipe_runner.data.prepare import order_rows
+    from recipe_runner.problems.errors import UserError
+
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "gemma_training"))
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": [ASK, ASK, SAY]}) + "\n")
+    (tmp_path / "good.jsonl").write_text(json.dumps({"messages": [ASK, SAY]}) + "\n")
+    train = [{"source": f"{name}.jsonl", "weight": 1} for name in ("good", "bad")]
+    job = job_of("sft", [], tokenizer, format="chat", weight_by="tokens", train=train)
+    with pytest.raises(
+        UserError, match=r"bad\.jsonl: row 1 can't be rendered: turn 2 .* set dataset\.merge_turns: true"
+    ):
+        order_rows(job)
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_training", "phi3_training", "qwen3_training"])
 def test_the_line_break_before_a_block_is_no_answer(tokenizer_of, job_of, name):
     """A template may mark it as the assistant's: with the block masked, it would be a stretch without an end."""
