@@ -21,10 +21,11 @@ from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.encode import apply_template
 from recipe_runner.data.formats import turns_of
 from recipe_runner.data.job import Job, Replaced
+from recipe_runner.data.results import TALK
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.data.thinking import EMPTY, thought_of, without_thought
-from recipe_runner.data.turns import BAD, GOOD, SPELLING, UNDECLARED, Turns
-from recipe_runner.problems.errors import UserError, user_error
+from recipe_runner.data.turns import BAD, GOOD, LISTED, SPELLING, UNDECLARED, Turns
+from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.recipe.local import UNSURE
 from recipe_runner.recipe.sections import DatasetSection
@@ -46,11 +47,7 @@ ANSWERS_WHOLE = ("preference", "unpaired_preference")  # formats whose answers a
 # How templates spell special tokens.
 SPELT = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|<(?:start_of_turn|end_of_turn|sop|bos|eos|/?s)>|\[g?[A-Z_]{3,}\]")
 TOOL = {"type": "function", "function": {"name": "count", "description": "Counts.", "parameters": {"type": "object"}}}
-CALL = {"type": "function", "id": "call00001", "function": {"name": "count", "arguments": {}}}
-CALLING_TALK: Turns = [
-    {"role": "user", "content": "Count."},
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-]
+CALLING_TALK = TALK[:2]
 TOOL_TALK = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One."}]
 SHOWN = 60  # characters of a difference between two texts
 LEAST_RATIO, MOST_RATIO = 0.75, 1.34  # of the weights of good and bad answers: about alike
@@ -213,6 +210,31 @@ def _render(
         return None
 
 
+def find_refused(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, told: str) -> str:
+    """What of a row the chat template refuses with some words: a declared tool, or a turn; empty for neither."""
+
+    def refuses(turns: Turns, tools: Any) -> bool:
+        try:
+            apply_template(tokenizer, turns, tools, tokenize=False)
+        except REFUSALS as error:
+            return first_line(error) == told
+        return False
+
+    tools, turns = row.get("tools") or [], turns_of(row)
+    if tools and not refuses(turns, None):
+        names = [(number, tool["function"]["name"]) for number, tool in enumerate(tools, 1) if refuses(turns, [tool])]
+        if names:
+            return "tool {} ('{}')".format(*names[0])
+    conversations = [turns, [*row.get("prompt", ()), *row["rejected"]]] if "rejected" in row else [turns]
+    for whole in conversations:
+        for number, turn in enumerate(whole, 1):
+            if refuses(whole[:number], tools):
+                calls = [call["function"]["name"] for call in turn.get("tool_calls", ())]
+                said = f"calls of {', '.join(calls)}" if calls else repr(shorten_middle(turn["content"]))
+                return f"turn {number} ({turn['role']}, {said})"
+    return ""
+
+
 def find_turn(
     turns: Turns, number: int, input_ids: list[int], tokenizer: PreTrainedTokenizerBase, tools: Any = None
 ) -> int | None:
@@ -308,6 +330,16 @@ def renders_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
 
 
+def marks_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template marks a call as the assistant's, and not only the texts of answers."""
+    try:
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        found: Any = apply_template(tokenizer, CALLING_TALK, [TOOL], **options)
+        return 1 in found["assistant_masks"]
+    except REFUSALS:
+        return True  # what it refuses is said of the rows
+
+
 def check_labels(config: Any, counted: Accounting) -> Iterator[Problem]:
     """Whether good and bad answers weigh alike in KTO's loss.
 
@@ -386,6 +418,11 @@ def find_problems(
         fix = f"fix the data, or allow it: dataset.max_dropped is {dataset.max_dropped:g}"
         yield at("too-many-dropped", found, fix, "dataset", "max_dropped")
     yield from _find_lost_parts(dataset, tokenizer, counted, split)
+    if dataset.train_on == "assistant" and counted.parts.get(CALLS) and not marks_calls(tokenizer):
+        found = f"the chat template does not mark {CALLS} as the assistant's ({{% generation %}}): those of"
+        found += f" {counted.parts[CALLS]:,} {split} rows would not be learned"
+        fix = f"set dataset.train_on: last, or {_name_tool_templates(tokenizer, dataset).removeprefix('set ')}"
+        yield at("calls-not-marked", found, fix, "dataset", "train_on")
     for name, told in counted.guessed.items() if split == "train" else ():
         if UNSURE in told:
             found = f"{name} is not in UTF-8, and is read as {UNSURE}, by a guess: look whether the texts are right"
@@ -395,6 +432,12 @@ def find_problems(
         found = f"{undeclared:,} {split} rows call tools that they do not declare"
         fix = "declare them in the column of tools: a model that is offered others should not learn to call these"
         yield as_warning(at("undeclared-calls", found, fix, "dataset", split))
+    listed = counted.noted.get(LISTED)
+    if listed and "Counts." in str(_render(TOOL_TALK[:1], tokenizer, [TOOL])):
+        found = f"{listed:,} {split} rows list their tools in the text of the first turn, and declare them in a column:"
+        found += " the chat template writes them again"
+        fix = "take the list out of the text, or leave the column out: columns: {tools: null}"
+        yield as_warning(at("tools-listed-twice", found, fix, "dataset", split))
     yield from map(as_warning, _find_other_spelling(tokenizer, counted, split))
     if counted.empty_thoughts and dataset.thinking != "mask":
         found = f"the chat template writes a block of thinking with nothing in it before answers of the {split} rows"

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from recipe_runner.data.turns import (
+    LISTED,
     SPELLING,
     UNDECLARED,
     RowError,
@@ -21,6 +22,7 @@ from recipe_runner.data.turns import (
     describe_value,
     find_spelt_call,
     fold_turns,
+    lists_tools,
     read_tools,
     read_turns,
 )
@@ -49,6 +51,7 @@ def normalise_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
         made["tools"] = list(tools)
     turns = turns_of(made)
     noted = [UNDECLARED] if any(call_undeclared(turn, tools) for turn in turns) else []
+    noted += [LISTED] if lists_tools(turns, tools) else []
     noted += [f"{SPELLING}{mark}" for mark in dict.fromkeys(map(find_spelt_call, turns)) if mark]
     if noted:
         made["noted"] = [*made.get("noted", ()), *noted]

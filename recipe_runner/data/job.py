@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data import sources
 from recipe_runner.data.accounting import Tally
+from recipe_runner.data.results import unwrap_results
 from recipe_runner.data.sources import Source
 from recipe_runner.data.thinking import fit_thoughts
 from recipe_runner.problems.errors import user_error
@@ -85,7 +86,8 @@ def read_rows(job: Job, order: np.ndarray) -> list[dict[str, Any]]:
     rows = sources.read_rows(job.dataset, job.sources, order)
     if job.dataset.is_plain_text:
         return rows
-    return [fit_thoughts(row, job.dataset.thinking, job.tokenizer) for row in rows]
+    fitted = (fit_thoughts(row, job.dataset.thinking, job.tokenizer) for row in rows)
+    return [unwrap_results(row, job.tokenizer) for row in fitted]
 
 
 def drop_overlong(job: Job, lengths: np.ndarray, order: np.ndarray, tally: Tally) -> np.ndarray:

@@ -77,8 +77,19 @@ def _find_options(file: Path, suffix: str) -> dict[str, str]:
 
 def _measure(rows: Sequence[Mapping[str, Any]]) -> int:
     """Characters of text in a row, which 99 of 100 don't go beyond."""
-    lengths = sorted(sum(map(len, texts_of(row))) for row in rows)
+    lengths = sorted(sum(map(_count, row.values())) for row in rows)
     return lengths[math.ceil(len(lengths) * 0.99) - 1] if lengths else 0
+
+
+def _count(value: Any) -> int:
+    """Characters that a cell has in a prompt: of turns their texts; of calls and declared tools, the JSON of them."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping) and {"role", "from"} & set(value):
+        return sum(map(_count, value.values()))
+    if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
+        return sum(map(_count, value))
+    return len(json.dumps(value, ensure_ascii=False, default=str)) if isinstance(value, Mapping | list) else 0
 
 
 def texts_of(value: Any) -> Iterator[str]:

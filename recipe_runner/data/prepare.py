@@ -1,7 +1,9 @@
 """From rows to what the trainer is given, by several processes, with every lost row and token counted."""
 
+import collections
 import contextlib
 import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -22,8 +24,10 @@ from recipe_runner.data.checks import (
     count_empty_thoughts,
     count_rendered_parts,
     count_special_tokens,
+    find_refused,
 )
 from recipe_runner.data.job import Job, read_rows
+from recipe_runner.data.sources import Source
 from recipe_runner.data.tables import PACKED_TOGETHER, flatten, make_table, pack, with_documents
 from recipe_runner.data.thinking import is_turns
 from recipe_runner.data.turns import BAD, GOOD, fold_turns
@@ -59,13 +63,15 @@ def _measure(job: Job, number: int) -> float:
     """Mean tokens of some rows of a source, by the seed, as they reach the model."""
     count = len(job.sources[number].rows)
     places = np.random.default_rng(job.seed).permutation(count)[:MEASURED]
-    rows = read_answers(job, np.stack([np.full(len(places), number), places], axis=1))
-    usable = [row for row in rows if not row.pop("dropped")]
-    if not usable:
-        raise nothing_left("train", {f"rows of {job.sources[number].name}": len(rows)})
-    shape = shape_of(job.stage)
-    table = shape.tokenize(job, usable)
-    lengths = np.sum([pc.list_value_length(table[name]).to_numpy() for name in shape.FIRST], axis=0)
+    order = np.stack([np.full(len(places), number), places], axis=1)
+    rows = read_answers(job, order)
+    order = np.tile(order, (len(rows) // len(order), 1))
+    reasons = [row.pop("dropped") for row in rows]
+    kept = [place for place, reason in enumerate(reasons) if not reason]
+    if not kept:
+        raise nothing_left("train", collections.Counter(reasons), job.sources[number])
+    table = _tokenize(job, [rows[place] for place in kept], order[kept])
+    lengths = np.sum([pc.list_value_length(table[name]).to_numpy() for name in shape_of(job.stage).FIRST], axis=0)
     return float(np.minimum(lengths, job.limit).mean() if job.limit and job.cuts("train") else lengths.mean())
 
 
@@ -182,9 +188,14 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
                     shape.tokenize(job, [row])
             except (*REFUSALS, TooSlow) as error:
                 opened = job.sources[source]
-                message = f"{opened.name}: row {number + 1} can't be rendered: {first_line(error)}"
-                fix = "does the chat template come to an end?" if isinstance(error, TooSlow) else ""
-                fix = fix or _find_remedy(job, row) or "fix or remove the row"
+                told, what, fix = first_line(error), "", "does the chat template come to an end?"
+                if not isinstance(error, TooSlow):
+                    what = find_refused(row, job.tokenizer, told)
+                    lacks = re.search(r"has no attribute '(\w+)'", told) if what.startswith("tool") else None
+                    fix = (
+                        f"give the tool a '{lacks[1]}'" if lacks else _find_remedy(job, row) or "fix or remove the row"
+                    )
+                message = f"{opened.name}: row {number + 1} can't be rendered: {what}{': ' * bool(what)}{told}"
                 raise user_error("row-refused", message, fix, path=opened.path) from error
         if isinstance(failure, TooSlow):
             return shape.tokenize(job, rows)  # long rows, each of which comes to an end
@@ -212,8 +223,9 @@ def input_ids_of(stage: Stage, row: dict[str, Any]) -> list[int]:
     return [token for name in shape_of(stage).FIRST for token in row[name]]
 
 
-def nothing_left(split: str, reasons: dict[str, int]) -> UserError:
-    """The error for a split of which no row is left."""
-    told = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-    message = f"no row of the {split} data can be used: {told}"
-    return user_error("empty-dataset", message, path=("dataset", split))
+def nothing_left(split: str, reasons: dict[str, int], source: Source | None = None) -> UserError:
+    """The error for a split, or for a source of it, of which no row is left."""
+    told = "; ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+    message = f"no row of the {split} data{f' of {source.name}' if source else ''} can be used: {told}"
+    fix = "fix its rows, or leave the source out" if source else ""
+    return user_error("empty-dataset", message, fix, path=source.path if source else ("dataset", split))

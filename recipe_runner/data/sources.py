@@ -1,9 +1,11 @@
 """Data sources: opening them, choosing columns, the order of rows. The rows' layout is made by `formats`."""
 
 import codecs
+import csv
 import glob
 import itertools
 import json
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +32,8 @@ from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 
 from recipe_runner.data.formats import normalise_row
-from recipe_runner.data.look import iterate_rows
-from recipe_runner.data.turns import KNOWN_KEYS, RowError, says_something
+from recipe_runner.data.look import iterate_rows, look_at
+from recipe_runner.data.turns import KNOWN_KEYS, RowError, read_json, says_something
 from recipe_runner.files import FULL, disk_full
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
@@ -40,6 +42,7 @@ from recipe_runner.recipe.local import (
     BUILDERS,
     DELIMITERS,
     HUB,
+    SAVED,
     TEXTS,
     UNPACKED,
     Writing,
@@ -52,7 +55,7 @@ from recipe_runner.recipe.local import (
     split_line,
     suffix_of,
 )
-from recipe_runner.recipe.new import Columns, find_columns
+from recipe_runner.recipe.new import OTHER_NAMES, Columns, find_columns, names_of
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS
 
@@ -81,14 +84,6 @@ UNREADABLE = (
     ImportError,
     zlib.error,
 )
-# Role -> columns that hold it in well-known data sets; conversations with a label end with what is judged (ShareGPT).
-OTHER_NAMES = {
-    "messages": ("conversations",),
-    "prompt": ("conversations",),
-    "tools": ("functions",),
-    "completion": ("messages", "conversations"),
-    "label": ("kto_tag",),
-}
 
 
 @dataclass(frozen=True)
@@ -151,37 +146,38 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     name, place = section.source, (*section.path, "source")
     files = list_files(name) if is_file_source(name) and not is_saved(Path(name)) else []
     suffix = suffix_of(files[0].name if files else name) if files or name.startswith(HUB) else ""
-    guessed = ""
+    parts: dict[Path, Dataset] = {}
+    guesses: dict[str, None] = {}
+    for file in files:
+        part, guess = _read_file(file, section, dataset.format)
+        parts |= {file: part} if len(part) else {}
+        guesses |= {guess: None} if guess else {}
     try:
-        for file in files:  # datasets takes what is left of a file of zstandard's for all of it
-            if file.suffix.lower() == ".zst" and (found := _find_cut(file)):
-                raise user_error("unreadable-data", found, "get it again", path=place)
-        for file in files if suffix in (".json", ".jsonl", ".txt") else []:
-            if found := _look_at_begin(file, suffix):
-                raise user_error("unreadable-data", found, path=place)
-        if is_saved(Path(name)):
+        if files:
+            rows = _take(_join_parts(parts, section), section.split) if parts else Dataset.from_dict({})
+        elif is_saved(Path(name)):
             rows = load_saved(section)
         elif suffix in BUILDERS:
-            options: dict[str, Any] = {"sample_by": section.sample_by} if section.sample_by else {}
-            options |= {"field": section.field} if section.field else {}
-            if files and BUILDERS[suffix] == "csv":  # every cell is a text, as it is written: 01000, 1.50, NA, true
-                features, writing = _csv_features(files, section)
-                options |= {"features": features, "na_filter": False}
-                options |= {"sep": writing.delimiter, "encoding": writing.encoding}
-                guessed = writing.guessed
-            named = [glob.escape(str(file)) for file in files] or [name]
-            rows = load_dataset(BUILDERS[suffix], data_files=named, split=section.split, **options)
-            rows.data.table.validate(full=True)  # pyarrow reads JSON without looking at its bytes
+            rows = load_dataset(BUILDERS[suffix], data_files=[name], split=section.split, **_options(section))
         else:
             rows = load_dataset(name, section.subset, split=section.split, revision=section.revision)
     except (DatasetsError, *UNREADABLE) as error:
-        raise _explain_load_error(error, section, suffix, files) from error
+        raise _explain_load_error(error, section, suffix) from error
     if not len(rows):
-        raise user_error("empty-dataset", f"{name} has no rows", path=place)
+        under = f" under '{section.field}'" if section.field else ""
+        raise user_error("empty-dataset", f"{name} has no rows{under}", path=place)
     if suffix == ".json" and not section.field and (key := _find_wrapping(rows, section, dataset.format)):
         fix = f"set field: {key}"
         raise user_error("unreadable-data", f"{name} is one object; its rows are the list '{key}'", fix, path=place)
     columns = choose_columns(section, dataset.format, rows[:FEW_ROWS])
+    for file, part in parts.items():
+        for role in FORMATS[dataset.format].required:
+            if columns[role] not in part.column_names:
+                found = (
+                    f"{file} has no column '{columns[role]}' for the role '{role}', which other files of {name} have"
+                )
+                fix = f"its columns: {', '.join(part.column_names)}; name it as a source of its own, with columns"
+                raise user_error("missing-column", found, fix, path=place)
     columns |= _hand_on(section, dataset.reward_columns, columns, rows.column_names)
     unused = [column for column in rows.column_names if column not in (*columns.values(), *dataset.ignore)]
     _refuse_lost_columns(section, dataset.format, rows.select_columns(unused))
@@ -198,59 +194,198 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     names = frozenset((*rows.column_names, *(key for column in keys.values() for key in column)))
     is_json = suffix in (".json", ".jsonl")  # which datasets 5.2 reads without giving an object keys that it has not
     filled = [] if is_json else [name for name in used.column_names if _has_objects(used.data.schema.field(name).type)]
-    return Source(section, used, columns, tuple(unused), names, frozenset(filled), guessed)
+    return Source(section, used, columns, tuple(unused), names, frozenset(filled), " or ".join(guesses))
+
+
+def _options(section: SourceSection) -> dict[str, Any]:
+    """What a source says of how its files are written, as datasets' builders take it."""
+    said = {"sample_by": section.sample_by, "field": section.field}
+    said |= {"sep": section.delimiter, "encoding": section.encoding}
+    return {key: value for key, value in said.items() if value is not None}
+
+
+def _read_file(file: Path, section: SourceSection, form: str) -> tuple[Dataset, str]:
+    """The rows of a file, all of them, and what was guessed of how it is written.
+
+    Raises:
+        UserError: It can't be read.
+    """
+    place, suffix = (*section.path, "source"), suffix_of(file.name)
+    options, guessed = _options(section), ""
+    try:
+        # datasets takes what is left of a file of zstandard's for all of it
+        if file.suffix.lower() == ".zst" and (found := _find_cut(file)):
+            raise user_error("unreadable-data", found, "get it again", path=place)
+        if suffix in (".json", ".jsonl", ".txt") and (found := _look_at_begin(file, suffix)):
+            raise user_error("unreadable-data", found, path=place)
+        with warnings.catch_warnings():  # pandas has another reader for delimiters that are not ASCII, and says so
+            warnings.filterwarnings("ignore", "Falling back to the 'python' engine")
+            if BUILDERS[suffix] == "csv":  # every cell is a text, as it is written: 01000, 1.50, NA, true
+                features, writing = _csv_features(file, section, form)
+                options |= {"features": features, "na_filter": False}
+                options |= {"sep": writing.delimiter, "encoding": writing.encoding}
+                guessed = writing.guessed
+            rows = load_dataset(BUILDERS[suffix], data_files=[glob.escape(str(file))], split="train", **options)
+        rows.data.table.validate(full=True)  # pyarrow reads JSON without looking at its bytes
+    except (DatasetsError, *UNREADABLE) as error:
+        if not isinstance(error, UserError) and _is_without_rows(file, section):
+            return Dataset.from_dict({}), ""
+        raise _explain_load_error(error, section, suffix, file) from error
+    return rows, guessed
+
+
+def _is_without_rows(file: Path, section: SourceSection) -> bool:
+    """Whether a file that can't be loaded is one without rows: libraries say this in many words."""
+    try:
+        if suffix_of(file.name) in TEXTS:
+            return next(iterate_rows(file, section.field, section.delimiter, section.encoding), None) is None
+        look = look_at([file])
+    except (*UNREADABLE, csv.Error):
+        return False
+    return look is not None and not look.rows
+
+
+def _join_parts(parts: dict[Path, Dataset], section: SourceSection) -> Dataset:
+    """The rows of several files. A column that a file lacks is null there.
+
+    Raises:
+        UserError: A column has one type in one file, and another in another.
+    """
+    kinds: dict[str, dict[str, Path]] = {}  # column -> its types, and the first file that has each
+    for file, part in parts.items():
+        for name, kind in part.features.items():
+            kinds.setdefault(name, {}).setdefault(str(kind), file)
+    several = [name for name, found in kinds.items() if len(found.keys() - {str(Value("null"))}) > 1]
+    if not several:
+        return concatenate_datasets(list(parts.values()))
+    if suffix_of(next(iter(parts)).name) in (".json", ".jsonl"):
+        return concatenate_datasets([_as_json(part, several, file, section.field) for file, part in parts.items()])
+    types: dict[str, Any] = {}
+    for name in several:
+        fields = [pa.schema([part.data.schema.field(name)]) for part in parts.values() if name in part.column_names]
+        try:  # objects that have other keys get each other's, as null
+            types[name] = pa.unify_schemas(fields, promote_options="permissive").field(name).type
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            (kind, first), (other, file), *_ = kinds[name].items()
+            found = f"the column '{name}' of {file} is {other}, and that of {first} is {kind}"
+            fix = "make them alike, or name the files as sources of a mixture"
+            raise user_error("unreadable-data", found, fix, path=(*section.path, "source")) from error
+    merged = Features.from_arrow_schema(pa.schema(list(types.items())))
+    alike = [
+        part.cast(Features({name: merged.get(name, kind) for name, kind in part.features.items()}))
+        for part in parts.values()
+    ]
+    return concatenate_datasets(alike)
+
+
+def _as_json(part: Dataset, names: list[str], file: Path, field: str | None) -> Dataset:
+    """Rows of a JSON file whose columns of some names may hold anything, as they do within one file."""
+    cells: dict[str, list[str | None]] = {name: [] for name in names if name in part.column_names}
+    for row in iterate_rows(file, field):
+        for name, column in cells.items():
+            column.append(None if row.get(name) is None else json.dumps(row[name]))
+    made = Dataset(pa.table({name: pa.array(column, pa.json_()) for name, column in cells.items()}))
+    kept = part.select_columns([name for name in part.column_names if name not in cells])
+    return concatenate_datasets([kept, made] if kept.column_names else [made], axis=1) if cells else part
+
+
+def _take(rows: Dataset, split: str) -> Dataset:
+    """The rows of a slice: `train[:5%]`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if split == "train":
+        return rows
+    parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    return concatenate_datasets([rows.select(range(part.from_, part.to)) for part in parts])
 
 
 def load_saved(section: SourceSection) -> Dataset:
     """A folder that datasets saved: one split, or several, of which the recipe names one.
 
     Raises:
+        UserError: One of its files is missing or cut off.
         ValueError: There is no such split.
     """
+    if found := _find_lost_shard(Path(section.source)):
+        raise user_error("unreadable-data", found, "get it again", path=(*section.path, "source"))
     loaded = load_from_disk(section.source)
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
     parts = ReadInstruction.from_spec(section.split).to_absolute({name: len(rows) for name, rows in splits.items()})
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
-def _csv_features(files: list[Path], section: SourceSection) -> tuple[Features, Writing]:
-    """A text for each column of the header, and how the files are written.
+def _find_lost_shard(folder: Path) -> str:
+    """Which file of a folder that datasets saved is not there, or not whole; empty when all are."""
+    for state in sorted(folder.rglob(SAVED[0])):
+        try:
+            names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        except (ValueError, LookupError, TypeError) as error:
+            return f"{state} is not as datasets writes it: {type(error).__name__}: {first_line(error)}"
+        for file in (state.parent / name for name in names):
+            if not file.is_file():
+                return f"{file} is missing: {state} lists it"
+            try:
+                with pa.memory_map(str(file)) as stream:
+                    pa.ipc.open_stream(stream).read_all()
+                    ended = stream.read_at(4, stream.size() - 4) == bytes(4)
+            except (pa.ArrowException, OSError) as error:
+                return f"{file} is cut off, or damaged: {first_line(error)}"
+            if not ended:
+                return f"{file} is cut off: the mark of its end is missing"
+    return ""
+
+
+def _csv_features(file: Path, section: SourceSection, form: str) -> tuple[Features, Writing]:
+    """A text for each column of the header, and how the file is written.
 
     pandas takes the first column for an index where rows have one field more.
 
     Raises:
-        UserError: The first row has more fields than the header, files differ, or the delimiter is another.
+        UserError: The first row has more fields than the header, or the delimiter is another.
     """
-    place = (*section.path, "source")
-    found: list[tuple[tuple[str, ...], Writing]] = []
-    for file in files:
-        writing = find_writing(file, section.delimiter, section.encoding)
-        with open_text(file, writing.encoding, newline="") as stream:
-            head = pd.read_csv(stream, nrows=1, dtype=str, sep=writing.delimiter)
-        columns = tuple(map(str, head.columns))
-        if len(columns) == 1 and (other := next((mark for mark in DELIMITERS if mark in columns[0]), None)):
-            names = ", ".join(name.strip() for name in split_line(columns[0], other))
-            message = f"{file} has one column, read with the delimiter '{writing.delimiter}'"
-            shown = "\\t" if other == "\t" else other
-            raise user_error(
-                "unreadable-data",
-                message,
-                f'set delimiter: "{shown}", which gives {names}',
-                path=(*section.path, "delimiter"),
-            )
-        if not isinstance(head.index, pd.RangeIndex):
-            fields = len(head.columns) + head.index.nlevels
-            message = f"{file}: row 1 has {fields} fields, the header has {len(columns)}"
-            fix = "quote texts with commas, or add the header's names"
-            raise user_error("unreadable-data", message, fix, path=place)
-        found.append((columns, writing))
-        if found[0] != found[-1]:
-            first, told = found[0], ", ".join(columns)
-            what = (
-                f"columns {told}" if first[0] != columns else f"another way to write: {writing.guessed or 'the usual'}"
-            )
-            raise user_error("unreadable-data", f"{file} has {what}, {files[0]} has not", "make them alike", path=place)
-    return Features({column: Value("string") for column in found[0][0]}), found[0][1]
+    writing = find_writing(file, section.delimiter, section.encoding)
+    with open_text(file, writing.encoding, newline="") as stream:
+        line = stream.readline().rstrip("\r\n")
+    columns = split_line(line, writing.delimiter)
+    if other := _find_delimiter(line, writing.delimiter, section, form):
+        what = "one column" if len(columns) == 1 else f"the columns {', '.join(columns)}"
+        shown, names = "\\t" if other == "\t" else other, ", ".join(split_line(line, other))
+        raise user_error(
+            "unreadable-data",
+            f"{file} has {what}, read with the delimiter '{writing.delimiter}'",
+            f'set delimiter: "{shown}", which gives {names}',
+            path=(*section.path, "delimiter"),
+        )
+    with open_text(file, writing.encoding, newline="") as stream:
+        head = pd.read_csv(stream, nrows=1, dtype=str, sep=writing.delimiter)
+    if not isinstance(head.index, pd.RangeIndex):
+        fields = len(head.columns) + head.index.nlevels
+        message = f"{file}: row 1 has {fields} fields, the header has {len(head.columns)}"
+        fix = "quote texts with commas, or add the header's names"
+        raise user_error("unreadable-data", message, fix, path=(*section.path, "source"))
+    return Features({str(column): Value("string") for column in head.columns}), writing
+
+
+def _find_delimiter(line: str, used: str, section: SourceSection, form: str) -> str | None:
+    """The delimiter that gives a header the columns of the format, where the one that was used does not.
+
+    Else, of a header that is one column, the one that gives it most, if these look like names.
+    """
+    wanted = [
+        {section.columns.get(role)} if role in section.columns else {*names_of(role)} for role in FORMATS[form].required
+    ]
+    cells = {mark: split_line(line, mark) for mark in (used, *DELIMITERS)}
+    fitting = [mark for mark in cells if all(names & set(cells[mark]) for names in wanted)]
+    if fitting:
+        return None if used in fitting else fitting[0]
+    strange = {*DELIMITERS, '"', "'", "\ufeff"}
+    clean = [
+        mark for mark in cells if mark != used and all(cell.strip() and not strange & set(cell) for cell in cells[mark])
+    ]
+    most = max(clean, key=lambda mark: len(cells[mark]), default=used)
+    return most if len(cells[used]) == 1 < len(cells[most]) else None
 
 
 def _as_written(rows: Dataset, files: list[Path], section: SourceSection) -> Dataset:
@@ -263,10 +398,7 @@ def _as_written(rows: Dataset, files: list[Path], section: SourceSection) -> Dat
         for name in changed:
             value = row.get(name)
             cells[name].append(json.dumps(value) if isinstance(value, int | float) else value)
-    parts = ReadInstruction.from_spec(section.split).to_absolute({"train": len(cells[changed[0]])})
-    written = Dataset.from_dict(
-        {name: [value for part in parts for value in cells[name][part.from_ : part.to]] for name in changed}
-    )
+    written = _take(Dataset.from_dict(cells), section.split)
     kept = [name for name in rows.column_names if name not in changed]
     return concatenate_datasets([rows.select_columns(kept), written], axis=1) if kept else written
 
@@ -489,7 +621,7 @@ def _refuse_lost_columns(section: SourceSection, form: str, unused: Dataset) -> 
         known = name if name in MEANINGS else misspelt(name, tuple(MEANINGS))
         if not known or (name in section.columns and section.columns[name] is None):
             continue
-        if known == "label" and unused.features[name].dtype != "bool":
+        if known == "label" and getattr(unused.features[name], "dtype", "") != "bool":
             continue  # a class, of data for a classifier
         values = unused.data.column(name)
         texts = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
@@ -501,24 +633,23 @@ def _refuse_lost_columns(section: SourceSection, form: str, unused: Dataset) -> 
             raise user_error("unused-column", message, f"{fix} list it in dataset.ignore: [{name}]", path=path)
 
 
-def _explain_load_error(error: Exception, section: SourceSection, suffix: str, files: list[Path]) -> UserError:
+def _explain_load_error(error: Exception, section: SourceSection, suffix: str, file: Path | None = None) -> UserError:
     """Says which line of a local file is at fault, or why a hub dataset can't be loaded."""
-    name, place = section.source, (*section.path, "source")
+    name, place = str(file or section.source), (*section.path, "source")
     if isinstance(error, UserError):
         return error
-    if isinstance(error, StopIteration):  # datasets 5.2: a JSON file without rows
-        return user_error("empty-dataset", f"{name} is empty", path=place)
     if any(isinstance(cause, ImportError) for cause in _causes(error)):
         return user_error("missing-package", f"{name} is compressed by zstandard", "pip install zstandard", path=place)
-    for file in files:
+    if file:
         if found := _find_cut(file):
             return user_error("unreadable-data", found, "get it again", path=place)
         if section.field and (found := _find_field(file, section.field)):
             return user_error("unreadable-data", found, path=(*section.path, "field"))
-        if suffix in TEXTS and not isinstance(error, OSError) and (found := _find_bad_bytes(file, section.encoding)):
-            return user_error(
-                "unreadable-data", found, path=(*section.path, "encoding" if section.encoding else "source")
-            )
+        if suffix in TEXTS and not isinstance(error, OSError):
+            found, fix = _find_bad_bytes(file, section.encoding)
+            at: KeyPath = (*section.path, "encoding") if section.encoding else place
+            if found:
+                return user_error("unreadable-data", found, fix, path=at)
         if suffix in (".json", ".jsonl") and not section.field and (found := _find_bad_json(file)):
             return user_error("unreadable-data", found, "fix the file", path=place)
     root = _causes(error)[-1] if suffix in BUILDERS else error
@@ -526,17 +657,14 @@ def _explain_load_error(error: Exception, section: SourceSection, suffix: str, f
         isinstance(root, OSError)
         and root.errno not in FULL
         and root.filename
-        and Path(str(root.filename)) not in (Path(name), *files)
+        and Path(str(root.filename)) not in (Path(name), file)
     ):
         message = f"{root.filename}: {root.strerror}"
         raise user_error("input-output", message, "prepared data and Hugging Face's caches are kept there (HF_HOME)")
     if isinstance(root, OSError) and root.errno in FULL:
         return disk_full(root.errno, Path(root.filename or HF_DATASETS_CACHE), "prepared data is kept there (HF_HOME)")
     what = first_line(root)
-    if len(files) > 1 and (other := _find_other_columns(files)):
-        fix = "give all rows the same columns, or name the files as sources of a mixture"
-        return user_error("unreadable-data", other, fix, path=place)
-    if files:
+    if file or is_file_source(name):
         return user_error("unreadable-data", f"cannot read {name}: {what}", path=place)
     hint = "check the id, subset and split, and the network; or use a local file"
     return user_error("dataset-unavailable", f"cannot load the dataset '{name}': {what}", hint, path=place)
@@ -563,17 +691,6 @@ def _find_cut(file: Path) -> str:
         return f"{file} is cut off: {size:,} bytes can be unpacked, and its end is missing"
     except (OSError, zlib.error) as error:
         return f"{file} can't be unpacked: {first_line(error)}"
-    return ""
-
-
-def _find_other_columns(files: Sequence[Path]) -> str:
-    """Which of several files of json has other columns than the first; empty when none has."""
-    found = {
-        file: sorted(next(iterate_rows(file), {})) for file in files if suffix_of(file.name) in (".json", ".jsonl")
-    }
-    for file, columns in found.items():
-        if columns != found[files[0]]:
-            return f"{file} has the columns {', '.join(columns)}, and {files[0]} {', '.join(found[files[0]])}"
     return ""
 
 
@@ -615,37 +732,23 @@ def _look_at_begin(file: Path, suffix: str) -> str:
     return ""
 
 
-def _find_bad_bytes(file: Path, encoding: str | None) -> str:
-    """Where a text file is not in its encoding; empty where it is."""
+def _find_bad_bytes(file: Path, encoding: str | None) -> tuple[str, str]:
+    """Where a text file is not in its encoding, and what to do; empty where it is."""
     try:
         known = codecs.lookup(encoding or "utf-8").name
     except LookupError:
-        return f"there is no encoding '{encoding}'"
+        return f"there is no encoding '{encoding}'", "set encoding to a name that Python knows (utf-8, cp1252, ...)"
     with open_bytes(file) as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                line.decode(known)
-            except UnicodeDecodeError as error:
-                byte = f"byte 0x{line[error.start]:02x}"
-                fix = "save the file as UTF-8" if encoding is None else "name another"
-                other = " (Latin-1 or cp1252?)" if encoding is None else ""
-                return f"{file}: line {number}: {byte} is not {known.upper()}{other}; {fix}"
-    return ""
-
-
-def _check_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON file.
-
-    Raises:
-        ValueError: A key is there twice, or a text is no Unicode text.
-    """
-    for number, (key, value) in enumerate(pairs):
-        if any(key == other for other, _ in pairs[:number]):
-            raise ValueError(f"the key '{key}' is there twice")
-        for text in (key, value):
-            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"key '{key}': half a surrogate pair (\\ud800 to \\udfff), which is no character")
-    return dict(pairs)
+        content = stream.read()
+    try:
+        content.decode(known)
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, f"byte 0x{content[error.start]:02x}"
+        found = f"{file}: line {line}: {byte} is not {known.upper()}{' (Latin-1 or cp1252?)' * (encoding is None)}"
+        if suffix_of(file.name) not in (".csv", ".tsv"):
+            return found, "save the file as UTF-8"
+        return found, "set encoding in the source to what it is (utf-8, cp1252, cp1251, shift_jis, gb18030, ...)"
+    return "", ""
 
 
 def _find_bad_json(file: Path) -> str:
@@ -656,14 +759,10 @@ def _find_bad_json(file: Path) -> str:
         number = 0
         try:
             if whole:
-                wrong = [
-                    index
-                    for index, row in enumerate(json.load(stream, object_pairs_hook=_check_pairs), 1)
-                    if not isinstance(row, dict)
-                ]
+                wrong = [at for at, row in enumerate(read_json(stream.read()), 1) if not isinstance(row, dict)]
                 return f"{file}: item {wrong[0]} is not a JSON object" if wrong else ""
             for number, line in enumerate(stream, 1):
-                if line.strip() and not isinstance(json.loads(line.rstrip(), object_pairs_hook=_check_pairs), dict):
+                if line.strip() and not isinstance(read_json(line.rstrip()), dict):
                     return f"{file}: line {number} is not a JSON object"
         except json.JSONDecodeError as error:
             return f"{file}: line {error.lineno if whole else number}, column {error.colno}: {error.msg}"

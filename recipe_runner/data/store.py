@@ -5,6 +5,7 @@ and row of each document), `accounting.json`, and `manifest.json` with the check
 last. An entry that was cut off or damaged is not used, and made again.
 """
 
+import collections
 import contextlib
 import hashlib
 import importlib.metadata
@@ -201,7 +202,22 @@ def _write_split(folder: Path, split: str, order: np.ndarray, job: Job) -> Tally
     np.save(folder / f"{split}.npy", order)
     if not tally.columns["length"] or not sum(len(lengths) for lengths in tally.columns["length"]):
         raise nothing_left(split, tally.dropped)
+    if split == "train" or job.dataset.eval:  # of what is held out, a small source may have a row or two
+        _refuse_lost_sources(split, order, job, tally)
     return tally
+
+
+def _refuse_lost_sources(split: str, order: np.ndarray, job: Job, tally: Tally) -> None:
+    """Refuses a mixture of which a source is gone: it may be less than `max_dropped` of all rows.
+
+    Raises:
+        UserError: No row of a source can be used.
+    """
+    for number in np.setdiff1d(order[:, 0], np.concatenate(tally.columns["source"])):
+        lost = job.tally()
+        with prepare_chunks(job, split, order[order[:, 0] == number], lost) as tables:
+            collections.deque(tables, maxlen=0)
+        raise nothing_left(split, lost.dropped, job.sources[number])
 
 
 @contextlib.contextmanager

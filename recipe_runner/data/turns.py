@@ -5,6 +5,7 @@ and `reasoning_content`; a `tool` turn, the result of a call, has the `name` of 
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -49,13 +50,16 @@ KNOWN_KEYS = frozenset(READ_KEYS + LOST_KEYS)
 NESTED_KEYS = frozenset(("tool_calls", "function_call"))  # whose values are objects
 # How a call begins that is spelt in the text of an answer: Hermes and Qwen, Llama, Mistral, LFM; and without tokens
 # of a template's, ReAct.
-SPELT_BY_TEMPLATES = ("<tool_call", "<function=", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_call")
-SPELT_CALLS = (*SPELT_BY_TEMPLATES, "<function", "```tool_c", "Action:")
+SPELT_BY_TEMPLATES = re.compile(r"<tool_call\w*>?|<function=|<\|python_tag\|>|\[TOOL_CALLS\]|<\|tool_call\w*(?:\|>)?")
+SPELT_CALLS = ("<tool_call", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_call", "<function", "```tool_c", "Action:")
 # What is counted of rows.
 UNDECLARED = "that call a tool which they do not declare"
+UNWRAPPED = "with results of tools taken out of <tool_response> tags, which the chat template writes itself"
+LISTED = "whose first turn lists the tools that they declare"
 SPELLING = "that spell a call of a tool in the text of an answer, as "  # and how it begins
 GOOD, BAD = "judged good", "judged bad"
 FOLDED_SYSTEM, JOINED = "with a system turn put into the user turn after it", "with turns of one role joined"
+SYSTEM_AS_USER = "with a system turn made a user turn: none of the user's is right after it"
 
 
 class RowError(Exception):
@@ -180,6 +184,10 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
         arguments = arguments or {}
         if not isinstance(arguments, dict):
             raise RowError(f"{where}: the arguments of '{name}' are no JSON object: {describe_value(arguments)}")
+        try:
+            json.dumps(arguments, allow_nan=False, default=str)
+        except ValueError as error:
+            raise RowError(f"{where}: the arguments of '{name}': NaN and Infinity are no numbers of JSON's") from error
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
     return calls
@@ -187,9 +195,33 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 def _parse(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return read_json(text)
     except ValueError as error:
         raise RowError(f"{what}: no JSON ({error}): {describe_value(text)}") from error
+
+
+def read_json(text: str) -> Any:
+    """What a text of JSON says, more strictly than Python reads it.
+
+    Raises:
+        ValueError: It is no JSON, has NaN or Infinity, a key twice, or half a character.
+    """
+    return json.loads(text, object_pairs_hook=_check_pairs, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def _check_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' is there twice")
+    for key, value in pairs:
+        if any("\ud800" <= character <= "\udfff" for of in (key, value) if isinstance(of, str) for character in of):
+            raise ValueError(f"key '{key}': half a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return made
 
 
 def read_tools(value: Any, where: str) -> Tools:
@@ -209,7 +241,7 @@ def read_tools(value: Any, where: str) -> Tools:
 @lru_cache(maxsize=1024)
 def _read_schemas(text: str) -> Tools:
     try:
-        declared = json.loads(text)
+        declared = read_json(text)
     except ValueError as error:
         raise ValueError(f"no JSON ({error}): {describe_value(text)}") from error
     tools = []
@@ -293,8 +325,7 @@ def fold_turns(
     """
     done: list[str] = []
     if dataset.merge_system and any(turn["role"] == "system" for turn in turns):
-        turns, learned = _fold_system(turns, learned)
-        done.append(FOLDED_SYSTEM)
+        turns, learned, done = _fold_system(turns, learned)
     if dataset.merge_turns:
         joined: Turns = []
         kept: list[bool] = []
@@ -312,8 +343,9 @@ def fold_turns(
     return turns, learned, done
 
 
-def _fold_system(turns: Turns, learned: list[bool]) -> tuple[Turns, list[bool]]:
+def _fold_system(turns: Turns, learned: list[bool]) -> tuple[Turns, list[bool], list[str]]:
     """Each system turn at the beginning of the user turn after it; as a user turn where there is none."""
+    done: dict[str, None] = {}
     folded: Turns = []
     kept: list[bool] = []
     waiting: dict[str, Any] | None = None
@@ -324,13 +356,19 @@ def _fold_system(turns: Turns, learned: list[bool]) -> tuple[Turns, list[bool]]:
             continue
         if waiting is not None and turn["role"] == "user":
             turn = join_turns(waiting, turn)
+            done[FOLDED_SYSTEM] = None
         elif waiting is not None:
             folded.append(waiting)
             kept.append(True)
+            done[SYSTEM_AS_USER] = None
         waiting = None
         folded.append(turn)
         kept.append(may)
-    return (folded, kept) if waiting is None else ([*folded, waiting], [*kept, True])
+    if waiting is not None:
+        folded.append(waiting)
+        kept.append(True)
+        done[SYSTEM_AS_USER] = None
+    return folded, kept, list(done)
 
 
 def call_undeclared(turn: dict[str, Any], tools: Tools) -> bool:
@@ -342,12 +380,19 @@ def call_undeclared(turn: dict[str, Any], tools: Tools) -> bool:
     return any(call["function"]["name"] not in names for call in calls)
 
 
+def lists_tools(turns: Turns, tools: Tools) -> bool:
+    """Whether the first turn spells the schemas of the declared tools, as Hermes' system prompts do."""
+    said = turns[0]["content"] if turns and tools else ""
+    return '"parameters"' in said and all(f'"{tool["function"]["name"]}"' in said for tool in tools)
+
+
 def find_spelt_call(turn: dict[str, Any]) -> str:
     """How a call begins that is spelt in the text of an answer, as a template writes calls; empty where none is."""
     content = turn["content"]
     if turn["role"] != "assistant" or ("<" not in content and "[" not in content):
         return ""
-    return next((mark for mark in SPELT_BY_TEMPLATES if mark in content), "")
+    found = SPELT_BY_TEMPLATES.search(content)
+    return found[0] if found else ""
 
 
 def describe_value(value: Any) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import trl
 from transformers import PreTrainedTokenizerBase
 
+from recipe_runner.data.checks import SPELT
+
 PROBE = [
     {"role": "user", "content": "Wie geht es?"},
     {"role": "assistant", "content": "Sehr gut."},
@@ -38,6 +40,12 @@ def find_equivalent(tokenizer: PreTrainedTokenizerBase) -> Path | None:
         if _render(tokenizer, file.read_text(encoding="utf-8")) == wanted:
             return file
     return None
+
+
+def find_strange_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Special tokens that the template spells in a conversation, and that the vocabulary lacks."""
+    text = _render(tokenizer, str(tokenizer.chat_template))[0] or ""
+    return [token for token in dict.fromkeys(SPELT.findall(text)) if token not in tokenizer.get_vocab()]
 
 
 def mark_generation(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -11,7 +11,7 @@ from recipe_runner.data.job import Replaced
 from recipe_runner.files import read_text, write_new
 from recipe_runner.model import templates
 from recipe_runner.model.base import drop_idle_flags, load_model_config
-from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
 
@@ -80,11 +80,21 @@ def _mark(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, 
     except ValueError as error:
         found, name = templates.find_marked(tokenizer)
         if not found:
-            message = "the chat template has no {% generation %} marks, and TRL does not know it"
-            fix = "set training.chat_template_path to a template with the marks, or train_on: completion or all"
-            raise user_error("no-generation-marks", message, fix, path=("dataset", "train_on")) from error
+            raise _without_marks(tokenizer) from error
         tokenizer.chat_template = found
         return tokenizer, Replaced(own, name, known=False)
+
+
+def _without_marks(tokenizer: PreTrainedTokenizerBase) -> UserError:
+    """The error for a template that does not mark answers, and for which no other stands in."""
+    if strange := templates.find_strange_tokens(tokenizer):
+        message = f"the chat template has no {{% generation %}} marks, and none can be put in: it spells {strange[0]},"
+        message += " which is not a token of this model's vocabulary"
+        fix = "use a template that is made for this tokenizer, or a model that has the token"
+        return user_error("template-token-missing", message, fix, path=("training", "chat_template_path"))
+    message = "the chat template has no {% generation %} marks, and no template with marks renders the same text"
+    fix = "set training.chat_template_path to a template with the marks, or train_on: last, completion or all"
+    return user_error("no-generation-marks", message, fix, path=("dataset", "train_on"))
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,5 +1,6 @@
 """Local data: which files a source names, and how each is read. Nothing of the training stack is imported."""
 
+import codecs
 import csv
 import glob
 import gzip
@@ -169,6 +170,8 @@ def find_writing(file: Path, delimiter: str | None, encoding: str | None) -> Wri
     with open_bytes(file) as stream:
         begin = stream.read(LOOKED_AT)
     found = encoding or _guess_encoding(begin)
+    if begin.startswith(codecs.BOM_UTF8) and found.lower().replace("_", "-") in ("utf-8", "utf8"):
+        found = "utf-8-sig"  # the mark at the beginning is no part of the first column's name
     line = next(iter(begin.decode(found, errors="replace").splitlines()), "")
     usual = "\t" if suffix_of(file.name) == ".tsv" else ","
     told = [] if encoding or found == "utf-8-sig" else [f"encoding {found}"]

@@ -16,18 +16,26 @@ from recipe_runner.stages import FORMATS, STAGES
 SCHEMA = "https://raw.githubusercontent.com/recipe-runner/recipe-runner/main/schema/recipe.bundle.schema.json"
 BATCH, INTERVAL = 4, 100  # rows on a device; steps between evaluations
 CHARACTERS, TURNS = 3, 40  # characters of a token, fewer than most have; tokens of the chat template
+OFFERED = 100  # tokens of what templates say of tools beside the declarations: Qwen 3's says 90
 LENGTHS = (256, 512, 1024, 2048, 4096)
 FEW = 500  # rows: below, several epochs of small steps
-# Role -> what else its column is called, in data of other tools.
+# Role -> columns that hold it in well-known data sets, which are taken for it by themselves; conversations with a label
+# end with what is judged (ShareGPT).
+OTHER_NAMES = {
+    "messages": ("conversations",),
+    "prompt": ("conversations",),
+    "tools": ("functions",),
+    "completion": ("messages", "conversations"),
+    "label": ("kto_tag",),
+}
+# Role -> what else its column is called, in data of other tools: what is proposed where none of these is there.
 FAMILIAR = {
-    "messages": ("conversations", "conversation", "turns", "dialog", "dialogue"),
+    "messages": ("conversation", "turns", "dialog", "dialogue"),
     "instruction": ("question", "query", "prompt", "problem"),
     "output": ("answer", "response", "reply", "completion", "target", "solution"),
     "input": ("context",),
-    "prompt": ("question", "query", "instruction", "conversations"),
-    "completion": ("answer", "response", "output", "messages", "conversations"),
-    "label": ("kto_tag",),
-    "tools": ("functions",),
+    "prompt": ("question", "query", "instruction"),
+    "completion": ("answer", "response", "output"),
     "text": ("content", "document", "body", "article"),
 }
 MAY_BE_LISTS = ("prompt", "chosen", "rejected", "completion", "tools", "history")
@@ -75,13 +83,18 @@ def find_columns(form: str, look: Columns, given: Mapping[str, str]) -> tuple[di
     columns, missing = dict(given), []
     for role in (role for role in (*layout.required, *layout.optional, *layout.context) if role not in given):
         free = [column for column in look if column not in columns.values() and _suits(role, look[column])]
-        names = (role, *FAMILIAR.get(role, ()))
+        names = names_of(role)
         known = {column.strip().lower(): column for column in free}
         if found := next((known[name] for name in names if name in known), None):
             columns[role] = found
         elif role in layout.required:
             missing.append(role)
     return columns, missing
+
+
+def names_of(role: str) -> tuple[str, ...]:
+    """What the column of a role may be called, the likeliest first."""
+    return (role, *OTHER_NAMES.get(role, ()), *FAMILIAR.get(role, ()))
 
 
 def _suits(role: str, cells: Sequence[Any]) -> bool:
@@ -136,6 +149,9 @@ def compose(
     few = rows is not None and rows < FEW
     fraction, epochs, accumulation = (0.1, 3, 1) if few else (0.02, 1, 4)
     steps = None if rows is None else max(1, round(rows * (1 - fraction)) // (BATCH * accumulation)) * epochs
+    held_out = f"  eval: {{fraction: {fraction}}}{' ' * (11 - len(str(fraction)) + 4)}# held out, by the seed\n"
+    held_out *= rows != 1  # which can't be on both sides
+    intervals = _choose_intervals(steps, epochs, bool(held_out))
     return (
         f"# yaml-language-server: $schema={SCHEMA}\n"
         f"# accelerate launch --no_python recipe-run {name}.yaml\n"
@@ -145,14 +161,14 @@ def compose(
         f"stage: {stage.name}\nmodel:\n  name_or_path: {write_scalar(model)}\n"
         f"{QUANTIZATION if way == 'qlora' else ''}{PEFT if way != 'full' else ''}"
         f"dataset:\n{_describe_data(form, data, columns, look)}"
-        f"  eval: {{fraction: {fraction}}}{' ' * (11 - len(str(fraction)) + 4)}# held out, by the seed\n"
+        f"{held_out}"
         "training:\n"
         f"{stage.notes.get('first', '')}  learning_rate: {_write_rate(rates.usual)}              # {why}\n"
         f"  num_train_epochs: {epochs}{_tell_steps(steps, stage.packs)}\n"
         f"  per_device_train_batch_size: {BATCH}   # halve it when memory runs out ...\n"
         f"  gradient_accumulation_steps: {accumulation}   # ... and double this: rows in a step stay the same\n"
-        f"{_choose_length(look)}"
-        f"{packing if stage.packs else ''}{stage.notes.get('batches', '')}{schedule}{_choose_intervals(steps, epochs)}"
+        f"{_choose_length(look, 'tools' in columns)}"
+        f"{packing if stage.packs else ''}{stage.notes.get('batches', '')}{schedule}{intervals}"
         "  save_total_limit: 2\n"
         "run:\n  output_dir: runs\n  seed: 42\n"
     )
@@ -164,9 +180,10 @@ def _tell_steps(steps: int | None, packs: bool) -> str:
     return f"              # about {steps:,} steps of the optimizer"
 
 
-def _choose_length(look: Looked | None) -> str:
+def _choose_length(look: Looked | None, offers: bool) -> str:
     """`max_length` for the longest rows, by a guess of characters a token."""
     most = math.ceil(look.characters / CHARACTERS) + TURNS if look and look.characters else None
+    most = most + OFFERED if most and offers else most
     if most is None:
         return "  max_length: 1024                 # tokens; longer rows are cut, and counted\n"
     length = next((of for of in LENGTHS if of >= most), LENGTHS[-1])
@@ -174,16 +191,16 @@ def _choose_length(look: Looked | None) -> str:
     return f"  max_length: {length:<20} # {told}\n"
 
 
-def _choose_intervals(steps: int | None, epochs: int) -> str:
+def _choose_intervals(steps: int | None, epochs: int, evaluates: bool) -> str:
     """When to evaluate, save and log: every hundred steps, or so that few steps have some of each."""
     if steps is None or steps >= 10 * INTERVAL:
         return f"  eval_strategy: steps\n  eval_steps: {INTERVAL}\n  save_steps: {INTERVAL}\n"
-    share = f"{1 / epochs / 2:.3g}"
+    share, told = f"{1 / epochs / 2:.3g}", " # below 1: a share of all steps"
     logging = next((of for of in (1, 2, 5, 10, 20) if steps / of <= 50), 20)
-    return (
-        f"  eval_strategy: steps\n  eval_steps: {share:<20} # below 1: a share of all steps\n"
-        f"  save_steps: {share}\n  logging_steps: {logging}\n"
-    )
+    evaluations = f"  eval_strategy: steps\n  eval_steps: {share:<20}{told}\n"
+    if not evaluates:
+        return f"  save_steps: {share:<20}{told}\n  logging_steps: {logging}\n"
+    return f"{evaluations}  save_steps: {share}\n  logging_steps: {logging}\n"
 
 
 def _describe_data(form: str, data: str, columns: Mapping[str, str], look: Looked | None) -> str:

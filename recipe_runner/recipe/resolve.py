@@ -21,6 +21,7 @@ from recipe_runner.recipe.rules.adapter import locate_adapter
 from recipe_runner.stages import PIPELINE
 
 MAX_BASES = 50  # that extend each other: more is a mistake of a script
+KEPT = ("removed-key", "out-of-bounds")  # said already, and left in what the rules judge
 
 
 @dataclass
@@ -85,7 +86,7 @@ def examine_recipe(
         values.pop("extends", None)  # meant by a typo: what it would bring is missing, and the rules can't be applied
         stages: list[Recipe] = []
         links: list[Link] = []
-        if not problems or not [p for p in validate.check_values(values, draft.place) if p.code != "removed-key"]:
+        if not problems or not [p for p in validate.check_values(values, draft.place) if p.code not in KEPT]:
             schema.fill_defaults(values)
             recipe = Recipe(file, written, values, draft.key_marks)
             if values["stage"] == PIPELINE:
@@ -283,6 +284,8 @@ def _repaired(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]
         return values
     values = copy.deepcopy(values)
     for problem in problems:
+        if problem.code == "out-of-bounds" and any(isinstance(step, int) for step in problem.path[:-1]):
+            continue  # of a source in a list: rules ask which of them have the key, not for its number
         if problem.code in ("unknown-key", "renamed-key", "misplaced-key", "removed-key", "out-of-bounds"):
             path = problem.path
             while isinstance(path[-1], int):  # an item of a list: without it, the list would be another

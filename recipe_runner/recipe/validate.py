@@ -31,6 +31,7 @@ _TYPES = {
     "null": "null",
 }
 _LONG = 300
+_ESCAPES = ("\\t", "\\n")  # which YAML reads in double quotes only
 _BOUNDS = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
 
 
@@ -106,7 +107,9 @@ def _problems(error: Any, path: KeyPath, place: Place, kinds: Mapping[str, str])
         case "maxItems":
             yield problem("out-of-bounds", f"{len(value)} items, at most {error.validator_value} are allowed")
         case "maxLength":
-            yield problem("out-of-bounds", f"longer than {error.validator_value} characters")
+            most = error.validator_value
+            hint = f'write "{value}" in double quotes: elsewhere it is two characters' if value in _ESCAPES else ""
+            yield problem("out-of-bounds", f"longer than {most} character{'s' * (most != 1)}", hint)
         case "pattern":
             forms = f"expected {error.validator_value.strip('^$()').replace('|', ', ')}"
             described = error.schema.get("description", forms)

@@ -350,3 +350,29 @@ def test_what_datasets_saved_is_looked_into_and_nothing_is_written_of_no_rows(ru
     empty = run_cli("new", "empty.yaml", "--data", "rows.csv", "--model", "a/b", "--method", "lora", "--format", "text")
     assert (empty.status, "error[empty-dataset]" in empty.err) == (1, True)
     assert not (tmp_path / "empty.yaml").exists()
+
+
+def test_of_one_row_none_is_held_out(run_cli, tmp_path):
+    """It can't be on both sides: a run would refuse it."""
+    options = ["--model", "a/b", "--method", "lora", "--format", "text", "--data", "rows.jsonl"]
+    for count in (1, 2):
+        write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * count)
+        file = tmp_path / f"of_{count}.yaml"
+        assert run_cli("new", file, *options).status == 0
+        recipe = load_recipe(str(file))
+        assert recipe.dataset.has_eval == (count > 1)
+        assert recipe.training["eval_strategy"] == ("steps" if count > 1 else "no")
+        assert run_cli("validate", "--strict", file).status == 0
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_declared_tools_and_calls_count_for_the_length(run_cli, tmp_path, as_json):
+    words = {name: {"type": "string", "description": "a word"} for name in (f"word{n}" for n in range(20))}
+    tools = [{"type": "function", "function": {"name": "say", "parameters": {"type": "object", "properties": words}}}]
+    call = {"type": "function", "function": {"name": "say", "arguments": dict.fromkeys(words, "a")}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    write_rows(tmp_path / "rows.jsonl", [{"messages": turns, "tools": json.dumps(tools) if as_json else tools}] * 3)
+    options = ["--model", "a/b", "--method", "lora", "--format", "chat", "--data", "rows.jsonl"]
+    assert run_cli("new", tmp_path / "mine.yaml", *options).status == 0
+    characters = len(json.dumps(tools)) + len(json.dumps(call))
+    assert load_recipe(str(tmp_path / "mine.yaml")).training["max_length"] == 1024 > characters / 3 > 300

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from recipe_runner.data import formats
-from recipe_runner.data.turns import FOLDED_SYSTEM, JOINED, UNDECLARED, RowError
+from recipe_runner.data.turns import FOLDED_SYSTEM, JOINED, SYSTEM_AS_USER, UNDECLARED, RowError
 from recipe_runner.recipe.sections import DatasetSection
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -96,6 +96,15 @@ def test_calls_that_are_spelt_in_a_text_stay_text():
             [ASK, ROW[1] | {"tool_calls": [{"function": {"name": "w", "arguments": "{city"}}]}],
             "the arguments of 'w': no JSON",
         ),
+        *(
+            ([ASK, ROW[1] | {"tool_calls": [{"function": {"name": "w", "arguments": of}}]}], f"'w': {said}")
+            for of, said in (
+                ('{"a": NaN}', "no JSON (NaN is no number of JSON's)"),
+                ('{"a": [-Infinity]}', "no JSON (-Infinity is no number of JSON's)"),
+                ({"a": float("nan")}, "NaN and Infinity are no numbers of JSON's"),
+                ('{"a": {"b": 1, "b": 2}}', "no JSON (the key 'b' is there twice)"),
+            )
+        ),
         ([ASK, ROW[1] | {"tool_calls": [{"function": {"name": "w", "arguments": [1]}}]}], "'w' are no JSON object"),
         ([ASK, ROW[1] | {"tool_calls": [{"function": {"arguments": {}}}]}], "expected a call {name, arguments}"),
         (sharegpt(("human", "Rome?"), ("function_call", "weather()")), "turn 2: the call: no JSON"),
@@ -185,7 +194,13 @@ def test_a_system_turn_is_put_into_the_user_turn_after_it():
     found = normalise({"messages": [system, ASK, SAY]}, merge_system=True)
     assert found["messages"] == [{"role": "user", "content": "Be brief.\n\nRome?"}, SAY]
     assert found["noted"] == [FOLDED_SYSTEM]
-    assert normalise({"messages": [system, SAY]}, merge_system=True)["messages"][0] == system | {"role": "user"}
+    alone = normalise({"messages": [system, SAY]}, merge_system=True)
+    assert alone["messages"][0] == system | {"role": "user"}
+    assert alone["noted"] == [SYSTEM_AS_USER]
+    assert normalise({"messages": [system, ASK, SAY, system]}, merge_system=True)["noted"] == [
+        FOLDED_SYSTEM,
+        SYSTEM_AS_USER,
+    ]
     row = {"instruction": "Rome?", "output": "Sunny."}
     asked = normalise(row, "instruction", train_on="completion", system="Be brief.", merge_system=True)["prompt"]
     assert asked == [{"role": "user", "content": "Be brief.\n\nRome?"}]

@@ -87,6 +87,26 @@ def test_what_datasets_saved_is_read(load, refused, tmp_path, split):
     assert load(f"one/{arrow.name}")[0] == WANTED
 
 
+def test_a_file_of_what_datasets_saved_is_missing_or_cut_off(refused, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list([{"instruction": "q" * 100, "output": f"answer {n}"} for n in range(3000)])
+    for number, harm in enumerate(("missing", "cut off", "cut off", "cut off")):
+        folder = tmp_path / f"of_{number}"
+        saved = DatasetDict({"train": rows}) if number % 2 else rows
+        saved.save_to_disk(folder, **({"num_shards": 3} if number % 2 == 0 else {"num_shards": {"train": 3}}))
+        shard = sorted(folder.rglob("*.arrow"))[number % 3]
+        content = shard.read_bytes()
+        shard.unlink()
+        if number:
+            shard.write_bytes(content[: (0, len(content) // 2, 0, len(content) - 8)[number]])
+        said = refused(f"of_{number}")
+        assert said.startswith("unreadable-data dataset.train.source: ")
+        assert f"{shard} is {harm}" in said
+    (tmp_path / "of_0" / "state.json").write_text("{}")
+    assert "of_0/state.json is not as datasets writes it" in refused("of_0")
+
+
 def test_several_files_are_a_pattern_or_a_folder_that_is_named_as_one(load, refused, tmp_path):
     (tmp_path / "many").mkdir()
     for part in ("a", "b"):
@@ -139,11 +159,43 @@ def test_columns_that_are_read_wrongly_are_said(refused, tmp_path):
     assert "a.csv has one column, read with the delimiter ','" in found
     assert 'set delimiter: ";", which gives instruction, output' in found
     write_columns(tmp_path / "b.csv", encoding="cp1252", word="antwört")
-    assert "line 2: byte 0xf6 is not UTF-8; name another" in refused("b.csv", encoding="utf-8")
-    assert "there is no encoding 'klingon'" in refused("b.csv", encoding="klingon")
-    write_columns(tmp_path / "c.csv")
-    (tmp_path / "d.csv").write_text("other,output\na,b\n")
-    assert "d.csv has columns other, output, " in refused("[cd].csv")
+    assert "line 2: byte 0xf6 is not UTF-8; set encoding in the source to what it is" in refused(
+        "b.csv", encoding="utf-8"
+    )
+    assert "there is no encoding 'klingon'; set encoding to a name" in refused("b.csv", encoding="klingon")
+    (tmp_path / "c.csv").write_bytes(b"instruction,output\n" + b"q,a\n" * 20_000 + b"q,antw\xf6rt\n")
+    assert "line 20002: byte 0xf6 is not UTF-8 (Latin-1 or cp1252?); set encoding in the source" in refused("c.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "said"),
+    [
+        (
+            '"instruction";"output"\n"q";"a"\n',
+            "utf-8-sig",
+            "one column, read with the delimiter ','; set delimiter: \";\"",
+        ),
+        ("instruction|in, short|output\nq|s|a\n", "utf-8", "the columns instruction|in,  short|output, read with"),
+        (
+            "instruction|in, short|output\nq|s|a\n",
+            "utf-8",
+            'set delimiter: "|", which gives instruction, in, short, output',
+        ),
+        ("frage;antwort\nq;a\n", "utf-8", 'set delimiter: ";", which gives frage, antwort'),
+        ("frage;;\nq;a;\n", "utf-8", "no column 'instruction' for the role 'instruction'"),
+    ],
+)
+def test_the_delimiter_that_is_named_is_the_one_that_gives_the_columns(refused, tmp_path, text, encoding, said):
+    (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+    found = refused("a.csv", delimiter=",", encoding="utf-8")
+    assert said in found
+    assert "\ufeff" not in found
+
+
+def test_any_character_delimits_and_pandas_says_nothing(load, tmp_path, recwarn):
+    write_columns(tmp_path / "a.csv", "¦")
+    assert load("a.csv", delimiter="¦")[0] == WANTED
+    assert not recwarn.list
 
 
 def test_rows_are_under_a_key(load, refused, tmp_path):
@@ -182,13 +234,64 @@ def test_a_file_on_the_hub_is_read_by_its_kind(load, refused, monkeypatch):
     assert "is no file of data; name one" in refused("hf://datasets/someone/rows")
 
 
-def test_files_with_other_columns_are_named(load, refused, tmp_path):
-    (tmp_path / "many").mkdir()
-    write_rows(tmp_path / "many" / "a.jsonl", ROWS)
-    write_rows(tmp_path / "many" / "b.jsonl", [row | {"day": {"of": 1}} for row in ROWS])
-    said = refused("many/")
-    assert "b.jsonl has the columns day, instruction, output, and " in said
-    assert "name the files as sources of a mixture" in said
+def write_parts(folder, suffix, parts):
+    from datasets import Dataset
+
+    folder.mkdir()
+    for number, rows in enumerate(parts):
+        file = folder / f"{number}.{suffix}"
+        made = Dataset.from_list(rows)
+        write_rows(file, rows) if suffix == "jsonl" else getattr(made, f"to_{suffix}")(file)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_column_that_a_part_lacks_is_empty_there(run_recipe, tmp_path, suffix, first):
+    more = [row | {"input": f"look at {n}"} for n, row in enumerate(ROWS)]
+    write_parts(tmp_path / "many", suffix, [ROWS, more] if first == 0 else [more, ROWS])
+    data = {"format": "instruction", "train": {"source": "many/", "split": "train[:75%]"}}
+    shown, _ = run_recipe("-n", "15", command="preview", dataset=data)
+    assert shown.status == 0, shown.err
+    assert "15 rows: 15 kept" in shown.out
+    assert shown.out.count("look at") == (5 if first == 0 else 10)
+
+
+def test_parts_of_json_are_read_as_one_file(load, refused, tmp_path):
+    """Keys of turns that some parts have, calls with other arguments, numbers beside texts."""
+    write_parts(tmp_path / "many", "jsonl", [[{"instruction": "q", "output": of}] for of in ("a", 1, 2.5, True, "07")])
+    (tmp_path / "many" / "9.jsonl").write_text("")
+    assert load("many/")[0] == ["a", "1", "2.5", "true", "07"]
+    write_parts(tmp_path / "other", "jsonl", [[ROWS[0]], [{"instruction": "q", "output": {"a": 1}}]])
+    assert "row 2: column 'output': expected a text, found dict" in refused("other/")
+
+
+def test_parts_that_cant_be_one_are_named(refused, tmp_path):
+    write_parts(tmp_path / "types", "parquet", [ROWS, [{"instruction": "q", "output": ["a"]}]])
+    found = refused("types/")
+    assert "the column 'output' of " in found
+    assert "types/1.parquet is List(Value('string')), and that of " in found
+    write_parts(tmp_path / "names", "csv", [ROWS, [{"question": "q", "output": "a"}]])
+    found = refused("names/")
+    assert "names/1.csv has no column 'instruction' for the role 'instruction', which other files of " in found
+    assert "its columns: question, output" in found
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_turns_of_parts_keep_their_own_keys(tokenizer_of, job_of, tmp_path, suffix):
+    from templated import TEMPLATES, prepare
+
+    ask, say = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    calls = [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": of}}]}
+        for of in ({"x": 1}, {"y": "z"})
+    ]
+    parts = [[{"messages": [ask, turn]}] for turn in (say, *calls, {**say, "weight": 1})]
+    write_parts(tmp_path / "many", suffix, parts)
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3_training"))
+    rows = prepare(job_of("sft", [], tokenizer, {"max_length": None}, format="chat", train={"source": "many/"}))[0]
+    texts = [tokenizer.decode(row["input_ids"]) for row in rows]
+    assert ['"arguments": {"x": 1}}' in texts[1], '"arguments": {"y": "z"}}' in texts[2]] == [True, True]
+    assert len(rows) == 4
 
 
 def test_a_guess_of_an_encoding_is_a_warning(run_recipe, tmp_path):

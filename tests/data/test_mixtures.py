@@ -121,3 +121,15 @@ def test_a_mixture_of_which_nothing_or_nearly_all_is_one_source_is_refused(mixtu
     assert result.status == 1
     assert "error[mixture-weight] dataset.train" in result.err
     assert said in result.err
+
+
+@pytest.mark.parametrize("weights", [{}, {"weight": 1}])
+def test_a_source_of_which_nothing_is_left_is_refused(mixture, tmp_path, weights):
+    """Also where it is less than `max_dropped` of all rows."""
+    write_rows(tmp_path / "gone.jsonl", [{"instruction": f"say {n}", "output": ""} for n in range(3)])
+    train = [{"source": f"{name}.jsonl"} | weights for name in ("short", "long", "gone")]
+    more = {"weight_by": "tokens"} if weights else {}
+    result, _ = mixture(command="preview", train=train, **more)
+    assert result.status == 1
+    assert "error[empty-dataset] dataset.train.2.source: no row of the train data of " in result.err
+    assert "gone.jsonl can be used: 3 with an empty output; fix its rows, or leave the source out" in result.err

@@ -450,7 +450,7 @@ def test_a_row_that_the_template_refuses_is_named(preview, tmp_path):
     result, _ = preview(command="prepare", rows=rows, format="chat", training={"chat_template_path": str(template)})
     assert result.status == 1
     assert "error[row-refused]" in result.err
-    assert "rows.jsonl: row 9 can't be rendered: take turns" in result.err
+    assert "rows.jsonl: row 9 can't be rendered: turn 3 (assistant, 'a'): take turns" in result.err
 
 
 def test_a_row_for_which_the_template_does_not_end_is_named(preview, tmp_path, monkeypatch):

@@ -155,8 +155,8 @@ def test_hub_datasets_are_asked_for_by_subset_split_and_revision(load, monkeypat
             "unreadable-data",
             "x.json: line 2, column 8",
         ),
-        ({"text": ""}, "empty-dataset", "rows.jsonl is empty"),
-        ({"text": "\n\n"}, "unreadable-data", "cannot read"),
+        ({"text": ""}, "empty-dataset", "rows.jsonl has no rows"),
+        ({"text": "\n\n"}, "empty-dataset", "rows.jsonl has no rows"),
         (
             {"text": "not parquet", "file": "x.parquet", "train": {"source": "x.parquet"}},
             "unreadable-data",
@@ -166,6 +166,17 @@ def test_hub_datasets_are_asked_for_by_subset_split_and_revision(load, monkeypat
             {"rows": ROWS, "train": {"source": "nobody/no-such-dataset"}},
             "dataset-unavailable",
             "cannot load the dataset 'nobody/no-such-dataset'",
+        ),
+        *(
+            ({"text": text, "file": file, "train": {"source": file, **options}}, "empty-dataset", f"{file} has no rows")
+            for text, file, options in (
+                ("instruction,output\n", "x.csv", {}),
+                ("instruction\toutput", "x.tsv", {}),
+                ("", "x.csv", {}),
+                ("", "x.txt", {}),
+                ("[]", "x.json", {}),
+                ('{"rows": []}', "x.json", {"field": "rows"}),
+            )
         ),
         ({"rows": ROWS[:1], "eval": {"fraction": 0.5}}, "empty-dataset", "none can be held out"),
     ],
@@ -415,6 +426,7 @@ def test_a_template_without_system_turns_says_where_to_put_them(write_recipe, tm
     options = {"command": "preview", "training": training}
     told, _ = run_recipe(rows=rows, dataset={"format": "chat"}, **options)
     fix = "roles must alternate; the chat template refuses a system turn: set dataset.merge_system: true"
+    fix = f"row 1 can't be rendered: turn 1 (system, 's'): {fix}"
     assert (told.status, fix in told.err) == (1, True), told.err
     told, _ = run_recipe(rows=[{"messages": turns}] * 3, dataset={"format": "chat", "system": "s"}, **options)
     assert fix in told.err

@@ -163,7 +163,13 @@ ENDLESS = (
 
 
 @pytest.mark.parametrize(
-    ("template", "code"), [(TURNS, "no-generation-marks"), (ENDLESS, "end-of-turn-masked"), (None, "no-chat-template")]
+    ("template", "code"),
+    [
+        (TURNS, "no-generation-marks"),
+        (TURNS.replace("<|end|>", "<|eot_id|>"), "template-token-missing"),
+        (ENDLESS, "end-of-turn-masked"),
+        (None, "no-chat-template"),
+    ],
 )
 def test_a_template_that_would_teach_the_wrong_tokens_is_refused(prepare, with_template, template, code):
     with pytest.raises(UserError) as caught:

@@ -7,6 +7,8 @@ import pytest
 from jinja2 import TemplateError
 from templated import TEMPLATES, prepare, prepare_by_trl
 
+from recipe_runner.data.turns import UNWRAPPED
+
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Says it.", "parameters": PARAMETERS}}
 NEWS = {"type": "function", "function": {"name": "news", "description": "Reads it.", "parameters": PARAMETERS}}
@@ -304,8 +306,100 @@ def test_calls_that_a_text_spells_otherwise_than_the_template_are_said(tokenizer
         found = problems_of(rows, tokenizer, train_on="last")
         assert ("calls-spelt-otherwise" in found) == said, name
         if said:
-            assert "1 train rows spell calls of tools as <tool_call in their text" in found["calls-spelt-otherwise"]
+            assert "1 train rows spell calls of tools as <tool_call> in their text" in found["calls-spelt-otherwise"]
             assert '"name": "count"' in found["calls-spelt-otherwise"]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_training", "qwen3_training", "glm4moe_training", "llama3_1"])
+def test_results_stand_between_tags_once(tokenizer_of, job_of, name):
+    """Hermes' rows have the tags in their text, also several results in a turn; Qwen's template writes them itself."""
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
+    spelt = {"role": "assistant", "content": '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'}
+    bare = [{"role": "tool", "content": text} for text in ("sunny", "cold\n\n")]
+    tagged = "\n".join(f"<tool_response>\n{turn['content']}\n</tool_response>" for turn in bare)
+    talks = [[ASK, spelt, *bare, SAY], [ASK, spelt, {"role": "tool", "content": f"{tagged}\n"}, SAY]]
+    talks += [[ASK, spelt, {"role": "tool", "content": "so: <tool_response>1</tool_response>"}, SAY]]
+    job = job_of("sft", [{"messages": talk} for talk in talks], tokenizer, format="chat", train_on="last")
+    rows, tally = prepare(job)
+    assert (rows[0] == rows[1]) == (name != "llama3_1")
+    assert [what for what in tally.noted if "taken out of <tool_response> tags" in what] == (
+        [] if name == "llama3_1" else [UNWRAPPED]
+    )
+    assert "so: <tool_response>1</tool_response>" in tokenizer.decode(rows[2]["input_ids"])
+
+
+def test_tools_that_are_rendered_twice_are_said(tokenizer_of, problems_of):
+    system = {"role": "system", "content": f"You may call: <tools>{json.dumps(WEATHER)}</tools>"}
+    for talk, tools, name, said in (
+        ([system, ASK, SAY], [WEATHER], "qwen3_training", True),
+        ([system, ASK, SAY], [WEATHER], "llama3_1", True),
+        ([system, ASK, SAY], [WEATHER], "phi3_training", False),
+        ([system, ASK, SAY], [NEWS], "qwen3_training", False),
+        ([{"role": "system", "content": 'You may call "weather".'}, ASK, SAY], [WEATHER], "qwen3_training", False),
+    ):
+        tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
+        found = problems_of([{"messages": talk, "tools": tools}], tokenizer, train_on="last")
+        assert ("tools-listed-twice" in found) == said, name
+        if said:
+            assert "1 train rows list their tools in the text of the first turn" in found["tools-listed-twice"]
+
+
+def test_calls_that_the_marks_leave_out_are_refused(tokenizer_of, problems_of):
+    """A copy of Llama 3.1's template with marks has them around the texts of answers only."""
+    from recipe_runner.model.templates import mark_generation
+
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "llama3_1"))
+    tokenizer.chat_template = mark_generation(tokenizer)
+    rows = [{"messages": TALKS[0], "tools": [WEATHER]}]
+    found = problems_of(rows, tokenizer)["calls-not-marked"]
+    assert "those of 1 train rows would not be learned; set dataset.train_on: last, or " in found
+    assert "calls-not-marked" not in problems_of(rows, tokenizer, train_on="last")
+    assert "calls-not-marked" not in problems_of([{"messages": TALKS[2]}], tokenizer)
+
+
+def test_what_of_a_row_a_template_refuses_is_named(tokenizer_of, job_of):
+    from recipe_runner.problems.errors import UserError
+
+    bare = {"type": "function", "function": {"name": "news", "parameters": PARAMETERS}}
+    twice = CALLING | {"tool_calls": [CALL, CALL | {"id": "call00002"}]}
+    for name, row, said in (
+        (
+            "gptoss_training",
+            {"messages": TALKS[0], "tools": [WEATHER, bare]},
+            "row 2 can't be rendered: tool 2 ('news'): 'dict object' has no attribute 'description'; give the tool a ",
+        ),
+        (
+            "llama3_1",
+            {"messages": [ASK, SAY, ASK, twice], "tools": [WEATHER]},
+            "row 2 can't be rendered: turn 4 (assistant, calls of weather, weather): This model only supports single",
+        ),
+        (
+            "gemma_training",
+            {"messages": [ASK, SAY, ASK, ASK, SAY]},
+            "row 2 can't be rendered: turn 4 (user, 'Is it warm?'): Conversation roles must alternate",
+        ),
+    ):
+        tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
+        rows = [{"messages": TALKS[2]} | ({"tools": [WEATHER]} if "tools" in row else {}), row]
+        with pytest.raises(UserError) as caught:
+            prepare(job_of("sft", rows, tokenizer, format="chat", train_on="last"))
+        (problem,) = caught.value.problems
+        assert said in f"{problem.message}; {problem.suggestion}"
+
+
+def test_a_row_that_is_refused_is_named_where_lengths_are_measured(tokenizer_of, job_of, tmp_path):
+    from recipe_runner.data.prepare import order_rows
+    from recipe_runner.problems.errors import UserError
+
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "gemma_training"))
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": [ASK, ASK, SAY]}) + "\n")
+    (tmp_path / "good.jsonl").write_text(json.dumps({"messages": [ASK, SAY]}) + "\n")
+    train = [{"source": f"{name}.jsonl", "weight": 1} for name in ("good", "bad")]
+    job = job_of("sft", [], tokenizer, format="chat", weight_by="tokens", train=train)
+    with pytest.raises(
+        UserError, match=r"bad\.jsonl: row 1 can't be rendered: turn 2 .* set dataset\.merge_turns: true"
+    ):
+        order_rows(job)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_training", "phi3_training", "qwen3_training"])
