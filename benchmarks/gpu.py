@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py speed  [--steps 20] [--minutes 8]   # recipes, variants; a plain TRL script, in turn
     python benchmarks/gpu.py memory [--steps 4]                  # peak memory of set-ups of a 1B model
+    python benchmarks/gpu.py align  [--steps 4]                  # KTO, reward model, RLOO, GRPO, distillation
     python benchmarks/gpu.py first  [--steps 6]                  # the longest batch first: its time, memory and traces
 
 A model is built from its configuration on the device, with random weights, so nothing is downloaded: time and memory
@@ -151,8 +152,23 @@ STOPS = (
     Setup("stops: chat", "phi3_chat_qlora", {}, "Llama-3.2-1B", PAIR),
     Setup("stops: DPO, in random order", "phi3_dpo_qlora", RANDOM, "Llama-3.2-1B", PAIR),
 )
-SETUPS = {"speed": SPEED, "memory": MEMORY, "first": FIRST + STOPS}
-STEPS = {"speed": 20, "memory": 4, "first": 6}
+PLAIN, BRIEF = {"quantization": None}, {"training.max_completion_length": 256}
+ALIGN = tuple(
+    Setup(name, recipe, changes)
+    for name, recipe, changes in (
+        ("KTO, as shipped", "phi3_kto_qlora", {}),
+        ("KTO, LoRA", "phi3_kto_qlora", PLAIN),
+        ("reward model, as shipped", "phi3_reward_qlora", {}),
+        ("reward model, LoRA", "phi3_reward_qlora", PLAIN),
+        ("GRPO, 256 new tokens", "phi3_grpo_qlora", BRIEF),
+        ("GRPO, LoRA, 256 new tokens", "phi3_grpo_qlora", BRIEF | PLAIN),
+        ("RLOO, 256 new tokens", "phi3_rloo_qlora", BRIEF),
+        ("distillation, 256 new tokens", "phi3_distillation_qlora", BRIEF),
+    )
+)
+GENERATING = ("grpo", "rloo", "distillation")  # of whose recipes no FLOPs are told: most are generation's
+SETUPS = {"speed": SPEED, "memory": MEMORY, "align": ALIGN, "first": FIRST + STOPS}
+STEPS = {"speed": 20, "memory": 4, "align": 4, "first": 6}
 
 
 def main() -> None:
@@ -162,6 +178,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int)
     arguments.add_argument("--minutes", type=float, default=8)
     arguments.add_argument("--only", default="", help="set-ups whose names hold this")
+    arguments.add_argument("--json", type=Path, help="a file for all that was measured, a line each")
     arguments.add_argument("--tiny", action="store_true", help="two narrow layers instead of the whole model")
     options = arguments.parse_args()
     if options.what == "worker":
@@ -175,6 +192,8 @@ def main() -> None:
         folder = Path(name)
         weights = {model: build_model(model, folder / model, options.tiny) for model in {s.model for s in setups}}
         write_rows(folder)
+        if options.what == "align":
+            build_judges(folder, options.tiny)
         print(f"{device_name()}; {steps} steps, {time.monotonic() - start:.0f} s to build the models\n")
         print("| set-up | by | tokens/s | MFU | allocated, GiB | reserved, GiB | first and last loss | beside |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
@@ -192,6 +211,11 @@ def main() -> None:
             answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
             for setup, side, file in group:
                 print(row(setup, side, file, weights[setup.model], answer), flush=True)
+                if options.json and file.with_suffix(".result").exists():
+                    found = json.loads(file.with_suffix(".result").read_text(encoding="utf-8"))
+                    entry = {"set_up": setup.name, "by": side, "recipe": setup.recipe, "changes": setup.changes}
+                    with options.json.open("a", encoding="utf-8") as stream:
+                        stream.write(json.dumps(entry | {"device": device_name()} | found) + "\n")
 
 
 def row(setup: Setup, side: str, file: Path, weights: int, answer: subprocess.CompletedProcess[str]) -> str:
@@ -201,15 +225,18 @@ def row(setup: Setup, side: str, file: Path, weights: int, answer: subprocess.Co
     found = json.loads(result.read_text(encoding="utf-8"))
     if "error" in found:
         return f"| {setup.name} | {side} | failed: {' '.join(found['error'].split())[-600:]} ||||||"
-    forward = 4 if "dpo" in setup.recipe else 2
+    forward = 4 if "dpo" in setup.recipe or "kto" in setup.recipe else 2
     flops = (forward + 2) * weights + (2 * weights if "peft" in setup.changes else 6 * found["adapter"])
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name()), None)
-    used = f"{flops * found['tokens_per_second'] / peak:.1%}" if peak else "-"
+    generates = any(name in setup.recipe for name in GENERATING)
+    used = f"{flops * found['tokens_per_second'] / peak:.1%}" if peak and not generates else "-"
     memory = f"{found['allocated'] / GIB:.2f} | {found['reserved'] / GIB:.2f}"
     losses = f"{found['losses'][0]:.6g} {found['losses'][-1]:.6g}"
     beside = [f"{found['before'] / GIB:.2f} GiB were in use before"] if found["before"] > 0.05 * GIB else []
     if setup in STOPS:
         beside.append(f"{found['stops']:.1f} stops a step")
+    if generates:
+        beside.append(f"a step {found['step']:.1f} s")
     if setup in FIRST:
         beside.append(f"a step {found['step']:.2f} s; weights {found['digest']}")
     if "tried" in found:
@@ -236,6 +263,21 @@ def build_model(model: str, folder: Path, tiny: bool) -> int:
     built.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return sum(layer.weight.numel() for layer in built.modules() if isinstance(layer, torch.nn.Linear))
+
+
+def build_judges(folder: Path, tiny: bool) -> None:
+    """Writes a reward model and a teacher: of the same sizes, with other random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    facts = MODELS["Phi-3-mini"] | (TINY | {"num_key_value_heads": 2} if tiny else {})
+    config = AutoConfig.for_model(**facts | {"eos_token_id": 0, "pad_token_id": 0}, num_labels=1)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        judge = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+    judge.save_pretrained(folder / "judge")
+    del judge
+    build_tokenizer().save_pretrained(folder / "judge")
+    build_model("Phi-3-mini", folder / "teacher", tiny)
 
 
 def build_tokenizer() -> Any:
@@ -282,7 +324,11 @@ def write_rows(folder: Path) -> None:
         "phi3_instruct_qlora": [{"instruction": some(1, 2), "input": "", "output": some(1, 5)} for _ in range(800)],
         "phi3_text_qlora": [{"text": some(20, 60)} for _ in range(300)],
         "phi3_dpo_qlora": [{"prompt": some(1, 3), "chosen": some(2, 8), "rejected": some(2, 8)} for _ in range(400)],
+        "phi3_grpo_qlora": [{"question": some(1, 3), "answer": "#### 1"} for _ in range(200)],
+        "phi3_rloo_qlora": [{"prompt": some(1, 3)} for _ in range(200)],
     }
+    rows["phi3_kto_qlora"] = rows["phi3_reward_qlora"] = rows["phi3_dpo_qlora"]
+    rows["phi3_distillation_qlora"] = rows["phi3_rloo_qlora"]
     for recipe, lines in rows.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{recipe}.jsonl").write_text(text, encoding="utf-8")
@@ -294,12 +340,21 @@ def write_job(setup: Setup, side: str, steps: int, folder: Path) -> Path:
     recipe["model"] = {"name_or_path": str(folder / setup.model), "dtype": "bfloat16", "attn_implementation": "sdpa"}
     columns = recipe["dataset"]["train"]["columns"]
     recipe["dataset"]["train"] = {"source": str(folder / f"{setup.recipe}.jsonl"), "columns": columns}
-    recipe["dataset"].pop("eval", None)
-    kept = ("eval_strategy", "eval_steps", "eval_packing", "save_steps", "save_total_limit", "num_train_epochs")
+    for key in ("eval", "ignore"):
+        recipe["dataset"].pop(key, None)
+    for judge in recipe.get("rewards", ()):
+        judge |= {"model": str(folder / "judge")} if "model" in judge else {}
+        judge |= {"function": str(ROOT / "recipes" / judge["function"])} if "function" in judge else {}
+    if "grpo" in setup.recipe:  # of random answers, which are all as long and all wrong, this one differs
+        recipe["rewards"].append({"name": "repetition_penalty", "ngram_size": 1})
+    if "distillation" in setup.recipe:
+        recipe["model"]["teacher"] = str(folder / "teacher")
+    kept = ("eval_strategy", "eval_steps", "eval_packing", "save_steps", "save_total_limit", "num_train_epochs", "warmup_steps")
     recipe["training"] = {key: value for key, value in recipe["training"].items() if key not in kept}
     batches = 4 if setup in STOPS else 2
     recipe["training"] |= {"gradient_accumulation_steps": batches, "max_steps": steps, "logging_steps": 1}
     recipe["training"]["save_strategy"] = "no"
+    recipe["training"]["lr_scheduler_type"] = "constant"
     for key, value in setup.changes.items():
         section, _, name = key.partition(".")
         place = recipe[section] if name else recipe
@@ -309,7 +364,8 @@ def write_job(setup: Setup, side: str, steps: int, folder: Path) -> Path:
             place[name or section] = value
     job = folder / f"{''.join(c if c.isalnum() else '_' for c in setup.name)}_{side}"
     recipe["name"] = job.name
-    recipe["run"] = {"output_dir": str(job), "seed": 42, "longest_batch_first": side != "without"}
+    allowed = {"allow_code": True} if "allow_code" in recipe["run"] else {}
+    recipe["run"] = allowed | {"output_dir": str(job), "seed": 42, "longest_batch_first": side != "without"}
     file = job.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return file

@@ -55,9 +55,10 @@ from recipe_runner.recipe.local import (
     split_line,
     suffix_of,
 )
-from recipe_runner.recipe.new import OTHER_NAMES, Columns, find_columns, names_of
+from recipe_runner.recipe.new import OTHER_NAMES, Columns, find_columns, guess_format, names_of
+from recipe_runner.recipe.schema import formats_of
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
-from recipe_runner.stages import FORMATS
+from recipe_runner.stages import FORMATS, STAGES
 
 # Columns whose names say that they change what the model should see or learn -> the role that takes them, if any.
 SYSTEM = ("system_prompt", "system_message", "sys_prompt")
@@ -578,6 +579,10 @@ def choose_columns(section: SourceSection, form: str, head: Columns) -> dict[str
         wanted = ", ".join(f"{role}: {meant.get(role, 'NAME')}" for role in missing)
         at: KeyPath = (*section.path, "columns", missing[0])
         message, fix = f"{section.source} has {told}; {there}", f"set columns: {{{wanted}}}"
+        other = guess_format(head)
+        if other in JUDGED and form in JUDGED and other != form and set(FORMATS[str(other)].required) <= set(available):
+            stages = [stage for stage in STAGES if other in formats_of(stage)]
+            fix = f"its rows are of format: {other}, for stage {' or '.join(stages)}"
         raise user_error("missing-column", message, fix, path=at)
     for role, column in columns.items():
         if shared := next((other for other in columns if other != role and columns[other] == column), None):
@@ -586,6 +591,8 @@ def choose_columns(section: SourceSection, form: str, head: Columns) -> dict[str
             raise user_error("wrong-column-role", message, "name another column", path=(*section.path, *place))
     return columns
 
+
+JUDGED = ("preference", "unpaired_preference")  # formats that are taken for each other
 
 # What a reward function is given by the trainer itself. Source: TRL 1.16, GRPOTrainer._calculate_rewards.
 GIVEN = ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")

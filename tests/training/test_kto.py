@@ -87,7 +87,7 @@ def test_rows_equal_those_of_a_real_trainer(kto, tiny_phi3, tmp_path, tokenizer)
         ({"rows": [{"prompt": "q", "completion": "a"}]}, "no column 'label' for the role 'label'"),
         ({"training": {"per_device_train_batch_size": 1}}, "expected a number at least 2, found 1"),
         ({"training": {"train_sampling_strategy": "random"}}, "'random' is not one of 'sequential'"),
-        ({"dataset": {"format": "preference"}}, "error[format-stage-mismatch] dataset.format"),
+        ({"dataset": {"format": "preference"}}, "its rows are of format: unpaired_preference, for stage kto"),
     ],
 )
 def test_what_kto_does_not_take_is_said(kto, options, said):
