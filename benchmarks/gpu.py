@@ -349,7 +349,15 @@ def write_job(setup: Setup, side: str, steps: int, folder: Path) -> Path:
         recipe["rewards"].append({"name": "repetition_penalty", "ngram_size": 1})
     if "distillation" in setup.recipe:
         recipe["model"]["teacher"] = str(folder / "teacher")
-    kept = ("eval_strategy", "eval_steps", "eval_packing", "save_steps", "save_total_limit", "num_train_epochs", "warmup_steps")
+    kept = (
+        "eval_strategy",
+        "eval_steps",
+        "eval_packing",
+        "save_steps",
+        "save_total_limit",
+        "num_train_epochs",
+        "warmup_steps",
+    )
     recipe["training"] = {key: value for key, value in recipe["training"].items() if key not in kept}
     batches = 4 if setup in STOPS else 2
     recipe["training"] |= {"gradient_accumulation_steps": batches, "max_steps": steps, "logging_steps": 1}

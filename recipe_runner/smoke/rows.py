@@ -182,7 +182,8 @@ def make_row(dataset: DatasetSection, source: SourceSection, number: int) -> dic
     named = {role: column for role, column in source.columns.items() if column is not None}
     if dataset.format in ("preference", "unpaired_preference"):
         roles = ("prompt", *roles)
-    return {named.get(role, role): cells[role] for role in dict.fromkeys((*roles, *named))}
+    handed = dict.fromkeys(dataset.reward_columns, answer)
+    return handed | {named.get(role, role): cells[role] for role in dict.fromkeys((*roles, *named))}
 
 
 def write_rows(rows: Rows, file: Path) -> None:
@@ -212,7 +213,7 @@ class Wanted:
 
 
 def work_out(
-    dataset: DatasetSection, split: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+    dataset: DatasetSection, split: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], unpairs: bool
 ) -> Wanted:
     """What rows should teach, from the layout that the recipe says they have.
 
@@ -221,6 +222,7 @@ def work_out(
         split: `train` or `eval`.
         columns: Role -> column.
         rows: As they are in the data.
+        unpairs: Whether each answer of a pair is a row of its own.
     """
     learned, rejected, asked = set(), set(), []
     for row in rows:
@@ -244,9 +246,17 @@ def work_out(
                     asked.append([str(cells["prompt"])])
             case "unpaired_preference":
                 learned.add(_last(cells["completion"]))
+            case "prompt" if isinstance(cells["prompt"], str):
+                asked.append([cells["prompt"]])
     whole = dataset.format == "text" or dataset.train_on == "all"
     groups = tuple(tuple(text for text in map(squeeze, texts) if text) for texts in asked)
     made = tuple(lay_out(dataset, {role: row.get(column) for role, column in columns.items()}) for row in rows)
+    if unpairs:
+        learned, rejected = learned | rejected, set()
+        sides = (("chosen", True), ("rejected", False))
+        made = tuple(
+            {"prompt": row["prompt"], "completion": row[name], "label": good} for row in made for name, good in sides
+        )
     return Wanted(frozenset(map(squeeze, learned)), frozenset(map(squeeze, rejected)), groups, whole, split, made)
 
 
@@ -308,7 +318,7 @@ def _lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any
                 for name in ("chosen", "rejected", "completion")
                 if name in cells
             }
-            shared = prompt if prompt else _share(*answers.values())
+            shared = prompt if prompt or not answers else _share(*answers.values())
             for name, turns in answers.items():
                 answers[name] = turns[len(shared) :] if turns[: len(shared)] == shared else turns
             label = {"label": cells["label"]} if "label" in cells else {}

@@ -46,6 +46,7 @@ CHECKS: dict[str, Callable[[Done], Found]] = {
     "prepared": prepared.check_prepared,
     "order": learned.check_order,
     "mask": learned.check_mask,
+    "judged": learned.check_judged,
     "loss": learned.check_loss,
     "gradients": weights.check_gradients,
     "moved": weights.check_moved,
@@ -210,7 +211,7 @@ def build_full(recipe: Recipe, stand_in: StandIn) -> FullSize:
         return build_empty(stand_in.config, scores=recipe.stage.scores)
 
     empty = build()
-    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    parameters = sum(parameter.numel() for parameter in build_empty(stand_in.config).parameters())
     modules = frozenset(name for name, _ in empty.named_modules())
     unfrozen = select_parameters(recipe.unfreeze, empty, None) if recipe.unfreeze else {}
     trained = [name for names in unfrozen.values() for name in names]

@@ -21,11 +21,12 @@ from recipe_runner.recipe.local import is_file_source
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.sections import SourceSection
 from recipe_runner.smoke.rows import Rows, Wanted, find_rows, is_local, lengthen, work_out, write_rows
-from recipe_runner.smoke.stand_in import StandIn, build_stand_in
+from recipe_runner.smoke.stand_in import StandIn, build_stand_in, write_judge
 
 LEAST_ROWS, MOST_ROWS = 24, 96
 HELD_OUT = 4  # rows at least that are evaluated, of rows that stand in for the data
 SHOWN = 3  # rows that a person looks at
+ANSWER = 24  # tokens of an answer at most, where the model answers while it trains
 TEXTS = 2000  # that a tokenizer is learned from
 Found = list[tuple[SourceSection, Rows]]  # the sources of a recipe, each with its rows
 SPLITTING = ("bfd_split", "wrapped")  # ways to pack that split long documents
@@ -93,14 +94,15 @@ def _shrink(recipe: Recipe, stand_in: StandIn, found: Found, folder: Path, steps
     for source, rows in found:
         head = {column: [row.get(column) for row in rows.entries[:20]] for column in rows.entries[0]}
         columns = choose_columns(source, recipe.dataset.format, head)
-        split = str(source.path[1])
-        small.wanted.append(work_out(recipe.dataset, split, columns, rows.entries))
-        small.rows[split] = small.rows.get(split, 0) + len(rows.entries)
+        split, unpairs = str(source.path[1]), recipe.stage.shape == "unpaired" and "chosen" in columns
+        small.wanted.append(work_out(recipe.dataset, split, columns, rows.entries, unpairs))
+        small.rows[split] = small.rows.get(split, 0) + len(rows.entries) * (1 + unpairs)
     fraction, read = recipe.dataset.fraction, small.rows["train"]
     if fraction and fraction * read < HELD_OUT and not any(is_file_source(source.source) for source, _ in found):
         _change(values, small, ("dataset", "eval", "fraction"), HELD_OUT / read)
     _shrink_training(values, small, recipe, steps, on_cpu)
     _shrink_method(values, small)
+    _replace_judges(values, small, recipe, folder)
     values["run"]["output_dir"] = str(folder.parent / "runs")
     small.changed[("run", "output_dir")] = "a folder of smoke's"
     small.recipe = dataclasses.replace(recipe, values=values)
@@ -249,6 +251,27 @@ def _shrink_method(values: dict[str, Any], small: Small) -> None:
     if (values.get("peft") or {}).get("method") == "adalora":
         for key, value in {"tinit": 1, "tfinal": 1, "deltaT": 1}.items():
             _change(values, small, ("peft", key), value)
+
+
+def _replace_judges(values: dict[str, Any], small: Small, recipe: Recipe, folder: Path) -> None:
+    """Small models stand in for a teacher and for reward models, and a reward that differs is put beside the others.
+
+    Answers of random weights are all wrong, and often all as long: by the recipe's own rewards nothing may be learned.
+    """
+    if recipe.stage.taught:
+        write_judge(small.stand_in, folder / "teacher", scores=False)
+        _change(values, small, ("model", "teacher"), str(folder / "teacher"))
+        _change(values, small, ("model", "teacher_revision"), None)
+    for number, reward in enumerate(recipe.rewards):
+        if reward.model:
+            write_judge(small.stand_in, folder / f"judge-{number}", scores=True)
+            _change(values, small, ("rewards", number, "model"), str(folder / f"judge-{number}"))
+            _change(values, small, ("rewards", number, "tokenizer"), "same")
+    if recipe.rewards:
+        values["rewards"].append({"name": "repetition_penalty", "ngram_size": 1, "weight": 1.0, "tokenizer": "same"})
+        small.changed[("rewards", len(recipe.rewards))] = "repetition_penalty: random answers differ in it"
+    if recipe.stage.generates and recipe.training["max_completion_length"] > ANSWER:
+        _change(values, small, ("training", "max_completion_length"), ANSWER)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -102,6 +104,20 @@ def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, leas
         "; synthetic tokenizer" if facts or not (model.folder and (model.folder / "tokenizer.json").is_file()) else ""
     )
     return StandIn(folder, config, facts, stops, f"{told}; template {template or 'none'}")
+
+
+def write_judge(stand_in: StandIn, folder: Path, scores: bool) -> None:
+    """Writes a model of a stand-in's sizes and tokenizer, with other random weights: a teacher, or a reward model."""
+    config = AutoConfig.from_pretrained(stand_in.folder)
+    torch.manual_seed(1)
+    if scores:
+        config.num_labels = 1
+        built: Any = AutoModelForSequenceClassification.from_config(config)
+    else:
+        built = build_model(config)
+        fill_padding(built)
+    built.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(stand_in.folder).save_pretrained(folder)
 
 
 def build_model(config: PretrainedConfig) -> Any:

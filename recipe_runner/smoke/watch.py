@@ -259,6 +259,8 @@ def compute_own_evaluation(trainer: Any, model: Any) -> float | None:
         return None
     total, rows = 0.0, 0
     for inputs in trainer.get_eval_dataloader():
+        if isinstance(inputs, list):  # prompts, which the model is still to answer
+            return None
         loss = compute_own_loss(trainer, model, Batch(dict(inputs), None, 0.0))
         if loss is None:
             return None

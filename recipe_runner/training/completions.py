@@ -1,10 +1,45 @@
-"""The answers that a model is trained on, with what judged them: kept, line by line, in `completions.jsonl`."""
+"""Stages in which the model answers itself: prompts in the order of the run; every answer kept, with its rewards."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from trl.trainer.utils import RepeatSampler
+
 from recipe_runner.runs.metrics import COMPLETIONS, append_line
+from recipe_runner.training.config import steps_per_epoch
 from recipe_runner.training.rewards import text_of
+
+
+class _PromptOrder(RepeatSampler):
+    """TRL's sampler, which knows in which epoch it is."""
+
+    trainer: Any
+
+    def __iter__(self) -> Iterator[int]:
+        args, shuffled = self.trainer.args, self.generator
+        epoch = self.trainer.state.global_step // steps_per_epoch(args, self.num_samples, args.world_size)
+        shuffled.manual_seed(args.seed)
+        for _ in range(epoch):
+            torch.randperm(self.num_samples, generator=shuffled)
+        yield from super().__iter__()
+
+
+def keep_prompt_order(trainer: Any) -> None:
+    """Has a resumed run take prompts in the order of a run that was not stopped.
+
+    TRL 1.16's RepeatSampler draws each epoch's order from one generator, which begins anew in a resumed run: a later
+    epoch would have the order of the first. `test_rl.py` holds that it goes on the same.
+    """
+    make = trainer._get_train_sampler
+
+    def ordered(*args: Any) -> Any:
+        sampler = make(*args)
+        sampler.__class__, sampler.trainer = _PromptOrder, trainer
+        return sampler
+
+    trainer._get_train_sampler = ordered
 
 
 def keep_completions(trainer: Any, folder: Path) -> None:

@@ -24,7 +24,7 @@ from recipe_runner.stages import Stage
 from recipe_runner.training import card, prepare, resume, summary, trainers, verify
 from recipe_runner.training.allocation import allocate_ranks
 from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, Recorder, say_progress
-from recipe_runner.training.completions import keep_completions
+from recipe_runner.training.completions import keep_completions, keep_prompt_order
 from recipe_runner.training.environment import measure_memory
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
@@ -108,6 +108,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
             every, most = asked["every"], asked["max_new_tokens"]
             trainer.add_callback(Sampler(trainer, folder, prepared.samples, every, most, room))
         if recipe.stage.generates:
+            keep_prompt_order(trainer)
             keep_completions(trainer, folder)
             found_flat = try_rewards(trainer, trainer.rewards, recipe.dataset.reward_columns, room)
             for problem in found_flat if config.process_index == 0 else ():

@@ -8,7 +8,8 @@ NUMBER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
 def same_number(completions, answer, **kwargs):
     """1 for the number of the column `answer`, else 0."""
     said = [_last_number(completion[0]["content"]) for completion in completions]
-    return [float(found is not None and found == _last_number(right)) for found, right in zip(said, answer)]
+    right = [_last_number(text) for text in answer]
+    return [float(found is not None and found == wanted) for found, wanted in zip(said, right, strict=True)]
 
 
 def _last_number(text):

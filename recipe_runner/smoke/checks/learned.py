@@ -14,11 +14,13 @@ from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.load import load_result
 from recipe_runner.model.scores import score_sequences
 from recipe_runner.recipe.rules.adapter import alters_base
+from recipe_runner.runs.metrics import COMPLETIONS, read_metrics
 from recipe_runner.smoke.checks.done import Done, Found, count_experts
 from recipe_runner.smoke.checks.prepared import work_out_sequences
 from recipe_runner.smoke.rows import Wanted, squeeze
 from recipe_runner.smoke.shrink import SPLITTING
 from recipe_runner.smoke.watch import split_documents
+from recipe_runner.stages import STAGES
 
 Document = tuple[list[int], list[int]]  # tokens and labels
 IN_A_ROW = 4  # held-out rows that follow each other: not by chance
@@ -26,6 +28,7 @@ MOST_ROWS = 200  # prepared rows that are looked at
 MIXED = 0.5  # share of what a document would see of another, above which it does; rounding gives some
 APART = 10  # times what two numbers may differ: of the logits of a document in a packed row, each by itself
 LONG = 20  # characters of an answer that stands in no other text by chance
+REWARD = next(key for stage in STAGES.values() if stage.rewarded for key in stage.shown)  # as it is logged
 MOVED = 0.05  # standard deviation of what is added to weights, so that a model differs from its reference
 # Methods that change nothing when they begin.
 BEGINS_AT_BASE = ("lora", "adalora", "bottleneck", "ia3", "vera", "hira", "oft", "boft", "ln_tuning", "road")
@@ -70,7 +73,10 @@ def _check_held_out(done: Done, taken: int) -> Found:
     if len(places) >= IN_A_ROW and (np.diff(places) == 1).all():
         told = f"rows {places[0] + 1} to {places[-1] + 1} of the data"
         yield f"the rows that are held out are not drawn at random: {told}"
-    trained, held = _read_rows(done.seen.trainer.train_dataset), _read_rows(done.seen.trainer.eval_dataset)
+    trained, held = (
+        _read_rows(table.with_format(None))
+        for table in (done.seen.trainer.train_dataset, done.seen.trainer.eval_dataset)
+    )
     if len(held) != (counted.packed_rows or counted.rows_kept):
         yield f"{len(held)} rows are evaluated, not {counted.packed_rows or counted.rows_kept}"
     repeated = "sample" in done.small.told or ("made-up" in done.small.told and not section.fraction)
@@ -92,6 +98,8 @@ def check_order(done: Done) -> Found:
     sampler = type(trainer._get_train_sampler()).__name__
     wanted = {"group_by_length": "LengthGroupedSampler", "sequential": "SequentialSampler", "random": "RandomSampler"}
     asked = done.recipe.training["train_sampling_strategy"]
+    if done.recipe.stage.generates:  # TRL's own, which repeats each prompt for its answers
+        asked, wanted["random"] = "random", "_PromptOrder"
     if asked in wanted and sampler != wanted[asked]:
         yield f"training.train_sampling_strategy is {asked}, and rows are drawn by a {sampler}"
 
@@ -102,6 +110,8 @@ def check_mask(done: Done) -> Found:
     if not done.seen.batches:
         yield "no batch was seen"
         return
+    if done.recipe.stage.generates:
+        yield from _check_generated(done, tokenizer)
     if done.recipe.stage.shape == "tokens":
         yield from _check_documents(done, _read_documents(done.seen.trainer.train_dataset), tokenizer)
     for batch in done.seen.batches:
@@ -109,6 +119,46 @@ def check_mask(done: Done) -> Found:
             yield from _check_tokens(done, batch.inputs, tokenizer)
         elif done.recipe.stage.shape in ("pairs", "unpaired"):
             yield from _check_answers(done, batch.inputs, tokenizer)
+
+
+def _check_generated(done: Done, tokenizer: Any) -> Found:
+    """What is learned is whole answers of the model's own, up to the token that ends them, to prompts of the data."""
+    asked = [texts for of in done.small.wanted for texts in of.asked]
+    ends = set(tokenizer.convert_tokens_to_ids(sorted(done.small.stand_in.stops)))
+    for batch in done.seen.batches:
+        inputs = batch.inputs
+        for place, (ids, real) in enumerate(zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)):
+            text = squeeze(tokenizer.decode(ids[real.bool()], skip_special_tokens=True))
+            if asked and not any(all(part in text for part in of) for of in asked):
+                yield f"an answer is made to no prompt of the data: {text[:100]!r}"
+                return
+            answer, learned = inputs["completion_ids"][place].tolist(), inputs["completion_mask"][place].tolist()
+            end = next((at for at, token in enumerate(answer) if token in ends), len(answer) - 1)
+            if learned != [1] * (end + 1) + [0] * (len(answer) - end - 1):
+                yield f"of an answer of {end + 1} tokens {sum(learned)} are learned"
+                return
+
+
+def check_judged(done: Done) -> Found:
+    """The answers that the model makes are judged by the recipe's rewards, each with its weight; all are kept."""
+    if not done.recipe.rewards:
+        return
+    trainer, rewards = done.seen.trainer, done.small.recipe.rewards
+    weights = [round(float(weight), 6) for weight in trainer.reward_weights]
+    if weights != [round(of.weight, 6) for of in rewards]:
+        yield f"the weights of the rewards are {weights}, and the recipe says {[of.weight for of in rewards]}"
+    lines = read_metrics(done.seen.folder, COMPLETIONS)
+    logged = {entry["step"]: entry[REWARD] for entry in read_metrics(done.seen.folder) if REWARD in entry}
+    for step, value in logged.items():
+        judged = [entry["rewards"] for entry in lines if entry["step"] == step and entry["split"] == "train"]
+        if not judged or any(len(of) != len(rewards) for of in judged):
+            yield f"the answers of step {step} are not kept with a number of each of {len(rewards)} rewards"
+            return
+        sums = [sum(w * (v or 0.0) for w, v in zip(weights, of.values(), strict=True)) for of in judged]
+        mean = sum(sums) / len(sums)
+        if abs(value - mean) > 1e-3 * max(1.0, abs(value)):
+            yield f"the reward of step {step} is {value:.4f}, and its answers have {mean:.4f} on average"
+            return
 
 
 def _read_documents(table: Any) -> list[Document]:

@@ -22,7 +22,7 @@ FILLED = (
     *("output_dir", "run_name", "logging_dir", "seed", "data_seed", "model_init_kwargs", "trust_remote_code"),
     *("bf16", "fp16", "tf32", "dataset_kwargs", "do_train", "do_eval", "gradient_checkpointing", "report_to"),
     *("activation_checkpointing", "logging_nan_inf_filter", "accelerator_config", "dataloader_pin_memory"),
-    "pad_to_multiple_of",
+    *("pad_to_multiple_of", "reward_weights", "generation_batch_size", "steps_per_generation"),
 )
 # Keys of `peft` that PEFT spells out in its configuration: `check_targets` looks at what they do.
 SPELT_OUT = ("target_modules", "modules_to_save", "exclude_modules", "init_lora_weights")

@@ -20,14 +20,14 @@ COLUMNS = {
     "tokens": ("input_ids", "labels"),
     "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "unpaired": ("prompt_ids", "completion_ids", "label"),
+    "scored_pairs": ("chosen_ids", "rejected_ids"),
+    "rows": ("prompt_ids",),
 }
 
 
 def check_prepared(done: Done) -> Found:
     """Each prepared row is one of the data, and each row of the data is prepared; the same tokens, the same labels."""
     section, shape, trainer = done.recipe.dataset, done.recipe.stage.shape, done.seen.trainer
-    if shape not in COLUMNS:
-        return
     yield from _check_template(done)
     tables = {"train": trainer.train_dataset} | ({"eval": trainer.eval_dataset} if section.has_eval else {})
     for split, table in tables.items():
@@ -39,7 +39,7 @@ def check_prepared(done: Done) -> Found:
     found = {split: list(read_sequences(table, shape)) for split, table in tables.items()}
     wanted: dict[str, list[Sequences]] = {"train": [], "eval": []}
     for of in done.small.wanted:
-        rows = (work_out_sequences(raw, section.train_on, done.seen.prepared.tokenizer) for raw in of.rows)
+        rows = (work_out_sequences(raw, section.train_on, done.seen.prepared.tokenizer, shape) for raw in of.rows)
         wanted[of.split] += [row for row in rows if row]
     if section.fraction is None:
         for split in tables:
@@ -141,20 +141,22 @@ def _compare(done: Done, found: Sequence[Sequences], wanted: Sequence[Sequences]
 
 def _measure(row: Sequences, limit: int | None) -> int:
     """Tokens of a row; of a prompt and its answers, with the longer one."""
+    if len(row) == 2 and limit is None:  # two whole sequences
+        return max(map(len, row))
     return len(row[0]) if limit is not None else len(row[0]) + max(map(len, row[1:]))
 
 
 def _teaches(row: Sequences, limit: int | None, most: int | None) -> bool:
     """Whether something is learned of a row within its limit."""
-    if limit is None and most:  # a prompt and its answers
-        return len(row) < 2 or len(row[0]) < most
+    if limit is None:  # a prompt and its answers, or whole sequences
+        return len(row) < 3 or not most or len(row[0]) < most
     return len(row) != 2 or any(label != IGNORED for label in row[1])
 
 
 def read_sequences(table: Any, shape: str) -> Iterator[Sequences]:
     """The sequences of each document of prepared rows."""
     names = COLUMNS[shape]
-    for row in table:
+    for row in table.with_format(None):
         begin = 0
         for length in row.get("seq_lengths") or [None]:
             end = None if length is None else begin + length
@@ -162,11 +164,15 @@ def read_sequences(table: Any, shape: str) -> Iterator[Sequences]:
             begin = end or 0
 
 
-def work_out_sequences(row: Mapping[str, Any], train_on: str | None, tokenizer: Any) -> Sequences:
+def work_out_sequences(
+    row: Mapping[str, Any], train_on: str | None, tokenizer: Any, shape: str = "tokens"
+) -> Sequences:
     """Tokens and labels of a row in TRL's layout, or its prompt and answers; of a text that says nothing, none.
 
     Source: `tokenize_fn` of trl/trainer/{sft,dpo,kto}_trainer.py 1.16.0, a row at a time.
     """
+    if shape == "rows":
+        return (tuple(_encode(tokenizer, row["prompt"], True, None)),) if row["prompt"] else ()
     answers = [name for name in ("chosen", "rejected") if name in row] or ["completion"] * ("prompt" in row)
     if answers and not (row["prompt"] and all(_says(row[name]) for name in answers)):
         return ()
@@ -177,6 +183,8 @@ def work_out_sequences(row: Mapping[str, Any], train_on: str | None, tokenizer: 
     tools = row.get("tools")
     asked = _encode(tokenizer, row["prompt"], True, tools)
     wholes = [_encode(tokenizer, row["prompt"] + row[name], False, tools) for name in answers]
+    if shape == "scored_pairs":
+        return tuple(map(tuple, wholes))
     begin = min(common_prefix_length(asked, whole) for whole in wholes)
     if answers == ["completion"] and "label" not in row:
         labels = [IGNORED] * begin + wholes[0][begin:] if train_on != "all" else wholes[0]

@@ -97,7 +97,9 @@ def _check_saved_tokenizer(done: Done, tokenizer: Any) -> Found:
 
 
 def _check_saved_generation(done: Done, result: Path, tokenizer: Any) -> Found:
-    """The result answers by the model's own settings, and stops where the model stops."""
+    """The result answers by the model's own settings, and stops where the model stops; a reward model answers not."""
+    if done.recipe.stage.scores:
+        return
     generation: Any = GenerationConfig.from_pretrained(result)
     wanted, found = (of.to_dict() for of in (GenerationConfig.from_pretrained(done.small.stand_in.folder), generation))
     for key in sorted((wanted.keys() | found.keys()) - NOT_OF_ANSWERS):
@@ -117,7 +119,8 @@ def check_loaded(done: Done) -> Found:
     if done.recipe.quantization:
         options["quantization_config"] = done.model.config.quantization_config
     loaded, _ = load_result(result, None, **options)
-    ids = done.seen.batches[0].inputs["input_ids"][:1, :32] if done.seen.batches else torch.arange(16).unsqueeze(0)
+    seen = done.seen.batches[0].inputs if done.seen.batches else {}
+    ids = seen.get("input_ids", seen.get("completion_ids", torch.arange(16).unsqueeze(0)))[:1, :32]
     model, training = done.model, done.model.training
     model.eval()
     with torch.no_grad():

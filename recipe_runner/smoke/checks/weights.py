@@ -157,7 +157,7 @@ def check_base(done: Done) -> Found:
 
 def _check_config(done: Done, folder: Path) -> Found:
     """The model's configuration is that of its folder, in training and, where it is saved, in the result."""
-    kept = AutoConfig.from_pretrained(folder).to_dict()
+    kept = AutoConfig.from_pretrained(folder, **{"num_labels": 1} if done.recipe.stage.scores else {}).to_dict()
     other_layers = ("num_hidden_layers", "layer_types") if done.recipe.peft["layer_replication"] else ()
     configs = {"the model's configuration": done.model.config.to_dict()}
     if not done.recipe.peft:
