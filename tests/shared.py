@@ -21,13 +21,22 @@ PAIRS = [{"prompt": f"say {n}", "chosen": f"it is {n}", "rejected": "no idea, as
 JUDGED = [
     {"prompt": f"say {n}", "completion": f"it is {n}" if n % 2 else "no idea", "label": n % 2 == 1} for n in range(12)
 ]
+PROMPTS = [{"prompt": f"say {n}", "wanted": f"it is {n}"} for n in range(12)]
+# Rewards in which answers of random weights differ.
+VARIED = [{"name": "repetition_penalty", "ngram_size": 1}]
 # Stage -> a format and rows for it; sft trains on the shipped tickets when it is given no rows.
 SAMPLES = {
     "pretrain": ("text", TEXT),
     "sft": (None, None),
     "dpo": ("preference", PAIRS),
     "kto": ("unpaired_preference", JUDGED),
+    "reward": ("preference", PAIRS),
+    "rloo": ("prompt", PROMPTS),
+    "grpo": ("prompt", PROMPTS),
+    "distillation": ("prompt", PROMPTS),
 }
+# What stages in which the model answers need beside what others do: short answers, whole groups of them.
+GENERATING = {"max_completion_length": 12, "per_device_train_batch_size": 4, "num_generations": 2, "max_steps": 3}
 
 
 # Launch configurations, and overrides of a recipe that suit some of them.

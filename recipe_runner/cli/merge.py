@@ -34,7 +34,7 @@ def command(result: str, output: Path | None, dtype: str | None, quantize: str |
 
     target = find_target(result)
     made = merging.merge(target, output, dtype, allow_loss, quantize)
-    notes = [] if quantize else gguf.write_modelfile(made.folder, target)
+    notes = [] if quantize or target.scores else gguf.write_modelfile(made.folder, target)
     click.echo(write_facts(merging.describe_merge(made)))
     for note in notes:
         click.echo(note)

@@ -135,6 +135,7 @@ class RewardSection:
     name: str | None = None
     function: str | None = None
     column: str | None = None
+    key: str | None = None
     pattern: str | None = None
     min: int | None = None
     max: int | None = None

@@ -140,6 +140,9 @@ def _choice_problems(
     elif isinstance(value, str) and value in (renamed := bounds.get("x-renamed-choices", {})):
         new, since = renamed[value]
         yield problem("renamed-choice", f"'{value}': {since}", f"use '{new}'", meant=new)
+    elif isinstance(value, str) and value in (removed := error.schema.get("x-removed-choices", {})):
+        found, _, fix = removed[value].partition("; ")
+        yield problem("removed-choice", f"'{value}': {found}", fix)
     else:
         near = nearest(str(value), [choice for choice in choices if isinstance(choice, str)])
         yield problem("unknown-choice", message, ask(near), meant=near[0] if len(near) == 1 else None)

@@ -50,6 +50,7 @@ class Merge:
         moved: The largest difference between logits of the base and of base and adapter.
         agreeing: The share of positions at which both have the same first choice.
         unquantized: Whether the base was quantized in training, and is not here.
+        scores: Whether it is a reward model, whose one logit is its score.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Merge:
     moved: float
     agreeing: float
     unquantized: bool
+    scores: bool = False
 
 
 def merge(target: Target, output: Path | None, dtype: str | None, allow_loss: bool, quantize: str | None) -> Merge:
@@ -178,7 +180,7 @@ def _merge_into(
     same = [one.argmax(-1) == two.argmax(-1) for one, two in zip(after, wanted, strict=True)]
     agreeing = float(torch.cat(same).float().mean())
     unquantized = bool(target.recipe and target.recipe.quantization)
-    made = Merge(folder, name, shares, difference, moved, agreeing, unquantized)
+    made = Merge(folder, name, shares, difference, moved, agreeing, unquantized, target.scores)
     _write_record(folder, target, made)
     return made
 
@@ -321,7 +323,7 @@ def describe_merge(made: Merge) -> dict[str, str]:
         f" the middle one of {len(shares)}"
         if shares
         else "",
-        "logits": f"differ by {made.difference:.2g} at most from base and adapter"
+        "scores" if made.scores else "logits": f"differ by {made.difference:.2g} at most from base and adapter"
         + f", which moved them by {made.moved:.3g}" * bool(made.moved)
-        + f"; same first choice at {made.agreeing:.1%} of positions",
+        + f"; same first choice at {made.agreeing:.1%} of positions" * (not made.scores),
     }

@@ -54,11 +54,20 @@ def keep_completions(trainer: Any, folder: Path) -> None:
         if trainer.is_world_process_zero():
             training = trainer.model.training
             step = trainer.state.global_step + training
-            for entry in _last_answers(trainer, len(inputs) * trainer.args.world_size):
+            logged = _last_answers(trainer, len(inputs) * trainer.args.world_size)
+            for entry in logged or _read_answers(trainer, inputs, made):
                 append_line(folder / COMPLETIONS, {"step": step, "split": "train" if training else "eval", **entry})
         return made
 
     trainer._generate_and_score_completions = kept
+
+
+def _read_answers(trainer: Any, inputs: Any, made: Any) -> list[dict[str, Any]]:
+    """The answers of this process: of distillation, TRL 1.16 gathers them only for its table."""
+    texts = []
+    for ids, real in zip(made["completion_ids"], made["completion_mask"], strict=True):
+        texts.append(trainer.processing_class.decode(ids[real.bool()], skip_special_tokens=True))
+    return [{"prompt": text_of(row["prompt"]), "completion": text} for row, text in zip(inputs, texts, strict=True)]
 
 
 def _last_answers(trainer: Any, number: int) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def build_rewards(recipe: Recipe, config: Any) -> list[Reward]:
             name = reward.function.rpartition(":")[2]
             judge = _load_function(reward.function, (*path, "function"))
         else:
-            name = str(reward.name)
+            name = f"{reward.name}:{reward.key}" if reward.key else str(reward.name)
             judge = _build_known(reward, config)
         count = sum(other.name.partition(" ")[0] == name for other in built)
         name = f"{name} {count + 1}" if count else name
@@ -227,6 +228,8 @@ def _load_function(named: str, path: KeyPath) -> Call:
         try:
             found = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         except Exception as error:  # the user's own code: anything may come
+            if isinstance(error, TypeError) and error.__traceback__ and not error.__traceback__.tb_next:
+                raise  # it was not called at all: other parameters
             _show_own_lines(error, file)
             at = _find_failing(function, prompts, completions, completion_ids, columns)
             told = f"{Path(file).name}:{name} failed: {type(error).__name__}: {first_line(error)}"
@@ -312,7 +315,7 @@ def _build_known(reward: RewardSection, config: Any) -> Call:
     makers: dict[str, Callable[[], Any]] = {
         "exact_match": lambda: by_text(lambda text, right: float(text.strip() == _write(right).strip()), column),
         "json_valid": lambda: by_text(lambda text, _: float(_is_json(text))),
-        "json_equal": lambda: by_text(_rate_json, column),
+        "json_equal": lambda: by_text(partial(_rate_json, reward.key), column),
         "regex": lambda: by_text(lambda text, _: _find_pattern(pattern, text)),
         "length": lambda: by_tokens,
         "think_format": lambda: lambda completions, **columns: shipped.think_format_reward(completions),
@@ -336,9 +339,12 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _rate_json(text: str, right: Any) -> float:
+def _rate_json(key: str | None, text: str, right: Any) -> float:
     value, wanted = parse_json(text), parse_json(right) if isinstance(right, str) else right
-    return float(value is not None and same_json(value, wanted))
+    if key is None:
+        return float(value is not None and same_json(value, wanted))
+    both = isinstance(value, dict) and isinstance(wanted, dict) and key in value and key in wanted
+    return float(both and same_json(value[key], wanted[key]))
 
 
 def _find_pattern(pattern: re.Pattern[str], text: str) -> float:

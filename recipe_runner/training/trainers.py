@@ -164,8 +164,9 @@ def _train_in_full_precision(trained: Any, recipe: Recipe, quantized: bool, conf
     whole = quantized and (method in PRECISE or (method == "adalora" and in_8bit))  # its 8-bit layers convert nothing
     dtype = torch.float32 if mixed else trained.get_input_embeddings().weight.dtype
     norms = {id(parameter) for module in trained.modules() if is_norm(module) for parameter in module.parameters()}
-    for parameter in trained.parameters():
-        if parameter.requires_grad and (whole or id(parameter) in norms):
+    for name, parameter in trained.named_parameters():
+        head = recipe.stage.scores and f".{base.HEAD}." in name  # which is given what norms give
+        if parameter.requires_grad and (whole or head or id(parameter) in norms):
             parameter.data = parameter.data.to(dtype)
 
 

@@ -95,13 +95,19 @@ def test_the_catalogue_is_not_stale():
         ({"words": ["gsm8k"]}, set()),
         (
             {"words": ["mathematics"]},
-            {"qwen25_05b_math_partial", "qwen3_06b_math_partial", "qwen3_17b_reasoning_qlora"},
+            {"phi3_grpo_qlora", "qwen25_05b_math_partial", "qwen3_06b_math_partial", "qwen3_17b_reasoning_qlora"},
         ),
-        ({"words": ["mathmatics"]}, {"qwen25_05b_math_partial", "qwen3_06b_math_partial", "qwen3_17b_reasoning_qlora"}),
+        (
+            {"words": ["mathmatics"]},
+            {"phi3_grpo_qlora", "qwen25_05b_math_partial", "qwen3_06b_math_partial", "qwen3_17b_reasoning_qlora"},
+        ),
         ({"words": ["law"]}, {"mistral_7b_law_qlora"}),
-        ({"words": [], "task": "preference", "most": 2_000_000_000}, {"llama32_1b_dpo_lora", "smollm2_replies_dpo"}),
+        ({"words": [], "stage": "dpo", "most": 2_000_000_000}, {"llama32_1b_dpo_lora", "smollm2_replies_dpo"}),
         ({"words": [], "method": "dora"}, {"llama32_3b_instruct_dora"}),
-        ({"words": [], "stage": "pipeline"}, {"smollm2_desk_pipeline"}),
+        (
+            {"words": [], "stage": "pipeline"},
+            {"smollm2_desk_pipeline", "smollm2_desk_rl_pipeline", "smollm2_filing_grpo_pipeline"},
+        ),
         ({"words": [], "model": "mistral", "task": "domain"}, {"mistral_7b_law_qlora"}),
     ],
     ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),

@@ -104,3 +104,46 @@ def test_lost_rows_are_counted(kto):
     ]
     result, _ = kto(command="prepare", rows=rows, dataset={"max_dropped": 0.2})
     assert "2 dropped (1 with an empty completion; 1 with an empty prompt)" in result.out
+
+
+def test_both_answers_of_pairs_are_rows_with_a_label(kto, run_cli, tmp_path):
+    """As TRL unpairs them; the answers to a prompt are apart, and each can be previewed, evaluated and trained on."""
+    from datasets import Dataset
+    from shared import PAIRS
+    from trl import unpair_preference_dataset
+
+    from recipe_runner.recipe.resolve import load_recipe
+    from recipe_runner.training import prepare
+
+    rows = [*PAIRS, {"prompt": "q", "chosen": "a", "rejected": ""}]
+    options = {"rows": rows, "peft": LORA, "dataset": {"format": "preference", "eval": {"source": "rows.jsonl"}}}
+    options["training"] = {"eval_strategy": "steps", "eval_steps": 6}
+    shown, _ = kto("-n", "30", "--format", "json", command="preview", **options)
+    assert shown.status == 0, shown.err
+    prepared = prepare.prepare(load_recipe(str(tmp_path / "tiny.yaml")), None)
+    counted = prepared.train.accounting
+    assert (counted.rows_read, counted.rows_kept, counted.dropped) == (26, 24, {"with an empty rejected": 2})
+    assert counted.noted == {"judged good": 12, "judged bad": 12}
+    tokenizer = prepared.tokenizer
+    texts = [
+        (tokenizer.decode(row["prompt_ids"] + row["completion_ids"]), row["label"]) for row in prepared.train.dataset
+    ]
+    unpaired = unpair_preference_dataset(Dataset.from_list(PAIRS))
+    wanted = [
+        (f"<|user|>\n{row['prompt']}<|end|>\n<|assistant|>\n{row['completion']}<|end|>\n", row["label"])
+        for row in unpaired
+    ]
+    assert sorted((text.replace("<|endoftext|>", ""), label) for text, label in texts) == sorted(wanted)
+    previewed = json.loads(shown.out)
+    assert [(tokenizer.decode(row["input_ids"]), row["label"]) for row in previewed] == texts
+    assert all(rows[row["row"] - 1]["prompt"] in tokenizer.decode(row["input_ids"]) for row in previewed)
+    one, _ = kto("--row", "2", "--format", "json", command="preview", **options)
+    both = json.loads(one.out[one.out.index("[") :])
+    assert [row["label"] for row in both] in ([True, False], [False, True])
+    result, folder = kto(**options)
+    assert result.status == 0, result.err
+    evaluated = run_cli("evaluate", folder, "--format", "json")
+    assert evaluated.status == 0, evaluated.err
+    logged = [entry for entry in metrics(folder) if "eval_rewards/margins" in entry][-1]
+    margin = json.loads(evaluated.out)["columns"]["tuned"]["reward margin"]["value"]
+    assert margin == pytest.approx(logged["eval_rewards/margins"], rel=0.1, abs=1e-3)

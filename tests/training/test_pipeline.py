@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 from shared import CHAT, LORA, PAIRS, TEXT, status, write_rows
 
 from recipe_runner.recipe.document import read_document
@@ -267,3 +268,77 @@ def test_overrides_go_to_every_stage(pipeline, tmp_path):
         assert read_document(runs[0] / "resolved.yaml").values["training"]["max_steps"] == 1
     result, _ = pipeline("--set", "training.max_stepz=1", command="validate")
     assert result.out.count("error[unknown-key] training.max_stepz") == 1
+
+
+@pytest.fixture
+def aligned(small_recipe, tmp_path):
+    """A pipeline of sft, a reward model from it, and rloo from the sft adapter with that reward model."""
+    from shared import GENERATING
+
+    small_recipe(name="answers", peft=LORA, training={"max_steps": 2})
+    small_recipe(name="judge", stage="reward", peft=LORA, training={"max_steps": 2})
+    judged = [{"model": "./nowhere"}, {"name": "length", "max": 4}]
+    dataset = {"reward_columns": ["wanted"], "train": {"source": "prompts.jsonl"}}
+    rows = [{"prompt": f"say {n}", "wanted": f"it is {n}"} for n in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = GENERATING | {"max_steps": 2, "save_steps": 1}
+    (tmp_path / "nowhere").mkdir()
+    (tmp_path / "nowhere" / "config.json").write_text("{}")
+    pairs = [{"prompt": f"say {n}", "chosen": f"it is {n}", "rejected": "no idea"} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    small_recipe(name="tried", stage="rloo", rows=None, peft=LORA, rewards=judged, dataset=dataset, training=training)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+
+    def aligned(last='{"recipe": "tried.yaml", "from": "answers", "reward_from": "judge"}'):
+        file = tmp_path / "aligned.yaml"
+        file.write_text(
+            f'{{"schema_version": 1, "name": "aligned", "stage": "pipeline", "stages": ["answers.yaml", "judge.yaml",'
+            f' {last}], "run": {{"output_dir": {json.dumps(str(tmp_path / "runs"))}}}}}'
+        )
+        return file
+
+    return aligned
+
+
+def test_a_stage_takes_what_it_names_from_earlier_ones(aligned, run_cli, tmp_path):
+    result = run_cli("train", aligned())
+    assert result.status == 0, result.err
+    (folder,) = (tmp_path / "runs" / "aligned").iterdir()
+    stages = json.loads((folder / "status.json").read_text())["stages"]
+    answers, judge, tried = (folder / stage["run"] for stage in stages)
+    resolved = yaml.safe_load((tried / "resolved.yaml").read_text())
+    assert resolved["model"]["adapter"] == str(answers / "adapter")
+    assert resolved["rewards"][0]["model"] == str(judge)
+    assert yaml.safe_load((judge / "resolved.yaml").read_text())["model"]["adapter"] == str(answers / "adapter")
+    first = json.loads((tried / "completions.jsonl").read_text().splitlines()[0])
+    assert set(first["rewards"]) == {"judge", "length"}
+    again = run_cli("train", aligned(), "--resume", folder)
+    assert "is complete, and nothing has changed" in again.err
+
+
+def test_what_depends_on_a_changed_stage_runs_again(aligned, run_cli, tmp_path):
+    assert run_cli("train", aligned()).status == 0
+    (folder,) = (tmp_path / "runs" / "aligned").iterdir()
+    text = (tmp_path / "judge.yaml").read_text()
+    (tmp_path / "judge.yaml").write_text(text.replace('"max_steps": 2', '"max_steps": 3'))
+    result = run_cli("train", aligned(), "--resume", folder)
+    assert result.status == 0, result.err
+    assert "Stage 1 of 3: answers (sft): complete, kept" in result.out
+    assert "Stage 2 of 3: judge (reward): stale" in result.out
+    assert "Stage 3 of 3: tried (rloo): stale" in result.out
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ('{"recipe": "tried.yaml", "from": "answer", "reward_from": "judge"}', "did you mean 'answers'"),
+        ('{"recipe": "tried.yaml", "from": "judge", "reward_from": "judge"}', "a reward model: it gives numbers"),
+        ('{"recipe": "tried.yaml", "reward_from": "answers"}', "trains no reward model"),
+        ('{"recipe": "answers.yaml", "reward_from": "judge"}', "answers has no rewards with a model"),
+        ('{"recipe": "tried.yaml", "form": "answers"}', "unknown-key"),
+    ],
+)
+def test_what_can_not_be_taken_is_said(aligned, run_cli, last, said):
+    result = run_cli("validate", aligned(last))
+    assert result.status == 1
+    assert said in result.out + result.err

@@ -16,7 +16,7 @@ from recipe_runner.stages import Stage
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "exact_match": (("column",), ()),
     "json_valid": ((), ()),
-    "json_equal": (("column",), ()),
+    "json_equal": (("column",), ("key",)),
     "regex": (("pattern",), ()),
     "length": (("max",), ("min",)),
     "think_format": ((), ()),
@@ -69,7 +69,7 @@ def reward_names(rewards: Sequence[RewardSection]) -> Found:
     """The same reward twice would be counted twice, and logged as one."""
     seen: dict[tuple[object, ...], int] = {}
     for number, reward in enumerate(rewards):
-        known = (reward.model, reward.name, reward.function, reward.column, reward.pattern)
+        known = (reward.model, reward.name, reward.function, reward.column, reward.key, reward.pattern)
         if known in seen:
             yield ("rewards", number), f"the same as rewards.{seen[known]}", "give one of them the weight of both"
         seen.setdefault(known, number)
