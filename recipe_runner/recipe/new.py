@@ -39,7 +39,7 @@ FAMILIAR = {
     "text": ("content", "document", "body", "article"),
 }
 MAY_BE_LISTS = ("prompt", "chosen", "rejected", "completion", "tools", "history")
-BESIDE = ("../", "data/", "samples/", "templates/")  # how paths of shipped recipes begin
+BESIDE = ("../", "data/", "reward_functions/", "samples/", "templates/")  # how paths of shipped recipes begin
 Columns = Mapping[str, Sequence[Any]]  # of local data: name -> its cells in the first rows
 QUANTIZATION = """\
 quantization:                      # 4-bit NormalFloat weights under the adapter: QLoRA

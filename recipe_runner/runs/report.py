@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from recipe_runner.problems.words import make_visible
 from recipe_runner.recipe.document import parse_document
 from recipe_runner.runs.folder import is_active, recipe_changes
 from recipe_runner.runs.golden import read_golden
-from recipe_runner.runs.metrics import measure_series, read_metrics
+from recipe_runner.runs.metrics import COMPLETIONS, measure_series, read_metrics
 from recipe_runner.stages import PIPELINE, STAGES
 
 FILE = "report.html"
@@ -43,6 +44,10 @@ CHARTS = (
     ("token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy"), False),
     ("reward margin", ("rewards/margins", "eval_rewards/margins"), False),
     ("pairs ranked right", ("rewards/accuracies", "eval_rewards/accuracies"), False),
+    ("margin of the scores", ("margin", "eval_margin"), False),
+    ("pairs ranked right by their scores", ("accuracy", "eval_accuracy"), False),
+    ("distance from the reference (KL)", ("kl",), False),
+    ("tokens of an answer", ("completions/mean_length",), False),
 )
 FINAL = {  # of a table that compares runs: name -> measure, the last value of which counts
     "training loss": "loss",
@@ -200,11 +205,12 @@ def describe_run(run: Run, place: Path) -> str:
         place: The folder that the page is for, from where links begin.
     """
     title = str(run.values.get("name", run.folder.name))
-    charts = [*CHARTS[:1], *_source_charts(run.logged), *CHARTS[1:]]
+    charts = [*CHARTS[:1], *_source_charts(run.logged), *_judged_charts(run.logged), *CHARTS[1:]]
     sections: list[tuple[str, Callable[[], str]]] = [
         ("", lambda: _head(run)),
         ("Warnings", lambda: _warnings(run)),
         ("Before and after", lambda: "".join(_samples(run))),
+        ("Answers that were trained on", lambda: "".join(_judged(run))),
         ("Curves", lambda: _curves([_run_chart(title, names, scale, run.logged) for title, names, scale in charts])),
         ("Evaluation", lambda: "".join(_evaluation(run.evaluation))),
         ("Stages", lambda: _stages(run, place)),
@@ -262,6 +268,32 @@ def _source_charts(logged: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple
     return found
 
 
+def _judged_charts(logged: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...], bool]]:
+    """Charts of what answers were given by rewards, in all and by each, as `CHARTS`."""
+    keys = dict.fromkeys(key for stage in STAGES.values() if stage.rewarded for key in stage.shown)
+    found = [(key, (key, f"eval_{key}"), False) for key in keys if any(key in entry for entry in logged)]
+    each = dict.fromkeys(name for entry in logged for name in entry if re.fullmatch(r"rewards/.+/mean", name))
+    return found + ([("each of the rewards", tuple(each), False)] if len(each) > 1 and found else [])
+
+
+def _judged(run: Run) -> Iterator[str]:
+    """What the model answered in its first and in its last step, with what each answer was given."""
+    lines = [line for line in read_metrics(run.folder, COMPLETIONS) if line.get("split") == "train"]
+    steps = list(dict.fromkeys(line["step"] for line in lines))
+    for step in dict.fromkeys([*steps[:1], *steps[-1:]]):
+        of_step = [line for line in lines if line["step"] == step]
+        alike = [line for line in of_step if line.get("prompt") == of_step[0].get("prompt")][:SHOWN]
+        told = {}
+        for number, line in enumerate(alike, 1):
+            given = ", ".join(f"{name} {_short(value)}" for name, value in (line.get("rewards") or {}).items())
+            told[f"step {step}, answer {number}{f' ({given})' * bool(given)}"] = line.get("completion")
+        yield _answers(str(of_step[0].get("prompt")), "", told)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if _is_number(value) else "-"
+
+
 def _curves(charts: Sequence[str]) -> str:
     return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
 
@@ -289,6 +321,8 @@ def _run_chart(title: str, names: Sequence[str], logarithmic: bool, logged: Sequ
     labels: Sequence[str] = ("training", "held-out") if len(names) > 1 else (title,)
     if any("/" in name and name.partition("/")[0] in ("loss", "eval_loss") for name in names):
         labels = [name.partition("/")[2] for name in names]
+    if all(name.startswith("rewards/") and name.endswith("/mean") for name in names):
+        labels = [name.removeprefix("rewards/").removesuffix("/mean") for name in names]
     curves = [
         Curve(label, measure_series(logged, name), place, name.startswith("eval_"))
         for place, (label, name) in enumerate(zip(labels, names, strict=True))

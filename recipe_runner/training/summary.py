@@ -83,8 +83,8 @@ def describe_answers(config: Any) -> str:
 
 def describe_rewards(rewards: Sequence[RewardSection]) -> str:
     """What answers are judged by, each with its weight."""
-    named = [(one.name or Path(one.model or one.function or "").name, one.weight) for one in rewards]
-    return ", ".join(f"{name} x {weight:g}" for name, weight in named)
+    named = [(one.name or Path(one.model or one.function or "").name, one.key, one.weight) for one in rewards]
+    return ", ".join(f"{name}{f':{key}' * bool(key)} x {weight:g}" for name, key, weight in named)
 
 
 def describe_samples(section: Mapping[str, Any] | None, prompts: int) -> str:
