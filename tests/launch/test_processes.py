@@ -64,6 +64,7 @@ def launch(small_recipe, tmp_path, run_cli, monkeypatch):
     ):
         rows = PAIRS if stage == "dpo" and rows is None else rows
         training = {"learning_rate": 2e-3, "max_length": 64} | (training or {})
+        training = {key: value for key, value in training.items() if value is not None}
         sections = {"peft": LORA, "run": {"output_dir": str(tmp_path / "runs"), "global_batch_size": 4}} | sections
         recipe = small_recipe(stage, rows, name, training=training, **sections)
         command = [sys.executable, "-m", "recipe_runner", str(recipe), *arguments]
@@ -129,6 +130,59 @@ def test_the_same_training_on_any_number_of_processes(launch, tmp_path, launcher
         assert one.keys() == two.keys()
         for tensor in one:
             assert float((one[tensor].float() - two[tensor].float()).abs().max()) < 2e-3, (name, tensor)
+
+
+def test_judged_rows_and_reward_models_are_the_same_on_two_processes(launch, tmp_path):
+    """KTO estimates its KL term within the batches of a device, which are the same; a mean of two is taken later."""
+    from safetensors.torch import load_file
+
+    pairs = {"dataset": {"format": "preference"}, "rows": PAIRS}
+    settings = {"judged": ("kto", pairs, 5e-3), "scores": ("reward", {"rows": PAIRS}, 1e-3)}
+    alone, recipes = {}, []
+    for name, (stage, more, _) in settings.items():
+        done, alone[name] = launch(stage=stage, name=name, training={"per_device_train_batch_size": 2}, **more)
+        assert done.returncode == 0, done.stderr
+        recipes.append(str(tmp_path / f"{name}.yaml"))
+    done = launch_several("ddp", recipes, tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, before in alone.items():
+        folder = max((tmp_path / "runs" / name).iterdir())
+        assert folder != before, (name, done.stderr)
+        assert losses(folder) == pytest.approx(losses(before), rel=settings[name][2]), name
+        one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (before, folder))
+        assert one.keys() == two.keys()
+        for tensor in one:
+            assert float((one[tensor].float() - two[tensor].float()).abs().max()) < 5e-3, (name, tensor)
+
+
+@pytest.mark.parametrize("stage", ["rloo", "grpo"])
+def test_prompts_reach_every_process_and_their_answers_are_judged_together(launch, small_recipe, tmp_path, stage):
+    """The same prompts in each step as on one process; all answers are kept, in whole groups; the reward is of all."""
+    rewards = [{"name": "length", "max": 6}, {"name": "repetition_penalty", "ngram_size": 1, "weight": 0.5}]
+    training = {"max_completion_length": 12, "num_generations": 4, "max_steps": 3, "max_length": None}
+    training |= {"per_device_train_batch_size": 8, "logging_steps": 1}
+    rows = [{"prompt": f"say {n}", "wanted": f"it is {n}"} for n in range(12)]
+    options = {"stage": stage, "rows": rows, "rewards": rewards, "dataset": {"reward_columns": ["wanted"]}}
+    run = {"output_dir": str(tmp_path / "runs")}
+    done, before = launch(name="tried", training=training, run=run, **options)
+    assert done.returncode == 0, done.stderr
+    training["per_device_train_batch_size"] = 4
+    training = {key: value for key, value in training.items() if value is not None}
+    small_recipe(name="tried", training=training, run=run, peft=LORA, **options)
+    done = launch_several("ddp", [f"{tmp_path / 'tried.yaml'} --resume never"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = max((tmp_path / "runs" / "tried").iterdir())
+    read = [
+        [json.loads(line) for line in (of / "completions.jsonl").read_text().splitlines()] for of in (before, folder)
+    ]
+    for step in (1, 2, 3):
+        one, two = (sorted(entry["prompt"] for entry in of if entry["step"] == step) for of in read)
+        assert len(two) == 8
+        assert one == two
+        given = [entry["rewards"] for entry in read[1] if entry["step"] == step]
+        mean = sum(of["length"] + 0.5 * of["repetition_penalty"] for of in given) / len(given)
+        logged = next(entry for entry in metrics(folder) if entry["step"] == step and "loss" in entry)
+        assert logged["reward"] == pytest.approx(mean, abs=1e-4)
 
 
 ADALORA = {"method": "adalora", "init_r": 6, "target_r": 2, "target_modules": "all-linear"}
