@@ -2,8 +2,9 @@
 
     python benchmarks/steps.py dpo [--steps 12] [--pairs 4] [--processes 1]
 
-Trains QLoRA (dpo: DPOTrainer on the help desk's pairs) or LoRA (sft: SFTTrainer on tickets) of SmolLM2-135M on a CPU.
-Both sides must log the same losses, or the comparison is off. The first steps, which warm up, are not counted.
+Trains QLoRA (dpo: on the help desk's pairs) or LoRA (sft: on tickets; kto and reward: on the pairs' answers; grpo: on
+tickets, judged by their length) of SmolLM2-135M on a CPU. Both sides must log the same losses (grpo: rewards, as its
+losses are near 0), or the comparison is off. The first steps, which warm up, are not counted.
 """
 
 import argparse
@@ -36,12 +37,17 @@ TRAINING = {
     "max_length": 256,
     "activation_checkpointing": False,
 }
-DATA = {"dpo": "replies_train.jsonl", "sft": "tickets_train.jsonl"}
+PAIRS, TICKETS = "replies_train.jsonl", "tickets_train.jsonl"
+DATA = {"dpo": PAIRS, "sft": TICKETS, "kto": PAIRS, "reward": PAIRS, "grpo": TICKETS}
+FORMATS = {"dpo": "preference", "sft": "instruction", "kto": "unpaired_preference", "reward": "preference"}
+FORMATS["grpo"] = "prompt"
+GENERATING = {"max_completion_length": 24, "num_generations": 4, "per_device_train_batch_size": 8}
+MOST, SCORES = 16, "reward"  # tokens of an answer that is rewarded in full; what is compared of grpo
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("stage", choices=["dpo", "sft"])
+    arguments.add_argument("stage", choices=list(DATA))
     arguments.add_argument("--steps", type=int, default=12)
     arguments.add_argument("--pairs", type=int, default=4)
     arguments.add_argument("--processes", type=int, default=1)
@@ -84,24 +90,46 @@ def measure(side: str, options: argparse.Namespace) -> tuple[list[float], list[f
     steps = [entry for entry in logged if "loss" in entry]
     times = [entry["time"] for entry in steps]
     return [after - before for before, after in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False)], [
-        entry["loss"] for entry in steps
+        entry[SCORES if options.stage == "grpo" else "loss"] for entry in steps
     ]
 
 
+def options_of(stage: str) -> dict[str, Any]:
+    """The options of the trainer."""
+    if stage == "grpo":
+        return {key: value for key, value in TRAINING.items() if key != "max_length"} | GENERATING
+    return TRAINING
+
+
+def read_rows(stage: str) -> list[dict[str, Any]]:
+    """The rows of a stage, as a recipe takes them."""
+    text = (ROOT / "recipes" / "data" / DATA[stage]).read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    if stage == "kto":
+        sides = (("chosen", True), ("rejected", False))
+        return [{"prompt": row["prompt"], "completion": row[of], "label": good} for row in rows for of, good in sides]
+    if stage == "grpo":
+        return [{"prompt": f"{row['instruction']}\n\n{row['input']}"} for row in rows]
+    return rows
+
+
 def write_recipe(stage: str, steps: int, folder: Path) -> Path:
-    form = "preference" if stage == "dpo" else "instruction"
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in read_rows(stage)), encoding="utf-8")
     recipe = {
         "schema_version": 1,
         "name": "bench",
         "stage": stage,
         "model": {"name_or_path": str(MODEL)},
         "peft": {"method": "lora", **LORA},
-        "dataset": {"format": form, "train": {"source": str(ROOT / "recipes" / "data" / DATA[stage])}},
-        "training": TRAINING | {"max_steps": steps},
+        "dataset": {"format": FORMATS[stage], "train": {"source": str(data)}},
+        "training": options_of(stage) | {"max_steps": steps},
         "run": {"output_dir": str(folder)},
     }
     if stage == "dpo":
         recipe["quantization"] = NF4
+    if stage == "grpo":
+        recipe["rewards"] = [{"name": "length", "max": MOST}]
     file = folder / "bench.yaml"
     file.write_text(json.dumps(recipe), encoding="utf-8")
     return file
@@ -112,10 +140,10 @@ def train_plainly(stage: str, steps: int, folder: Path) -> None:
     from recipe_runner.launch.process import set_up_process
 
     set_up_process()  # the same warnings are quiet on both sides
+    import trl
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, TrainerCallback
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     from recipe_runner.model.quantization import keep_4bit_weights_trainable
 
@@ -125,16 +153,19 @@ def train_plainly(stage: str, steps: int, folder: Path) -> None:
                 with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps({"time": time.time(), **logs}) + "\n")
 
-    rows = [
-        json.loads(line) for line in (ROOT / "recipes" / "data" / DATA[stage]).read_text(encoding="utf-8").splitlines()
-    ]
-    config_class, trainer_class = (DPOConfig, DPOTrainer) if stage == "dpo" else (SFTConfig, SFTTrainer)
+    def length(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        return [min(1.0, MOST / len(ids)) for ids in completion_ids]
+
+    name = {"reward": "Reward"}.get(stage, stage.upper())
+    config_class, trainer_class = getattr(trl, f"{name}Config"), getattr(trl, f"{name}Trainer")
+    head = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if stage == "reward" else {"task_type": "CAUSAL_LM"}
     trainer = trainer_class(
         str(MODEL),
-        args=config_class(str(folder), max_steps=steps, bf16=False, seed=42, data_seed=42, **TRAINING),
-        train_dataset=Dataset.from_list([as_turns(row) for row in rows]),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+        args=config_class(str(folder), max_steps=steps, bf16=False, seed=42, data_seed=42, **options_of(stage)),
+        train_dataset=Dataset.from_list([as_turns(row) for row in read_rows(stage)]),
+        peft_config=LoraConfig(**head, **LORA),
         quantization_config=BitsAndBytesConfig(**NF4) if stage == "dpo" else None,
+        **({"reward_funcs": length} if stage == "grpo" else {}),
     )
     keep_4bit_weights_trainable(trainer.model)  # a bug of bitsandbytes on some CPUs: not what is compared
     trainer.add_callback(Log())
@@ -142,7 +173,12 @@ def train_plainly(stage: str, steps: int, folder: Path) -> None:
     trainer.save_model(str(folder / "adapter"))
 
 
-def as_turns(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+def as_turns(row: dict[str, Any]) -> dict[str, Any]:
+    if "label" in row:
+        answer = [{"role": "assistant", "content": row["completion"]}]
+        return {"prompt": [{"role": "user", "content": row["prompt"]}], "completion": answer, "label": row["label"]}
+    if "prompt" in row and "chosen" not in row:
+        return {"prompt": [{"role": "user", "content": row["prompt"]}]}
     if "chosen" in row:
         return {
             "prompt": [{"role": "user", "content": row["prompt"]}],

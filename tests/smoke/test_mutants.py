@@ -780,12 +780,109 @@ def lose_the_random_state(monkeypatch):
     monkeypatch.setattr(Trainer, "_load_rng_state", lambda self, checkpoint: None)
 
 
+def forget_the_weights_of_rewards(monkeypatch):
+    change_trainer(monkeypatch, lambda trainer: setattr(trainer, "reward_weights", torch.ones(3)))
+
+
+def keep_no_answers(monkeypatch):
+    from recipe_runner.training import run
+
+    monkeypatch.setattr(run, "keep_completions", lambda *args: None)
+
+
+def exchange_the_scored(monkeypatch):
+    from recipe_runner.data.shapes import scored_pairs
+
+    right = scored_pairs.tokenize
+
+    def tokenize(job, rows):
+        table = right(job, rows)
+        return pa.table({"chosen_ids": table["rejected_ids"], "rejected_ids": table["chosen_ids"]})
+
+    monkeypatch.setattr(scored_pairs, "tokenize", tokenize)
+
+
+def exchange_the_labels(monkeypatch):
+    from recipe_runner.data.shapes import unpaired
+
+    right = unpaired.take_side
+
+    def take_side(row, good):
+        return {**right(row, good), "label": not good}
+
+    monkeypatch.setattr(unpaired, "take_side", take_side)
+
+
+def freeze_the_head(monkeypatch):
+    def change(trainer):
+        for name, parameter in trainer.model.named_parameters():
+            if "score" in name:
+                parameter.requires_grad_(False)
+
+    change_trainer(monkeypatch, change)
+
+
+def ask_without_a_place_for_the_answer(monkeypatch):
+    """Prompts are rendered without the beginning of an answer."""
+
+    def change(trainer):
+        right = trainer._tokenize_prompts
+
+        def tokenize(prompts):
+            ids, *more = right(prompts)
+            return [row[:-3] for row in ids], *more
+
+        trainer._tokenize_prompts = tokenize
+
+    change_trainer(monkeypatch, change)
+
+
+def learn_what_pads_an_answer(monkeypatch):
+    def change(trainer):
+        right = trainer._generate_and_score_completions
+
+        def score(inputs):
+            made = right(inputs)
+            made["completion_mask"] = torch.ones_like(made["completion_mask"])
+            made["completion_ids"][:, 0] = trainer.eos_token_ids[0]  # so that it ends before the others
+            return made
+
+        trainer._generate_and_score_completions = score
+
+    change_trainer(monkeypatch, change)
+
+
+def begin_the_order_anew(monkeypatch):
+    """As TRL 1.16: a resumed run takes prompts in the order of the first epoch."""
+    from recipe_runner.training import run
+
+    monkeypatch.setattr(run, "keep_prompt_order", lambda trainer: None)
+
+
+def sample_otherwise(monkeypatch):
+    change_trainer(monkeypatch, lambda trainer: setattr(trainer, "temperature", 0.1))
+
+
+def judge_by_another_model(monkeypatch):
+    """The reward of a model is another number than its score."""
+    from recipe_runner.training import trainers
+
+    right = trainers.build_rewards
+
+    def build_rewards(*args):
+        rewards = right(*args)
+        return [*rewards[1:], *rewards[:1]]
+
+    monkeypatch.setattr(trainers, "build_rewards", build_rewards)
+
+
 TICKETS, CHAT, TEXT, DPO = "smollm2_tickets_lora", "phi3_chat_qlora", "phi3_text_qlora", "smollm2_replies_dpo"
 PARTIAL, ADALORA, FILING = "qwen25_05b_math_partial", "smollm2_360m_instruct_adalora", "smollm2_filing_lora"
 PIPELINE, SQL, STORIES = "smollm2_desk_pipeline", "qwen25_15b_sql_lora", "smollm2_135m_stories_full"
 INTENTS, NORMALIZED, LLAMA = "gemma3_270m_intents_full", "olmo2_7b_dpo_qlora", "llama32_1b_chat_lora"
 BOTTLENECK, HANDBOOK, FULL = "smollm2_17b_chat_bottleneck", "smollm2_handbook_lora", "llama32_1b_instruct_full"
 PROMPT = "qwen3_06b_sentiment_prompt"
+SCORES, GRPO, RLOO, KTO = "smollm2_replies_reward", "smollm2_filing_grpo", "phi3_rloo_qlora", "smollm2_replies_kto"
 # What is broken -> a recipe that shows it, what breaks it, and the checks of which one must say so.
 RUNNER = {
     "labels shifted by one": (TICKETS, roll_labels, {"mask"}),
@@ -862,6 +959,20 @@ RUNNER = {
     "training without dropout": (TICKETS, learn_without_dropout, {"options"}),
     "answers cut at the length of rows": (INTENTS, save_a_short_answer, {"saved"}),
     "a context saved that is that of rows": (INTENTS, save_a_short_context, {"base"}),
+    "weights of rewards ignored": (RLOO, forget_the_weights_of_rewards, {"judged"}),
+    "answers and their rewards not kept": (GRPO, keep_no_answers, {"judged"}),
+    "rewards weighed by each other's weights": (GRPO, judge_by_another_model, {"judged"}),
+    "the answers of pairs exchanged for a reward model": (SCORES, exchange_the_scored, {"prepared"}),
+    "labels of a pair's answers exchanged": (KTO, exchange_the_labels, {"prepared"}),
+    "the head of a reward model frozen": (SCORES, freeze_the_head, {"trained", "moved"}),
+    "prompts without a place for the answer": (GRPO, ask_without_a_place_for_the_answer, {"mask"}),
+    "what pads an answer learned": (GRPO, learn_what_pads_an_answer, {"mask"}),
+    "prompts in the first epoch's order when a run is resumed": (
+        "phi3_distillation_qlora",
+        begin_the_order_anew,
+        {"resumed", "order"},
+    ),
+    "answers sampled at another temperature": (GRPO, sample_otherwise, {"options"}),
 }
 
 
@@ -872,6 +983,7 @@ CHANGES = {
     "of a dialogue only the last answer learned": {"training": {"packing": False}},
     "weight decay on norms": {"training": {"weight_decay": 0.1}},
     "an evaluation's loss divided by other tokens": {"training": {"packing": False}},
+    "weights of rewards ignored": {"rewards": [{"name": "json_valid", "weight": 0.5}, {"name": "length", "max": 9}]},
     "`modules_to_save` lost": {"peft": {"modules_to_save": ["norm"]}},
 }
 

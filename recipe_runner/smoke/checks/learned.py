@@ -123,14 +123,15 @@ def check_mask(done: Done) -> Found:
 
 def _check_generated(done: Done, tokenizer: Any) -> Found:
     """What is learned is whole answers of the model's own, up to the token that ends them, to prompts of the data."""
-    asked = [texts for of in done.small.wanted for texts in of.asked]
+    rows = [row for of in done.small.wanted for row in of.rows]
+    asked = {of for row in rows for of in work_out_sequences(row, None, tokenizer, "rows")}
     ends = set(tokenizer.convert_tokens_to_ids(sorted(done.small.stand_in.stops)))
     for batch in done.seen.batches:
         inputs = batch.inputs
         for place, (ids, real) in enumerate(zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)):
-            text = squeeze(tokenizer.decode(ids[real.bool()], skip_special_tokens=True))
-            if asked and not any(all(part in text for part in of) for of in asked):
-                yield f"an answer is made to no prompt of the data: {text[:100]!r}"
+            if tuple(ids[real.bool()].tolist()) not in asked:
+                told = tokenizer.decode(ids[real.bool()])
+                yield f"an answer is made to no prompt of the data, as the chat template asks it: {told[-100:]!r}"
                 return
             answer, learned = inputs["completion_ids"][place].tolist(), inputs["completion_mask"][place].tolist()
             end = next((at for at, token in enumerate(answer) if token in ends), len(answer) - 1)

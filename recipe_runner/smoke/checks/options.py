@@ -24,6 +24,8 @@ FILLED = (
     *("activation_checkpointing", "logging_nan_inf_filter", "accelerator_config", "dataloader_pin_memory"),
     *("pad_to_multiple_of", "reward_weights", "generation_batch_size", "steps_per_generation"),
 )
+# What TRL's trainers keep beside their configuration.
+HELD = ("beta", "loss_type", "temperature", "num_generations", "num_iterations", "max_completion_length")
 # Keys of `peft` that PEFT spells out in its configuration: `check_targets` looks at what they do.
 SPELT_OUT = ("target_modules", "modules_to_save", "exclude_modules", "init_lora_weights")
 # Fields of PEFT's configurations that name the base, or that PEFT fills.
@@ -47,9 +49,9 @@ def check_options(done: Done) -> Found:
             yield f"training.{key} is {value!r}, and the trainer has {found!r}"
     for key, found, default in _find_changed(config, small.training.said, small.training.defaults, FILLED):
         yield f"the recipe does not say training.{key}: it is {default!r} then, and the trainer has {found!r}"
-    for key in ("beta", "loss_type"):  # what TRL's trainers keep apart from their configuration
+    for key in HELD:  # what TRL's trainers keep apart from their configuration
         held = getattr(done.seen.trainer, {"loss_type": "loss_types"}.get(key, key), None)
-        if held is not None and not is_same(held, getattr(config, key)):
+        if held is not None and hasattr(config, key) and not is_same(held, getattr(config, key)):
             yield f"training.{key} is {getattr(config, key)!r}, and the trainer computes with {held!r}"
     batches = done.recipe.training["gradient_accumulation_steps"]
     if not done.recipe.run.global_batch_size and config.gradient_accumulation_steps != batches:
