@@ -12,11 +12,12 @@ from recipe_runner.files import write_new
 from recipe_runner.methods import WAYS
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Mark
+from recipe_runner.recipe.catalogue import read_catalogue
 from recipe_runner.recipe.local import is_file_source, is_saved, list_files, list_saved
 from recipe_runner.recipe.new import compose, copy_shipped, find_columns, guess_format, stage_for
 from recipe_runner.recipe.resolve import examine_recipe
-from recipe_runner.recipe.schema import is_name
-from recipe_runner.stages import FORMATS
+from recipe_runner.recipe.schema import formats_of, is_name
+from recipe_runner.stages import FORMATS, STAGES, Stage
 
 
 def write_recipe(
@@ -42,10 +43,12 @@ def write_recipe(
     options = {"--model": model, "--format": form, "--stage": stage, "--method": way, "--data": data, "--column": given}
     if source and (others := [name for name, value in options.items() if value]):
         raise click.UsageError(f"--from copies a recipe as it is: leave out {', '.join(others)}, or --from")
-    fitting = [name for name in FORMATS if stage_for(name) == stage]
+    fitting = formats_of(stage) if stage else list(FORMATS)
     form = form or (fitting[0] if len(fitting) == 1 else "")
-    if stage and form and stage_for(form) != stage:
+    if form and form not in fitting:
         raise click.BadParameter(f"format {form} is for stage {stage_for(form)}", param_hint="--stage")
+    if (stage or form) and STAGES[stage or stage_for(form)].generates and not source:
+        _refuse_generating(STAGES[stage or stage_for(form)])
     if source:
         text = copy_shipped(file, source)
     else:
@@ -53,14 +56,15 @@ def write_recipe(
         look = _look(file.parent, data)
         guess = guess_format(look.columns) if look else None
         model = model or _ask("Base model (hub id or folder)", default="microsoft/Phi-3-mini-4k-instruct")
-        form = form or _ask("Layout of the data", type=click.Choice(list(FORMATS)), default=guess or "chat")
+        usual = guess if guess in fitting else "chat" if "chat" in fitting else fitting[0]
+        form = form or _ask("Layout of the data", type=click.Choice(fitting), default=usual)
         way = way or _ask("Method", type=click.Choice(WAYS), default="qlora")
         if look is None and (file.parent / os.path.expanduser(data)).is_file():
             told = f"the rows of {data} could not be read, so its columns are not known"
             click.echo(f"warning: {told}; `recipe-run prepare {file}` says why", err=True)
         columns = _choose_columns(form, data, look, dict(_pair(pair) for pair in given))
         model, data = (_seen_from(file.parent, name) for name in (model, data))
-        text = compose(file.stem, model, form, way, data, columns, look)
+        text = compose(file.stem, model, stage or stage_for(form), form, way, data, columns, look)
     write_new(file, text)
     recipe, problems = examine_recipe(file)
     if recipe is None:
@@ -69,6 +73,18 @@ def write_recipe(
     for problem in problems:
         click.echo(problem, err=True)
     click.echo(f"{file} is written; recipe-run {file} trains")
+
+
+def _refuse_generating(stage: Stage) -> None:
+    """What judges a model's answers, and which teacher it has, nobody can guess.
+
+    Raises:
+        UserError: Always; it names shipped recipes to start from.
+    """
+    shipped = [entry.name for entry in read_catalogue() if entry.stage == stage.name]
+    what = "judges the model's answers" if stage.rewarded else "the model learns from"
+    message = f"a recipe of stage {stage.name} says what {what}, which can't be told from data"
+    raise user_error("not-composed", message, f"start from a shipped one: --from {shipped[0]}")
 
 
 def _ask(question: str, **options: Any) -> str:

@@ -376,3 +376,20 @@ def test_declared_tools_and_calls_count_for_the_length(run_cli, tmp_path, as_jso
     assert run_cli("new", tmp_path / "mine.yaml", *options).status == 0
     characters = len(json.dumps(tools)) + len(json.dumps(call))
     assert load_recipe(str(tmp_path / "mine.yaml")).training["max_length"] == 1024 > characters / 3 > 300
+
+
+def test_a_stage_that_several_share_a_layout_with_is_the_one_that_was_asked_for(run_cli, tmp_path):
+    pairs = [{"prompt": f"q {n}", "chosen": f"a {n}", "rejected": "b"} for n in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    for stage in ("dpo", "kto", "reward"):
+        file = tmp_path / f"{stage}_made.yaml"
+        options = ("--stage", stage, "--format", "preference", "--method", "lora", "--model", "a/b")
+        made = run_cli("new", file, *options, "--data", tmp_path / "pairs.jsonl")
+        assert made.status == 0, made.err
+        shown = run_cli("show", file).out
+        assert f"stage: {stage}\n" in shown
+        assert "format: preference\n" in shown
+    refused = run_cli("new", tmp_path / "tried.yaml", "--stage", "grpo", "--data", tmp_path / "pairs.jsonl")
+    assert refused.status == 1
+    assert "error[not-composed]" in refused.err
+    assert "--from phi3_grpo_qlora" in refused.err
