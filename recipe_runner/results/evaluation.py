@@ -46,7 +46,8 @@ class Row:
         number: Its number there, from 1.
         prompt: What is asked; None for raw text.
         prompt_ids: Its tokens.
-        sequences: Answer (`chosen`, ...) -> tokens and labels, as the trainer would get them.
+        sequences: Answer (`chosen`, ...) -> tokens and labels, as the trainer would get them; empty where the model
+            answers itself.
         label: Of a judged answer: whether it is a good one.
     """
 
@@ -266,7 +267,7 @@ def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | Non
             raw = take_side(raw, entry["label"] == [1]) if "label" in entry else raw
             prompt = split_row(raw, job.tokenizer, job.dataset.reward_columns)
             ids = render_prompt(prompt.content, job.tokenizer, prompt.tools) if prompt else []
-            sequences = shape_of(job.stage).as_trained(entry, job.config)
+            sequences = {} if job.stage.generates else shape_of(job.stage).as_trained(entry, job.config)
             label = raw.get("label")
             rows.append(Row(job.sources[source].name, int(number) + 1, prompt, ids, sequences, label))
     if not rows:
@@ -287,7 +288,7 @@ def choose_rows(order: np.ndarray, limit: int | None) -> np.ndarray:
 
 def warn_of_prompts(rows: Sequence[Row]) -> None:
     """Says so where what a server asks is not what the model was trained to answer: other tokens before the answer."""
-    differ = [row for row in rows if row.prompt and not _continues(row)]
+    differ = [row for row in rows if row.prompt and row.sequences and not _continues(row)]
     if differ:
         first = f"{differ[0].source} row {differ[0].number}"
         message = f"in {len(differ):,} of {len(rows):,} rows (first: {first}) the chat template renders a prompt"
@@ -326,7 +327,7 @@ def choose_examples(job: Job, order: np.ndarray, number: int, seed: int) -> list
 
 def with_examples(row: Row, prompt: list[int]) -> dict[str, Sequence_] | None:
     """The sequences of a row after a prompt with examples; None where its tokens can't be told from theirs."""
-    made = {}
+    made: dict[str, Sequence_] = {}
     for name, (ids, labels) in row.sequences.items():
         own = len(row.prompt_ids)
         first = next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))

@@ -220,7 +220,7 @@ def test_json_is_scored_where_all_wanted_answers_are_json():
 
 @pytest.mark.parametrize("name", ["exact_mach", "regex:(", "json:", "bleu", r"regex:(a+)+$"])
 def test_a_scorer_that_cannot_be_used_is_one_line(name, monkeypatch):
-    from recipe_runner.results import scorers
+    from recipe_runner.model import scorers
 
     monkeypatch.setattr(scorers, "PATTERN_SECONDS", 0.2)
 

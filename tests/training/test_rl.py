@@ -299,3 +299,21 @@ def test_who_looks_for_ppo_finds_its_successors(run_cli, write_recipe):
     result = run_cli("validate", write_recipe(stage="ppo"))
     assert "TRL removed its PPO trainer" in result.out + result.err
     assert "rloo" in result.out + result.err
+
+
+def test_a_run_is_evaluated_by_its_answers(rl, run_cli):
+    """The wanted answer is what the first of the reward columns has; there is no loss of answers that are not there."""
+    dataset = {"eval": {"source": "rows.jsonl"}}
+    training = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
+    result, folder = rl(peft=LORA, dataset=dataset, training=training)
+    assert result.status == 0, result.err
+    assert "held-out reward" in result.out
+    assert {entry["split"] for entry in completions(folder)} == {"train", "eval"}
+    evaluated = run_cli("evaluate", folder, "--max-new-tokens", "4", "--scorer", "exact_match", "--format", "json")
+    assert evaluated.status == 0, evaluated.err
+    found = json.loads(evaluated.out)["columns"]["tuned"]
+    assert found["exact_match"]["value"] == 0.0
+    assert not any("loss" in name for name in found)
+    report = (folder / "report.html").read_text()
+    assert "Answers that were trained on" in report
+    assert "repetition_penalty" in report
