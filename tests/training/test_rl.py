@@ -266,6 +266,23 @@ def test_preview_shows_the_prompt_as_the_trainer_asks_it(rl, run_cli, tmp_path, 
         assert set(row["labels"]) == {-100}
 
 
+@pytest.mark.parametrize(("quantization", "peft"), [(None, LORA), (NF4, LORA)], ids=["lora", "qlora"])
+def test_distillation_trains_an_adapter_with_a_run_as_its_teacher(run_recipe, quantization, peft):
+    _, teacher = run_recipe(name="taught", peft=LORA, training={"max_steps": 6})
+    training = {key: value for key, value in GENERATING.items() if key != "num_generations"} | {"learning_rate": 2e-3}
+    result, folder = run_recipe(
+        stage="distillation",
+        model={"teacher": str(teacher)},
+        training=training,
+        dataset={"ignore": ["wanted"]},
+        quantization=quantization,
+        peft=peft,
+    )
+    assert result.status == 0, result.err
+    assert status(folder)["status"] == "completed"
+    assert [entry["loss"] for entry in metrics(folder) if "loss" in entry][0] > 0
+
+
 def test_distillation_comes_nearer_to_its_teacher_and_refuses_another_vocabulary(run_recipe, tiny_phi3, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
