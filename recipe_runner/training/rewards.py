@@ -160,7 +160,7 @@ def build_rewards(recipe: Recipe, config: Any) -> list[Reward]:
             judge = _load_function(reward.function, (*path, "function"))
         else:
             name = f"{reward.name}:{reward.key}" if reward.key else str(reward.name)
-            judge = _build_known(reward, config)
+            judge = build_known(reward, config)
         count = sum(other.name.partition(" ")[0] == name for other in built)
         name = f"{name} {count + 1}" if count else name
         if callable(judge) and not isinstance(judge, torch.nn.Module):
@@ -288,7 +288,7 @@ def text_of(content: Any) -> str:
     return content if isinstance(content, str) else str(content[-1]["content"]) if content else ""
 
 
-def _build_known(reward: RewardSection, config: Any) -> Call:
+def build_known(reward: RewardSection, config: Any) -> Call:
     """The function of a name. TRL's are made by TRL; the others give each answer 0 to 1."""
     column, pattern = str(reward.column), re.compile(reward.pattern or "")
 
