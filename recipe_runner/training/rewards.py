@@ -52,6 +52,7 @@ class Reward:
         tokenizer: Of a reward model.
         weight: In the sum.
         path: Its key in the recipe.
+        known: Whether it is one by name, which differs between some answers, be they rare.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Reward:
     tokenizer: PreTrainedTokenizerBase | None
     weight: float
     path: KeyPath
+    known: bool
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def build_rewards(recipe: Recipe, config: Any) -> list[Reward]:
             judge.__name__ = name
         else:
             judge.config._name_or_path = name
-        built.append(Reward(name, judge, tokenizer, reward.weight, path))
+        built.append(Reward(name, judge, tokenizer, reward.weight, path, reward.name is not None))
     return built
 
 
@@ -421,7 +423,7 @@ def check_rewards(
         if not known:
             message = f"{reward.name} gives no answer a number (None for all of {len(values)}): nothing can be learned"
             raise user_error("constant-reward", message, "correct it", path=reward.path)
-        if len(set(known)) == 1:
+        if len(set(known)) == 1 and not reward.known:
             message = f"{reward.name} gives {known[0]:g} to all of {len(known)} different answers: it tells none apart"
             raise user_error("constant-reward", message, "correct it, or remove it", path=reward.path)
         first = {value for value in values[: tried.generated] if value is not None}
