@@ -280,7 +280,7 @@ def test_distillation_trains_an_adapter_with_a_run_as_its_teacher(run_recipe, qu
     )
     assert result.status == 0, result.err
     assert status(folder)["status"] == "completed"
-    assert [entry["loss"] for entry in metrics(folder) if "loss" in entry][0] > 0
+    assert next(entry["loss"] for entry in metrics(folder) if "loss" in entry) > 0
 
 
 def test_distillation_comes_nearer_to_its_teacher_and_refuses_another_vocabulary(run_recipe, tiny_phi3, tmp_path):
