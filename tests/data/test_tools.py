@@ -197,6 +197,66 @@ def test_thinking_is_learned_seen_or_dropped(tokenizer_of, job_of, name):
     assert "Yes, it is." in learned["drop"]
 
 
+OWN = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>
+{% endgeneration %}{% else %}{{ message.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # SmolLM2's: it knows no thinking, and no calls
+REPEATED = "The sun."
+# Thought, answer: the answer repeats the thought at its beginning, in its middle, at its end; or is the thought.
+REPEATS = [
+    (REPEATED, f"{REPEATED} It shines."),
+    (REPEATED, f"Yes: {REPEATED} It shines."),
+    (REPEATED, f"It is: {REPEATED}"),
+    (REPEATED, REPEATED),
+    ("4", "4"),
+    ("e", "he is there"),
+    ("i", "<thinking> is a word"),
+    ("k", "think"),
+    ("\n a \n\n b ", " a and b"),
+]
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "completion", "last", "all"])
+@pytest.mark.parametrize("keyed", [False, True], ids=["text", "key"])
+@pytest.mark.parametrize("name", ["own", "qwen3_training", "glm4moe_training"])
+def test_a_thought_that_the_answer_repeats_is_masked_where_it_was_thought(tokenizer_of, job_of, name, keyed, train_on):
+    """What is masked is what is learned with `keep`, but for the blocks, which are looked for with all around them."""
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name.replace("own", "qwen3_training")))
+    tokenizer.chat_template = OWN if name == "own" else tokenizer.chat_template
+
+    def turn(thought, answer):
+        written = {"content": f"<think>\n{thought.strip()}\n</think>\n\n{answer}"}
+        return {"role": "assistant"} | ({"content": answer, "reasoning_content": thought} if keyed else written)
+
+    ask = {"role": "user", "content": f"Is <think>this</think> it? {REPEATED} 4"}
+    later = {"role": "assistant", "content": f"{REPEATED} That was it."}
+    rows = [{"messages": [ask, turn(*repeat)]} for repeat in REPEATS]
+    rows += [{"messages": [ask, turn(*repeat), ask, turn("So.", "So.")]} for repeat in REPEATS]
+    rows += [{"messages": [ask, turn(*repeat), ask, later]} for repeat in REPEATS]
+    if name != "own" and train_on in ("assistant", "all"):
+        call = CALL | {"function": {"name": "weather", "arguments": {"city": "Rome <think></think>"}}}
+        rows += [{"messages": [ask, turn("Rome", "") | {"tool_calls": [call]}, RESULT, SAY]}]
+    made = {}
+    for way in ("keep", "mask"):
+        options = {"format": "chat", "train_on": train_on, "thinking": way}
+        made[way], tally = prepare(job_of("sft", rows, tokenizer, {"max_length": None}, **options))
+        assert not tally.dropped
+    for row, kept, masked in zip(rows, made["keep"], made["mask"], strict=True):
+        assert kept["input_ids"] == masked["input_ids"]
+        text = tokenizer.decode(kept["input_ids"])
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert found["input_ids"] == kept["input_ids"]
+        for others in (ask["content"], "Rome <think></think>"):
+            text = text.replace(others, "-" * len(others))
+        blocks = [match.span() for match in re.finditer(r"\s*<think>.*?</think>\s*", text, re.DOTALL)]
+        inside = [any(a <= begin and end <= b for a, b in blocks) for begin, end in found["offset_mapping"]]
+        wanted = [-100 if of else label for of, label in zip(inside, kept["labels"], strict=True)]
+        assert masked["labels"] == wanted, text
+        last = row["messages"][-1]["content"].rpartition("</think>")[2].strip()
+        assert last in tokenizer.decode([label for label in masked["labels"] if label != -100])
+
+
 def test_thinking_is_found_by_other_marks(tokenizer_of, job_of):
     for name in ("gptoss_training", "diffusion_gemma_training", "muse_glimmer_training"):
         tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
