@@ -52,6 +52,8 @@ NESTED_KEYS = frozenset(("tool_calls", "function_call"))  # whose values are obj
 # of a template's, ReAct.
 SPELT_BY_TEMPLATES = re.compile(r"<tool_call\w*>?|<function=|<\|python_tag\|>|\[TOOL_CALLS\]|<\|tool_call\w*(?:\|>)?")
 SPELT_CALLS = ("<tool_call", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_call", "<function", "```tool_c", "Action:")
+# A call as JSON in the text of an answer, as Hermes and Qwen spell it; GLM and Qwen-Coder spell others there.
+SPELT_AS_JSON = re.compile(r"<tool_call>\s*([\[{].*?)\s*</tool_call>", re.DOTALL)
 # What is counted of rows.
 UNDECLARED = "that call a tool which they do not declare"
 UNWRAPPED = "with results of tools taken out of <tool_response> tags, which the chat template writes itself"
@@ -110,7 +112,33 @@ def _read_turn(turn: dict[str, Any], dataset: DatasetSection, where: str) -> dic
         content = ""
     if not isinstance(content, str):
         raise RowError(f"{where}: expected a text as content, found {describe_value(content)}")
-    return {"role": role, "content": content, **message}
+    made = {"role": role, "content": content, **message}
+    if twice := [
+        call for call in read_spelt_calls(made, where) if call in map(_without_id, made.get("tool_calls", ()))
+    ]:
+        name = twice[0]["function"]["name"]
+        raise RowError(
+            f"{where}: the call of '{name}' is in the text and in tool_calls, and would be learned twice; take it out"
+            " of the text"
+        )
+    return made
+
+
+def read_spelt_calls(turn: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """Calls that an answer spells in its text as JSON (Hermes).
+
+    Raises:
+        RowError: One of them is no call; see `read_calls`.
+    """
+    if turn["role"] != "assistant" or "<tool_call>" not in turn["content"]:
+        return []
+    answer = turn["content"].rpartition("</think>")[2]
+    texts = SPELT_AS_JSON.findall(answer)
+    return [_without_id(call) for text in texts for call in read_calls(text, f"{where}: <tool_call> in the text")]
+
+
+def _without_id(call: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in call.items() if key != "id"}
 
 
 def _read_more(turn: dict[str, Any], role: str, dataset: DatasetSection, where: str) -> dict[str, Any]:
@@ -371,13 +399,17 @@ def _fold_system(turns: Turns, learned: list[bool]) -> tuple[Turns, list[bool], 
     return folded, kept, list(done)
 
 
-def call_undeclared(turn: dict[str, Any], tools: Tools) -> bool:
-    """Whether a turn calls a tool that is not declared."""
-    calls = turn.get("tool_calls")
-    if not calls:
-        return False
+def call_undeclared(turns: Turns, tools: Tools, where: str) -> bool:
+    """Whether a turn calls a tool that is not declared; for a call in the text, a list in a system prompt declares it.
+
+    Raises:
+        RowError: What an answer spells as a call is none.
+    """
     names = {tool["function"]["name"] for tool in tools}
-    return any(call["function"]["name"] not in names for call in calls)
+    listed = "".join(turn["content"] for turn in turns if turn["role"] == "system")
+    called = {call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())}
+    spelt = {call["function"]["name"] for turn in turns for call in read_spelt_calls(turn, where)}
+    return bool(called - names) or any(name not in listed for name in spelt - names)
 
 
 def lists_tools(turns: Turns, tools: Tools) -> bool:

@@ -370,6 +370,50 @@ def test_calls_that_a_text_spells_otherwise_than_the_template_are_said(tokenizer
             assert '"name": "count"' in found["calls-spelt-otherwise"]
 
 
+def spell(call, **more):
+    return {"role": "assistant", "content": f"I look.\n<tool_call>\n{call}\n</tool_call>"} | more
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        (spell("{'name': 'weather'}"), "turn 2: <tool_call> in the text: the call: no JSON"),
+        (spell('{"name": "weather", "arguments": {city: 1}}'), "turn 2: <tool_call> in the text: the call: no JSON"),
+        (spell('{"name": "weather", "arguments": [1]}'), "the arguments of 'weather' are no JSON object"),
+        (spell('{"arguments": {}}'), "expected a call {name, arguments}"),
+        (spell('{"name": "weather", "arguments": {"city": "Rome"}}', tool_calls=[CALL]), "would be learned twice"),
+        (spell('{"name": "weather", "arguments": {"city": "Oslo"}}'), ""),
+        (spell("<function=weather>\n</function>"), ""),
+    ],
+)
+def test_calls_in_the_text_are_checked_as_others_are(tokenizer_of, job_of, turn, said):
+    from recipe_runner.problems.errors import UserError
+
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3_training"))
+    job = job_of("sft", [{"messages": [ASK, turn, RESULT, SAY], "tools": [WEATHER]}], tokenizer, format="chat")
+    if not said:
+        assert prepare(job)[1].noted.keys() == {"that spell a call of a tool in the text of an answer, as <tool_call>"}
+        return
+    with pytest.raises(UserError) as caught:
+        prepare(job)
+    assert said in caught.value.problems[0].message
+
+
+def test_calls_in_the_text_are_held_against_what_is_declared(tokenizer_of, problems_of):
+    """A list in the system prompt declares, too, as Hermes' rows do."""
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3_training"))
+    turn = spell('{"name": "weather", "arguments": {}}')
+    system = {"role": "system", "content": f"<tools>{json.dumps(WEATHER)}</tools>"}
+    for talk, tools, undeclared in (
+        ([ASK, turn], [NEWS], True),
+        ([ASK, turn], [WEATHER], False),
+        ([ASK, turn], None, True),
+        ([system, ASK, turn], None, False),
+    ):
+        found = problems_of([{"messages": [*talk, RESULT, SAY], "tools": tools}], tokenizer, train_on="last")
+        assert ("undeclared-calls" in found) == undeclared
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_training", "qwen3_training", "glm4moe_training", "llama3_1"])
 def test_results_stand_between_tags_once(tokenizer_of, job_of, name):
     """Hermes' rows have the tags in their text, also several results in a turn; Qwen's template writes them itself."""
