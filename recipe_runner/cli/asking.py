@@ -12,7 +12,7 @@ from recipe_runner.files import write_new
 from recipe_runner.methods import WAYS
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Mark
-from recipe_runner.recipe.local import is_file_source, is_saved, list_files, list_saved
+from recipe_runner.recipe.local import is_file_source, is_pattern, is_saved, list_files, list_saved
 from recipe_runner.recipe.new import compose, copy_shipped, find_columns, guess_format, stage_for
 from recipe_runner.recipe.resolve import examine_recipe
 from recipe_runner.recipe.schema import is_name
@@ -92,12 +92,19 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _seen_from(folder: Path, name: str) -> str:
-    """A file or folder as the recipe names it: what is typed here may lie elsewhere, seen from the recipe's folder."""
-    path = Path(os.path.expanduser(name))
-    if (folder / path).exists() or not path.exists() or path.is_absolute():
+    """A file, pattern or folder as the recipe names it: it is typed as seen from here, and the recipe is in a folder.
+
+    What is not here may lie beside the recipe, or be the hub's: its name stays.
+    """
+    typed = os.path.expanduser(name)
+    if Path(typed).is_absolute() or folder.resolve() == Path.cwd() or not _is_there(typed):
         return name
-    relative = os.path.relpath(path, folder)
+    relative = os.path.relpath(typed, folder) + "/" * name.endswith("/")
     return relative if relative.startswith("..") or is_file_source(relative) else f"./{relative}"
+
+
+def _is_there(name: str) -> bool:
+    return Path(name).exists() or (is_pattern(name) and bool(list_files(name)))
 
 
 def _look(folder: Path, data: str) -> Look | None:
@@ -106,6 +113,10 @@ def _look(folder: Path, data: str) -> Look | None:
     if not is_file_source(seen):
         return None
     name = str(folder / os.path.expanduser(seen)) + "/" * seen.endswith("/")
+    if not _is_there(name):
+        what = "no file matches" if is_pattern(data) else f"there is no {'folder' if data.endswith('/') else 'file'}"
+        fix = "--data is a path from the current folder, or the id of a dataset of the hub"
+        raise user_error("wrong-source", f"{what} {Path.cwd() / data}", fix, Mark("--data"))
     files = list_saved(Path(name)) if is_saved(Path(name)) else list_files(name)
     look = look_at(files) if files else None
     if look and not look.rows:
