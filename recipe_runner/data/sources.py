@@ -33,11 +33,12 @@ from datasets.utils import logging
 
 from recipe_runner.data.formats import normalise_row
 from recipe_runner.data.look import iterate_rows, look_at
-from recipe_runner.data.turns import KNOWN_KEYS, RowError, read_json, says_something
+from recipe_runner.data.turns import KNOWN_KEYS, RowError, describe_value, read_json, says_something
 from recipe_runner.files import FULL, disk_full
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
 from recipe_runner.problems.words import misspelt, nearest, suggest
+from recipe_runner.recipe.document import write_scalar
 from recipe_runner.recipe.local import (
     BUILDERS,
     DELIMITERS,
@@ -167,9 +168,9 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     if not len(rows):
         under = f" under '{section.field}'" if section.field else ""
         raise user_error("empty-dataset", f"{name} has no rows{under}", path=place)
-    if suffix == ".json" and not section.field and (key := _find_wrapping(rows, section, dataset.format)):
-        fix = f"set field: {key}"
-        raise user_error("unreadable-data", f"{name} is one object; its rows are the list '{key}'", fix, path=place)
+    if suffix == ".json" and not section.field and (way := _find_wrapping(rows, section, dataset.format)):
+        found, fix = f"{name} is one object; its rows are the list '{'.'.join(way)}'", _reach(name, way)
+        raise user_error("unreadable-data", found, fix, path=place)
     columns = choose_columns(section, dataset.format, rows[:FEW_ROWS])
     for file, part in parts.items():
         for role in FORMATS[dataset.format].required:
@@ -219,6 +220,8 @@ def _read_file(file: Path, section: SourceSection, form: str) -> tuple[Dataset, 
             raise user_error("unreadable-data", found, "get it again", path=place)
         if suffix in (".json", ".jsonl", ".txt") and (found := _look_at_begin(file, suffix)):
             raise user_error("unreadable-data", found, path=place)
+        if section.field and any(wrong := _find_field(file, section.field)):
+            raise user_error("unreadable-data", *wrong, path=(*section.path, "field"))
         with warnings.catch_warnings():  # pandas has another reader for delimiters that are not ASCII, and says so
             warnings.filterwarnings("ignore", "Falling back to the 'python' engine")
             if BUILDERS[suffix] == "csv":  # every cell is a text, as it is written: 01000, 1.50, NA, true
@@ -536,14 +539,31 @@ def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray)
     return rows
 
 
-def _find_wrapping(rows: Dataset, section: SourceSection, form: str) -> str:
-    """The key under which a JSON file of one object has its rows; empty where it is no such file."""
+def _find_wrapping(rows: Dataset, section: SourceSection, form: str) -> list[str]:
+    """The keys under which a JSON file of one object has its rows; none where it is no such file."""
     roles = FORMATS[form].roles
     if len(rows) > 1 or {*roles, *section.columns.values(), "conversations"} & set(rows.column_names):
-        return ""
-    first: dict[str, Any] = rows[0]
-    lists = [key for key, value in first.items() if isinstance(value, list) and isinstance((value or [0])[0], dict)]
-    return lists[0] if lists else ""
+        return []
+    return _find_rows(rows[0])
+
+
+def _find_rows(value: Any) -> list[str]:
+    """The keys under which an object has a list of objects, the fewest; none where it has none."""
+    if not isinstance(value, dict):
+        return []
+    for key, entry in value.items():
+        if isinstance(entry, list) and entry and isinstance(entry[0], dict):
+            return [key]
+    return next(([key, *keys] for key, entry in value.items() if (keys := _find_rows(entry))), [])
+
+
+def _reach(name: str, keys: Sequence[str]) -> str:
+    """How the rows under some keys of a JSON file are reached."""
+    if len(keys) == 1:
+        return f"set field: {write_scalar(keys[0])}"
+    return (
+        f"`field` reaches one key deep: write the list as a file of its own (jq '.{'.'.join(keys)}' {name} > rows.json)"
+    )
 
 
 def choose_columns(section: SourceSection, form: str, head: Columns) -> dict[str, str]:
@@ -650,8 +670,6 @@ def _explain_load_error(error: Exception, section: SourceSection, suffix: str, f
     if file:
         if found := _find_cut(file):
             return user_error("unreadable-data", found, "get it again", path=place)
-        if section.field and (found := _find_field(file, section.field)):
-            return user_error("unreadable-data", found, path=(*section.path, "field"))
         if suffix in TEXTS and not isinstance(error, OSError):
             found, fix = _find_bad_bytes(file, section.encoding)
             at: KeyPath = (*section.path, "encoding") if section.encoding else place
@@ -701,21 +719,27 @@ def _find_cut(file: Path) -> str:
     return ""
 
 
-def _find_field(file: Path, field: str) -> str:
-    """Why a json file has no rows under a key; empty when it has."""
+def _find_field(file: Path, field: str) -> tuple[str, str]:
+    """Why a json file has no rows under a key, and what to do; empty when it has."""
     try:
         with open_text(file) as stream:
             whole = json.load(stream)
-    except ValueError:
-        return ""  # said by others
+    except json.JSONDecodeError as error:
+        return f"{file}: line {error.lineno}, column {error.colno}: {error.msg}", "fix the file"
+    except (*UNREADABLE, RecursionError):
+        return "", ""  # said where it is read
+    if isinstance(whole, list):
+        return f"{file} is a list of rows, and no object with a key '{field}'", "leave field out"
     if not isinstance(whole, dict):
-        return (
-            f"{file} is no object with a key '{field}', but a {'list of rows' if isinstance(whole, list) else 'value'}"
-        )
-    if not isinstance(whole.get(field), list):
-        lists = ", ".join(key for key, value in whole.items() if isinstance(value, list)) or "none"
-        return f"{file} has no list '{field}'; its lists: {lists}"
-    return ""
+        return f"{file} is no object with a key '{field}', but a value", "fix the file"
+    if isinstance(whole.get(field), list):
+        return "", ""
+    keys = _find_rows(whole)
+    what = f": it is {describe_value(whole[field])}" if field in whole else ""
+    lists = ", ".join(key for key, value in whole.items() if isinstance(value, list))
+    what += f"; its lists: {lists}" * bool(lists) + f"; its rows are deeper, in '{'.'.join(keys)}'" * (len(keys) > 1)
+    fix = _reach(str(file), keys) if keys else "write its rows as a list: [{...}, {...}]"
+    return f"{file} has no list '{field}'{what}", fix
 
 
 def _look_at_begin(file: Path, suffix: str) -> str:

@@ -202,7 +202,18 @@ def test_rows_are_under_a_key(load, refused, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"version": 1, "rows": ROWS, "more": [1]}))
     assert load("a.json", field="rows")[0] == WANTED
     assert "its rows are the list 'rows'; set field: rows" in refused("a.json")
-    assert "has no list 'row'; its lists: rows, more" in refused("a.json", field="row")
+    assert "has no list 'row'; its lists: rows, more; set field: rows" in refused("a.json", field="row")
+    (tmp_path / "c.json").write_text(json.dumps({"rows": {"0": ROWS[0]}}))
+    assert "has no list 'rows': it is dict" in refused("c.json", field="rows")
+    (tmp_path / "d.json").write_text(json.dumps({"data": {"rows": ROWS}}))
+    for options in ({}, {"field": "data"}, {"field": "data.rows"}):
+        found = refused("d.json", **options)
+        assert "'data.rows'" in found
+        assert "`field` reaches one key deep: write the list as a file of its own (jq '.data.rows' " in found
+    (tmp_path / "e.json").write_text(json.dumps(ROWS))
+    assert "is a list of rows, and no object with a key 'rows'; leave field out" in refused("e.json", field="rows")
+    (tmp_path / "f.json").write_text('{"rows": [{"a": }]}')
+    assert "f.json: line 1, column 17: Expecting value; fix the file" in refused("f.json", field="rows")
     write_rows(tmp_path / "b.jsonl", ROWS)
     assert "wrong-source dataset.train.field: is for a .json file" in refused("b.jsonl", field="rows")
 
