@@ -39,6 +39,7 @@ class Accounting:
         sources: Name, rows and tokens of each source of a mixture.
         unused: Source -> its columns that no role takes.
         guessed: Source -> what was guessed of how it is written.
+        doubts: What of the sources' rows may not be as they were meant.
         packed_rows: Rows after packing; 0 without.
         noted: What was found in rows, or done with them -> number of rows.
         parts: What rows are made of (turns of a role, calls, declared tools, thinking) -> rows that have it.
@@ -68,6 +69,7 @@ class Accounting:
     sources: list[dict[str, Any]] = field(default_factory=list)
     unused: dict[str, list[str]] = field(default_factory=dict)
     guessed: dict[str, str] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
     packed_rows: int = 0
     noted: dict[str, int] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)

@@ -428,6 +428,9 @@ def find_problems(
             found = f"{name} is not in UTF-8, and is read as {UNSURE}, by a guess: look whether the texts are right"
             fix = "set encoding in the source, to cp1252 or what it is (cp1251, shift_jis, gb18030, ...)"
             yield as_warning(at("guessed-encoding", found, fix, "dataset", "train"))
+    for found in counted.doubts if split == "train" else ():
+        fix = 'double the quotes of a text, in a cell between quotes ("so ""it"" is"), or write the rows as json'
+        yield as_warning(at("csv-quotes", found, fix, "dataset", "train"))
     if undeclared := counted.noted.get(UNDECLARED):
         found = f"{undeclared:,} {split} rows call tools that they do not declare"
         fix = "declare them in the column of tools: a model that is offered others should not learn to call these"

@@ -5,6 +5,7 @@ import csv
 import glob
 import itertools
 import json
+import sys
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -100,6 +101,7 @@ class Source:
         names: All names that the data has: of columns, and of keys of turns.
         filled: Columns whose objects have each other's keys, as null.
         guessed: What was guessed of how it is written, for people.
+        doubt: What of its rows may not be as they were meant, for people.
     """
 
     section: SourceSection
@@ -109,6 +111,7 @@ class Source:
     names: frozenset[str] = frozenset()
     filled: frozenset[str] = frozenset()
     guessed: str = ""
+    doubt: str = ""
 
     @property
     def name(self) -> str:
@@ -150,10 +153,12 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     suffix = suffix_of(files[0].name if files else name) if files or name.startswith(HUB) else ""
     parts: dict[Path, Dataset] = {}
     guesses: dict[str, None] = {}
+    doubts: list[str] = []
     for file in files:
-        part, guess = _read_file(file, section, dataset.format)
+        part, guess, doubt = _read_file(file, section, dataset.format)
         parts |= {file: part} if len(part) else {}
         guesses |= {guess: None} if guess else {}
+        doubts += [doubt] if doubt else []
     try:
         if files:
             rows = _take(_join_parts(parts, section), section.split) if parts else Dataset.from_dict({})
@@ -196,7 +201,8 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     names = frozenset((*rows.column_names, *(key for column in keys.values() for key in column)))
     is_json = suffix in (".json", ".jsonl")  # which datasets 5.2 reads without giving an object keys that it has not
     filled = [] if is_json else [name for name in used.column_names if _has_objects(used.data.schema.field(name).type)]
-    return Source(section, used, columns, tuple(unused), names, frozenset(filled), " or ".join(guesses))
+    told = " or ".join(guesses)
+    return Source(section, used, columns, tuple(unused), names, frozenset(filled), told, "; ".join(doubts[:1]))
 
 
 def _options(section: SourceSection) -> dict[str, Any]:
@@ -206,14 +212,14 @@ def _options(section: SourceSection) -> dict[str, Any]:
     return {key: value for key, value in said.items() if value is not None}
 
 
-def _read_file(file: Path, section: SourceSection, form: str) -> tuple[Dataset, str]:
-    """The rows of a file, all of them, and what was guessed of how it is written.
+def _read_file(file: Path, section: SourceSection, form: str) -> tuple[Dataset, str, str]:
+    """The rows of a file, all of them; what was guessed of how it is written; and what of it is doubtful.
 
     Raises:
         UserError: It can't be read.
     """
     place, suffix = (*section.path, "source"), suffix_of(file.name)
-    options, guessed = _options(section), ""
+    options, guessed, doubt = _options(section), "", ""
     try:
         # datasets takes what is left of a file of zstandard's for all of it
         if file.suffix.lower() == ".zst" and (found := _find_cut(file)):
@@ -228,14 +234,14 @@ def _read_file(file: Path, section: SourceSection, form: str) -> tuple[Dataset, 
                 features, writing = _csv_features(file, section, form)
                 options |= {"features": features, "na_filter": False}
                 options |= {"sep": writing.delimiter, "encoding": writing.encoding}
-                guessed = writing.guessed
+                guessed, doubt = writing.guessed, _find_odd_quotes(file, writing, len(features))
             rows = load_dataset(BUILDERS[suffix], data_files=[glob.escape(str(file))], split="train", **options)
         rows.data.table.validate(full=True)  # pyarrow reads JSON without looking at its bytes
     except (DatasetsError, *UNREADABLE) as error:
         if not isinstance(error, UserError) and _is_without_rows(file, section):
-            return Dataset.from_dict({}), ""
+            return Dataset.from_dict({}), "", ""
         raise _explain_load_error(error, section, suffix, file) from error
-    return rows, guessed
+    return rows, guessed, doubt
 
 
 def _is_without_rows(file: Path, section: SourceSection) -> bool:
@@ -370,6 +376,33 @@ def _csv_features(file: Path, section: SourceSection, form: str) -> tuple[Featur
         fix = "quote texts with commas, or add the header's names"
         raise user_error("unreadable-data", message, fix, path=(*section.path, "source"))
     return Features({str(column): Value("string") for column in head.columns}), writing
+
+
+def _find_odd_quotes(file: Path, writing: Writing, width: int) -> str:
+    """Where a quote of a csv file seems to be meant as text, and takes rows into a cell; empty where none does.
+
+    A cell that swallowed rows has, in each of its lines, as many delimiters as its column and the number of columns ask
+    for; after a comma of a text there is a space, mostly.
+    """
+    csv.field_size_limit(sys.maxsize)
+    mark, begin = writing.delimiter, 1
+    try:
+        with open_text(file, writing.encoding, newline="") as stream:
+            reader = csv.reader(stream, delimiter=mark, strict=True)
+            for row in reader:
+                for column, cell in enumerate(row) if "\n" in "".join(row) else ():
+                    marks = [line.count(mark) for line in cell.split("\n")]
+                    of_rows = [width - 1 - column, *[width - 1] * (len(marks) - 2), column]
+                    if len(marks) > 1 and any(marks) and marks == of_rows and f"{mark} " not in cell:
+                        lines = f"lines {begin} to {reader.line_num}"
+                        return f"{file}: a quote makes one cell of {lines}, which look like {len(marks)} rows"
+                begin = reader.line_num + 1
+    except csv.Error as error:
+        if "expected after" in str(error):
+            return f"{file}: line {reader.line_num}: text follows a closing quote, and the quotes are left out"
+    except (TypeError, ValueError):
+        pass  # a delimiter of several characters; bytes that are no text: said where rows are read
+    return ""
 
 
 def _find_delimiter(line: str, used: str, section: SourceSection, form: str) -> str | None:

@@ -192,6 +192,28 @@ def test_the_delimiter_that_is_named_is_the_one_that_gives_the_columns(refused, 
     assert "\ufeff" not in found
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('"Hi he said\tA\nrow\tB\nrow 3"\tC\nrow 4\tD\n', "a quote makes one cell of lines 2 to 4, which look like 3"),
+        ('q\t"A\nrow\tB\nrow\tC"\n', "lines 2 to 4, which look like 3 rows"),
+        ('"Hi" he said\tA\n', "line 2: text follows a closing quote"),
+        ('"a\nb"\t"c\nd"\n', ""),
+        ('"a "", b""\nb"\t"c\t d\nd"\n', ""),
+    ],
+)
+@pytest.mark.parametrize("mark", ["\t", ","])
+def test_quotes_that_change_rows_are_said(write_recipe, tmp_path, text, said, mark):
+    from recipe_runner.data.sources import open_sources
+    from recipe_runner.recipe.resolve import load_recipe
+
+    (tmp_path / "a.csv").write_text(f"instruction\toutput\n{text}".replace("\t", mark))
+    recipe = load_recipe(str(write_recipe(dataset={"format": "instruction", "train": {"source": "a.csv"}})))
+    (source,) = open_sources(recipe.dataset)
+    assert said in source.doubt
+    assert bool(said) == bool(source.doubt)
+
+
 def test_any_character_delimits_and_pandas_says_nothing(load, tmp_path, recwarn):
     write_columns(tmp_path / "a.csv", "¦")
     assert load("a.csv", delimiter="¦")[0] == WANTED
