@@ -358,6 +358,9 @@ def _csv_features(file: Path, section: SourceSection, form: str) -> tuple[Featur
     writing = find_writing(file, section.delimiter, section.encoding)
     with open_text(file, writing.encoding, newline="") as stream:
         line = stream.readline().rstrip("\r\n")
+    if line.startswith("sep=") and len(line) < len("sep=") + 3:
+        found, fix = f"{file} begins with '{line}', a line that only Excel knows", "remove the line"
+        raise user_error("unreadable-data", found, fix, path=(*section.path, "source"))
     columns = split_line(line, writing.delimiter)
     if other := _find_delimiter(line, writing.delimiter, section, form):
         what = "one column" if len(columns) == 1 else f"the columns {', '.join(columns)}"
@@ -408,18 +411,22 @@ def _find_odd_quotes(file: Path, writing: Writing, width: int) -> str:
 def _find_delimiter(line: str, used: str, section: SourceSection, form: str) -> str | None:
     """The delimiter that gives a header the columns of the format, where the one that was used does not.
 
-    Else, of a header that is one column, the one that gives it most, if these look like names.
+    That may be any character of the header. Else, of a header that is one column, the usual one that gives it most, if
+    these look like names.
     """
     wanted = [
         {section.columns.get(role)} if role in section.columns else {*names_of(role)} for role in FORMATS[form].required
     ]
-    cells = {mark: split_line(line, mark) for mark in (used, *DELIMITERS)}
+    others = sorted({mark for mark in line if not mark.isalnum() and mark.isprintable() and mark not in "_\"'"})
+    cells = {mark: split_line(line, mark) for mark in (used, *DELIMITERS, *others)}
     fitting = [mark for mark in cells if all(names & set(cells[mark]) for names in wanted)]
     if fitting:
         return None if used in fitting else fitting[0]
     strange = {*DELIMITERS, '"', "'", "\ufeff"}
     clean = [
-        mark for mark in cells if mark != used and all(cell.strip() and not strange & set(cell) for cell in cells[mark])
+        mark
+        for mark in DELIMITERS
+        if mark != used and all(cell.strip() and not strange & set(cell) for cell in cells[mark])
     ]
     most = max(clean, key=lambda mark: len(cells[mark]), default=used)
     return most if len(cells[used]) == 1 < len(cells[most]) else None
@@ -629,7 +636,7 @@ def choose_columns(section: SourceSection, form: str, head: Columns) -> dict[str
         right = {role: column for role, column in columns.items() if role not in missing and role in given}
         meant = find_columns(form, head, right)[0]
         meant |= {role: near[0] for role in missing if (near := nearest(columns[role], available))}
-        wanted = ", ".join(f"{role}: {meant.get(role, 'NAME')}" for role in missing)
+        wanted = ", ".join(f"{role}: {write_scalar(meant.get(role, 'NAME'))}" for role in missing)
         at: KeyPath = (*section.path, "columns", missing[0])
         message, fix = f"{section.source} has {told}; {there}", f"set columns: {{{wanted}}}"
         other = guess_format(head)

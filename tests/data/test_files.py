@@ -182,6 +182,10 @@ def test_columns_that_are_read_wrongly_are_said(refused, tmp_path):
             'set delimiter: "|", which gives instruction, in, short, output',
         ),
         ("frage;antwort\nq;a\n", "utf-8", 'set delimiter: ";", which gives frage, antwort'),
+        ("instruction:output\nq:a\n", "utf-8", 'set delimiter: ":", which gives instruction, output'),
+        ("instruction output\nq a\n", "utf-8", 'set delimiter: " ", which gives instruction, output'),
+        ("sep=;\ninstruction;output\nq;a\n", "utf-8", "begins with 'sep=;', a line that only Excel knows; remove the"),
+        ("instruction, output\nq, a\n", "utf-8", 'set columns: {output: " output"}'),
         ("frage;;\nq;a;\n", "utf-8", "no column 'instruction' for the role 'instruction'"),
     ],
 )
