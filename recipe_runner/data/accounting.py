@@ -36,7 +36,7 @@ class Accounting:
         batches: Share of padding in batches of `random` rows and of rows `grouped` by length; `packed`: the share of
             packed rows that stays empty (which is not computed: bfd packing is padding-free); of training rows also
             `left`: the share of padding as the recipe makes batches.
-        sources: Name, rows and tokens of each source of a mixture.
+        sources: Name, short name in metrics, rows and tokens of each source of a mixture.
         unused: Source -> its columns that no role takes.
         guessed: Source -> what was guessed of how it is written.
         doubts: What of the sources' rows may not be as they were meant.
@@ -105,10 +105,12 @@ class Accounting:
 
     def describe_sources(self) -> str:
         """Shares of the sources of a mixture, in a line."""
-        shares = [
-            (source["name"], source["rows"] / self.rows_kept, source["tokens"] / self.tokens) for source in self.sources
-        ]
-        return "; ".join(f"{name} {rows:.0%} of rows, {tokens:.0%} of tokens" for name, rows, tokens in shares)
+        told = []
+        for source in self.sources:
+            numbered = f" (loss/{source['short']})" if "#" in source["short"] else ""
+            rows, tokens = source["rows"] / self.rows_kept, source["tokens"] / self.tokens
+            told.append(f"{source['name']}{numbered} {rows:.0%} of rows, {tokens:.0%} of tokens")
+        return "; ".join(told)
 
     def describe_noted(self) -> str:
         """What was found in rows, or done with them, in a line."""
@@ -133,11 +135,13 @@ class Tally:
     Attributes:
         limit: Tokens of a row; None for no limit.
         source_names: The files or hub ids.
+        short_names: What they are called in metrics.
         columns: Arrays of what `add` was told of kept rows.
     """
 
     limit: int | None
     source_names: list[str]
+    short_names: list[str]
     read: int = 0
     packed_rows: int = 0
     special: int = 0
@@ -204,6 +208,7 @@ class Tally:
             sources=[
                 {
                     "name": self.source_names[number],
+                    "short": self.short_names[number],
                     "rows": int((sources == number).sum()),
                     "tokens": int(kept[sources == number].sum()),
                 }

@@ -124,6 +124,20 @@ class Source:
         return (*self.section.path, "source")
 
 
+def name_sources(sections: Sequence[SourceSection]) -> list[str]:
+    """Short names of sources: of files without folder and suffix, of the hub's without owner.
+
+    The same data has the same name, in training and in evaluation; other data of that name has a number.
+    """
+    found: dict[tuple[str, str | None, str | None], str] = {}
+    for section in sections:
+        name, data = section.source, (section.source, section.subset, section.field)
+        short = Path(name.rstrip("/")).name.partition(".")[0] or name
+        same = len({other for other in found.values() if other.partition("#")[0] == short})
+        found.setdefault(data, f"{short}#{same + 1}" if same else short)
+    return [found[section.source, section.subset, section.field] for section in sections]
+
+
 def open_sources(dataset: DatasetSection) -> list[Source]:
     """Opens every source of a recipe, without reading its rows.
 

@@ -131,7 +131,6 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe, steps)
     orders = order_rows(job)
-    problems += compare_prompts(job, orders)
     raise_errors(problems)
     if isinstance(peft_config, AdaLoraConfig) and not adapter:
         peft_config.total_step = steps
@@ -401,6 +400,7 @@ def find_data_problems(model: ModelSection, job: Job, data: PreparedData) -> lis
         for problem in find_problems(job.dataset, job.tokenizer, stops, prepared.accounting, split, job.replaced)
     ]
     found += check_labels(job.config, data.splits["train"].accounting)
+    found += compare_prompts(job, order_rows(job))
     return sort_problems(found)
 
 
