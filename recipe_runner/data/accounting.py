@@ -45,6 +45,7 @@ class Accounting:
         parts: What rows are made of (turns of a role, calls, declared tools, thinking) -> rows that have it.
         lost_parts: Part -> those looked at that the chat template does not render; out of `looked_at`.
         looked_at: Part -> those looked at.
+        firsts: Part that the template does not render, or empty thinking that is learned -> the first such row.
         rows_with_special_tokens: Rows whose text spells special tokens of the tokenizer.
         rows_with_two_bos: Rows that begin with two beginning-of-sequence tokens.
         empty_thoughts: Of the first rows, those that learn a block of thinking with nothing in it.
@@ -75,6 +76,7 @@ class Accounting:
     parts: dict[str, int] = field(default_factory=dict)
     lost_parts: dict[str, int] = field(default_factory=dict)
     looked_at: dict[str, int] = field(default_factory=dict)
+    firsts: dict[str, str] = field(default_factory=dict)
     rows_with_special_tokens: int = 0
     rows_with_two_bos: int = 0
     empty_thoughts: int = 0
@@ -155,6 +157,7 @@ class Tally:
     parts: Counter[str] = field(default_factory=Counter)
     lost_parts: Counter[str] = field(default_factory=Counter)
     looked_at: Counter[str] = field(default_factory=Counter)
+    firsts: dict[str, str] = field(default_factory=dict)
     columns: dict[str, list[np.ndarray]] = field(
         default_factory=lambda: {name: [] for name in ("length", "tokens", "lost", "supervised", "source", "hash")}
     )
@@ -165,6 +168,7 @@ class Tally:
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.change = self.change or later.change
         self.ends |= later.ends
+        self.firsts = later.firsts | self.firsts
         for name in ("dropped", "noted", "parts", "lost_parts", "looked_at"):
             getattr(self, name).update(getattr(later, name))
         for name, arrays in later.columns.items():
@@ -221,6 +225,7 @@ class Tally:
             parts=dict(self.parts),
             lost_parts=dict(self.lost_parts),
             looked_at=dict(self.looked_at),
+            firsts=dict(self.firsts),
             rows_with_special_tokens=self.special,
             rows_with_two_bos=self.two_bos,
             empty_thoughts=self.empty_thoughts,

@@ -323,7 +323,11 @@ def test_thinking_that_a_template_loses_is_refused(tokenizer_of, problems_of):
         assert ("thinking-lost" in found) == (name == "deepseek_r1_distill")
     qwen = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3"))
     assert "thinking-lost" not in problems_of(thinking_rows(), qwen, train_on="last")
-    assert "6 of 12 learned answers" in problems_of(thinking_rows(), qwen, train_on="all")["thinking-lost"]
+    found = problems_of(thinking_rows(), qwen, train_on="all")["thinking-lost"]
+    assert "6 of 12 learned answers" in found
+    rows = [{"messages": [ASK, SAY]}, {"messages": [ASK, SAY | {"content": "Hm. <think>x</think> Yes."}]}]
+    found = problems_of(rows, qwen, train_on="last")["thinking-lost"]
+    assert re.search(r"the first that loses it is \S+: row 2\)", found)
 
 
 @pytest.mark.parametrize("name", ["qwen3_training", "qwen3_5_think_training", "glm4moe_training"])
@@ -331,7 +335,8 @@ def test_an_empty_block_of_thinking_that_is_learned_is_said(tokenizer_of, proble
     tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
     rows = [{"messages": [ASK, SAY]}] * 3
     for train_on in ("assistant", "last"):
-        assert "3 of the first 100" in problems_of(rows, tokenizer, train_on=train_on)["empty-thinking-learned"]
+        found = problems_of(rows, tokenizer, train_on=train_on)["empty-thinking-learned"]
+        assert re.search(r"3 of the first 100, as \S+: row 1\)", found)
         assert "empty-thinking-learned" not in problems_of(rows, tokenizer, train_on=train_on, thinking="mask")
     thought = [{"messages": row["messages"][:2]} for row in thinking_rows()]
     assert "empty-thinking-learned" not in problems_of(thought, tokenizer)
