@@ -373,16 +373,15 @@ def check_labels(config: Any, counted: Accounting) -> Iterator[Problem]:
 
 def _name_tool_templates(tokenizer: PreTrainedTokenizerBase, dataset: DatasetSection) -> str:
     """Which of TRL's templates render tools, and are made of tokens that the tokenizer has."""
+    names = [f"trl/{file.name}" for file in find_tool_templates(tokenizer)][:SHOWN_TEMPLATES]
     if dataset.format in ANSWERS_WHOLE:  # DPO and KTO take the model's own template: TRL 1.16 has no key for another
-        return "take a model whose chat template renders tools: one that stage sft has trained with such a template"
-    names = [file.name for file in find_tool_templates(tokenizer)]
+        way = "take a model whose chat template renders tools: one that stage sft has trained with such a template"
+        return way + f" (training.chat_template_path: {' or '.join(names)}), which goes on with it" * bool(names)
     if not names:
         none = "none of TRL's is made of this model's tokens"
         return f"use a template that renders tools (training.chat_template_path); {none}"
-    return f"set training.chat_template_path: trl/{names[0]}" + (
-        f", which renders them (so do {', '.join(names[1:SHOWN_TEMPLATES])})" * (len(names) > 1)
-        or ", which renders them"
-    )
+    others = f" (so do {', '.join(name.removeprefix('trl/') for name in names[1:])})" * (len(names) > 1)
+    return f"set training.chat_template_path: {names[0]}, which renders them{others}"
 
 
 def find_tool_templates(tokenizer: PreTrainedTokenizerBase) -> list[Path]:

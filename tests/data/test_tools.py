@@ -316,6 +316,19 @@ def test_a_template_with_tools_is_named(tokenizer_of, problems_of):
     assert name == "qwen2_5_training.jinja"
 
 
+def test_pairs_are_told_which_template_to_train_with_before(tokenizer_of, job_of):
+    """TRL has no key for a template of pairs: it comes with a model of stage sft."""
+    from recipe_runner.data.checks import find_problems
+
+    chatml = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen2_5_vl_training"))
+    chatml.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    job = job_of("dpo", [{"prompt": [ASK], "chosen": [CALLING], "rejected": [SAY], "tools": [WEATHER]}], chatml)
+    _, tally = prepare(job)
+    problems = find_problems(job.dataset, chatml, {chatml.eos_token}, tally.finish(), "train")
+    (found, *_) = [problem.suggestion for problem in problems if problem.code == "tools-not-rendered"]
+    assert "one that stage sft has trained with such a template (training.chat_template_path: trl/qwen2_5_" in found
+
+
 def test_thinking_that_a_template_loses_is_refused(tokenizer_of, problems_of):
     for name in ("deepseek_r1_distill", "qwen2_5_vl_training"):
         tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
