@@ -74,6 +74,7 @@ MEANINGS = {"context": "input", **dict.fromkeys(SYSTEM, "system")} | dict.fromke
     "",
 )
 MOST_REPEATS = 100  # times all rows, that a mixture may have
+PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # how such files begin
 FEW_ROWS = 20  # that say what a column holds
 # What a file that can't be read raises, in the libraries that read it.
 UNREADABLE = (
@@ -87,6 +88,14 @@ UNREADABLE = (
     ImportError,
     zlib.error,
 )
+
+
+# What libraries say of a file -> what to do.
+REMEDIES = {
+    "EOF inside string": "a quote is not closed: double the quotes of texts, or write the rows as json",
+    "Not a gzipped file": "its content is not packed: name it without .gz, or get it again",
+    "Unknown split": "set split to one of these",
+}
 
 
 @dataclass(frozen=True)
@@ -744,7 +753,12 @@ def _explain_load_error(error: Exception, section: SourceSection, suffix: str, f
         return disk_full(root.errno, Path(root.filename or HF_DATASETS_CACHE), "prepared data is kept there (HF_HOME)")
     what = first_line(root)
     if file or is_file_source(name):
-        return user_error("unreadable-data", f"cannot read {name}: {what}", path=place)
+        if what.startswith("Unknown split"):
+            place = (*section.path, "split")
+        fix = next((fix for said, fix in REMEDIES.items() if said in what), "")
+        if suffix in (".parquet", ".arrow"):
+            fix = f"it is cut off, or no {suffix.removeprefix('.')} file: get it again"
+        return user_error("unreadable-data", f"cannot read {name}: {what}", fix, path=place)
     hint = "check the id, subset and split, and the network; or use a local file"
     return user_error("dataset-unavailable", f"cannot load the dataset '{name}': {what}", hint, path=place)
 
@@ -805,11 +819,15 @@ def _look_at_begin(file: Path, suffix: str) -> str:
         with open_bytes(file) as stream:
             begin = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        return f"cannot read {file}: {error.strerror or first_line(error)}"
+        found = f"cannot read {file}: {error.strerror or first_line(error)}"
+        return found + f"; {REMEDIES['Not a gzipped file']}" * ("Not a gzipped file" in found)
     except (EOFError, ImportError):
         return ""  # said where it is read
     if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return f"{file} is UTF-16; save it as UTF-8"
+    packed = next((suffix for suffix, mark in PACKED.items() if begin.startswith(mark)), "")
+    if packed and file.suffix.lower() not in UNPACKED:
+        return f"{file} is compressed; rename it to {file.name}{packed}"
     row = begin.lstrip()
     row = row[1:].lstrip() if row[:1] == b"[" else row  # one list of rows
     if suffix in (".json", ".jsonl") and row and row[:1] not in (b"{", b"]"):

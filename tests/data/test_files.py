@@ -218,6 +218,27 @@ def test_quotes_that_change_rows_are_said(write_recipe, tmp_path, text, said, ma
     assert bool(said) == bool(source.doubt)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", gzip.compress(b"{}"), "is compressed; rename it to a.jsonl.gz"),
+        ("a.jsonl.gz", b"{}", "Not a gzipped file (b'{}'); its content is not packed: name it without .gz"),
+        ("a.parquet", b"PAR1 and no end", "it is cut off, or no parquet file: get it again"),
+        ("a.csv", b'instruction,output\n"a,b\n', "a quote is not closed: double the quotes of texts, or write"),
+    ],
+)
+def test_what_to_do_with_a_file_that_cant_be_read_is_said(refused, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    assert said in refused(name)
+
+
+def test_addresses_and_folders_that_are_not_there_are_said(refused, tmp_path):
+    (tmp_path / ".rows.jsonl").write_text(LINES)
+    assert "is an address, from which nothing is read; download it" in refused("https://x.org/rows.jsonl")
+    assert f"there is no folder {tmp_path}/rows; name one that is there" in refused("rows/")
+    assert refused("rows.jsonl").endswith(f"there is no file {tmp_path}/rows.jsonl; ")
+
+
 def test_any_character_delimits_and_pandas_says_nothing(load, tmp_path, recwarn):
     write_columns(tmp_path / "a.csv", "¦")
     assert load("a.csv", delimiter="¦")[0] == WANTED
