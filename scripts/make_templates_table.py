@@ -41,8 +41,8 @@ can be named in a recipe: `training.chat_template_path: trl/NAME.jinja`. This pa
 `scripts/make_templates_table.py`; `make lint` checks that it is true.
 
 - **answers**: whether the template marks the assistant's tokens (`train_on: assistant`). Where it does not, but its
-  training version does, that one is used instead, and said. *With the end of the prompt*: what the generation prompt ends
-  with (of Qwen's a line break), is marked and learned, too, though a server has written it already when it asks.
+  training version does, that one is used instead, and said. *With the end of the prompt*: what the generation prompt
+  ends with (of Qwen's a line break) is marked and learned, too, though a server has written it already when it asks.
 - **system**: a system turn is rendered, refused (`dataset.merge_system: true` helps), or left out.
 - **one role**: two user turns that follow each other; `dataset.merge_turns: true` helps where they are refused.
 - **tools**: declarations, calls and results; or why not.

@@ -15,6 +15,7 @@ from recipe_runner.problems.problem import Mark
 from recipe_runner.recipe.local import is_file_source, is_pattern, is_saved, list_files, list_saved
 from recipe_runner.recipe.new import compose, copy_shipped, find_columns, guess_format, stage_for
 from recipe_runner.recipe.resolve import examine_recipe
+from recipe_runner.recipe.rules.model import find_context
 from recipe_runner.recipe.schema import is_name
 from recipe_runner.stages import FORMATS
 
@@ -59,8 +60,10 @@ def write_recipe(
             told = f"the rows of {data} could not be read, so its columns are not known"
             click.echo(f"warning: {told}; `recipe-run prepare {file}` says why", err=True)
         columns = _choose_columns(form, data, look, dict(_pair(pair) for pair in given))
+        folder = Path(os.path.expanduser(model))
+        context = find_context(model, folder if folder.is_dir() else None)
         model, data = (_seen_from(file.parent, name) for name in (model, data))
-        text = compose(file.stem, model, form, way, data, columns, look)
+        text = compose(file.stem, model, form, way, data, columns, look, context)
     write_new(file, text)
     recipe, problems = examine_recipe(file)
     if recipe is None:

@@ -124,7 +124,14 @@ class Looked(Protocol):
 
 
 def compose(
-    name: str, model: str, form: str, way: str, data: str, columns: Mapping[str, str], look: Looked | None
+    name: str,
+    model: str,
+    form: str,
+    way: str,
+    data: str,
+    columns: Mapping[str, str],
+    look: Looked | None,
+    context: int | None = None,
 ) -> str:
     """The text of a recipe for the stage that a format is for.
 
@@ -136,6 +143,7 @@ def compose(
         data: Hub id, or file as it is named from the recipe.
         columns: Role -> column.
         look: What is in local data: batches, steps, evaluations and the length of rows suit it.
+        context: Tokens that the model can see, where that is known.
     """
     stage = STAGES[stage_for(form)]
     rows = look.rows if look else None
@@ -167,7 +175,7 @@ def compose(
         f"  num_train_epochs: {epochs}{_tell_steps(steps, stage.packs)}\n"
         f"  per_device_train_batch_size: {BATCH}   # halve it when memory runs out ...\n"
         f"  gradient_accumulation_steps: {accumulation}   # ... and double this: rows in a step stay the same\n"
-        f"{_choose_length(look, 'tools' in columns)}"
+        f"{_choose_length(look, 'tools' in columns, context or LENGTHS[-1])}"
         f"{packing if stage.packs else ''}{stage.notes.get('batches', '')}{schedule}{intervals}"
         "  save_total_limit: 2\n"
         "run:\n  output_dir: runs\n  seed: 42\n"
@@ -180,13 +188,13 @@ def _tell_steps(steps: int | None, packs: bool) -> str:
     return f"              # about {steps:,} steps of the optimizer"
 
 
-def _choose_length(look: Looked | None, offers: bool) -> str:
-    """`max_length` for the longest rows, by a guess of characters a token."""
+def _choose_length(look: Looked | None, offers: bool, context: int) -> str:
+    """`max_length` for the longest rows, by a guess of characters a token; no more than the model can see."""
     most = math.ceil(look.characters / CHARACTERS) + TURNS if look and look.characters else None
     most = most + OFFERED if most and offers else most
     if most is None:
-        return "  max_length: 1024                 # tokens; longer rows are cut, and counted\n"
-    length = next((of for of in LENGTHS if of >= most), LENGTHS[-1])
+        return f"  max_length: {min(1024, context):<20} # tokens; longer rows are cut, and counted\n"
+    length = min(context, next((of for of in LENGTHS if of >= most), LENGTHS[-1]))
     told = f"tokens; rows have up to about {most:,}; longer ones are cut, and counted"
     return f"  max_length: {length:<20} # {told}\n"
 

@@ -275,6 +275,16 @@ def test_data_that_is_not_there_is_named_as_it_was_looked_for(run_cli, tmp_path,
     assert not (tmp_path / "mine" / "x.yaml").exists()
 
 
+def test_rows_are_no_longer_than_the_model_can_see(run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 384}))
+    write_rows(tmp_path / "rows.jsonl", [{"text": "word " * 2000}] * 3)
+    options = ["--model", "model", "--method", "lora", "--format", "text", "--data", "rows.jsonl"]
+    assert run_cli("new", "mine.yaml", *options).status == 0
+    assert load_recipe("mine.yaml").training["max_length"] == 384
+
+
 def test_editors_find_the_schema_from_anywhere(run_cli, tmp_path):
     for how in (
         ["--from", "phi3_chat_qlora"],
