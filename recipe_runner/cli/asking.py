@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from recipe_runner.data.look import Look, look_at
+from recipe_runner.data.turns import says_something
 from recipe_runner.files import write_new
 from recipe_runner.methods import WAYS
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Mark
 from recipe_runner.recipe.local import is_file_source, is_pattern, is_saved, list_files, list_saved
-from recipe_runner.recipe.new import compose, copy_shipped, find_columns, guess_format, stage_for
+from recipe_runner.recipe.new import MEANINGS, compose, copy_shipped, find_columns, guess_format, stage_for
 from recipe_runner.recipe.resolve import examine_recipe
 from recipe_runner.recipe.rules.model import find_context
 from recipe_runner.recipe.schema import is_name
@@ -63,7 +64,7 @@ def write_recipe(
         folder = Path(os.path.expanduser(model))
         context = find_context(model, folder if folder.is_dir() else None)
         model, data = (_seen_from(file.parent, name) for name in (model, data))
-        text = compose(file.stem, model, form, way, data, columns, look, context)
+        text = compose(file.stem, model, form, way, data, columns, look, context, _find_ignored(columns, look))
     write_new(file, text)
     recipe, problems = examine_recipe(file)
     if recipe is None:
@@ -125,6 +126,18 @@ def _look(folder: Path, data: str) -> Look | None:
     if look and not look.rows:
         raise user_error("empty-dataset", f"{data} has no rows", "", Mark(data))
     return look
+
+
+def _find_ignored(columns: dict[str, str], look: Look | None) -> list[str]:
+    """Columns that would be refused as they are: their names mean something, they say it, and no role takes them."""
+    left = {name: cells for name, cells in (look.columns if look else {}).items() if name not in columns.values()}
+    return [
+        name
+        for name, cells in left.items()
+        if name in MEANINGS
+        and any(map(says_something, cells))
+        and (name != "label" or any(isinstance(cell, bool) for cell in cells))
+    ]
 
 
 def _choose_columns(form: str, data: str, look: Look | None, given: dict[str, Any]) -> dict[str, str]:

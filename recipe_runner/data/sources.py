@@ -57,22 +57,11 @@ from recipe_runner.recipe.local import (
     split_line,
     suffix_of,
 )
-from recipe_runner.recipe.new import OTHER_NAMES, Columns, find_columns, guess_format, names_of
+from recipe_runner.recipe.new import MEANINGS, OTHER_NAMES, Columns, find_columns, guess_format, names_of
 from recipe_runner.recipe.schema import formats_of
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS, STAGES
 
-# Columns whose names say that they change what the model should see or learn -> the role that takes them, if any.
-SYSTEM = ("system_prompt", "system_message", "sys_prompt")
-MEANINGS = {"context": "input", **dict.fromkeys(SYSTEM, "system")} | dict.fromkeys(
-    (
-        *("chat_template_kwargs", "chat_history", "conversation_history", "chain_of_thought", "cot"),
-        *("sample_weight", "loss_weight", "image_url", "documents"),
-        *("system", "history", "input", "label", "kto_tag", "weight", "reasoning_content", "reasoning", "thinking"),
-        *("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
-    ),
-    "",
-)
 MOST_REPEATS = 100  # times all rows, that a mixture may have
 PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # how such files begin
 FEW_ROWS = 20  # that say what a column holds

@@ -38,6 +38,17 @@ FAMILIAR = {
     "completion": ("answer", "response", "output"),
     "text": ("content", "document", "body", "article"),
 }
+# Columns whose names say that they change what the model should see or learn -> the role that takes them, if any.
+SYSTEM = ("system_prompt", "system_message", "sys_prompt")
+MEANINGS = {"context": "input", **dict.fromkeys(SYSTEM, "system")} | dict.fromkeys(
+    (
+        *("chat_template_kwargs", "chat_history", "conversation_history", "chain_of_thought", "cot"),
+        *("sample_weight", "loss_weight", "image_url", "documents"),
+        *("system", "history", "input", "label", "kto_tag", "weight", "reasoning_content", "reasoning", "thinking"),
+        *("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
+    ),
+    "",
+)
 MAY_BE_LISTS = ("prompt", "chosen", "rejected", "completion", "tools", "history")
 BESIDE = ("../", "data/", "samples/", "templates/")  # how paths of shipped recipes begin
 Columns = Mapping[str, Sequence[Any]]  # of local data: name -> its cells in the first rows
@@ -132,6 +143,7 @@ def compose(
     columns: Mapping[str, str],
     look: Looked | None,
     context: int | None = None,
+    ignored: Sequence[str] = (),
 ) -> str:
     """The text of a recipe for the stage that a format is for.
 
@@ -144,6 +156,7 @@ def compose(
         columns: Role -> column.
         look: What is in local data: batches, steps, evaluations and the length of rows suit it.
         context: Tokens that the model can see, where that is known.
+        ignored: Columns that say something and have no place in the format: a run would refuse them.
     """
     stage = STAGES[stage_for(form)]
     rows = look.rows if look else None
@@ -159,6 +172,8 @@ def compose(
     steps = None if rows is None else max(1, round(rows * (1 - fraction)) // (BATCH * accumulation)) * epochs
     held_out = f"  eval: {{fraction: {fraction}}}{' ' * (11 - len(str(fraction)) + 4)}# held out, by the seed\n"
     held_out *= rows != 1  # which can't be on both sides
+    named = ", ".join(map(write_scalar, ignored))
+    left_out = f"  ignore: [{named}]  # columns that have no place in this format\n" if ignored else ""
     intervals = _choose_intervals(steps, epochs, bool(held_out))
     return (
         f"# yaml-language-server: $schema={SCHEMA}\n"
@@ -169,7 +184,7 @@ def compose(
         f"stage: {stage.name}\nmodel:\n  name_or_path: {write_scalar(model)}\n"
         f"{QUANTIZATION if way == 'qlora' else ''}{PEFT if way != 'full' else ''}"
         f"dataset:\n{_describe_data(form, data, columns, look)}"
-        f"{held_out}"
+        f"{left_out}{held_out}"
         "training:\n"
         f"{stage.notes.get('first', '')}  learning_rate: {_write_rate(rates.usual)}              # {why}\n"
         f"  num_train_epochs: {epochs}{_tell_steps(steps, stage.packs)}\n"

@@ -285,6 +285,14 @@ def test_rows_are_no_longer_than_the_model_can_see(run_cli, tmp_path, monkeypatc
     assert load_recipe("mine.yaml").training["max_length"] == 384
 
 
+def test_columns_that_a_run_would_refuse_are_named_to_be_ignored(run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [{"text": "word", "weight": 2, "images": [], "label": 3, "id": 1}] * 3)
+    options = ["--model", "a/b", "--method", "lora", "--format", "text", "--data", "rows.jsonl"]
+    assert run_cli("new", "mine.yaml", *options).status == 0
+    assert list(load_recipe("mine.yaml").dataset.ignore) == ["weight"]
+
+
 def test_editors_find_the_schema_from_anywhere(run_cli, tmp_path):
     for how in (
         ["--from", "phi3_chat_qlora"],
