@@ -41,7 +41,8 @@ can be named in a recipe: `training.chat_template_path: trl/NAME.jinja`. This pa
 `scripts/make_templates_table.py`; `make lint` checks that it is true.
 
 - **answers**: whether the template marks the assistant's tokens (`train_on: assistant`). Where it does not, but its
-  training version does, that one is used instead, and said.
+  training version does, that one is used instead, and said. *With the end of the prompt*: what the generation prompt
+  ends with (of Qwen's a line break) is marked and learned, too, though a server has written it already when it asks.
 - **system**: a system turn is rendered, refused (`dataset.merge_system: true` helps), or left out.
 - **one role**: two user turns that follow each other; `dataset.merge_turns: true` helps where they are refused.
 - **tools**: declarations, calls and results; or why not.
@@ -77,6 +78,8 @@ def describe(file: Path) -> list[str]:
     marks = "marked" if has_generation_markers(template) else "not marked"
     if marks == "not marked" and training.is_file():
         marks = f"by `{training.stem}`"
+    elif marks == "marked" and marks_prompt(tokenizer):
+        marks = "marked, with the end of the prompt"
     turns = [
         try_turns(tokenizer, turns, text)
         for turns, text in (([SYSTEM, ASK, SAY], "Be brief."), ([ASK, MORE, SAY], "dry"))
@@ -86,6 +89,15 @@ def describe(file: Path) -> list[str]:
 
 def render(tokenizer: Any, turns: list[dict[str, Any]], tools: Any = None) -> str:
     return str(apply_template(tokenizer, turns, tools, tokenize=False))
+
+
+def marks_prompt(tokenizer: Any) -> bool:
+    """Whether a template marks as the answer what its generation prompt ends with."""
+    options = {"tokenize": True, "return_dict": True}
+    asked = apply_template(tokenizer, [ASK], None, add_generation_prompt=True, **options)["input_ids"]
+    whole = apply_template(tokenizer, [ASK, SAY], None, return_assistant_tokens_mask=True, **options)
+    begin = next((at for at, marked in enumerate(whole["assistant_masks"]) if marked), len(asked))
+    return begin < len(asked) and whole["input_ids"][: len(asked)] == asked
 
 
 def try_turns(tokenizer: Any, turns: list[dict[str, Any]], text: str) -> str:

@@ -8,14 +8,16 @@ from typing import Any
 import click
 
 from recipe_runner.data.look import Look, look_at
+from recipe_runner.data.turns import says_something
 from recipe_runner.files import write_new
 from recipe_runner.methods import WAYS
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Mark
 from recipe_runner.recipe.catalogue import read_catalogue
-from recipe_runner.recipe.local import is_file_source, is_saved, list_files, list_saved
-from recipe_runner.recipe.new import compose, copy_shipped, find_columns, guess_format, stage_for
+from recipe_runner.recipe.local import is_file_source, is_pattern, is_saved, list_files, list_saved
+from recipe_runner.recipe.new import MEANINGS, compose, copy_shipped, find_columns, guess_format, stage_for
 from recipe_runner.recipe.resolve import examine_recipe
+from recipe_runner.recipe.rules.model import find_context
 from recipe_runner.recipe.schema import formats_of, is_name
 from recipe_runner.stages import FORMATS, STAGES, Stage
 
@@ -63,8 +65,11 @@ def write_recipe(
             told = f"the rows of {data} could not be read, so its columns are not known"
             click.echo(f"warning: {told}; `recipe-run prepare {file}` says why", err=True)
         columns = _choose_columns(form, data, look, dict(_pair(pair) for pair in given))
+        folder = Path(os.path.expanduser(model))
+        context = find_context(model, folder if folder.is_dir() else None)
         model, data = (_seen_from(file.parent, name) for name in (model, data))
-        text = compose(file.stem, model, stage or stage_for(form), form, way, data, columns, look)
+        ignored, chosen = _find_ignored(columns, look), stage or stage_for(form)
+        text = compose(file.stem, model, chosen, form, way, data, columns, look, context, ignored)
     write_new(file, text)
     recipe, problems = examine_recipe(file)
     if recipe is None:
@@ -108,12 +113,19 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _seen_from(folder: Path, name: str) -> str:
-    """A file or folder as the recipe names it: what is typed here may lie elsewhere, seen from the recipe's folder."""
-    path = Path(os.path.expanduser(name))
-    if (folder / path).exists() or not path.exists() or path.is_absolute():
+    """A file, pattern or folder as the recipe names it: it is typed as seen from here, and the recipe is in a folder.
+
+    What is not here may lie beside the recipe, or be the hub's: its name stays.
+    """
+    typed = os.path.expanduser(name)
+    if Path(typed).is_absolute() or folder.resolve() == Path.cwd() or not _is_there(typed):
         return name
-    relative = os.path.relpath(path, folder)
+    relative = os.path.relpath(typed, folder) + "/" * name.endswith("/")
     return relative if relative.startswith("..") or is_file_source(relative) else f"./{relative}"
+
+
+def _is_there(name: str) -> bool:
+    return Path(name).exists() or (is_pattern(name) and bool(list_files(name)))
 
 
 def _look(folder: Path, data: str) -> Look | None:
@@ -122,11 +134,27 @@ def _look(folder: Path, data: str) -> Look | None:
     if not is_file_source(seen):
         return None
     name = str(folder / os.path.expanduser(seen)) + "/" * seen.endswith("/")
+    if not _is_there(name):
+        what = "no file matches" if is_pattern(data) else f"there is no {'folder' if data.endswith('/') else 'file'}"
+        fix = "--data is a path from the current folder, or the id of a dataset of the hub"
+        raise user_error("wrong-source", f"{what} {Path.cwd() / data}", fix, Mark("--data"))
     files = list_saved(Path(name)) if is_saved(Path(name)) else list_files(name)
     look = look_at(files) if files else None
     if look and not look.rows:
         raise user_error("empty-dataset", f"{data} has no rows", "", Mark(data))
     return look
+
+
+def _find_ignored(columns: dict[str, str], look: Look | None) -> list[str]:
+    """Columns that would be refused as they are: their names mean something, they say it, and no role takes them."""
+    left = {name: cells for name, cells in (look.columns if look else {}).items() if name not in columns.values()}
+    return [
+        name
+        for name, cells in left.items()
+        if name in MEANINGS
+        and any(map(says_something, cells))
+        and (name != "label" or any(isinstance(cell, bool) for cell in cells))
+    ]
 
 
 def _choose_columns(form: str, data: str, look: Look | None, given: dict[str, Any]) -> dict[str, str]:

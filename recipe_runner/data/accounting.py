@@ -36,14 +36,16 @@ class Accounting:
         batches: Share of padding in batches of `random` rows and of rows `grouped` by length; `packed`: the share of
             packed rows that stays empty (which is not computed: bfd packing is padding-free); of training rows also
             `left`: the share of padding as the recipe makes batches.
-        sources: Name, rows and tokens of each source of a mixture.
+        sources: Name, short name in metrics, rows and tokens of each source of a mixture.
         unused: Source -> its columns that no role takes.
         guessed: Source -> what was guessed of how it is written.
+        doubts: What of the sources' rows may not be as they were meant.
         packed_rows: Rows after packing; 0 without.
         noted: What was found in rows, or done with them -> number of rows.
         parts: What rows are made of (turns of a role, calls, declared tools, thinking) -> rows that have it.
         lost_parts: Part -> those looked at that the chat template does not render; out of `looked_at`.
         looked_at: Part -> those looked at.
+        firsts: Part that the template does not render, or empty thinking that is learned -> the first such row.
         rows_with_special_tokens: Rows whose text spells special tokens of the tokenizer.
         rows_with_two_bos: Rows that begin with two beginning-of-sequence tokens.
         empty_thoughts: Of the first rows, those that learn a block of thinking with nothing in it.
@@ -68,11 +70,13 @@ class Accounting:
     sources: list[dict[str, Any]] = field(default_factory=list)
     unused: dict[str, list[str]] = field(default_factory=dict)
     guessed: dict[str, str] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
     packed_rows: int = 0
     noted: dict[str, int] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)
     lost_parts: dict[str, int] = field(default_factory=dict)
     looked_at: dict[str, int] = field(default_factory=dict)
+    firsts: dict[str, str] = field(default_factory=dict)
     rows_with_special_tokens: int = 0
     rows_with_two_bos: int = 0
     empty_thoughts: int = 0
@@ -103,10 +107,12 @@ class Accounting:
 
     def describe_sources(self) -> str:
         """Shares of the sources of a mixture, in a line."""
-        shares = [
-            (source["name"], source["rows"] / self.rows_kept, source["tokens"] / self.tokens) for source in self.sources
-        ]
-        return "; ".join(f"{name} {rows:.0%} of rows, {tokens:.0%} of tokens" for name, rows, tokens in shares)
+        told = []
+        for source in self.sources:
+            numbered = f" (loss/{source['short']})" if "#" in source["short"] else ""
+            rows, tokens = source["rows"] / self.rows_kept, source["tokens"] / self.tokens
+            told.append(f"{source['name']}{numbered} {rows:.0%} of rows, {tokens:.0%} of tokens")
+        return "; ".join(told)
 
     def describe_noted(self) -> str:
         """What was found in rows, or done with them, in a line."""
@@ -131,11 +137,13 @@ class Tally:
     Attributes:
         limit: Tokens of a row; None for no limit.
         source_names: The files or hub ids.
+        short_names: What they are called in metrics.
         columns: Arrays of what `add` was told of kept rows.
     """
 
     limit: int | None
     source_names: list[str]
+    short_names: list[str]
     read: int = 0
     packed_rows: int = 0
     special: int = 0
@@ -149,6 +157,7 @@ class Tally:
     parts: Counter[str] = field(default_factory=Counter)
     lost_parts: Counter[str] = field(default_factory=Counter)
     looked_at: Counter[str] = field(default_factory=Counter)
+    firsts: dict[str, str] = field(default_factory=dict)
     columns: dict[str, list[np.ndarray]] = field(
         default_factory=lambda: {name: [] for name in ("length", "tokens", "lost", "supervised", "source", "hash")}
     )
@@ -159,6 +168,7 @@ class Tally:
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.change = self.change or later.change
         self.ends |= later.ends
+        self.firsts = later.firsts | self.firsts
         for name in ("dropped", "noted", "parts", "lost_parts", "looked_at"):
             getattr(self, name).update(getattr(later, name))
         for name, arrays in later.columns.items():
@@ -202,6 +212,7 @@ class Tally:
             sources=[
                 {
                     "name": self.source_names[number],
+                    "short": self.short_names[number],
                     "rows": int((sources == number).sum()),
                     "tokens": int(kept[sources == number].sum()),
                 }
@@ -214,6 +225,7 @@ class Tally:
             parts=dict(self.parts),
             lost_parts=dict(self.lost_parts),
             looked_at=dict(self.looked_at),
+            firsts=dict(self.firsts),
             rows_with_special_tokens=self.special,
             rows_with_two_bos=self.two_bos,
             empty_thoughts=self.empty_thoughts,

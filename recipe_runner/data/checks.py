@@ -54,6 +54,7 @@ LEAST_RATIO, MOST_RATIO = 0.75, 1.34  # of the weights of good and bad answers: 
 LOOKED_AT = 20  # of each part of rows that are looked for in the rendered text
 # Parts of rows beside the turns of each role.
 CALLS, TOOLS, BESIDE, THINKING = "calls of tools", "declared tools", "text beside a call", "thinking"
+EMPTY_THINKING = "empty thinking"
 
 
 def check_ends(sample: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -121,16 +122,20 @@ def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[str]
     return frozenset(token[0] for token in tokens), re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
-def count_empty_thoughts(sample: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase, tally: Tally) -> None:
+def count_empty_thoughts(
+    sample: pa.ChunkedArray, names: list[str], tokenizer: PreTrainedTokenizerBase, tally: Tally
+) -> None:
     """Counts rows that learn an empty block of thinking, which a template writes (Qwen 3), of some labels."""
-    for labels in sample.to_pylist():
+    for name, labels in zip(names, sample.to_pylist(), strict=False):
         runs = (list(run) for learned, run in groupby(labels, key=lambda label: label != IGNORED) if learned)
-        tally.empty_thoughts += any(EMPTY.search(str(tokenizer.decode(run))) for run in runs)
+        if any(EMPTY.search(str(tokenizer.decode(run))) for run in runs):
+            tally.empty_thoughts += 1
+            tally.firsts.setdefault(EMPTY_THINKING, name)
 
 
-def count_rendered_parts(rows: list[dict[str, Any]], job: Job, tally: Tally) -> None:
+def count_rendered_parts(rows: list[dict[str, Any]], names: list[str], job: Job, tally: Tally) -> None:
     """Counts rows by what they are made of, and looks for some of each part in what the template makes of them."""
-    for row in rows:
+    for row, name in zip(rows, names, strict=True):
         parts = list(_find_parts(row, job.dataset))
         kinds = list(dict.fromkeys(kind for kind, _ in parts))  # in their order: the same every time
         tally.parts.update(kinds)
@@ -139,7 +144,9 @@ def count_rendered_parts(rows: list[dict[str, Any]], job: Job, tally: Tally) -> 
         rendered = _render(turns_of(row), job.tokenizer, row.get("tools"))
         for kind, texts in parts if rendered is not None else []:
             tally.looked_at[kind] += 1
-            tally.lost_parts[kind] += not all(any(form in str(rendered) for form in _forms(text)) for text in texts)
+            if not all(any(form in str(rendered) for form in _forms(text)) for text in texts):
+                tally.lost_parts[kind] += 1
+                tally.firsts.setdefault(kind, name)
 
 
 def _find_parts(row: dict[str, Any], dataset: DatasetSection) -> Iterator[tuple[str, list[str]]]:
@@ -270,8 +277,9 @@ def _find_lost_parts(
         looked, rows = counted.looked_at[part], f"{counted.parts[part]:,} {split} rows"
         if part == THINKING and lost:
             found = (
-                f"the chat template leaves out the thinking of {lost} of {looked} learned answers ({rows} have some)"
+                f"the chat template leaves out the thinking of {lost} of {looked} learned answers ({rows} have some;"
             )
+            found += f" the first that loses it is {counted.firsts[part]})"
             fix = "set dataset.thinking: drop, train_on: last where it is lost in earlier turns only, or"
             fix += " training.chat_template_path to a template that renders it"
             yield Problem("thinking-lost", found, None, (*path, "thinking"), fix)
@@ -365,16 +373,15 @@ def check_labels(config: Any, counted: Accounting) -> Iterator[Problem]:
 
 def _name_tool_templates(tokenizer: PreTrainedTokenizerBase, dataset: DatasetSection) -> str:
     """Which of TRL's templates render tools, and are made of tokens that the tokenizer has."""
+    names = [f"trl/{file.name}" for file in find_tool_templates(tokenizer)][:SHOWN_TEMPLATES]
     if dataset.format in ANSWERS_WHOLE:  # DPO and KTO take the model's own template: TRL 1.16 has no key for another
-        return "take a model whose chat template renders tools: one that stage sft has trained with such a template"
-    names = [file.name for file in find_tool_templates(tokenizer)]
+        way = "take a model whose chat template renders tools: one that stage sft has trained with such a template"
+        return way + f" (training.chat_template_path: {' or '.join(names)}), which goes on with it" * bool(names)
     if not names:
         none = "none of TRL's is made of this model's tokens"
         return f"use a template that renders tools (training.chat_template_path); {none}"
-    return f"set training.chat_template_path: trl/{names[0]}" + (
-        f", which renders them (so do {', '.join(names[1:SHOWN_TEMPLATES])})" * (len(names) > 1)
-        or ", which renders them"
-    )
+    others = f" (so do {', '.join(name.removeprefix('trl/') for name in names[1:])})" * (len(names) > 1)
+    return f"set training.chat_template_path: {names[0]}, which renders them{others}"
 
 
 def find_tool_templates(tokenizer: PreTrainedTokenizerBase) -> list[Path]:
@@ -428,6 +435,9 @@ def find_problems(
             found = f"{name} is not in UTF-8, and is read as {UNSURE}, by a guess: look whether the texts are right"
             fix = "set encoding in the source, to cp1252 or what it is (cp1251, shift_jis, gb18030, ...)"
             yield as_warning(at("guessed-encoding", found, fix, "dataset", "train"))
+    for found in counted.doubts if split == "train" else ():
+        fix = 'double the quotes of a text, in a cell between quotes ("so ""it"" is"), or write the rows as json'
+        yield as_warning(at("csv-quotes", found, fix, "dataset", "train"))
     if undeclared := counted.noted.get(UNDECLARED):
         found = f"{undeclared:,} {split} rows call tools that they do not declare"
         fix = "declare them in the column of tools: a model that is offered others should not learn to call these"
@@ -441,7 +451,8 @@ def find_problems(
     yield from map(as_warning, _find_other_spelling(tokenizer, counted, split))
     if counted.empty_thoughts and dataset.thinking != "mask":
         found = f"the chat template writes a block of thinking with nothing in it before answers of the {split} rows"
-        found += f" ({counted.empty_thoughts:,} of the first {CHECKED_ROWS}), and it is learned: the model won't think"
+        found += f" ({counted.empty_thoughts:,} of the first {CHECKED_ROWS}, as {counted.firsts[EMPTY_THINKING]}),"
+        found += " and it is learned: the model won't think"
         fix = "if it should go on thinking where it is asked to, set dataset.thinking: mask"
         if dataset.format in ANSWERS_WHOLE:
             fix = "take rows with thinking, or a model whose chat template writes no such block"

@@ -50,7 +50,7 @@ def normalise_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
     if tools:
         made["tools"] = list(tools)
     turns = turns_of(made)
-    noted = [UNDECLARED] if any(call_undeclared(turn, tools) for turn in turns) else []
+    noted = [UNDECLARED] if call_undeclared(turns, tools, where) else []
     noted += [LISTED] if lists_tools(turns, tools) else []
     noted += [f"{SPELLING}{mark}" for mark in dict.fromkeys(map(find_spelt_call, turns)) if mark]
     if noted:

@@ -74,7 +74,8 @@ class Job:
 
     def tally(self) -> Tally:
         """Counters for a split."""
-        return Tally(self.limit, [source.name for source in self.sources])
+        names = sources.name_sources([source.section for source in self.sources])
+        return Tally(self.limit, [source.name for source in self.sources], names)
 
 
 def read_rows(job: Job, order: np.ndarray) -> list[dict[str, Any]]:

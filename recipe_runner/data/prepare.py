@@ -147,13 +147,14 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int) -> tuple
     usable = [rows[place] for place in places]
     table = _tokenize(job, usable, part[places])  # first: it finds the rows that the template refuses
     tally.special += count_special_tokens(usable, job.tokenizer)
-    count_rendered_parts(usable, job, tally)
+    names = [f"{job.sources[source].name}: row {row + 1}" for source, row in part[places]]
+    count_rendered_parts(usable, names, job, tally)
     if job.replaced:
         compare_templates(usable, job.tokenizer, job.replaced.own, tally)
     if start == 0:
         for name in shape.LEARNED:
             tally.ends |= check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
-            count_empty_thoughts(table[name].slice(0, CHECKED_ROWS), job.tokenizer, tally)
+            count_empty_thoughts(table[name].slice(0, CHECKED_ROWS), names, job.tokenizer, tally)
     table = shape.keep(job, split, table, part, places, tally, start)
     return (_renumber(table, documents, start) if job.unpairs else table), tally
 

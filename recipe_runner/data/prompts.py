@@ -10,7 +10,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from recipe_runner.data.checks import find_change
+from recipe_runner.data.checks import shorten_middle
 from recipe_runner.data.encode import apply_template
 from recipe_runner.data.formats import normalise_row
 from recipe_runner.data.job import Job, read_rows
@@ -151,8 +151,9 @@ def find_split_prompts(job: Job, orders: Orders) -> tuple[int, int, str]:
         whole = [token for name in shape.FIRST for token in entry[name]]
         if whole[: len(alone)] != alone:
             found += 1
-            rest = job.tokenizer.decode(whole[: common_prefix_length(alone, whole) + SHOWN])
-            change = change or find_change(str(rest), str(job.tokenizer.decode(alone)))
+            same = common_prefix_length(alone, whole)
+            texts = (shorten_middle(str(job.tokenizer.decode(of))) for of in (alone[same:], whole[same : same + SHOWN]))
+            change = change or "it goes on with {!r}, and the row with {!r}".format(*texts)
     return found, len(rows), change
 
 

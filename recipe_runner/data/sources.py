@@ -5,6 +5,7 @@ import csv
 import glob
 import itertools
 import json
+import sys
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -33,11 +34,12 @@ from datasets.utils import logging
 
 from recipe_runner.data.formats import normalise_row
 from recipe_runner.data.look import iterate_rows, look_at
-from recipe_runner.data.turns import KNOWN_KEYS, RowError, read_json, says_something
+from recipe_runner.data.turns import KNOWN_KEYS, RowError, describe_value, read_json, says_something
 from recipe_runner.files import FULL, disk_full
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
 from recipe_runner.problems.words import misspelt, nearest, suggest
+from recipe_runner.recipe.document import write_scalar
 from recipe_runner.recipe.local import (
     BUILDERS,
     DELIMITERS,
@@ -55,23 +57,13 @@ from recipe_runner.recipe.local import (
     split_line,
     suffix_of,
 )
-from recipe_runner.recipe.new import OTHER_NAMES, Columns, find_columns, guess_format, names_of
+from recipe_runner.recipe.new import MEANINGS, OTHER_NAMES, Columns, find_columns, guess_format, names_of
 from recipe_runner.recipe.schema import formats_of
 from recipe_runner.recipe.sections import DatasetSection, SourceSection
 from recipe_runner.stages import FORMATS, STAGES
 
-# Columns whose names say that they change what the model should see or learn -> the role that takes them, if any.
-SYSTEM = ("system_prompt", "system_message", "sys_prompt")
-MEANINGS = {"context": "input", **dict.fromkeys(SYSTEM, "system")} | dict.fromkeys(
-    (
-        *("chat_template_kwargs", "chat_history", "conversation_history", "chain_of_thought", "cot"),
-        *("sample_weight", "loss_weight", "image_url", "documents"),
-        *("system", "history", "input", "label", "kto_tag", "weight", "reasoning_content", "reasoning", "thinking"),
-        *("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
-    ),
-    "",
-)
 MOST_REPEATS = 100  # times all rows, that a mixture may have
+PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # how such files begin
 FEW_ROWS = 20  # that say what a column holds
 # What a file that can't be read raises, in the libraries that read it.
 UNREADABLE = (
@@ -87,6 +79,14 @@ UNREADABLE = (
 )
 
 
+# What libraries say of a file -> what to do.
+REMEDIES = {
+    "EOF inside string": "a quote is not closed: double the quotes of texts, or write the rows as json",
+    "Not a gzipped file": "its content is not packed: name it without .gz, or get it again",
+    "Unknown split": "set split to one of these",
+}
+
+
 @dataclass(frozen=True)
 class Source:
     """One source of a recipe, opened.
@@ -99,6 +99,7 @@ class Source:
         names: All names that the data has: of columns, and of keys of turns.
         filled: Columns whose objects have each other's keys, as null.
         guessed: What was guessed of how it is written, for people.
+        doubt: What of its rows may not be as they were meant, for people.
     """
 
     section: SourceSection
@@ -108,6 +109,7 @@ class Source:
     names: frozenset[str] = frozenset()
     filled: frozenset[str] = frozenset()
     guessed: str = ""
+    doubt: str = ""
 
     @property
     def name(self) -> str:
@@ -118,6 +120,20 @@ class Source:
     def path(self) -> KeyPath:
         """Where the recipe names it."""
         return (*self.section.path, "source")
+
+
+def name_sources(sections: Sequence[SourceSection]) -> list[str]:
+    """Short names of sources: of files without folder and suffix, of the hub's without owner.
+
+    The same data has the same name, in training and in evaluation; other data of that name has a number.
+    """
+    found: dict[tuple[str, str | None, str | None], str] = {}
+    for section in sections:
+        name, data = section.source, (section.source, section.subset, section.field)
+        short = Path(name.rstrip("/")).name.partition(".")[0] or name
+        same = len({other for other in found.values() if other.partition("#")[0] == short})
+        found.setdefault(data, f"{short}#{same + 1}" if same else short)
+    return [found[section.source, section.subset, section.field] for section in sections]
 
 
 def open_sources(dataset: DatasetSection) -> list[Source]:
@@ -149,10 +165,12 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     suffix = suffix_of(files[0].name if files else name) if files or name.startswith(HUB) else ""
     parts: dict[Path, Dataset] = {}
     guesses: dict[str, None] = {}
+    doubts: list[str] = []
     for file in files:
-        part, guess = _read_file(file, section, dataset.format)
+        part, guess, doubt = _read_file(file, section, dataset.format)
         parts |= {file: part} if len(part) else {}
         guesses |= {guess: None} if guess else {}
+        doubts += [doubt] if doubt else []
     try:
         if files:
             rows = _take(_join_parts(parts, section), section.split) if parts else Dataset.from_dict({})
@@ -167,9 +185,9 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     if not len(rows):
         under = f" under '{section.field}'" if section.field else ""
         raise user_error("empty-dataset", f"{name} has no rows{under}", path=place)
-    if suffix == ".json" and not section.field and (key := _find_wrapping(rows, section, dataset.format)):
-        fix = f"set field: {key}"
-        raise user_error("unreadable-data", f"{name} is one object; its rows are the list '{key}'", fix, path=place)
+    if suffix == ".json" and not section.field and (way := _find_wrapping(rows, section, dataset.format)):
+        found, fix = f"{name} is one object; its rows are the list '{'.'.join(way)}'", _reach(name, way)
+        raise user_error("unreadable-data", found, fix, path=place)
     columns = choose_columns(section, dataset.format, rows[:FEW_ROWS])
     for file, part in parts.items():
         for role in FORMATS[dataset.format].required:
@@ -195,7 +213,8 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     names = frozenset((*rows.column_names, *(key for column in keys.values() for key in column)))
     is_json = suffix in (".json", ".jsonl")  # which datasets 5.2 reads without giving an object keys that it has not
     filled = [] if is_json else [name for name in used.column_names if _has_objects(used.data.schema.field(name).type)]
-    return Source(section, used, columns, tuple(unused), names, frozenset(filled), " or ".join(guesses))
+    told = " or ".join(guesses)
+    return Source(section, used, columns, tuple(unused), names, frozenset(filled), told, "; ".join(doubts[:1]))
 
 
 def _options(section: SourceSection) -> dict[str, Any]:
@@ -205,34 +224,36 @@ def _options(section: SourceSection) -> dict[str, Any]:
     return {key: value for key, value in said.items() if value is not None}
 
 
-def _read_file(file: Path, section: SourceSection, form: str) -> tuple[Dataset, str]:
-    """The rows of a file, all of them, and what was guessed of how it is written.
+def _read_file(file: Path, section: SourceSection, form: str) -> tuple[Dataset, str, str]:
+    """The rows of a file, all of them; what was guessed of how it is written; and what of it is doubtful.
 
     Raises:
         UserError: It can't be read.
     """
     place, suffix = (*section.path, "source"), suffix_of(file.name)
-    options, guessed = _options(section), ""
+    options, guessed, doubt = _options(section), "", ""
     try:
         # datasets takes what is left of a file of zstandard's for all of it
         if file.suffix.lower() == ".zst" and (found := _find_cut(file)):
             raise user_error("unreadable-data", found, "get it again", path=place)
         if suffix in (".json", ".jsonl", ".txt") and (found := _look_at_begin(file, suffix)):
             raise user_error("unreadable-data", found, path=place)
+        if section.field and any(wrong := _find_field(file, section.field)):
+            raise user_error("unreadable-data", *wrong, path=(*section.path, "field"))
         with warnings.catch_warnings():  # pandas has another reader for delimiters that are not ASCII, and says so
             warnings.filterwarnings("ignore", "Falling back to the 'python' engine")
             if BUILDERS[suffix] == "csv":  # every cell is a text, as it is written: 01000, 1.50, NA, true
                 features, writing = _csv_features(file, section, form)
                 options |= {"features": features, "na_filter": False}
                 options |= {"sep": writing.delimiter, "encoding": writing.encoding}
-                guessed = writing.guessed
+                guessed, doubt = writing.guessed, _find_odd_quotes(file, writing, len(features))
             rows = load_dataset(BUILDERS[suffix], data_files=[glob.escape(str(file))], split="train", **options)
         rows.data.table.validate(full=True)  # pyarrow reads JSON without looking at its bytes
     except (DatasetsError, *UNREADABLE) as error:
         if not isinstance(error, UserError) and _is_without_rows(file, section):
-            return Dataset.from_dict({}), ""
+            return Dataset.from_dict({}), "", ""
         raise _explain_load_error(error, section, suffix, file) from error
-    return rows, guessed
+    return rows, guessed, doubt
 
 
 def _is_without_rows(file: Path, section: SourceSection) -> bool:
@@ -349,6 +370,9 @@ def _csv_features(file: Path, section: SourceSection, form: str) -> tuple[Featur
     writing = find_writing(file, section.delimiter, section.encoding)
     with open_text(file, writing.encoding, newline="") as stream:
         line = stream.readline().rstrip("\r\n")
+    if line.startswith("sep=") and len(line) < len("sep=") + 3:
+        found, fix = f"{file} begins with '{line}', a line that only Excel knows", "remove the line"
+        raise user_error("unreadable-data", found, fix, path=(*section.path, "source"))
     columns = split_line(line, writing.delimiter)
     if other := _find_delimiter(line, writing.delimiter, section, form):
         what = "one column" if len(columns) == 1 else f"the columns {', '.join(columns)}"
@@ -369,21 +393,52 @@ def _csv_features(file: Path, section: SourceSection, form: str) -> tuple[Featur
     return Features({str(column): Value("string") for column in head.columns}), writing
 
 
+def _find_odd_quotes(file: Path, writing: Writing, width: int) -> str:
+    """Where a quote of a csv file seems to be meant as text, and takes rows into a cell; empty where none does.
+
+    A cell that swallowed rows has, in each of its lines, as many delimiters as its column and the number of columns ask
+    for; after a comma of a text there is a space, mostly.
+    """
+    csv.field_size_limit(sys.maxsize)
+    mark, begin = writing.delimiter, 1
+    try:
+        with open_text(file, writing.encoding, newline="") as stream:
+            reader = csv.reader(stream, delimiter=mark, strict=True)
+            for row in reader:
+                for column, cell in enumerate(row) if "\n" in "".join(row) else ():
+                    marks = [line.count(mark) for line in cell.split("\n")]
+                    of_rows = [width - 1 - column, *[width - 1] * (len(marks) - 2), column]
+                    if len(marks) > 1 and any(marks) and marks == of_rows and f"{mark} " not in cell:
+                        lines = f"lines {begin} to {reader.line_num}"
+                        return f"{file}: a quote makes one cell of {lines}, which look like {len(marks)} rows"
+                begin = reader.line_num + 1
+    except csv.Error as error:
+        if "expected after" in str(error):
+            return f"{file}: line {reader.line_num}: text follows a closing quote, and the quotes are left out"
+    except (TypeError, ValueError):
+        pass  # a delimiter of several characters; bytes that are no text: said where rows are read
+    return ""
+
+
 def _find_delimiter(line: str, used: str, section: SourceSection, form: str) -> str | None:
     """The delimiter that gives a header the columns of the format, where the one that was used does not.
 
-    Else, of a header that is one column, the one that gives it most, if these look like names.
+    That may be any character of the header. Else, of a header that is one column, the usual one that gives it most, if
+    these look like names.
     """
     wanted = [
         {section.columns.get(role)} if role in section.columns else {*names_of(role)} for role in FORMATS[form].required
     ]
-    cells = {mark: split_line(line, mark) for mark in (used, *DELIMITERS)}
+    others = sorted({mark for mark in line if not mark.isalnum() and mark.isprintable() and mark not in "_\"'"})
+    cells = {mark: split_line(line, mark) for mark in (used, *DELIMITERS, *others)}
     fitting = [mark for mark in cells if all(names & set(cells[mark]) for names in wanted)]
     if fitting:
         return None if used in fitting else fitting[0]
     strange = {*DELIMITERS, '"', "'", "\ufeff"}
     clean = [
-        mark for mark in cells if mark != used and all(cell.strip() and not strange & set(cell) for cell in cells[mark])
+        mark
+        for mark in DELIMITERS
+        if mark != used and all(cell.strip() and not strange & set(cell) for cell in cells[mark])
     ]
     most = max(clean, key=lambda mark: len(cells[mark]), default=used)
     return most if len(cells[used]) == 1 < len(cells[most]) else None
@@ -536,14 +591,31 @@ def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray)
     return rows
 
 
-def _find_wrapping(rows: Dataset, section: SourceSection, form: str) -> str:
-    """The key under which a JSON file of one object has its rows; empty where it is no such file."""
+def _find_wrapping(rows: Dataset, section: SourceSection, form: str) -> list[str]:
+    """The keys under which a JSON file of one object has its rows; none where it is no such file."""
     roles = FORMATS[form].roles
     if len(rows) > 1 or {*roles, *section.columns.values(), "conversations"} & set(rows.column_names):
-        return ""
-    first: dict[str, Any] = rows[0]
-    lists = [key for key, value in first.items() if isinstance(value, list) and isinstance((value or [0])[0], dict)]
-    return lists[0] if lists else ""
+        return []
+    return _find_rows(rows[0])
+
+
+def _find_rows(value: Any) -> list[str]:
+    """The keys under which an object has a list of objects, the fewest; none where it has none."""
+    if not isinstance(value, dict):
+        return []
+    for key, entry in value.items():
+        if isinstance(entry, list) and entry and isinstance(entry[0], dict):
+            return [key]
+    return next(([key, *keys] for key, entry in value.items() if (keys := _find_rows(entry))), [])
+
+
+def _reach(name: str, keys: Sequence[str]) -> str:
+    """How the rows under some keys of a JSON file are reached."""
+    if len(keys) == 1:
+        return f"set field: {write_scalar(keys[0])}"
+    return (
+        f"`field` reaches one key deep: write the list as a file of its own (jq '.{'.'.join(keys)}' {name} > rows.json)"
+    )
 
 
 def choose_columns(section: SourceSection, form: str, head: Columns) -> dict[str, str]:
@@ -576,7 +648,7 @@ def choose_columns(section: SourceSection, form: str, head: Columns) -> dict[str
         right = {role: column for role, column in columns.items() if role not in missing and role in given}
         meant = find_columns(form, head, right)[0]
         meant |= {role: near[0] for role in missing if (near := nearest(columns[role], available))}
-        wanted = ", ".join(f"{role}: {meant.get(role, 'NAME')}" for role in missing)
+        wanted = ", ".join(f"{role}: {write_scalar(meant.get(role, 'NAME'))}" for role in missing)
         at: KeyPath = (*section.path, "columns", missing[0])
         message, fix = f"{section.source} has {told}; {there}", f"set columns: {{{wanted}}}"
         other = guess_format(head)
@@ -650,8 +722,6 @@ def _explain_load_error(error: Exception, section: SourceSection, suffix: str, f
     if file:
         if found := _find_cut(file):
             return user_error("unreadable-data", found, "get it again", path=place)
-        if section.field and (found := _find_field(file, section.field)):
-            return user_error("unreadable-data", found, path=(*section.path, "field"))
         if suffix in TEXTS and not isinstance(error, OSError):
             found, fix = _find_bad_bytes(file, section.encoding)
             at: KeyPath = (*section.path, "encoding") if section.encoding else place
@@ -672,7 +742,12 @@ def _explain_load_error(error: Exception, section: SourceSection, suffix: str, f
         return disk_full(root.errno, Path(root.filename or HF_DATASETS_CACHE), "prepared data is kept there (HF_HOME)")
     what = first_line(root)
     if file or is_file_source(name):
-        return user_error("unreadable-data", f"cannot read {name}: {what}", path=place)
+        if what.startswith("Unknown split"):
+            place = (*section.path, "split")
+        fix = next((fix for said, fix in REMEDIES.items() if said in what), "")
+        if suffix in (".parquet", ".arrow"):
+            fix = f"it is cut off, or no {suffix.removeprefix('.')} file: get it again"
+        return user_error("unreadable-data", f"cannot read {name}: {what}", fix, path=place)
     hint = "check the id, subset and split, and the network; or use a local file"
     return user_error("dataset-unavailable", f"cannot load the dataset '{name}': {what}", hint, path=place)
 
@@ -701,21 +776,27 @@ def _find_cut(file: Path) -> str:
     return ""
 
 
-def _find_field(file: Path, field: str) -> str:
-    """Why a json file has no rows under a key; empty when it has."""
+def _find_field(file: Path, field: str) -> tuple[str, str]:
+    """Why a json file has no rows under a key, and what to do; empty when it has."""
     try:
         with open_text(file) as stream:
             whole = json.load(stream)
-    except ValueError:
-        return ""  # said by others
+    except json.JSONDecodeError as error:
+        return f"{file}: line {error.lineno}, column {error.colno}: {error.msg}", "fix the file"
+    except (*UNREADABLE, RecursionError):
+        return "", ""  # said where it is read
+    if isinstance(whole, list):
+        return f"{file} is a list of rows, and no object with a key '{field}'", "leave field out"
     if not isinstance(whole, dict):
-        return (
-            f"{file} is no object with a key '{field}', but a {'list of rows' if isinstance(whole, list) else 'value'}"
-        )
-    if not isinstance(whole.get(field), list):
-        lists = ", ".join(key for key, value in whole.items() if isinstance(value, list)) or "none"
-        return f"{file} has no list '{field}'; its lists: {lists}"
-    return ""
+        return f"{file} is no object with a key '{field}', but a value", "fix the file"
+    if isinstance(whole.get(field), list):
+        return "", ""
+    keys = _find_rows(whole)
+    what = f": it is {describe_value(whole[field])}" if field in whole else ""
+    lists = ", ".join(key for key, value in whole.items() if isinstance(value, list))
+    what += f"; its lists: {lists}" * bool(lists) + f"; its rows are deeper, in '{'.'.join(keys)}'" * (len(keys) > 1)
+    fix = _reach(str(file), keys) if keys else "write its rows as a list: [{...}, {...}]"
+    return f"{file} has no list '{field}'{what}", fix
 
 
 def _look_at_begin(file: Path, suffix: str) -> str:
@@ -727,11 +808,15 @@ def _look_at_begin(file: Path, suffix: str) -> str:
         with open_bytes(file) as stream:
             begin = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        return f"cannot read {file}: {error.strerror or first_line(error)}"
+        found = f"cannot read {file}: {error.strerror or first_line(error)}"
+        return found + f"; {REMEDIES['Not a gzipped file']}" * ("Not a gzipped file" in found)
     except (EOFError, ImportError):
         return ""  # said where it is read
     if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return f"{file} is UTF-16; save it as UTF-8"
+    packed = next((suffix for suffix, mark in PACKED.items() if begin.startswith(mark)), "")
+    if packed and file.suffix.lower() not in UNPACKED:
+        return f"{file} is compressed; rename it to {file.name}{packed}"
     row = begin.lstrip()
     row = row[1:].lstrip() if row[:1] == b"[" else row  # one list of rows
     if suffix in (".json", ".jsonl") and row and row[:1] not in (b"{", b"]"):

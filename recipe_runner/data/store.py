@@ -161,8 +161,10 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
         tallies = {split: _write_split(partial, split, order, job) for split, order in orders.items()}
         unused = {source.name: list(source.unused) for source in job.sources if source.unused}
         guessed = {source.name: source.guessed for source in job.sources if source.guessed}
+        doubts = [source.doubt for source in job.sources if source.doubt]
         accounting = {
-            split: replace(tally.finish(), unused=unused, guessed=guessed) for split, tally in tallies.items()
+            split: replace(tally.finish(), unused=unused, guessed=guessed, doubts=doubts)
+            for split, tally in tallies.items()
         }
         if "eval" in tallies:
             trained, held_out = (np.concatenate(tallies[split].columns["hash"]) for split in ("train", "eval"))

@@ -27,6 +27,7 @@ BLOCK = re.compile("|".join(rf"{re.escape(begin)}.*?{re.escape(end)}\s*" for beg
 EMPTY = re.compile(
     "|".join(rf"(?:{re.escape(begin)}|\A)\s*{re.escape(end)}" for begin, end in MARKS if end != "<|end|>")
 )
+SIGN = re.compile("\ufdd0([0-9]+)\ufdd1")  # characters that no text has
 # Why a row is dropped.
 TANGLED = "with thinking that is no single block before its answer"
 TWICE = "with one thought in a key of the turn, and another in its text"
@@ -145,18 +146,64 @@ def mask_thoughts(
         ignored: The label of a token that is not learned.
 
     Raises:
-        ValueError: The thinking of a turn is not in the text.
+        ValueError: Thinking can't be told from the answer.
     """
     text = str(apply_template(tokenizer, turns, tools, tokenize=False))
     found: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if found["input_ids"] != input_ids:
         raise ValueError("its tokens are not those of its text: thinking can't be told from the answer")
-    spans = [match.span() for match in BLOCK.finditer(text)]
-    for thought in filter(None, (thought_of(turn).strip() for turn in turns if turn["role"] == "assistant")):
-        spans += [match.span() for match in re.finditer(re.escape(thought), text)]
     begins, ends = np.array(found["offset_mapping"]).T
     labels = labels.copy()
-    for begin, end in spans:
+    for begin, end in _find_blocks(tokenizer, turns, tools, text):
         begin = len(text[:begin].rstrip())  # the line break before the block is no answer either
-        labels[(begins < end) & (ends > begin)] = ignored
+        # A token that goes on after the block, as " Yes" may, is the answer's.
+        labels[(begins >= begin) & (ends <= end)] = ignored
     return labels
+
+
+def _find_blocks(tokenizer: PreTrainedTokenizerBase, turns: Turns, tools: Any, text: str) -> list[tuple[int, int]]:
+    """Where blocks of thinking begin and end in the text of a conversation.
+
+    An answer may repeat its thought, and a question may spell a block. So the conversation is rendered once more, with
+    a sign in place of each thought, and with tags that mean nothing in place of those that others spell.
+
+    Raises:
+        ValueError: The template makes something else of the signs than of the thoughts.
+    """
+    thoughts: list[str] = []
+    signed = [_sign_thought(turn, thoughts) for turn in turns]
+    other = str(apply_template(tokenizer, signed, tools, tokenize=False))
+    signs = list(SIGN.finditer(other))
+    if _blunt(SIGN.sub(lambda sign: thoughts[int(sign[1])], other)) != _blunt(text):
+        raise ValueError("the chat template changes its thinking, which can't be told from the answer")
+
+    def place(at: int) -> int:
+        return at + sum(len(thoughts[int(sign[1])]) - len(sign[0]) for sign in signs if sign.end() <= at)
+
+    spans = [match.span() for match in (*BLOCK.finditer(other), *signs)]
+    return [(place(begin), place(end)) for begin, end in spans]
+
+
+def _sign_thought(turn: dict[str, Any], thoughts: list[str]) -> dict[str, Any]:
+    """A turn with a sign in place of its thought, which is put to the others."""
+    if turn["role"] != "assistant":
+        return {key: value if key == "role" else _blunt(value) for key, value in turn.items()}
+    signed = {key: _blunt(value) if key == "tool_calls" else value for key, value in turn.items()}
+    thought, sign = thought_of(turn).strip(), f"\ufdd0{len(thoughts)}\ufdd1"
+    if not thought:
+        return signed
+    thoughts.append(thought)
+    if "reasoning_content" in turn:
+        return signed | {"reasoning_content": sign}
+    head, mark, answer = turn["content"].rpartition("</think>")
+    before = head[: len(head.rstrip()) - len(thought)]
+    return signed | {"content": f"{before}{sign}{head[len(before) + len(thought) :]}{mark}{answer}"}
+
+
+def _blunt(value: Any) -> Any:
+    """A value whose texts have tags of thinking that no template knows, as long as they were."""
+    if isinstance(value, dict):
+        return {key: _blunt(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_blunt(entry) for entry in value]
+    return value.replace("think>", "think.") if isinstance(value, str) else value

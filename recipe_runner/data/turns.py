@@ -52,6 +52,8 @@ NESTED_KEYS = frozenset(("tool_calls", "function_call"))  # whose values are obj
 # of a template's, ReAct.
 SPELT_BY_TEMPLATES = re.compile(r"<tool_call\w*>?|<function=|<\|python_tag\|>|\[TOOL_CALLS\]|<\|tool_call\w*(?:\|>)?")
 SPELT_CALLS = ("<tool_call", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_call", "<function", "```tool_c", "Action:")
+# A call as JSON in the text of an answer, as Hermes and Qwen spell it; GLM and Qwen-Coder spell others there.
+SPELT_AS_JSON = re.compile(r"<tool_call>\s*([\[{].*?)\s*</tool_call>", re.DOTALL)
 # What is counted of rows.
 UNDECLARED = "that call a tool which they do not declare"
 UNWRAPPED = "with results of tools taken out of <tool_response> tags, which the chat template writes itself"
@@ -60,6 +62,15 @@ SPELLING = "that spell a call of a tool in the text of an answer, as "  # and ho
 GOOD, BAD = "judged good", "judged bad"
 FOLDED_SYSTEM, JOINED = "with a system turn put into the user turn after it", "with turns of one role joined"
 SYSTEM_AS_USER = "with a system turn made a user turn: none of the user's is right after it"
+
+
+# How to write what was written otherwise, for messages.
+AS_CALL = 'write it as JSON: {"name": "NAME", "arguments": {"KEY": "VALUE"}}'
+AS_ARGUMENTS = 'write them as one JSON object: {"KEY": "VALUE"}'
+AS_TOOLS = (
+    "write a list of {type: function, function: {name, description, parameters}}, whose parameters are a JSON schema of"
+    " `type: object`; or leave the column out: columns: {tools: null}"
+)
 
 
 class RowError(Exception):
@@ -108,9 +119,52 @@ def _read_turn(turn: dict[str, Any], dataset: DatasetSection, where: str) -> dic
         message["tool_calls"], content = read_calls(content, where), ""
     if content is None and "tool_calls" in message:
         content = ""
+    if isinstance(content, list):
+        content = _join_parts(content, where)
     if not isinstance(content, str):
-        raise RowError(f"{where}: expected a text as content, found {describe_value(content)}")
-    return {"role": role, "content": content, **message}
+        fix = "write the text alone, or remove the row"
+        raise RowError(f"{where}: expected a text as content, found {describe_value(content)}; {fix}")
+    made = {"role": role, "content": content, **message}
+    if twice := [
+        call for call in read_spelt_calls(made, where) if call in map(_without_id, made.get("tool_calls", ()))
+    ]:
+        name = twice[0]["function"]["name"]
+        raise RowError(
+            f"{where}: the call of '{name}' is in the text and in tool_calls, and would be learned twice; take it out"
+            " of the text"
+        )
+    return made
+
+
+def _join_parts(parts: list[Any], where: str) -> str:
+    """A content in parts, as OpenAI writes it ({type: text, text}), as one text.
+
+    Raises:
+        RowError: A part is no text.
+    """
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            fix = f"parts are read where all are {{type: text, text}}: take part {number} out, or remove the row"
+            raise RowError(f"{where}: expected a text as content, found {describe_value(parts)}; {fix}")
+    return "".join(map(str, texts))
+
+
+def read_spelt_calls(turn: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """Calls that an answer spells in its text as JSON (Hermes).
+
+    Raises:
+        RowError: One of them is no call; see `read_calls`.
+    """
+    if turn["role"] != "assistant" or "<tool_call>" not in turn["content"]:
+        return []
+    answer = turn["content"].rpartition("</think>")[2]
+    texts = SPELT_AS_JSON.findall(answer)
+    return [_without_id(call) for text in texts for call in read_calls(text, f"{where}: <tool_call> in the text")]
+
+
+def _without_id(call: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in call.items() if key != "id"}
 
 
 def _read_more(turn: dict[str, Any], role: str, dataset: DatasetSection, where: str) -> dict[str, Any]:
@@ -160,7 +214,12 @@ def _is_learned(turn: dict[str, Any], where: str) -> bool:
     for key, values in (("weight", (0, 1)), *((switch, (False, True)) for switch in SWITCHES)):
         if (value := turn.get(key)) is not None:
             if value not in values:
-                raise RowError(f"{where}: {key} is {value}, and can only be {values[0]} or {values[1]} here")
+                known = " or ".join(json.dumps(known) for known in values)
+                found = f"{key} is {json.dumps(value, default=str)}, and can only be {known} here"
+                fix = (
+                    f"write {json.dumps(values[0])} for a turn that is not learned, {json.dumps(values[1])} for others"
+                )
+                raise RowError(f"{where}: {found}; {fix}")
             learned = learned and bool(value)
     return learned
 
@@ -171,33 +230,35 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
     Raises:
         RowError: They are no JSON, have no name, or arguments that are no JSON object.
     """
-    value = _parse(value, f"{where}: the call") if isinstance(value, str) else value
+    value = _parse(value, f"{where}: the call", AS_CALL) if isinstance(value, str) else value
     calls = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(function, dict) or not isinstance(name, str) or not name:
-            raise RowError(f"{where}: expected a call {{name, arguments}}, found {describe_value(call)}")
+            raise RowError(f"{where}: expected a call {{name, arguments}}, found {describe_value(call)}; {AS_CALL}")
         arguments = function.get("arguments", function.get("parameters"))
         if isinstance(arguments, str) and arguments.strip():
-            arguments = _parse(arguments, f"{where}: the arguments of '{name}'")
+            arguments = _parse(arguments, f"{where}: the arguments of '{name}'", AS_ARGUMENTS)
         arguments = arguments or {}
         if not isinstance(arguments, dict):
-            raise RowError(f"{where}: the arguments of '{name}' are no JSON object: {describe_value(arguments)}")
+            found = f"are no JSON object: {describe_value(arguments)}"
+            raise RowError(f"{where}: the arguments of '{name}' {found}; {AS_ARGUMENTS}")
         try:
             json.dumps(arguments, allow_nan=False, default=str)
         except ValueError as error:
-            raise RowError(f"{where}: the arguments of '{name}': NaN and Infinity are no numbers of JSON's") from error
+            found = "NaN and Infinity are no numbers of JSON's; write null, or a text"
+            raise RowError(f"{where}: the arguments of '{name}': {found}") from error
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
     return calls
 
 
-def _parse(text: str, what: str) -> Any:
+def _parse(text: str, what: str, fix: str) -> Any:
     try:
         return read_json(text)
     except ValueError as error:
-        raise RowError(f"{what}: no JSON ({error}): {describe_value(text)}") from error
+        raise RowError(f"{what}: no JSON ({error}): {describe_value(text)}; {fix}") from error
 
 
 def read_json(text: str) -> Any:
@@ -235,7 +296,7 @@ def read_tools(value: Any, where: str) -> Tools:
     try:
         return _read_schemas(value if isinstance(value, str) else json.dumps(value))
     except ValueError as error:
-        raise RowError(f"{where}: {error}") from error
+        raise RowError(f"{where}: {error}; {AS_TOOLS}") from error
 
 
 @lru_cache(maxsize=1024)
@@ -289,11 +350,15 @@ def _match_results(messages: Turns, where: str) -> None:
             wanted = message.get("tool_call_id")
             known = [other for other in waiting if wanted and other.get("id") == wanted]
             if wanted and not known and any("id" in other for other in waiting):
-                raise RowError(f"{where}, turn {number}: a result of the call '{wanted}', which was not made")
-            if not waiting:
+                ids = ", ".join(f"'{other['id']}'" for other in waiting if "id" in other)
+                found = f"a result of the call '{wanted}', which was not made"
                 raise RowError(
-                    f"{where}, turn {number}: the result of a tool, and no call before it that it belongs to"
+                    f"{where}, turn {number}: {found}; without a result are {ids}: write one as tool_call_id"
                 )
+            if not waiting:
+                found = "the result of a tool, and no call before it that it belongs to"
+                fix = "write the call into the assistant's turn before it (tool_calls), or remove the result"
+                raise RowError(f"{where}, turn {number}: {found}; {fix}")
             call = (known or waiting)[0]
             waiting = [other for other in waiting if other is not call]
             message.setdefault("name", call["function"]["name"])
@@ -332,7 +397,9 @@ def fold_turns(
         for turn, may in zip(turns, learned, strict=True):
             if joined and turn["role"] == joined[-1]["role"] != "tool":
                 if may != kept[-1] and turn["role"] == "assistant":
-                    raise RowError(f"{where}: two assistant turns would be joined, of which one is not learned")
+                    found = "two assistant turns would be joined, of which one is not learned"
+                    fix = "give both the same weight, join them in the data, or set merge_turns: false"
+                    raise RowError(f"{where}: {found}; {fix}")
                 joined[-1] = join_turns(joined[-1], turn)
             else:
                 joined.append(turn)
@@ -371,13 +438,17 @@ def _fold_system(turns: Turns, learned: list[bool]) -> tuple[Turns, list[bool], 
     return folded, kept, list(done)
 
 
-def call_undeclared(turn: dict[str, Any], tools: Tools) -> bool:
-    """Whether a turn calls a tool that is not declared."""
-    calls = turn.get("tool_calls")
-    if not calls:
-        return False
+def call_undeclared(turns: Turns, tools: Tools, where: str) -> bool:
+    """Whether a turn calls a tool that is not declared; for a call in the text, a list in a system prompt declares it.
+
+    Raises:
+        RowError: What an answer spells as a call is none.
+    """
     names = {tool["function"]["name"] for tool in tools}
-    return any(call["function"]["name"] not in names for call in calls)
+    listed = "".join(turn["content"] for turn in turns if turn["role"] == "system")
+    called = {call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())}
+    spelt = {call["function"]["name"] for turn in turns for call in read_spelt_calls(turn, where)}
+    return bool(called - names) or any(name not in listed for name in spelt - names)
 
 
 def lists_tools(turns: Turns, tools: Tools) -> bool:

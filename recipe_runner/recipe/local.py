@@ -39,7 +39,7 @@ def looks_local(name: str) -> bool:
 
 def is_file_source(name: str) -> bool:
     """Whether a data source is local rather than a hub id: a file, a pattern, or a folder that ends with `/`."""
-    if name.startswith(HUB):
+    if "://" in name:  # the hub's, or an address, from which nothing is read
         return False
     return looks_local(name) or suffix_of(name) in BUILDERS or name.endswith("/") or is_pattern(name)
 

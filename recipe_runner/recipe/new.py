@@ -38,6 +38,17 @@ FAMILIAR = {
     "completion": ("answer", "response", "output"),
     "text": ("content", "document", "body", "article"),
 }
+# Columns whose names say that they change what the model should see or learn -> the role that takes them, if any.
+SYSTEM = ("system_prompt", "system_message", "sys_prompt")
+MEANINGS = {"context": "input", **dict.fromkeys(SYSTEM, "system")} | dict.fromkeys(
+    (
+        *("chat_template_kwargs", "chat_history", "conversation_history", "chain_of_thought", "cot"),
+        *("sample_weight", "loss_weight", "image_url", "documents"),
+        *("system", "history", "input", "label", "kto_tag", "weight", "reasoning_content", "reasoning", "thinking"),
+        *("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
+    ),
+    "",
+)
 MAY_BE_LISTS = ("prompt", "chosen", "rejected", "completion", "tools", "history")
 BESIDE = ("../", "data/", "reward_functions/", "samples/", "templates/")  # how paths of shipped recipes begin
 Columns = Mapping[str, Sequence[Any]]  # of local data: name -> its cells in the first rows
@@ -132,6 +143,8 @@ def compose(
     data: str,
     columns: Mapping[str, str],
     look: Looked | None,
+    context: int | None = None,
+    ignored: Sequence[str] = (),
 ) -> str:
     """The text of a recipe.
 
@@ -144,6 +157,8 @@ def compose(
         data: Hub id, or file as it is named from the recipe.
         columns: Role -> column.
         look: What is in local data: batches, steps, evaluations and the length of rows suit it.
+        context: Tokens that the model can see, where that is known.
+        ignored: Columns that say something and have no place in the format: a run would refuse them.
     """
     stage = STAGES[stage_name]
     rows = look.rows if look else None
@@ -159,6 +174,8 @@ def compose(
     steps = None if rows is None else max(1, round(rows * (1 - fraction)) // (BATCH * accumulation)) * epochs
     held_out = f"  eval: {{fraction: {fraction}}}{' ' * (11 - len(str(fraction)) + 4)}# held out, by the seed\n"
     held_out *= rows != 1  # which can't be on both sides
+    named = ", ".join(map(write_scalar, ignored))
+    left_out = f"  ignore: [{named}]  # columns that have no place in this format\n" if ignored else ""
     intervals = _choose_intervals(steps, epochs, bool(held_out))
     return (
         f"# yaml-language-server: $schema={SCHEMA}\n"
@@ -169,13 +186,13 @@ def compose(
         f"stage: {stage.name}\nmodel:\n  name_or_path: {write_scalar(model)}\n"
         f"{QUANTIZATION if way == 'qlora' else ''}{PEFT if way != 'full' else ''}"
         f"dataset:\n{_describe_data(form, data, columns, look)}"
-        f"{held_out}"
+        f"{left_out}{held_out}"
         "training:\n"
         f"{stage.notes.get('first', '')}  learning_rate: {_write_rate(rates.usual)}              # {why}\n"
         f"  num_train_epochs: {epochs}{_tell_steps(steps, stage.packs)}\n"
         f"  per_device_train_batch_size: {BATCH}   # halve it when memory runs out ...\n"
         f"  gradient_accumulation_steps: {accumulation}   # ... and double this: rows in a step stay the same\n"
-        f"{_choose_length(look, 'tools' in columns, 'left out' if stage.scores else 'cut')}"
+        f"{_choose_length(look, 'tools' in columns, context or LENGTHS[-1], 'left out' if stage.scores else 'cut')}"
         f"{packing if stage.packs else ''}{stage.notes.get('batches', '')}{schedule}{intervals}"
         "  save_total_limit: 2\n"
         "run:\n  output_dir: runs\n  seed: 42\n"
@@ -188,13 +205,13 @@ def _tell_steps(steps: int | None, packs: bool) -> str:
     return f"              # about {steps:,} steps of the optimizer"
 
 
-def _choose_length(look: Looked | None, offers: bool, lost: str) -> str:
-    """`max_length` for the longest rows, by a guess of characters a token."""
+def _choose_length(look: Looked | None, offers: bool, context: int, lost: str) -> str:
+    """`max_length` for the longest rows, by a guess of characters a token; no more than the model can see."""
     most = math.ceil(look.characters / CHARACTERS) + TURNS if look and look.characters else None
     most = most + OFFERED if most and offers else most
     if most is None:
-        return "  max_length: 1024                 # tokens; longer rows are " + lost + ", and counted\n"
-    length = next((of for of in LENGTHS if of >= most), LENGTHS[-1])
+        return f"  max_length: {min(1024, context):<20} # tokens; longer rows are {lost}, and counted\n"
+    length = min(context, next((of for of in LENGTHS if of >= most), LENGTHS[-1]))
     told = f"tokens; rows have up to about {most:,}; longer ones are {lost}, and counted"
     return f"  max_length: {length:<20} # {told}\n"
 

@@ -1,7 +1,6 @@
 """The loss of each source of a mixture, of training and of held-out rows, from one run; also of packed rows."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +13,6 @@ from recipe_runner.data.tables import flatten
 
 COLUMN = "sources"  # of each document of a row: the number of its source
 NONE = -1  # of padding
-
-
-def name_sources(names: Sequence[str]) -> list[str]:
-    """Short names of sources: of files without folder and suffix, of the hub's without owner; each once."""
-    found: list[str] = []
-    for name in names:
-        short = Path(name.rstrip("/")).name.partition(".")[0] or name
-        same = sum(other.partition("#")[0] == short for other in found)
-        found.append(f"{short}#{same + 1}" if same else short)
-    return found
 
 
 def mark_sources(dataset: Dataset, order: np.ndarray) -> Dataset:
@@ -99,7 +88,8 @@ class SourceLosses(TrainerCallback):
                 continue
             total = self.trainer.accelerator.reduce(self.sums[mode].to(args.device), reduction="sum").cpu()
             self.sums[mode] = self._empty()
-            for name, loss, tokens in zip(self.names, *total.tolist(), strict=True):
+            for name in dict.fromkeys(self.names):  # one may be there twice: in both splits, or in slices
+                loss, tokens = total[:, [other == name for other in self.names]].sum(dim=1).tolist()
                 if tokens:
                     logs[f"{key}/{name}"] = loss / tokens
 

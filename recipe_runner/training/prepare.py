@@ -17,6 +17,7 @@ from recipe_runner.data.prepare import order_rows
 from recipe_runner.data.prompts import Orders, Prompt, choose_golden, choose_prompts, find_split_prompts, pose
 from recipe_runner.data.sources import open_sources
 from recipe_runner.data.store import PreparedData, PreparedSplit, hash_tokenizer, prepare_data
+from recipe_runner.data.thinking import MARKS
 from recipe_runner.files import hash_file, hash_weights
 from recipe_runner.launch import processes
 from recipe_runner.launch.configuration import Launch
@@ -131,7 +132,6 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe, steps)
     orders = order_rows(job)
-    problems += compare_prompts(job, orders)
     raise_errors(problems)
     if isinstance(peft_config, AdaLoraConfig) and not adapter:
         peft_config.total_step = steps
@@ -188,7 +188,13 @@ def compare_prompts(job: Job, orders: Orders) -> list[Problem]:
     message = f"in {found} of {looked} rows the prompt alone, which a server asks, is not what is before the answer"
     message += f": {change}" * bool(change)
     fix = "end the prompt of dataset.template with a line break"
-    fix = fix if job.dataset.template is not None else "take a chat template that renders both alike"
+    if job.dataset.template is None:
+        fix = "take a chat template that renders both alike (training.chat_template_path)"
+    if any(begin in change for begin, _ in MARKS):
+        fix = (
+            "the template opens a block of thinking: take rows with thinking, and dataset.thinking: keep or mask; or a"
+        )
+        fix += " template that opens none (training.chat_template_path)"
     return [as_warning(Problem("prompt-differs", message, None, ("dataset",), fix))]
 
 
@@ -401,6 +407,7 @@ def find_data_problems(model: ModelSection, job: Job, data: PreparedData) -> lis
         for problem in find_problems(job.dataset, job.tokenizer, stops, prepared.accounting, split, job.replaced)
     ]
     found += check_labels(job.config, data.splits["train"].accounting)
+    found += compare_prompts(job, order_rows(job))
     return sort_problems(found)
 
 

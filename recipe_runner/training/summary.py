@@ -25,6 +25,7 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
     packed = f" packed into {rows:,} rows of up to {config.max_length} tokens" if accounting.packed_rows else ""
     unpaged = "; no GPU: states are not paged" if "paged" in config.optim.value and config.device.type == "cpu" else ""
     trained, total = prepared.parameters
+    held = prepared.evaluation.accounting if prepared.evaluation else None
     method = describe_method(recipe.peft, recipe.quantization, prepared.published, recipe.unfreeze)
     lines = {
         "model": f"{model.name_or_path} ({method})",
@@ -42,7 +43,7 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "noted": accounting.describe_noted(),
         "not used": accounting.describe_unused(),
         "read as": accounting.describe_guessed(),
-        "eval data": str(prepared.evaluation.accounting) if prepared.evaluation else "none",
+        "eval data": "; ".join(filter(None, (str(held), held.describe_sources()))) if held else "none",
         "steps": describe_steps(config, rows, config.world_size),
         "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g},"
         f" {config.lr_scheduler_type.value}{unpaged}",

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import set_seed
 
+from recipe_runner.data.sources import name_sources
 from recipe_runner.data.store import PreparedSplit
 from recipe_runner.files import share_path
 from recipe_runner.model import base, continuation
@@ -27,7 +28,7 @@ from recipe_runner.runs.folder import last_checkpoint
 from recipe_runner.stages import load_class
 from recipe_runner.training.calibration import collect_batches, finish_initialisation, look_at_data
 from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
-from recipe_runner.training.mixture import mark_sources, name_sources, watch_sources
+from recipe_runner.training.mixture import mark_sources, watch_sources
 from recipe_runner.training.packing import PackingCheck, split_attention
 from recipe_runner.training.prepare import Prepared
 from recipe_runner.training.rewards import Reward, build_rewards, find_trained, load_trained
@@ -119,7 +120,7 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
         trainer.add_callback(PackingCheck(trainer, name))
     trainer.rewards = rewards
     if mixed:
-        watch_sources(trainer, name_sources([source.source for source in recipe.dataset.sources]))
+        watch_sources(trainer, name_sources(recipe.dataset.sources))
     return trainer
 
 

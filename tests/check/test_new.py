@@ -249,6 +249,50 @@ def test_paths_are_seen_from_the_recipe(run_cli, tmp_path, monkeypatch):
     assert str(tmp_path) not in (tmp_path / "mine" / "x.yaml").read_text()
 
 
+@pytest.mark.parametrize("data", ["parts/", "parts/*.jsonl", "./parts/a.jsonl"])
+def test_folders_and_patterns_are_seen_from_the_recipe(run_cli, tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine", "parts", "mine/parts"):
+        (tmp_path / folder).mkdir()
+    write_rows(tmp_path / "parts" / "a.jsonl", [{"text": "a"}] * 60)
+    write_rows(tmp_path / "mine" / "parts" / "a.jsonl", [{"text": "another"}] * 7)  # beside the recipe: not meant
+    options = ["--model", "a/b", "--method", "lora", "--format", "text", "--data", data]
+    assert run_cli("new", "mine/x.yaml", *options).status == 0
+    written = yaml.safe_load((tmp_path / "mine" / "x.yaml").read_text())
+    assert written["dataset"]["train"]["source"] == f"../{data.removeprefix('./')}"
+    assert "# 60 rows" in (tmp_path / "mine" / "x.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [("no.csv", "there is no file"), ("no/", "there is no folder"), ("no/*.jsonl", "no file matches")]
+)
+def test_data_that_is_not_there_is_named_as_it_was_looked_for(run_cli, tmp_path, monkeypatch, data, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    result = run_cli("new", "mine/x.yaml", "--model", "a/b", "--method", "lora", "--format", "text", "--data", data)
+    assert result.status == 1
+    assert f"{said} {tmp_path}/{data.rstrip('/')}; --data is a path from the current folder" in result.err
+    assert not (tmp_path / "mine" / "x.yaml").exists()
+
+
+def test_rows_are_no_longer_than_the_model_can_see(run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 384}))
+    write_rows(tmp_path / "rows.jsonl", [{"text": "word " * 2000}] * 3)
+    options = ["--model", "model", "--method", "lora", "--format", "text", "--data", "rows.jsonl"]
+    assert run_cli("new", "mine.yaml", *options).status == 0
+    assert load_recipe("mine.yaml").training["max_length"] == 384
+
+
+def test_columns_that_a_run_would_refuse_are_named_to_be_ignored(run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [{"text": "word", "weight": 2, "images": [], "label": 3, "id": 1}] * 3)
+    options = ["--model", "a/b", "--method", "lora", "--format", "text", "--data", "rows.jsonl"]
+    assert run_cli("new", "mine.yaml", *options).status == 0
+    assert list(load_recipe("mine.yaml").dataset.ignore) == ["weight"]
+
+
 def test_editors_find_the_schema_from_anywhere(run_cli, tmp_path):
     for how in (
         ["--from", "phi3_chat_qlora"],

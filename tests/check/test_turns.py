@@ -77,6 +77,13 @@ def test_content_and_several_calls_stay_together():
     assert joined[1:] == [{"role": "assistant", "content": "I look.", "tool_calls": [CALL, CALL]}]
 
 
+def test_a_content_in_parts_of_text_is_one_text():
+    parts = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "warm?"}]
+    assert calls_of([{"role": "user", "content": parts}, SAY])[0] == {"role": "user", "content": "Is it warm?"}
+    with pytest.raises(RowError, match="take part 2 out, or remove the row"):
+        calls_of([{"role": "user", "content": [*parts[:1], {"type": "image_url"}]}, SAY])
+
+
 def test_calls_that_are_spelt_in_a_text_stay_text():
     spelt = {"role": "assistant", "content": '<tool_call>\n{"name": "weather"}\n</tool_call>'}
     assert calls_of([ASK, spelt, {"role": "tool", "content": "sunny"}, SAY])[1] == spelt

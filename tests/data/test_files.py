@@ -182,6 +182,10 @@ def test_columns_that_are_read_wrongly_are_said(refused, tmp_path):
             'set delimiter: "|", which gives instruction, in, short, output',
         ),
         ("frage;antwort\nq;a\n", "utf-8", 'set delimiter: ";", which gives frage, antwort'),
+        ("instruction:output\nq:a\n", "utf-8", 'set delimiter: ":", which gives instruction, output'),
+        ("instruction output\nq a\n", "utf-8", 'set delimiter: " ", which gives instruction, output'),
+        ("sep=;\ninstruction;output\nq;a\n", "utf-8", "begins with 'sep=;', a line that only Excel knows; remove the"),
+        ("instruction, output\nq, a\n", "utf-8", 'set columns: {output: " output"}'),
         ("frage;;\nq;a;\n", "utf-8", "no column 'instruction' for the role 'instruction'"),
     ],
 )
@@ -190,6 +194,49 @@ def test_the_delimiter_that_is_named_is_the_one_that_gives_the_columns(refused, 
     found = refused("a.csv", delimiter=",", encoding="utf-8")
     assert said in found
     assert "\ufeff" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('"Hi he said\tA\nrow\tB\nrow 3"\tC\nrow 4\tD\n', "a quote makes one cell of lines 2 to 4, which look like 3"),
+        ('q\t"A\nrow\tB\nrow\tC"\n', "lines 2 to 4, which look like 3 rows"),
+        ('"Hi" he said\tA\n', "line 2: text follows a closing quote"),
+        ('"a\nb"\t"c\nd"\n', ""),
+        ('"a "", b""\nb"\t"c\t d\nd"\n', ""),
+    ],
+)
+@pytest.mark.parametrize("mark", ["\t", ","])
+def test_quotes_that_change_rows_are_said(write_recipe, tmp_path, text, said, mark):
+    from recipe_runner.data.sources import open_sources
+    from recipe_runner.recipe.resolve import load_recipe
+
+    (tmp_path / "a.csv").write_text(f"instruction\toutput\n{text}".replace("\t", mark))
+    recipe = load_recipe(str(write_recipe(dataset={"format": "instruction", "train": {"source": "a.csv"}})))
+    (source,) = open_sources(recipe.dataset)
+    assert said in source.doubt
+    assert bool(said) == bool(source.doubt)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", gzip.compress(b"{}"), "is compressed; rename it to a.jsonl.gz"),
+        ("a.jsonl.gz", b"{}", "Not a gzipped file (b'{}'); its content is not packed: name it without .gz"),
+        ("a.parquet", b"PAR1 and no end", "it is cut off, or no parquet file: get it again"),
+        ("a.csv", b'instruction,output\n"a,b\n', "a quote is not closed: double the quotes of texts, or write"),
+    ],
+)
+def test_what_to_do_with_a_file_that_cant_be_read_is_said(refused, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    assert said in refused(name)
+
+
+def test_addresses_and_folders_that_are_not_there_are_said(refused, tmp_path):
+    (tmp_path / ".rows.jsonl").write_text(LINES)
+    assert "is an address, from which nothing is read; download it" in refused("https://x.org/rows.jsonl")
+    assert f"there is no folder {tmp_path}/rows; name one that is there" in refused("rows/")
+    assert refused("rows.jsonl").endswith(f"there is no file {tmp_path}/rows.jsonl; ")
 
 
 def test_any_character_delimits_and_pandas_says_nothing(load, tmp_path, recwarn):
@@ -202,7 +249,18 @@ def test_rows_are_under_a_key(load, refused, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"version": 1, "rows": ROWS, "more": [1]}))
     assert load("a.json", field="rows")[0] == WANTED
     assert "its rows are the list 'rows'; set field: rows" in refused("a.json")
-    assert "has no list 'row'; its lists: rows, more" in refused("a.json", field="row")
+    assert "has no list 'row'; its lists: rows, more; set field: rows" in refused("a.json", field="row")
+    (tmp_path / "c.json").write_text(json.dumps({"rows": {"0": ROWS[0]}}))
+    assert "has no list 'rows': it is dict" in refused("c.json", field="rows")
+    (tmp_path / "d.json").write_text(json.dumps({"data": {"rows": ROWS}}))
+    for options in ({}, {"field": "data"}, {"field": "data.rows"}):
+        found = refused("d.json", **options)
+        assert "'data.rows'" in found
+        assert "`field` reaches one key deep: write the list as a file of its own (jq '.data.rows' " in found
+    (tmp_path / "e.json").write_text(json.dumps(ROWS))
+    assert "is a list of rows, and no object with a key 'rows'; leave field out" in refused("e.json", field="rows")
+    (tmp_path / "f.json").write_text('{"rows": [{"a": }]}')
+    assert "f.json: line 1, column 17: Expecting value; fix the file" in refused("f.json", field="rows")
     write_rows(tmp_path / "b.jsonl", ROWS)
     assert "wrong-source dataset.train.field: is for a .json file" in refused("b.jsonl", field="rows")
 

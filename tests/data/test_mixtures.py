@@ -89,8 +89,6 @@ def test_each_source_has_its_loss(mixture, training):
 
 def test_the_losses_of_sources_are_those_of_their_rows_alone(mixture, tmp_path):
     """The first loss of a mixture, by source, against runs on one source."""
-    from recipe_runner.training.mixture import name_sources
-
     training = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 80, "learning_rate": 1e-9}
     _, folder = mixture(training=training)
     (together,) = [entry for entry in metrics(folder) if "loss" in entry]
@@ -98,12 +96,25 @@ def test_the_losses_of_sources_are_those_of_their_rows_alone(mixture, tmp_path):
         _, folder = mixture(training=training, name=name, train={"source": f"{name}.jsonl"})
         (alone,) = [entry for entry in metrics(folder) if "loss" in entry]
         assert together[f"loss/{name}"] == pytest.approx(alone["loss"], rel=1e-4)
-    assert name_sources(["/a/rows.jsonl.gz", "someone/rows", "hf://datasets/x/y/rows.csv", "/a/b/"]) == [
-        "rows",
-        "rows#2",
-        "rows#3",
-        "b",
-    ]
+
+
+def test_the_same_data_has_the_same_name_in_training_and_evaluation(mixture, tmp_path):
+    from recipe_runner.data.sources import name_sources
+    from recipe_runner.recipe.sections import SourceSection
+
+    names = ["/a/rows.jsonl.gz", "someone/rows", "hf://datasets/x/y/rows.csv", "/a/b/", "someone/rows", "/c/rows.txt"]
+    sections = [SourceSection((), name, "train") for name in names]
+    assert name_sources(sections) == ["rows", "rows#2", "rows#3", "b", "rows#2", "rows#4"]
+    (tmp_path / "other").mkdir()
+    write_rows(tmp_path / "other" / "short.jsonl", SHORT[:4])
+    evaluation = [{"source": "short.jsonl", "limit": 4}, {"source": "./other/short.jsonl"}]
+    training = {"max_steps": 1, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    result, folder = mixture(eval=evaluation, training=training)
+    assert result.status == 0, result.err
+    found = {key for entry in metrics(folder) for key in entry if "loss/" in key}
+    assert {key for key in found if key.startswith("eval_")} == {"eval_loss/short", "eval_loss/short#2"}
+    assert found <= {"loss/short", "loss/long", "eval_loss/short", "eval_loss/short#2"}
+    assert "other/short.jsonl (loss/short#2)" in result.out
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,19 @@ def test_what_trls_training_version_changes_is_said(run_recipe, qwen3):
     assert "'<think>\\n\\n</think>\\n\\n' instead of ''" in shown.out + shown.err
 
 
+def test_a_prompt_that_opens_thinking_which_rows_have_not_is_said_by_preview(preview, tmp_path):
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}"
+    )
+    training = {"chat_template_path": "own.jinja", "eos_token": "<|end|>"}
+    for command in ("preview", "prepare"):
+        shown, _ = preview(rows=CHAT, format="chat", train_on="last", training=training, command=command)
+        assert "warning[prompt-differs]" in shown.out
+        assert "it goes on with '<think>\\n', and the row with " in shown.out
+        assert "take rows with thinking, and dataset.thinking: keep or mask" in shown.out
+
+
 def test_headings_are_before_their_turns_where_a_template_writes_earlier_turns_otherwise(run_recipe, qwen3):
     options = {"rows": CHAT, "dataset": {"format": "chat", "train_on": "completion"}, "model": {"name_or_path": qwen3}}
     shown, _ = run_recipe("-n", "1", "--rows-only", command="preview", **options)

@@ -197,6 +197,66 @@ def test_thinking_is_learned_seen_or_dropped(tokenizer_of, job_of, name):
     assert "Yes, it is." in learned["drop"]
 
 
+OWN = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>
+{% endgeneration %}{% else %}{{ message.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # SmolLM2's: it knows no thinking, and no calls
+REPEATED = "The sun."
+# Thought, answer: the answer repeats the thought at its beginning, in its middle, at its end; or is the thought.
+REPEATS = [
+    (REPEATED, f"{REPEATED} It shines."),
+    (REPEATED, f"Yes: {REPEATED} It shines."),
+    (REPEATED, f"It is: {REPEATED}"),
+    (REPEATED, REPEATED),
+    ("4", "4"),
+    ("e", "he is there"),
+    ("i", "<thinking> is a word"),
+    ("k", "think"),
+    ("\n a \n\n b ", " a and b"),
+]
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "completion", "last", "all"])
+@pytest.mark.parametrize("keyed", [False, True], ids=["text", "key"])
+@pytest.mark.parametrize("name", ["own", "qwen3_training", "glm4moe_training"])
+def test_a_thought_that_the_answer_repeats_is_masked_where_it_was_thought(tokenizer_of, job_of, name, keyed, train_on):
+    """What is masked is what is learned with `keep`, but for the blocks, which are looked for with all around them."""
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name.replace("own", "qwen3_training")))
+    tokenizer.chat_template = OWN if name == "own" else tokenizer.chat_template
+
+    def turn(thought, answer):
+        written = {"content": f"<think>\n{thought.strip()}\n</think>\n\n{answer}"}
+        return {"role": "assistant"} | ({"content": answer, "reasoning_content": thought} if keyed else written)
+
+    ask = {"role": "user", "content": f"Is <think>this</think> it? {REPEATED} 4"}
+    later = {"role": "assistant", "content": f"{REPEATED} That was it."}
+    rows = [{"messages": [ask, turn(*repeat)]} for repeat in REPEATS]
+    rows += [{"messages": [ask, turn(*repeat), ask, turn("So.", "So.")]} for repeat in REPEATS]
+    rows += [{"messages": [ask, turn(*repeat), ask, later]} for repeat in REPEATS]
+    if name != "own" and train_on in ("assistant", "all"):
+        call = CALL | {"function": {"name": "weather", "arguments": {"city": "Rome <think></think>"}}}
+        rows += [{"messages": [ask, turn("Rome", "") | {"tool_calls": [call]}, RESULT, SAY]}]
+    made = {}
+    for way in ("keep", "mask"):
+        options = {"format": "chat", "train_on": train_on, "thinking": way}
+        made[way], tally = prepare(job_of("sft", rows, tokenizer, {"max_length": None}, **options))
+        assert not tally.dropped
+    for row, kept, masked in zip(rows, made["keep"], made["mask"], strict=True):
+        assert kept["input_ids"] == masked["input_ids"]
+        text = tokenizer.decode(kept["input_ids"])
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert found["input_ids"] == kept["input_ids"]
+        for others in (ask["content"], "Rome <think></think>"):
+            text = text.replace(others, "-" * len(others))
+        blocks = [match.span() for match in re.finditer(r"\s*<think>.*?</think>\s*", text, re.DOTALL)]
+        inside = [any(a <= begin and end <= b for a, b in blocks) for begin, end in found["offset_mapping"]]
+        wanted = [-100 if of else label for of, label in zip(inside, kept["labels"], strict=True)]
+        assert masked["labels"] == wanted, text
+        last = row["messages"][-1]["content"].rpartition("</think>")[2].strip()
+        assert last in tokenizer.decode([label for label in masked["labels"] if label != -100])
+
+
 def test_thinking_is_found_by_other_marks(tokenizer_of, job_of):
     for name in ("gptoss_training", "diffusion_gemma_training", "muse_glimmer_training"):
         tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
@@ -256,6 +316,19 @@ def test_a_template_with_tools_is_named(tokenizer_of, problems_of):
     assert name == "qwen2_5_training.jinja"
 
 
+def test_pairs_are_told_which_template_to_train_with_before(tokenizer_of, job_of):
+    """TRL has no key for a template of pairs: it comes with a model of stage sft."""
+    from recipe_runner.data.checks import find_problems
+
+    chatml = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen2_5_vl_training"))
+    chatml.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    job = job_of("dpo", [{"prompt": [ASK], "chosen": [CALLING], "rejected": [SAY], "tools": [WEATHER]}], chatml)
+    _, tally = prepare(job)
+    problems = find_problems(job.dataset, chatml, {chatml.eos_token}, tally.finish(), "train")
+    (found, *_) = [problem.suggestion for problem in problems if problem.code == "tools-not-rendered"]
+    assert "one that stage sft has trained with such a template (training.chat_template_path: trl/qwen2_5_" in found
+
+
 def test_thinking_that_a_template_loses_is_refused(tokenizer_of, problems_of):
     for name in ("deepseek_r1_distill", "qwen2_5_vl_training"):
         tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
@@ -263,7 +336,11 @@ def test_thinking_that_a_template_loses_is_refused(tokenizer_of, problems_of):
         assert ("thinking-lost" in found) == (name == "deepseek_r1_distill")
     qwen = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3"))
     assert "thinking-lost" not in problems_of(thinking_rows(), qwen, train_on="last")
-    assert "6 of 12 learned answers" in problems_of(thinking_rows(), qwen, train_on="all")["thinking-lost"]
+    found = problems_of(thinking_rows(), qwen, train_on="all")["thinking-lost"]
+    assert "6 of 12 learned answers" in found
+    rows = [{"messages": [ASK, SAY]}, {"messages": [ASK, SAY | {"content": "Hm. <think>x</think> Yes."}]}]
+    found = problems_of(rows, qwen, train_on="last")["thinking-lost"]
+    assert re.search(r"the first that loses it is \S+: row 2\)", found)
 
 
 @pytest.mark.parametrize("name", ["qwen3_training", "qwen3_5_think_training", "glm4moe_training"])
@@ -271,7 +348,8 @@ def test_an_empty_block_of_thinking_that_is_learned_is_said(tokenizer_of, proble
     tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == name))
     rows = [{"messages": [ASK, SAY]}] * 3
     for train_on in ("assistant", "last"):
-        assert "3 of the first 100" in problems_of(rows, tokenizer, train_on=train_on)["empty-thinking-learned"]
+        found = problems_of(rows, tokenizer, train_on=train_on)["empty-thinking-learned"]
+        assert re.search(r"3 of the first 100, as \S+: row 1\)", found)
         assert "empty-thinking-learned" not in problems_of(rows, tokenizer, train_on=train_on, thinking="mask")
     thought = [{"messages": row["messages"][:2]} for row in thinking_rows()]
     assert "empty-thinking-learned" not in problems_of(thought, tokenizer)
@@ -308,6 +386,50 @@ def test_calls_that_a_text_spells_otherwise_than_the_template_are_said(tokenizer
         if said:
             assert "1 train rows spell calls of tools as <tool_call> in their text" in found["calls-spelt-otherwise"]
             assert '"name": "count"' in found["calls-spelt-otherwise"]
+
+
+def spell(call, **more):
+    return {"role": "assistant", "content": f"I look.\n<tool_call>\n{call}\n</tool_call>"} | more
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        (spell("{'name': 'weather'}"), "turn 2: <tool_call> in the text: the call: no JSON"),
+        (spell('{"name": "weather", "arguments": {city: 1}}'), "turn 2: <tool_call> in the text: the call: no JSON"),
+        (spell('{"name": "weather", "arguments": [1]}'), "the arguments of 'weather' are no JSON object"),
+        (spell('{"arguments": {}}'), "expected a call {name, arguments}"),
+        (spell('{"name": "weather", "arguments": {"city": "Rome"}}', tool_calls=[CALL]), "would be learned twice"),
+        (spell('{"name": "weather", "arguments": {"city": "Oslo"}}'), ""),
+        (spell("<function=weather>\n</function>"), ""),
+    ],
+)
+def test_calls_in_the_text_are_checked_as_others_are(tokenizer_of, job_of, turn, said):
+    from recipe_runner.problems.errors import UserError
+
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3_training"))
+    job = job_of("sft", [{"messages": [ASK, turn, RESULT, SAY], "tools": [WEATHER]}], tokenizer, format="chat")
+    if not said:
+        assert prepare(job)[1].noted.keys() == {"that spell a call of a tool in the text of an answer, as <tool_call>"}
+        return
+    with pytest.raises(UserError) as caught:
+        prepare(job)
+    assert said in caught.value.problems[0].message
+
+
+def test_calls_in_the_text_are_held_against_what_is_declared(tokenizer_of, problems_of):
+    """A list in the system prompt declares, too, as Hermes' rows do."""
+    tokenizer = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen3_training"))
+    turn = spell('{"name": "weather", "arguments": {}}')
+    system = {"role": "system", "content": f"<tools>{json.dumps(WEATHER)}</tools>"}
+    for talk, tools, undeclared in (
+        ([ASK, turn], [NEWS], True),
+        ([ASK, turn], [WEATHER], False),
+        ([ASK, turn], None, True),
+        ([system, ASK, turn], None, False),
+    ):
+        found = problems_of([{"messages": [*talk, RESULT, SAY], "tools": tools}], tokenizer, train_on="last")
+        assert ("undeclared-calls" in found) == undeclared
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_training", "qwen3_training", "glm4moe_training", "llama3_1"])

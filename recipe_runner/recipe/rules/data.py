@@ -60,7 +60,9 @@ def source_files(dataset: DatasetSection) -> Found:
     """Local files exist; anything else must look like a hub id, or a file on the hub."""
     for source in dataset.sources:
         name, place = source.source, (*source.path, "source")
-        if is_file_source(name):
+        if "://" in name and not name.startswith(HUB):
+            yield place, f"{name} is an address, from which nothing is read", f"download it, and name the file; {KINDS}"
+        elif is_file_source(name):
             yield from _local_source(source)
         elif name.startswith(HUB):
             if suffix_of(name) not in BUILDERS:
@@ -91,6 +93,8 @@ def _local_source(source: SourceSection) -> Found:
         inside = sorted(file.name for file in path.iterdir() if is_data(file))
         fix = f"name a file in it ({name}/{inside[0]}), or {name}/ for all of them" if inside else KINDS
         yield place, f"{path} is a folder, not a file", fix
+    elif name.endswith("/") and not path.exists():
+        yield place, f"there is no folder {path}", "name one that is there, or a file"
     elif not files:
         where = f"no file in {path} is data" if path.is_dir() else f"no file matches {name}"
         yield place, where, KINDS
@@ -124,7 +128,7 @@ def _local_files(source: SourceSection, files: list[Path]) -> Found:
         renamed = f"rename it to {file.stem}{suffix}; " * (suffix in BUILDERS)
         yield place, f"{file} has the suffix '{file.suffix}'", f"{renamed}{KINDS}"
     elif not file.exists():
-        neighbours = [other.name for other in file.parent.glob("*")] if file.parent.is_dir() else []
+        neighbours = [other.name for other in file.parent.glob("[!.]*")] if file.parent.is_dir() else []
         yield place, f"there is no file {file}", suggest(file.name, neighbours)
 
 

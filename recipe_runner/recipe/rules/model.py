@@ -56,22 +56,26 @@ def fused_projections(model: ModelSection, peft: UpstreamSection) -> Found:
 
 
 def context_length(model: ModelSection, training: UpstreamSection, peft: UpstreamSection) -> Found:
-    """Tokens beyond the model's context are out of its range; virtual ones of a prompt stand before the row's.
-
-    A local model's config.json says how long the context is, and some hub ids do (4k, 128k).
-    """
+    """Tokens beyond the model's context are out of its range; virtual ones of a prompt stand before the row's."""
     virtual = peft["num_virtual_tokens"] or 0
     length = training.said.get("max_length") or 0
     if not length and not virtual:
         return
-    said = re.search(r"-(\d+)k(-|$)", Path(model.name_or_path).name.lower())
-    context = _local_config(model).get("max_position_embeddings", int(said[1]) * 1024 if said else None)
+    context = find_context(model.name_or_path, model.folder)
     if isinstance(context, int) and length + virtual > context:
         found = f"{length} tokens{f' and {virtual} virtual ones' * bool(virtual)}, the model's context is {context}"
         if length:
             yield ("training", "max_length"), found, f"lower it to {max(context - virtual, 1)} at most"
         else:
             yield ("peft", "num_virtual_tokens"), found, "20 to 100 are usual"
+
+
+def find_context(name: str, folder: Path | None) -> int | None:
+    """The tokens that a model can see: a local one's config.json says it, and some hub ids do (4k, 128k)."""
+    said = re.search(r"-(\d+)k(-|$)", Path(name).name.lower())
+    known = int(said[1]) * 1024 if said else None
+    found = read_object(folder / "config.json").get("max_position_embeddings", known) if folder else known
+    return found if isinstance(found, int) else None
 
 
 def _local_config(model: ModelSection) -> dict[str, Any]:
