@@ -240,7 +240,8 @@ def _unpaired_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
         prompt, completion = completion[:-1], completion[-1:]
     label = row.get("label")
     if not isinstance(label, bool):
-        raise RowError(f"{where}: column 'label': expected true or false, found {describe_value(label)}")
+        fix = "write true or false, without quotes: true for a good answer"
+        raise RowError(f"{where}: column 'label': expected true or false, found {describe_value(label)}; {fix}")
     dropped = "" if prompt else "with an empty prompt"
     dropped = dropped if _says(completion) else "with an empty completion"
     if not dropped and completion[0]["role"] != "assistant":

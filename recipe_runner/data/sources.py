@@ -208,7 +208,7 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
         f"{column}.{key}"
         for column in keys
         for key in keys[column]
-        if column != columns.get("tools") and key not in (*KNOWN_KEYS, *dataset.ignore)
+        if column not in (columns.get("tools"), *dataset.reward_columns) and key not in (*KNOWN_KEYS, *dataset.ignore)
     ]
     names = frozenset((*rows.column_names, *(key for column in keys.values() for key in column)))
     is_json = suffix in (".json", ".jsonl")  # which datasets 5.2 reads without giving an object keys that it has not

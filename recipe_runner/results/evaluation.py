@@ -124,7 +124,7 @@ def evaluate(
         UserError: Data or model is at fault.
     """
     preview = open_preview(recipe, 1)
-    job, pairs = preview.job, preview.job.stage.reference
+    job, pairs = preview.job, preview.job.stage.reference and not preview.job.stage.generates
     rows = read_evaluation(job, preview.orders, limit)
     if job.stage.scores:
         return _rate_pairs(rows, open_target(target, dtype, quantized, scores=True), seed, tell)

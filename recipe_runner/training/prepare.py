@@ -271,6 +271,9 @@ def _check_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[s
     """
     path, model = ("model", "teacher"), recipe.model
     found = find_trained(str(model.teacher), path)
+    if found.recipe and found.recipe.stage.scores:
+        message = f"{model.teacher} is a reward model: it gives numbers, and has no words to learn from"
+        raise user_error("teacher-differs", message, "name a model that answers", path=path)
     place = {"revision": model.teacher_revision} if model.teacher_revision else {}
     if changed := compare_tokens(read_tokenizer(found.folder, **place), tokenizer):
         message = f"{model.teacher} has another tokenizer than {model.name_or_path}: {changed}"

@@ -7,6 +7,8 @@ from typing import Any
 from recipe_runner.files import hide_home, read_object
 from recipe_runner.problems.errors import user_error
 
+CODE = "the reward function in "  # what a run is made from that may be mended while it waits
+
 
 def check_rows(rows: int, held_out: int | None, config: Any) -> None:
     """Checks that every process has a row of its own, and a whole batch where others are dropped.
@@ -57,12 +59,14 @@ def check_resumed(folder: Path, files: Mapping[str, str], inputs: Mapping[str, s
         message = f"{changed[0]} is not what the run in {folder} began with"
         raise user_error("data-changed", message, fix, path=("dataset",))
     known = before.get("inputs")
-    if changed := [name for name, digest in inputs.items() if isinstance(known, dict) and known.get(name) != digest]:
+    changed = [name for name, digest in inputs.items() if isinstance(known, dict) and known.get(name) != digest]
+    code = [name for name in changed if name.startswith(CODE)]
+    if changed := [name for name in changed if name not in code]:
         message = f"{changed[0]} is not what the run in {folder} began with"
         fix = "revert the change, or start a new run: --resume never"
         raise user_error("model-changed", message, fix, path=("model", "name_or_path"))
     if old == new:
-        return ""
+        return f"Resuming with {code[0]} as it is now: it has changed since the run began." if code else ""
     told = f"{old['world_size']} processes and steps of {old['global_batch_size']} rows"
     now = f"{new['world_size']} and {new['global_batch_size']}"
     if old["global_batch_size"] != new["global_batch_size"]:

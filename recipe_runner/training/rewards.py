@@ -30,10 +30,12 @@ from recipe_runner.problems.problem import KeyPath, Problem, as_warning
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.sections import RewardSection
 from recipe_runner.runs.find import names_recipe, recipe_of, seek_run
+from recipe_runner.training.resume import CODE
 from recipe_runner.training.samples import answer_in_training, can_answer
 
 PATTERN_SECONDS = 5  # for one answer
 FAILED = "reward-failed"
+LARGEST = 1e30  # that a reward may be: sums of squares of more are no float32
 QUOTED = 200  # characters of an answer in a message
 TRIED_ROWS, TRIED_TOKENS = 4, 64  # rows that the model answers before the first step, and the tokens of an answer
 # Texts of many kinds: a reward that gives all of them, and what the model says, the same tells nothing apart.
@@ -52,7 +54,7 @@ class Reward:
         tokenizer: Of a reward model.
         weight: In the sum.
         path: Its key in the recipe.
-        known: Whether it is one by name, which differs between some answers, be they rare.
+        known: Whether it is one by name that looks at the answer alone: it differs between some, be they rare.
     """
 
     name: str
@@ -111,13 +113,13 @@ def check_reward_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> d
         path = ("rewards", number, "model")
         if reward.function:
             file = reward.function.rpartition(":")[0]
-            found[f"the reward {Path(file).name}"] = hash_file(Path(file))
+            found[f"{CODE}{Path(file).name}"] = hash_file(Path(file))
         if not reward.model:
             continue
         place = _find_reward_model(reward.model, path)
         if digest := hash_weights(Path(place.folder)):
             found[f"the reward model {reward.model}"] = digest
-        own = read_tokenizer(place.folder)
+        own = _read_tokenizer(place.folder, path)
         if not own.chat_template:
             message = f"{reward.model} has a tokenizer without a chat template: conversations can't be rendered for it"
             raise user_error("reward-tokenizer-differs", message, "take a reward model of conversations", path=path)
@@ -127,6 +129,17 @@ def check_reward_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> d
             fix += " rendered anew by its own chat template)"
             raise user_error("reward-tokenizer-differs", message, fix, path=path)
     return found
+
+
+def _read_tokenizer(folder: str, path: KeyPath) -> PreTrainedTokenizerBase:
+    try:
+        return read_tokenizer(folder)
+    except UserError as error:
+        if Path(folder).is_absolute():
+            raise
+        message = f"{folder} is no run, no recipe that is here, and no model on the hub that can be read"
+        fix = "name a run's folder (runs/NAME), a recipe's file (NAME.yaml), a model's folder or a hub id"
+        raise user_error("reward-model", message, fix, path=path) from error
 
 
 def compare_tokens(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
@@ -169,7 +182,7 @@ def build_rewards(recipe: Recipe, config: Any) -> list[Reward]:
             judge.__name__ = name
         else:
             judge.config._name_or_path = name
-        built.append(Reward(name, judge, tokenizer, reward.weight, path, reward.name is not None))
+        built.append(Reward(name, judge, tokenizer, reward.weight, path, bool(reward.name) and not reward.column))
     return built
 
 
@@ -217,7 +230,7 @@ def _load_function(named: str, path: KeyPath) -> Call:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code: anything may come
+    except (Exception, SystemExit) as error:  # the user's own code: anything may come
         _show_own_lines(error, file)
         message = f"{file} can't be run: {type(error).__name__}: {first_line(error)}"
         raise user_error("reward-function", message, "its own lines are above", path=path) from error
@@ -227,9 +240,10 @@ def _load_function(named: str, path: KeyPath) -> Call:
         raise user_error("reward-function", f"{file} has no function {name}", f"it has: {there or 'none'}", path=path)
 
     def judge(prompts: list[Any], completions: list[Any], completion_ids: list[Any], **columns: Any) -> Any:
+        given = list(completions)  # a function may change what it is given
         try:
-            found = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        except Exception as error:  # the user's own code: anything may come
+            found = function(prompts=prompts, completions=given, completion_ids=completion_ids, **columns)
+        except (Exception, SystemExit) as error:  # the user's own code: anything may come
             if isinstance(error, TypeError) and error.__traceback__ and not error.__traceback__.tb_next:
                 raise  # it was not called at all: other parameters
             _show_own_lines(error, file)
@@ -253,7 +267,7 @@ def _check_values(name: str, found: Any, completions: list[Any], path: KeyPath) 
         message = f"{name} gives {told} for {len(completions)} answers"
         raise user_error(FAILED, message, "return a list with one number for each", path=path)
     for value, completion in zip(values, completions, strict=True):
-        if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+        if value is not None and (not isinstance(value, int | float) or not abs(value) <= LARGEST):  # nan, too
             message = f"{name} gives {describe_value(value)} for the answer {_quote(text_of(completion))}"
             raise user_error(FAILED, message, "return a finite number, or None", path=path)
     return [value if value is None else float(value) for value in values]
@@ -272,7 +286,7 @@ def _find_failing(function: Call, prompts: list[Any], completions: list[Any], id
         own = {key: [value[place]] if _is_column(value, prompts) else value for key, value in columns.items()}
         try:
             function(prompts=[prompt], completions=[completion], completion_ids=[ids[place]], **own)
-        except Exception:  # the one that is looked for
+        except (Exception, SystemExit):  # the one that is looked for
             return f"on the answer {_quote(text_of(completion))} to {_quote(text_of(prompt))}"
     return f"on {len(prompts)} answers at once; none of them alone"
 
@@ -373,12 +387,14 @@ class Tried:
         texts: One a row.
         ids: Their tokens.
         generated: How many of them, the first, the model has made itself.
+        state: Of the trainer, as functions are given it.
     """
 
     rows: list[dict[str, Any]]
     texts: list[str]
     ids: list[list[int]]
     generated: int
+    state: Any
 
 
 def try_rewards(trainer: Any, rewards: Sequence[Reward], columns: Sequence[str], room: int) -> list[Problem]:
@@ -390,18 +406,20 @@ def try_rewards(trainer: Any, rewards: Sequence[Reward], columns: Sequence[str],
         UserError: See `check_rewards`.
     """
     data, tokenizer = trainer.train_dataset, trainer.processing_class
-    rows = [data[place] for place in range(min(TRIED_ROWS, len(data)))]
+    rows: list[dict[str, Any]] = [data[place] for place in range(min(TRIED_ROWS, len(data)))]
     prompts = data.with_format(None).select(range(len(rows)))["prompt_ids"]
     answers = []
     if can_answer(trainer):
         most = min(TRIED_TOKENS, trainer.args.max_completion_length)
         answers = answer_in_training(trainer, list(prompts), most, room)
-    held = [text for row in rows for name in columns if (text := _write(row[name]))]
-    texts = [*(answer.text for answer in answers), *held, *PROBES]
+    tried = list(zip(rows, (answer.text for answer in answers), strict=False))
+    tried += [(row, text) for row in rows for name in columns if (text := _write(row[name]))]
+    tried += [(rows[place % len(rows)], text) for place, text in enumerate(PROBES)]
+    texts = [text for _, text in tried]
     ids = [answer.tokens for answer in answers]
     ids += [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts[len(ids) :]]
-    cycled = [rows[place % len(rows)] for place in range(len(texts))]
-    return check_rewards(rewards, Tried(cycled, texts, ids, len(answers)), columns, trainer.args.device)
+    found = Tried([row for row, _ in tried], texts, ids, len(answers), trainer.state)
+    return check_rewards(rewards, found, columns, trainer.args.device)
 
 
 def check_rewards(
@@ -424,7 +442,8 @@ def check_rewards(
             message = f"{reward.name} gives no answer a number (None for all of {len(values)}): nothing can be learned"
             raise user_error("constant-reward", message, "correct it", path=reward.path)
         if len(set(known)) == 1 and not reward.known:
-            message = f"{reward.name} gives {known[0]:g} to all of {len(known)} different answers: it tells none apart"
+            message = f"{reward.name} gives {known[0]:g} to all of {len(known)} different answers, those of the data"
+            message += " among them: it tells none apart"
             raise user_error("constant-reward", message, "correct it, or remove it", path=reward.path)
         first = {value for value in values[: tried.generated] if value is not None}
         if tried.generated > 1 and len(first) == 1:
@@ -460,7 +479,7 @@ def _judge(reward: Reward, tried: Tried, columns: Sequence[str], device: torch.d
     if isinstance(reward.judge, torch.nn.Module):
         return _rate(reward, prompts, completions, device)
     given: dict[str, Any] = {name: [row[name] for row in tried.rows] for name in columns}
-    given |= {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
+    given |= {"trainer_state": tried.state, "log_extra": _ignore, "log_metric": _ignore}
     found = reward.judge(prompts=prompts, completions=completions, completion_ids=tried.ids, **given)
     return _check_values(reward.name, found, completions, reward.path)
 

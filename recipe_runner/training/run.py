@@ -159,7 +159,11 @@ def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool
         raise user_error("training-stopped", message, "the log above may say why")
     if not getattr(trainer, "learned", True) and not interruption.requested:
         message = "every gradient was 0: nothing was learned"
-        raise user_error("nothing-learned", message, "are the base's weights whole? do weights of the loss cancel it?")
+        fix = "are the base's weights whole? do weights of the loss cancel it?"
+        if trainer.rewards:
+            message += ": the rewards gave all answers to a prompt the same (completions.jsonl)"
+            fix = "train with stage sft before, add a reward that comes in smaller steps, or raise num_generations"
+        raise user_error("nothing-learned", message, fix)
     if interruption.requested and not whole:
         message = f"Interrupted at step {trainer.state.global_step}; continue with: --resume {folder}"
         raise Interrupted(message, interruption.number)

@@ -84,10 +84,32 @@ def reward_code(rewards: Sequence[RewardSection], run: RunSection) -> Found:
         if not run.allow_code:
             found = f"{Path(file).name}: Python code of the recipe would run while it trains"
             yield ("rewards", number, "function"), found, "read it, and set run.allow_code: true"
-        if not Path(file).is_file():
-            yield ("rewards", number, "function"), f"there is no file {file}", "paths are relative to the recipe"
     if run.allow_code and not any(reward.function for reward in rewards):
         yield ("run", "allow_code"), "the recipe names no code", "remove the key"
+
+
+def reward_files(rewards: Sequence[RewardSection]) -> Found:
+    """The file of a function is there."""
+    for number, reward in enumerate(rewards):
+        file = (reward.function or "").rpartition(":")[0]
+        if file and not Path(file).is_file():
+            yield ("rewards", number, "function"), f"there is no file {file}", "paths are relative to the recipe"
+
+
+def unused_columns(stage: Stage, dataset: DatasetSection) -> Found:
+    """Columns for rewards, where nothing is rewarded."""
+    if dataset.reward_columns and not stage.rewarded:
+        found = f"stage {stage.name} has no rewards that could be given them"
+        yield ("dataset", "reward_columns"), found, "remove the key, and list the columns in dataset.ignore if need be"
+
+
+def punished_length(rewards: Sequence[RewardSection], training: UpstreamSection) -> Found:
+    """A penalty that begins before the first token punishes every answer."""
+    most = training["max_completion_length"]
+    for number, reward in enumerate(rewards):
+        if reward.soft_punish_cache and most and reward.soft_punish_cache >= most:
+            found = f"{reward.soft_punish_cache} tokens before the end of answers of up to {most}: all are punished"
+            yield ("rewards", number, "soft_punish_cache"), found, f"make it smaller, {max(1, most // 4)} say"
 
 
 def reward_models(rewards: Sequence[RewardSection]) -> Found:
