@@ -473,7 +473,7 @@ def begin_each_stage_with_the_base(monkeypatch):
 
     right = pipeline.start_from
     for module in (pipeline, smoke_run):
-        monkeypatch.setattr(module, "start_from", lambda stage, before, folder: right(stage, None, folder))
+        monkeypatch.setattr(module, "start_from", lambda stage, before, *others: right(stage, None, *others))
 
 
 def lose_the_first_token(monkeypatch):
