@@ -80,11 +80,11 @@ def _rank_table(ranks: Mapping[str, int]) -> str:
 def write_usage(base: str, kind: str, weights: str, method: str | None, scores: bool = False) -> str:
     """Lines of Python that load a result: an `adapter`, or a `model`; `weights` is its folder or id."""
     folder = f'folder = "{weights}"  # or its id on the hub\n'
+    known = "import recipe_runner.model.bottleneck  # makes the method known to PEFT\n" * (method == "bottleneck")
     if scores:
-        return _write_scoring(base, kind, folder, method)
+        return _write_scoring(base, kind, folder, known)
     if kind == "model":
         return f'from transformers import pipeline\n\n{folder}generate = pipeline("text-generation", model=folder)\n'
-    known = "import recipe_runner.model.bottleneck  # makes the method known to PEFT\n" * (method == "bottleneck")
     return (
         f"{known}from peft import AutoPeftModelForCausalLM\n"
         "from transformers import AutoTokenizer, GenerationConfig\n\n"
@@ -94,9 +94,8 @@ def write_usage(base: str, kind: str, weights: str, method: str | None, scores: 
     )
 
 
-def _write_scoring(base: str, kind: str, folder: str, method: str | None) -> str:
+def _write_scoring(base: str, kind: str, folder: str, known: str) -> str:
     """Lines of Python that score a conversation with a reward model."""
-    known = "import recipe_runner.model.bottleneck  # makes the method known to PEFT\n" * (method == "bottleneck")
     adapter = kind == "adapter"
     cls = "AutoPeftModelForSequenceClassification" if adapter else "AutoModelForSequenceClassification"
     imports = f"from peft import {cls}\nfrom transformers import AutoTokenizer\n"

@@ -168,7 +168,6 @@ def build_rewards(recipe: Recipe, config: Any) -> list[Reward]:
         tokenizer = None
         judge: Any
         if reward.model:
-            name = Path(reward.model).stem
             judge, tokenizer, name = _load_model(reward, config, (*path, "model"))
         elif reward.function:
             name = reward.function.rpartition(":")[2]

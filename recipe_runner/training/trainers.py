@@ -9,13 +9,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import set_seed
 
 from recipe_runner.data.sources import name_sources
-from recipe_runner.data.store import PreparedSplit
 from recipe_runner.files import share_path
 from recipe_runner.model import base, continuation
 from recipe_runner.model.adapter import is_norm, saves_embeddings
@@ -55,7 +53,9 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     mixed = recipe.stage.shape == "tokens" and len(recipe.dataset.sources) > 1
     rewards = build_rewards(recipe, config) if recipe.stage.rewarded else []
     more = _find_judges(recipe, config, rewards)
-    datasets = {split: _mark(of) if mixed else of.dataset for split, of in prepared.data.splits.items()}
+    datasets = {
+        split: mark_sources(of.dataset, of.order) if mixed else of.dataset for split, of in prepared.data.splits.items()
+    }
     try:
         with _taking_prepared(cls), base.refusing_other_weights(recipe.model, scores=recipe.stage.scores):
             model: Any = name
@@ -146,10 +146,6 @@ def _find_judges(recipe: Recipe, config: Any, rewards: Sequence[Reward]) -> dict
     config.reward_weights = [one.weight for one in rewards]
     judges, tokenizers = [one.judge for one in rewards], [one.tokenizer for one in rewards]
     return {"reward_funcs": judges, "reward_processing_classes": tokenizers}
-
-
-def _mark(split: PreparedSplit) -> Dataset:
-    return mark_sources(split.dataset, split.order)
 
 
 def _train_in_full_precision(trained: Any, recipe: Recipe, quantized: bool, config: Any) -> None:
