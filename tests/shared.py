@@ -1,6 +1,9 @@
 """What tests share: adapters and quantizations to train with, rows of every format, and how a run folder is read."""
 
 import json
+import shutil
+
+from recipe_runner.files import write_status
 
 LORA = {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 NF4 = {
@@ -87,6 +90,13 @@ def losses(folder):
 def status(folder):
     """What status.json says."""
     return json.loads((folder / "status.json").read_text())
+
+
+def cut_back(folder, step, last):
+    """Makes of a completed run of an adapter one that was stopped after a step; `last` is its last checkpoint's."""
+    shutil.rmtree(folder / "checkpoints" / f"checkpoint-{last}")
+    shutil.rmtree(folder / "adapter")
+    write_status(folder, "interrupted", step=step)
 
 
 def build_model(kind, **more):

@@ -240,7 +240,7 @@ def account(opened: Opened) -> Facts:
     job = opened.job
     data = store.prepare_data(job)
     accounts = {split: prepared.accounting for split, prepared in data.splits.items()}
-    problems = find_data_problems(opened.model, job, data)
+    problems = find_data_problems(opened.model, job, data, opened.orders)
     size = sum(file.stat().st_size for file in data.folder.iterdir())
     made = f"made in {data.seconds:.1f} s" if data.made_now else f"found in {data.seconds:.1f} s"
     steps = describe_steps(job.config, len(data.splits["train"].dataset), opened.processes)

@@ -126,12 +126,12 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         judged_by |= _check_teacher(recipe, job.tokenizer)
     data = prepare_data(job)
     _check_tokens(recipe.model.name_or_path, job.tokenizer, data, model.config.get_text_config().vocab_size)
-    problems = find_data_problems(recipe.model, job, data)
+    orders = order_rows(job)
+    problems = find_data_problems(recipe.model, job, data, orders)
     check_completions(config, data, model.config)
     steps = count_steps(config, len(data.splits["train"].dataset), config.world_size)
     if recipe.training["max_steps"] <= 0:  # else known, and said, before
         problems += check_steps(recipe, steps)
-    orders = order_rows(job)
     raise_errors(problems)
     if isinstance(peft_config, AdaLoraConfig) and not adapter:
         peft_config.total_step = steps
@@ -401,7 +401,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def find_data_problems(model: ModelSection, job: Job, data: PreparedData) -> list[Problem]:
+def find_data_problems(model: ModelSection, job: Job, data: PreparedData, orders: Orders) -> list[Problem]:
     """What was found in the data of all splits: errors and warnings."""
     stops = find_stops(model, job.tokenizer)
     found = [
@@ -410,7 +410,7 @@ def find_data_problems(model: ModelSection, job: Job, data: PreparedData) -> lis
         for problem in find_problems(job.dataset, job.tokenizer, stops, prepared.accounting, split, job.replaced)
     ]
     found += check_labels(job.config, data.splits["train"].accounting)
-    found += compare_prompts(job, order_rows(job))
+    found += compare_prompts(job, orders)
     return sort_problems(found)
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from shared import LORA, NF4, PAIRS, metrics, status
+from shared import LORA, NF4, PAIRS, cut_back, metrics, status
 
 
 @pytest.fixture
@@ -136,13 +136,7 @@ def test_a_stopped_run_goes_on_the_same(reward, run_cli):
     _, whole = reward(**options)
     result, folder = reward("--resume", "never", **options)
     assert result.status == 0, result.err
-    import shutil
-
-    from recipe_runner.files import write_status
-
-    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
-    shutil.rmtree(folder / "adapter")
-    write_status(folder, "interrupted", step=2)
+    cut_back(folder, step=2, last=4)
     resumed, _ = reward("--resume", folder, **options)
     assert resumed.status == 0, resumed.err
     one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, folder))

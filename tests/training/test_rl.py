@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from shared import GENERATING, LORA, NF4, PROMPTS, VARIED, metrics, status
+from shared import GENERATING, LORA, NF4, PROMPTS, VARIED, cut_back, metrics, status
 
 
 @pytest.fixture
@@ -49,16 +49,12 @@ def test_a_killed_run_goes_on_the_same_also_in_a_later_epoch(rl, stage):
     """TRL's sampler would begin anew with the first epoch's order; see `completions.keep_prompt_order`."""
     from safetensors.torch import load_file
 
-    from recipe_runner.files import write_status
-
     options = {"stage": stage, "peft": LORA, "rows": PROMPTS[:4]}
     options["training"] = {"max_steps": 5, "save_steps": 3, "logging_steps": 1}  # an epoch has two steps
     _, whole = rl(**options)
     result, folder = rl("--resume", "never", **options)
     assert result.status == 0, result.err
-    shutil.rmtree(folder / "checkpoints" / "checkpoint-5")
-    shutil.rmtree(folder / "adapter")
-    write_status(folder, "interrupted", step=3)
+    cut_back(folder, step=3, last=5)
     resumed, _ = rl("--resume", folder, **options)
     assert resumed.status == 0, resumed.err
     one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, folder))
