@@ -116,7 +116,7 @@ def check_fit(folder: Path, config: Any, asked: Any, build: Callable[[], Any], b
         raise user_error("adapter-does-not-fit", message, fix, path=PLACE)
     saved = set(getattr(config, "modules_to_save", None) or [])
     wished = set(getattr(asked, "modules_to_save", None) or [])
-    if wished and (other := (wished ^ saved) - {HEAD, *HEADS}):
+    if wished and (other := (wished ^ saved) - set(HEADS)):
         message = f"the adapter trains {'also' if other & saved else 'no'} {min(other)}"
         fix = "remove the key: what the adapter trains of the base is trained further"
         raise user_error("adapter-config-differs", message, fix, path=("unfreeze",))
