@@ -4,8 +4,14 @@ import contextlib
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from recipe_runner.cli.options import dtype_option, prepare_process, quantized_option, seed_option
+from recipe_runner.problems.errors import user_error
+
+# Parameters that are about answers -> their options.
+ANSWERING = {"few_shot": "--few-shot", "scorers": "--scorer", "tasks": "--tasks"}
+ANSWERING |= {"max_new_tokens": "--max-new-tokens", "batch_size": "--batch-size"}
 
 
 @click.command(name="evaluate")
@@ -59,6 +65,8 @@ def command(
     with explaining("lower --batch-size, or take a smaller --dtype", place=output):
         target = find_target(result)
         recipe = evaluation_report.choose_recipe(target, data, form, columns)
+        if recipe.stage.scores:
+            _refuse_answering(target.name)
         folder = evaluation_report.new_folder(target, output)
         with recipe.placing_errors() if target.recipe else contextlib.nullcontext():
             values = evaluation_report.run_evaluation(
@@ -68,3 +76,16 @@ def command(
             )  # fmt: skip
     click.echo(evaluation_report.write_values(values, shown))
     click.echo(f"{folder} is written", err=True)
+
+
+def _refuse_answering(name: str) -> None:
+    """A reward model has no answers.
+
+    Raises:
+        UserError: An option about answers was given.
+    """
+    source = click.get_current_context().get_parameter_source
+    for parameter, option in ANSWERING.items():
+        if source(parameter) is ParameterSource.COMMANDLINE:
+            message = f"{name} is a reward model: it ranks answers and writes none, and {option} is about those"
+            raise user_error("reward-model", message, f"leave out {option}")

@@ -1,4 +1,4 @@
-"""`recipe-run explain`: the documentation of a key or of an error code."""
+"""`recipe-run explain`: the documentation of a key, of a choice or of an error code."""
 
 import click
 
@@ -6,7 +6,7 @@ import click
 @click.command(name="explain")
 @click.argument("name")
 def command(name: str) -> None:
-    """Explain a key of a recipe (training.packing_strategy), an error code (unknown-key), or every method (method)."""
+    """Explain a key (training.packing_strategy), a choice (rloo), an error code (unknown-key), or methods (method)."""
     from recipe_runner.recipe.explain import explain
 
     click.echo(explain(name))

@@ -50,7 +50,7 @@ def preview_recipe(
     opened = rows.open_preview(recipe, processes)
     shown = rows.take_row(opened, row) if row is not None else rows.take_rows(opened, number)
     if form == "json":
-        yield json.dumps([rows.as_json(entry) for entry in shown], ensure_ascii=False, indent=1)
+        yield json.dumps([rows.as_json(entry) for entry in shown], ensure_ascii=False, indent=1, default=str)
     elif not html:
         yield from (text.write_row(entry, colour) for entry in shown)
     if html or (form == "text" and not rows_only):

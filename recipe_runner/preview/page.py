@@ -10,7 +10,7 @@ from recipe_runner.data.accounting import Accounting
 from recipe_runner.files import hide_home
 from recipe_runner.pages import frame
 from recipe_runner.pages.charts import draw_histogram
-from recipe_runner.preview.rows import Facts, Row
+from recipe_runner.preview.rows import Facts, Row, describe_handed
 from recipe_runner.problems.words import make_visible
 from recipe_runner.recipe.recipe import Recipe
 
@@ -75,6 +75,7 @@ def _row(number: int, row: Row) -> str:
         sides = (("chosen", row), ("rejected", row.rejected))
         content = "".join(f'<div><b class="{name}">{name}</b><pre>{_tokens(side)}</pre></div>' for name, side in sides)
         content = f'<div class="pair">{content}</div>'
+    content += "".join(f"<p>rewards are given {escape(make_visible(line))}</p>" for line in describe_handed(row))
     return f"<details{' open' if number == 1 else ''}><summary>{summary}</summary>{content}</details>"
 
 

@@ -1,7 +1,9 @@
 """Rows as the trainer receives them, with what a person needs to read them: text, turns, where they come from."""
 
 import dataclasses
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,7 @@ class Row:
         documents: What the row is made of.
         rejected: The sequence with the rejected answer, when the row is a pair; this one then holds the chosen answer.
         label: Whether the answer is a good one, where rows are judged; None elsewhere.
+        handed: Column -> value: what rewards are given beside the model's answer.
     """
 
     tokens: list[str]
@@ -86,6 +89,7 @@ class Row:
     documents: tuple[Origin, ...]
     rejected: "Row | None" = None
     label: bool | None = None
+    handed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def supervised(self) -> int:
@@ -183,7 +187,10 @@ def _read_table(job: Job, order: np.ndarray, table: Any, tally: Tally, number: i
             for answer, (ids, labels) in shape_of(job.stage).as_trained(entry, job.config).items()
         ]
         label = entry["label"] == [1] if "label" in entry else None
-        rows.append(dataclasses.replace(sides[0], rejected=sides[1] if len(sides) > 1 else None, label=label))
+        (raw,) = read_rows(job, order[entry["documents"][:1]]) if job.dataset.reward_columns else [{}]
+        handed = {name: raw[name] for name in job.dataset.reward_columns}
+        rejected = sides[1] if len(sides) > 1 else None
+        rows.append(dataclasses.replace(sides[0], rejected=rejected, label=label, handed=handed))
     return rows
 
 
@@ -248,6 +255,11 @@ def account(opened: Opened) -> Facts:
     return Facts(accounts, problems, steps, template, f"{data.folder} ({size / 1e6:,.1f} MB, {made})")
 
 
+def describe_handed(row: Row) -> list[str]:
+    """What rewards are given beside the model's answer, a column each."""
+    return [f"{name}: {json.dumps(value, ensure_ascii=False, default=str)}" for name, value in row.handed.items()]
+
+
 def as_json(row: Row) -> dict[str, Any]:
     """A row as JSON values; `source` and `row` are those of its first document, `rejected` is of pairs only."""
     documents = [dataclasses.asdict(document) for document in row.documents]
@@ -262,4 +274,5 @@ def as_json(row: Row) -> dict[str, Any]:
         "documents": documents,
     }
     values |= {"label": row.label} if row.label is not None else {}
+    values |= {"reward_columns": dict(row.handed)} if row.handed else {}
     return values | ({"rejected": as_json(row.rejected)} if row.rejected else {})

@@ -10,7 +10,7 @@ import click
 
 from recipe_runner.data.accounting import Accounting
 from recipe_runner.data.tables import IGNORED
-from recipe_runner.preview.rows import Facts, Piece, Row
+from recipe_runner.preview.rows import Facts, Piece, Row, describe_handed
 from recipe_runner.problems import words
 from recipe_runner.problems.words import make_visible
 from recipe_runner.problems.writers import write_text
@@ -49,6 +49,7 @@ def write_row(row: Row, colour: bool) -> str:
         lines.append(f"  -- the text of {len(more)} more documents is left out here: --html FILE shows it")
     if lost := sum(document.lost for document in row.documents):
         lines.append(f"  -- cut here at max_length: {lost:,} tokens are lost")
+    lines += [f"  -- rewards are given {make_visible(line)}" for line in describe_handed(row)]
     return "\n".join(line for line in lines if line) + "\n"
 
 

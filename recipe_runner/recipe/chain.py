@@ -20,11 +20,15 @@ def find_links(entries: Sequence[Any], stages: Sequence[Recipe]) -> tuple[list[L
             if key not in said:
                 continue
             names = [other.name for other in stages[:number]]
-            if said[key] in names:
+            if names.count(said[key]) == 1:
                 places[key] = names.index(said[key])
                 continue
-            message = f"{stage.name} comes after no recipe of the name {said[key]}"
-            fix = suggest(said[key], names) or f"earlier recipes: {', '.join(names) or 'none'}"
+            several = said[key] in names
+            message = (
+                f"{stage.name} comes after {'several recipes' if several else 'no recipe'} of the name {said[key]}"
+            )
+            fix = "give them different names" if several else suggest(said[key], names)
+            fix = fix or f"earlier recipes: {', '.join(names) or 'none'}"
             problems.append(Problem("pipeline-handover", message, None, ("stages", number, key), fix))
         answering = [place for place in range(number) if not stages[place].stage.scores]
         link = Link(places.get("from", max(answering, default=None)), places.get("reward_from"))

@@ -17,10 +17,10 @@ _NAMES = {"null": "null", "object": "mapping", "array": "list"}
 
 
 def explain(name: str) -> str:
-    """Explains a key path (`training.packing_strategy`) or an error code (`unknown-key`).
+    """Explains a key path (`training.packing_strategy`), a choice (`rloo`) or an error code (`unknown-key`).
 
     Raises:
-        UserError: There is no such key and no such code.
+        UserError: There is no such key, choice or code.
     """
     codes = _codes()
     if name == "method":
@@ -31,9 +31,11 @@ def explain(name: str) -> str:
     kind, section, names = ("method", "peft", METHODS) if path.startswith("peft.") else ("stage", "training", STAGES)
     variants = [_keys({section: variant}) for variant in names]
     keys = {key: entry for variant in reversed(variants) for key, entry in variant.items()}
+    if path not in keys and "." not in name and (told := _explain_choice(name, keys)):
+        return told
     if path not in keys:
         hint = suggest(path, [*keys, *codes]) or f"sections: {', '.join(key for key in keys if '.' not in key)}"
-        raise user_error("unknown-key", f"there is no key and no error code '{name}'", hint)
+        raise user_error("unknown-key", f"there is no key, no choice and no error code '{name}'", hint)
     found = {name: variant[path] for name, variant in zip(names, variants, strict=True) if path in variant}
     texts: dict[str, list[str]] = {}
     for name, entry in found.items():
@@ -41,6 +43,21 @@ def explain(name: str) -> str:
     if len(texts) == 1 and len(found) == len(names):
         return next(iter(texts))
     return "\n".join(text.replace(path, f"{path} ({kind} {', '.join(of)})", 1) for text, of in texts.items())
+
+
+def _explain_choice(name: str, keys: Mapping[str, tuple[dict[str, Any], str]]) -> str:
+    """What is said of a value that keys take (`rloo`, `lora`), or do not take (`ppo`); empty for any other."""
+    told = []
+    if name in METHODS:
+        told.append(f"{name} is a choice of peft.method\n  {METHODS[name].trains} ({METHODS[name].paper})")
+    elif name in REFUSED:
+        told.append(f"{name} is no choice of peft.method: {REFUSED[name]}")
+    for key, (entry, origin) in keys.items():
+        if why := entry.get("x-removed-choices", {}).get(name):
+            told.append(f"{name} is no choice of {key}: {why}")
+        elif name in entry.get("enum", []):
+            told.append(f"{name} is a choice of {_describe(key, entry, origin)}")
+    return "\n".join(told)
 
 
 def describe_methods() -> str:
@@ -101,6 +118,11 @@ def _keys(kinds: Mapping[str, str]) -> dict[str, tuple[dict[str, Any], str]]:
             keys[f"dataset.{name}.{key}"] = entry, ""
     for key, entry in source["columns"]["properties"].items():
         keys[f"dataset.train.columns.{key}"] = entry, ""
+    for listed, definition in (("rewards", "reward"), ("stages", "pipeline_stage")):
+        item = schema.resolve(f"#/$defs/{definition}")
+        below = item.get("then", item)["properties"]  # an entry of `stages` may be a name, too
+        keys[listed] = {**keys[listed][0], "properties": below}, ""
+        keys |= {f"{listed}.{key}": (entry, "") for key, entry in below.items()}
     keys["dataset.eval.fraction"] = (
         schema.resolve("#/$defs/dataset")["properties"]["eval"]["then"]["properties"]["fraction"],
         "",

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from recipe_runner.files import (
     hash_file,
+    hide_home,
     list_runs,
     read_json,
     read_object,
@@ -23,6 +24,7 @@ from recipe_runner.files import (
 )
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.recipe.document import dump_values, parse_document
+from recipe_runner.recipe.local import looks_local
 from recipe_runner.stages import PIPELINE
 
 COMPLETE = "complete"  # the last file written into a checkpoint: the hash of every other one
@@ -236,17 +238,25 @@ def recipe_changes(folder: Path, values: Mapping[str, Any]) -> list[str]:
     return _differences(_read_resolved(folder), dict(values))
 
 
-def find_changed_data(folder: Path, hashes: Mapping[str, str]) -> str:
-    """Which data file differs from the one that a run was trained on; empty when none does, or it never began.
+def find_changed(recorded: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
+    """Names of what has another hash than a run recorded, of what it did not know, and of local files that are gone.
 
     Args:
-        folder: Of the run.
-        hashes: Data file (or hub id) -> its hash as it is now.
+        recorded: From environment.json, which may be shown to others: names of files have no home in them.
+        hashes: Data file (or hub id), or what else a run is made from -> its hash as it is now.
     """
-    recorded = read_object(folder / "environment.json").get("data_files")
-    if not isinstance(recorded, dict):
+    now = {hide_home(name): digest for name, digest in hashes.items()}
+    gone = [name for name in recorded if looks_local(name) and name not in now]
+    return [name for name, digest in now.items() if recorded.get(name) != digest] + gone
+
+
+def find_outdated(folder: Path, hashes: Mapping[str, str]) -> str:
+    """Which data file, or what else, differs from that of a run; empty when nothing does, or it never began."""
+    environment = read_object(folder / "environment.json")
+    files, inputs = environment.get("data_files"), environment.get("inputs")
+    if not isinstance(files, dict) or not isinstance(inputs, dict):
         return ""
-    return next((f"{name} has changed" for name, digest in hashes.items() if recorded.get(name) != digest), "")
+    return next((f"changed: {name}" for name in find_changed(files | inputs, hashes)), "")
 
 
 def _read_resolved(folder: Path) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from typing import Any
 
 from recipe_runner.files import hash_file, list_runs, read_object, read_status, write_json
 from recipe_runner.problems.errors import Interrupted, UserError
+from recipe_runner.recipe.local import is_file_source, list_files
 from recipe_runner.recipe.recipe import Recipe
-from recipe_runner.runs.folder import find_changed_data, last_checkpoint, recipe_changes
+from recipe_runner.runs.folder import find_outdated, last_checkpoint, recipe_changes
 from recipe_runner.runs.metrics import read_metrics
 from recipe_runner.studies.study import Study, Variant
 
@@ -123,8 +124,8 @@ def _differs(run: Path, recipe: Recipe) -> bool:
     """Whether a run was made with another recipe, or on other data."""
     if recipe_changes(run, recipe.values):
         return True
-    files = [source.source for source in recipe.dataset.sources if Path(source.source).is_file()]
-    return bool(find_changed_data(run, {name: hash_file(Path(name)) for name in files}))
+    local = [source.source for source in recipe.dataset.sources if is_file_source(source.source)]
+    return bool(find_outdated(run, {str(file): hash_file(file) for name in local for file in list_files(name)}))
 
 
 def _run_merged(

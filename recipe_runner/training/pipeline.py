@@ -19,8 +19,8 @@ from recipe_runner.runs import folder as run_folder
 from recipe_runner.runs.effects import write_effects
 from recipe_runner.runs.report import leave_report
 from recipe_runner.runs.stages import StageRun, inspect_stage, inspect_stages, start_from, write_pipeline_status
-from recipe_runner.training.prepare import prepare
-from recipe_runner.training.resume import check_rows
+from recipe_runner.training.prepare import ADAPTER, BASE, BASE_CONFIG, TOKENIZER, prepare
+from recipe_runner.training.resume import CODE, check_rows
 from recipe_runner.training.run import Watch, agree, run_recipe
 
 
@@ -36,8 +36,8 @@ def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None, watc
     """
     run_folder.check_writable(recipe.home.parent)
     found = run_folder.find_pipeline(recipe.home, resume)
-    files = prepare_stages(recipe, launch)
-    runs = _inspect(recipe, found, files) if found else []
+    made_from = prepare_stages(recipe, launch)
+    runs = _inspect(recipe, found, made_from) if found else []
     if found and all(run.is_done for run in runs):
         if resume != "auto":
             message = f"the pipeline's run in {found} is complete, and nothing has changed"
@@ -47,7 +47,7 @@ def run_pipeline(recipe: Recipe, resume: str, launch: Launch | None = None, watc
     found = agree(found)
     folder = found or agree(run_folder.create_run_folder(recipe.home, recipe.text, recipe.values) if main else None)
     assert folder is not None
-    runs = runs if found else _inspect(recipe, folder, files)
+    runs = runs if found else _inspect(recipe, folder, made_from)
     count = len(recipe.stages)
     with _recorded(recipe, folder, runs, main):
         for place, stage in enumerate(recipe.stages):
@@ -78,9 +78,10 @@ def prepare_stages(pipeline: Recipe, launch: Launch | None) -> list[dict[str, st
     """Prepares the data of all stages and checks everything but the weights, which an earlier one may still train.
 
     Returns:
-        Of each stage, its data files (or hub ids) and a hash of each.
+        Of each stage, what it is made from and no earlier one makes -> its hash: data files (or hub ids), rewards, the
+        model that the first one starts from.
     """
-    files: list[dict[str, str]] = []
+    made_from: list[dict[str, str]] = []
     tokenizers: list[PreTrainedTokenizerBase] = []
     for stage, link in zip(pipeline.stages, pipeline.links, strict=True):
         with stage.placing_errors():
@@ -89,15 +90,21 @@ def prepare_stages(pipeline: Recipe, launch: Launch | None) -> list[dict[str, st
             held_out = len(ready.evaluation.dataset) if ready.evaluation else None
             check_rows(len(ready.train.dataset), held_out, ready.config)
         tokenizers.append(ready.tokenizer)
-        files.append(ready.data.files)
-    return files
+        given = () if link.before is None else (BASE, BASE_CONFIG, TOKENIZER, ADAPTER)
+        made_from.append(ready.data.files | {name: of for name, of in ready.inputs.items() if name not in given})
+    return made_from
 
 
-def _inspect(pipeline: Recipe, folder: Path, files: list[dict[str, str]]) -> list[StageRun]:
-    """Where each stage stands; one whose data has changed is stale, and so are those that take something from it."""
+def _inspect(pipeline: Recipe, folder: Path, made_from: list[dict[str, str]]) -> list[StageRun]:
+    """Where each stage stands; what is made from something that has changed is stale, and what takes from it, too.
+
+    A reward function may be mended while a stage waits to go on: it goes on with it as it is now.
+    """
     runs = inspect_stages(pipeline, folder)
     for place, run in enumerate(runs):
-        if run.folder and not run.stale and (changed := run_folder.find_changed_data(run.folder, files[place])):
+        done = run.status == "completed"
+        counted = {name: of for name, of in made_from[place].items() if done or not name.startswith(CODE)}
+        if run.folder and not run.stale and (changed := run_folder.find_outdated(run.folder, counted)):
             runs[place] = replace(run, stale=changed)
         for of in pipeline.links[place].places:
             if runs[of].stale and runs[place].folder and not runs[place].stale:

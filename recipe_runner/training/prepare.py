@@ -41,6 +41,7 @@ from recipe_runner.training.resume import describe_batches
 from recipe_runner.training.rewards import check_reward_models, compare_tokens, find_trained
 
 BASE, ADAPTER = "the base model's weights", "the adapter that it continues from"  # of what a run is made from
+BASE_CONFIG, TOKENIZER = "the base model's config.json", "the tokenizer (or its chat template)"
 
 
 @dataclass(frozen=True)
@@ -289,8 +290,8 @@ def _hash_inputs(
     folder = model.folder
     found = {
         BASE: hash_weights(folder) if folder else getattr(model_config, "_commit_hash", None),
-        "the base model's config.json": hash_file(folder / "config.json") if folder else None,
-        "the tokenizer (or its chat template)": hash_tokenizer(tokenizer),
+        BASE_CONFIG: hash_file(folder / "config.json") if folder else None,
+        TOKENIZER: hash_tokenizer(tokenizer),
         ADAPTER: hash_weights(adapter) if adapter else None,
     }
     return {name: digest for name, digest in found.items() if digest}

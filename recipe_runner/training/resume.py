@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.files import hide_home, read_object
+from recipe_runner.files import read_object
 from recipe_runner.problems.errors import user_error
+from recipe_runner.runs.folder import find_changed
 
 CODE = "the reward function in "  # what a run is made from that may be mended while it waits
 
@@ -54,12 +55,12 @@ def check_resumed(folder: Path, files: Mapping[str, str], inputs: Mapping[str, s
     if not isinstance(recorded, dict) or not isinstance(old, dict) or old.keys() != new.keys():
         message = f"{folder / 'environment.json'} is damaged: what the run began with can't be compared"
         raise user_error("not-a-run", message, "start a new run: --resume never")
-    if changed := [name for name, digest in files.items() if recorded.get(hide_home(name), digest) != digest]:
+    if changed := find_changed(recorded, files):
         fix = "revert the change, or start a new run: --resume never"
         message = f"{changed[0]} is not what the run in {folder} began with"
         raise user_error("data-changed", message, fix, path=("dataset",))
     known = before.get("inputs")
-    changed = [name for name, digest in inputs.items() if isinstance(known, dict) and known.get(name) != digest]
+    changed = find_changed(known, inputs) if isinstance(known, dict) else []
     code = [name for name in changed if name.startswith(CODE)]
     if changed := [name for name in changed if name not in code]:
         message = f"{changed[0]} is not what the run in {folder} began with"

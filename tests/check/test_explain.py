@@ -45,6 +45,14 @@ def test_a_key_that_stages_understand_differently_is_explained_for_each(run_cli)
         ("unknown-key", "unknown-key: there is no such key"),
         ("renamed-key", "what to do: write the new name"),
         ("hub-unreachable", "the hub does not answer"),
+        ("rewards.0.key", "Of json_equal"),
+        ("stages.reward_from", "reward model takes the place"),
+        ("json_equal", "json_equal is a choice of rewards.name"),
+        ("rloo", "rloo is a choice of stage"),
+        ("ppo", "ppo is no choice of stage: TRL removed its PPO trainer; use 'rloo' or 'grpo'"),
+        ("nf4", "nf4 is a choice of quantization.bnb_4bit_quant_type"),
+        ("vera", "vera is a choice of peft.method"),
+        ("xlora", "xlora is no choice of peft.method: it routes"),
     ],
 )
 def test_keys_and_codes_are_explained(run_cli, name, text):

@@ -175,8 +175,24 @@ def test_changed_data_makes_a_stage_stale(pipeline, tmp_path):
     result, _ = pipeline("--resume", "auto")
     assert result.status == 0, result.err
     assert "Stage 2 of 3: chat (sft): complete, kept" in result.out
-    assert f"Stage 3 of 3: preference (dpo): stale ({tmp_path / 'preference.jsonl'} has changed)" in result.out
+    assert f"Stage 3 of 3: preference (dpo): stale (changed: {tmp_path / 'preference.jsonl'})" in result.out
     assert [len(runs) for runs in stage_runs(folder).values()] == [1, 1, 2]
+
+
+def test_a_changed_base_makes_all_stages_stale(pipeline, tiny_phi3, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_phi3, base)
+    changes = {name: {"model": {"name_or_path": str(base)}} for name in ("text", "chat", "preference")}
+    _, folder = pipeline(changes=changes)
+    file = base / "model.safetensors"
+    save_file({name: tensor + torch.ones(()) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    result, _ = pipeline("--resume", folder, changes=changes)
+    assert result.status == 0, result.err
+    assert "Stage 1 of 3: text (pretrain): stale (changed: the base model's weights)" in result.out
+    assert [len(runs) for runs in stage_runs(folder).values()] == [2, 2, 2]
 
 
 def test_a_result_that_is_gone_is_made_again(pipeline):
@@ -326,6 +342,32 @@ def test_what_depends_on_a_changed_stage_runs_again(aligned, run_cli, tmp_path):
     assert "Stage 1 of 3: answers (sft): complete, kept" in result.out
     assert "Stage 2 of 3: judge (reward): stale" in result.out
     assert "Stage 3 of 3: tried (rloo): stale" in result.out
+
+
+def test_a_changed_reward_function_makes_a_complete_stage_stale(aligned, run_cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where people's data is: the record of a run says ~ for it
+    code = "def own(completions, **columns):\n    return [float(len(answer[0]['content'])) for answer in completions]\n"
+    (tmp_path / "own.py").write_text(code)
+    tried = yaml.safe_load((tmp_path / "tried.yaml").read_text())
+    tried["rewards"].append({"function": "own.py:own"})
+    tried["run"] = tried["run"] | {"allow_code": True}
+    (tmp_path / "tried.yaml").write_text(yaml.safe_dump(tried))
+    assert run_cli("train", aligned()).status == 0
+    (folder,) = (tmp_path / "runs" / "aligned").iterdir()
+    assert "is complete, and nothing has changed" in run_cli("train", aligned(), "--resume", folder).err
+    (tmp_path / "own.py").write_text(code.replace("float(", "2.0 * "))
+    result = run_cli("train", aligned(), "--resume", folder)
+    assert result.status == 0, result.err
+    assert "Stage 2 of 3: judge (reward): complete, kept" in result.out
+    assert "Stage 3 of 3: tried (rloo): stale (changed: the reward function in own.py)" in result.out
+
+
+def test_a_name_that_two_stages_have_is_refused_where_a_later_one_names_it(aligned, run_cli, tmp_path):
+    file = aligned()
+    file.write_text(file.read_text().replace('"judge.yaml",', '"judge.yaml", "judge.yaml",'))
+    result = run_cli("validate", file)
+    assert result.status == 1
+    assert "tried comes after several recipes of the name judge; give them different names" in result.out
 
 
 @pytest.mark.parametrize(

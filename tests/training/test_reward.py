@@ -40,6 +40,9 @@ def test_it_learns_to_rank_and_is_used_as_what_it_is(reward, run_cli, tmp_path, 
     tuned = json.loads(evaluated.out)["columns"]["tuned"]
     assert tuned["pairs ranked right"]["value"] == 1.0
     assert tuned["reward margin"]["value"] == pytest.approx(last["eval_margin"], rel=0.05)
+    for option in ("--few-shot", "--max-new-tokens"):
+        refused = run_cli("evaluate", folder, option, "2")
+        assert (refused.status, f"leave out {option}" in refused.err) == (1, True), refused.err
     asked = run_cli("generate", folder, "--prompt", "hi")
     assert asked.status == 1
     assert "error[reward-model]" in asked.err

@@ -261,6 +261,9 @@ def test_preview_shows_the_prompt_as_the_trainer_asks_it(rl, run_cli, tmp_path, 
         asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
         assert row["input_ids"] == asked
         assert set(row["labels"]) == {-100}
+        assert row["reward_columns"] == {"wanted": PROMPTS[row["row"] - 1]["wanted"]}
+    text, _ = rl("-n", "1", "--rows-only", command="preview", peft=LORA)
+    assert f'rewards are given wanted: "{PROMPTS[rows[0]["row"] - 1]["wanted"]}"' in text.out
 
 
 @pytest.mark.parametrize(("quantization", "peft"), [(None, LORA), (NF4, LORA)], ids=["lora", "qlora"])

@@ -8,6 +8,7 @@ from recipe_runner.files import list_runs, read_status
 from recipe_runner.methods import METHODS
 from recipe_runner.problems.problem import Found
 from recipe_runner.problems.words import suggest
+from recipe_runner.recipe.library import shipped_recipes
 from recipe_runner.recipe.rules.packages import is_installed
 from recipe_runner.recipe.sections import DatasetSection, RewardSection, RunSection, UpstreamSection
 from recipe_runner.stages import Stage
@@ -114,8 +115,15 @@ def punished_length(rewards: Sequence[RewardSection], training: UpstreamSection)
 
 def reward_models(rewards: Sequence[RewardSection]) -> Found:
     """A reward model is one that was trained: a completed run, or a model's folder. Hub ids are looked up later."""
+    shipped = [file.stem for file in shipped_recipes()]
     for number, reward in enumerate(rewards):
         folder, place = Path(reward.model or ""), ("rewards", number, "model")
+        if reward.model and "/" not in reward.model and reward.model not in shipped:
+            fix = (
+                suggest(reward.model, shipped)
+                or "name a path (../runs/NAME), a recipe's file (NAME.yaml), or OWNER/NAME"
+            )
+            yield place, f"there is no folder and no shipped recipe of the name {reward.model}", fix
         if not folder.is_absolute() or folder.suffix in (".yaml", ".yml"):
             continue
         if not folder.is_dir():
