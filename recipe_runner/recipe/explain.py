@@ -17,7 +17,7 @@ _NAMES = {"null": "null", "object": "mapping", "array": "list"}
 
 
 def explain(name: str) -> str:
-    """Explains a key path (`training.packing_strategy`), a choice (`rloo`) or an error code (`unknown-key`).
+    """Explains a key path (`training.packing_strategy`), a choice (`nf4`) or an error code (`unknown-key`).
 
     Raises:
         UserError: There is no such key, choice or code.
@@ -46,7 +46,7 @@ def explain(name: str) -> str:
 
 
 def _explain_choice(name: str, keys: Mapping[str, tuple[dict[str, Any], str]]) -> str:
-    """What is said of a value that keys take (`rloo`, `lora`), or do not take (`ppo`); empty for any other."""
+    """What is said of a value that keys take (`nf4`, `lora`), or do not take (`ppo`); empty for any other."""
     told = []
     if name in METHODS:
         told.append(f"{name} is a choice of peft.method\n  {METHODS[name].trains} ({METHODS[name].paper})")
