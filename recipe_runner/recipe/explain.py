@@ -118,8 +118,8 @@ def _keys(kinds: Mapping[str, str]) -> dict[str, tuple[dict[str, Any], str]]:
             keys[f"dataset.{name}.{key}"] = entry, ""
     for key, entry in source["columns"]["properties"].items():
         keys[f"dataset.train.columns.{key}"] = entry, ""
-    for listed, definition in (("rewards", "reward"), ("stages", "pipeline_stage")):
-        item = schema.resolve(f"#/$defs/{definition}")
+    for listed in ("rewards", "stages"):
+        item = schema.resolve(schema.load()["properties"][listed]["items"]["$ref"])
         below = item.get("then", item)["properties"]  # an entry of `stages` may be a name, too
         keys[listed] = {**keys[listed][0], "properties": below}, ""
         keys |= {f"{listed}.{key}": (entry, "") for key, entry in below.items()}

@@ -355,7 +355,7 @@ def test_a_changed_reward_function_makes_a_complete_stage_stale(aligned, run_cli
     assert run_cli("train", aligned()).status == 0
     (folder,) = (tmp_path / "runs" / "aligned").iterdir()
     assert "is complete, and nothing has changed" in run_cli("train", aligned(), "--resume", folder).err
-    (tmp_path / "own.py").write_text(code.replace("float(", "2.0 * "))
+    (tmp_path / "own.py").write_text(code.replace("float(len(", "2.0 * (len("))
     result = run_cli("train", aligned(), "--resume", folder)
     assert result.status == 0, result.err
     assert "Stage 2 of 3: judge (reward): complete, kept" in result.out
