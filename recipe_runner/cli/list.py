@@ -27,6 +27,7 @@ def command(
     from recipe_runner.problems.words import align, suggest
     from recipe_runner.recipe.catalogue import choose, read_catalogue, write_count
     from recipe_runner.recipe.models import read_count
+    from recipe_runner.recipe.schema import load
 
     try:
         most = read_count(max_params) if max_params is not None else None
@@ -40,7 +41,9 @@ def command(
     if not found:
         known = {word for entry in entries for word in (*entry.tags, entry.task, entry.method, *entry.name.split("_"))}
         told = [word for word in (*words, *filter(None, (model, task, method, stage))) if word not in known]
-        fix = next(filter(None, (suggest(word, known) for word in told)), "`recipe-run list` shows all")
+        removed = load()["properties"]["stage"]["x-removed-choices"]
+        gone = next((f"{word}: {removed[word]}" for word in told if word in removed), None)
+        fix = gone or next(filter(None, (suggest(word, known) for word in told)), "`recipe-run list` shows all")
         raise user_error("no-recipes", f"none of {len(entries)} recipes suits", fix)
     rows = [[entry.name, write_count(entry.parameters), entry.method, entry.task or entry.stage] for entry in found]
     click.echo("\n".join(align([["name", "model", "method", "task"], *rows])))

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from recipe_runner.cli.options import StageChoice
 from recipe_runner.methods import WAYS
 from recipe_runner.stages import FORMATS, STAGES
 
@@ -13,7 +14,7 @@ from recipe_runner.stages import FORMATS, STAGES
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--model", metavar="ID|FOLDER", help="Base model.")
 @click.option("--format", "form", type=click.Choice(list(FORMATS)), help="Layout of the data.")
-@click.option("--stage", type=click.Choice(list(STAGES)), help="Training stage; the layout must suit it.")
+@click.option("--stage", type=StageChoice(list(STAGES)), help="Training stage; the layout must suit it.")
 @click.option("--method", "way", type=click.Choice(WAYS), help="What is trained.")
 @click.option("--data", metavar="ID|FILE", help="Hub id or file of the data.")
 @click.option("--column", "given", multiple=True, metavar="ROLE=NAME", help="Column for a role. Repeatable.")

@@ -57,6 +57,18 @@ class Number(click.FloatRange):
         return self.fail("it is no number", param, ctx) if number != number else number
 
 
+class StageChoice(click.Choice[str]):
+    """A training stage; of one that TRL has removed it says what took its place."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The stage that a text stands for."""
+        from recipe_runner.recipe.schema import load
+
+        if why := load()["properties"]["stage"]["x-removed-choices"].get(value):
+            self.fail(f"{value}: {why}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def read_checked_launch(launch_file: str, given: Sequence[str], recipe: "Recipe") -> "Launch":
     """A launch configuration, with options of the command line (`--num_processes=2`), checked against a recipe.
 

@@ -52,6 +52,14 @@ def find_result(folder: Path) -> Path:
     return folder
 
 
+def is_reward_model(result: Path) -> bool:
+    """Whether the folder of a model or adapter says that it gives numbers, and writes no text."""
+    if (result / CONFIG).is_file():
+        return bool(read_object(result / CONFIG).get("task_type") == "SEQ_CLS")
+    named = read_object(result / "config.json").get("architectures")
+    return isinstance(named, list) and str(named[:1]).endswith("ForSequenceClassification']")
+
+
 def find_base(config: PeftConfig, result: Path) -> str:
     """The base of an adapter: where its configuration says, seen from here; else where its run found it."""
     name = config.base_model_name_or_path or ""

@@ -14,6 +14,7 @@ from recipe_runner.problems.words import suggest
 
 Scorer = Callable[[str, str], float]
 PATTERN_SECONDS = 5  # for one answer
+NO_JSON = object()  # what a text that is no JSON stands for: null is one
 ROUGE = ("rouge1", "rouge2", "rougeL")
 KNOWN = ("exact_match", "normalized_match", "json", "json:KEY", "regex:PATTERN", *ROUGE)
 
@@ -68,10 +69,20 @@ def normalize(text: str) -> str:
 def parse_json(text: str) -> Any:
     """The value of a JSON text, also in a Markdown fence; None where it is none, and for null."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
+    found: Any = read_json_text(fenced[1] if fenced else text)
+    return None if found is NO_JSON else found
+
+
+def read_json_text(text: str) -> Any:
+    """The value of a JSON text; `NO_JSON` where it is none. Python's reader takes NaN and Infinity, which are none."""
     try:
-        return json.loads(fenced[1] if fenced else text)
+        return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        return None
+        return NO_JSON
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _equal_json(answer: str, wanted: str) -> float:

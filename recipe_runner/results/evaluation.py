@@ -136,6 +136,13 @@ def evaluate(
     if shots and target.recipe is None:
         message = "a plain model has no training data that examples could be taken from"
         raise user_error("no-examples", message, "leave out --few-shot, or evaluate a run or a recipe")
+    if job.stage.generates and not built:
+        handed = job.dataset.reward_columns
+        told = f"column '{handed[0]}' is no text" if handed else "there is none"
+        message = (
+            f"rows have no wanted answer that answers could be held against: it is the first reward column, {told}"
+        )
+        raise user_error("nothing-to-score", message, "put its column first in dataset.reward_columns")
     examples = choose_examples(job, preview.orders["train"], shots, seed)
     opened = open_target(target, dtype, quantized)
     shown = [

@@ -19,9 +19,10 @@ from recipe_runner.recipe.local import BUILDERS, suffix_of
 from recipe_runner.recipe.new import find_columns, guess_format, stage_for
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import load_recipe
+from recipe_runner.recipe.schema import formats_of
 from recipe_runner.results import evaluation, tasks
 from recipe_runner.results.target import Target
-from recipe_runner.stages import FORMATS
+from recipe_runner.stages import FORMATS, STAGES
 
 RESULTS, ANSWERS = "results.json", "answers.jsonl"
 
@@ -86,11 +87,18 @@ def _compose(target: Target, data: str | None, form: str | None, columns: dict[s
     source: dict[str, Any] = {"source": _locate(data)}
     if found := find_columns(form, look.columns, columns)[0] if look else columns:
         source["columns"] = found
+    stage = stage_for(form)
+    if target.scores:
+        suiting = [name for name, of in STAGES.items() if of.scores and form in formats_of(name)]
+        if not suiting:
+            message = f"{target.name} is a reward model, which ranks pairs; {data} has {FORMATS[form].about}"
+            raise user_error("reward-model", message, "name pairs of a chosen and a rejected answer")
+        stage = suiting[0]
     learned = {"instruction": {"train_on": "completion"}, "chat": {"train_on": "completion"}}.get(form, {})
     values = {
         "schema_version": 1,
         "name": "evaluation",
-        "stage": stage_for(form),
+        "stage": stage,
         "model": {"name_or_path": os.path.abspath(target.base) if Path(target.base).exists() else target.base},
         "dataset": {"format": form, "train": source, "eval": source, **learned},
         "training": {"eval_strategy": "epoch"},

@@ -15,8 +15,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipe_runner.data.prompts import render_prompt
 from recipe_runner.files import FULL, disk_full, hash_weights, list_runs, read_object, read_status
-from recipe_runner.model.adapter import SCORING
-from recipe_runner.model.load import can_switch_off, find_base, find_result, load_result, read_tokenizer
+from recipe_runner.model.load import (
+    can_switch_off,
+    find_base,
+    find_result,
+    is_reward_model,
+    load_result,
+    read_tokenizer,
+)
 from recipe_runner.model.quantization import build_quantization
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Problem, as_warning
@@ -68,10 +74,7 @@ class Target:
         """Whether it is a reward model, which gives numbers and writes no text."""
         if self.recipe:
             return self.recipe.stage.scores
-        if self.is_adapter:
-            return bool(self.peft_config.task_type == SCORING)
-        named = read_object(Path(self.result) / "config.json").get("architectures")
-        return isinstance(named, list) and str(named[:1]).endswith("ForSequenceClassification']")
+        return is_reward_model(Path(self.result))
 
     @property
     def holds_base(self) -> bool:

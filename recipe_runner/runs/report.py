@@ -55,6 +55,10 @@ FINAL = {  # of a table that compares runs: name -> measure, the last value of w
     "held-out token accuracy": "eval_mean_token_accuracy",
     "held-out reward margin": "eval_rewards/margins",
     "held-out pairs ranked right": "eval_rewards/accuracies",
+    "pairs ranked right by held-out scores": "eval_accuracy",
+    "held-out margin of scores": "eval_margin",
+    "reward": "reward",
+    "held-out reward": "eval_reward",
 }
 
 
@@ -507,7 +511,8 @@ def compare_runs(folders: Sequence[Path], output: Path, force: bool = False) -> 
     parts += _section("What their recipes say otherwise", lambda: "".join(changed))
     parts += _section("Figures", lambda: write_grid(numbers, _figures(runs)))
     charts = []
-    for title, measures, logarithmic in CHARTS:
+    judged = _judged_charts([entry for run in runs for entry in run.logged])[:1]
+    for title, measures, logarithmic in (*CHARTS[:1], *judged, *CHARTS[1:]):
         for measure in measures:
             curves = [
                 Curve(name, measure_series(run.logged, measure), place, measure.startswith("eval_"))
@@ -544,10 +549,10 @@ def _figures(runs: Sequence[Run]) -> list[list[str]]:
 def best_of(run: Run) -> tuple[str, float] | None:
     """The measure that counts for a run, and its best value: the held-out loss, else the training loss."""
     stage = STAGES.get(str(run.values.get("stage")))
-    for measure in (*(stage.measures if stage else ()), "loss"):
+    for measure in (*(stage.measures if stage else ()), *(("reward",) if stage and stage.rewarded else ()), "loss"):
         if series := measure_series(run.logged, measure):
             values = [value for _, value in series if math.isfinite(value)]
-            higher = "accurac" in measure or "margin" in measure
+            higher = any(word in measure for word in ("accurac", "margin", "reward"))
             if values:
                 return measure, max(values) if higher else min(values)
     return None

@@ -1,10 +1,12 @@
 """What happens beside training: metrics, whole checkpoints, signals."""
 
+import operator
 import os
 import signal
 import sys
 import textwrap
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -155,6 +157,30 @@ def say_progress(trainer: Any, stage: Stage) -> None:
     trainer.add_callback(Lines(stage))
     if wanted and sys.stderr.isatty():
         trainer.add_callback(Bar())
+
+
+def weigh_batches(trainer: Any) -> None:
+    """Makes held-out measures means of rows.
+
+    TRL 1.16 logs the mean of what it found in each batch, in which the rows of a small last batch would count more.
+    """
+    sizes: list[int] = []
+    predict, log = trainer.prediction_step, trainer.log
+
+    def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]) if isinstance(inputs, Mapping) else len(inputs))
+        return predict(model, inputs, *args, **kwargs)
+
+    def weighed(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        if not trainer.model.training and sizes:
+            kept = trainer._metrics["eval"]
+            for name, values in kept.items():
+                if len(values) == len(sizes):
+                    kept[name] = [sum(map(operator.mul, values, sizes)) / sum(sizes)]
+            sizes.clear()
+        return log(logs, *args, **kwargs)
+
+    trainer.prediction_step, trainer.log = counted, weighed
 
 
 SIGNALLED = "recipe_runner/signal"  # in the store of the processes: the signal, and the last step

@@ -24,7 +24,9 @@ def write_card(
     facts = [f"Base model: `{base}`", f"Training data: {accounting}"]
     if recipe.model.adapter:
         facts.insert(1, f"Continued from the adapter `{recipe.model.adapter}`")
-    for name, key in (("Training loss", "loss"), ("Evaluation loss", "eval_loss")):
+    trained = ("Reward of its own answers", "reward") if recipe.stage.rewarded else ("Training loss", "loss")
+    held_out = [(name[0].upper() + name[1:], key) for key, name in recipe.stage.measures.items()]
+    for name, key in (trained, *held_out):
         if series := measure_series(history, key):
             (first, before), (last, after) = series[0], series[-1]
             begun = f"{before:.4f} at step {first}, " * (first != last)

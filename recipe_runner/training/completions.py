@@ -1,5 +1,6 @@
 """Stages in which the model answers itself: prompts in the order of the run; every answer kept, with its rewards."""
 
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def keep_completions(trainer: Any, folder: Path) -> None:
     TRL 1.16 gathers them for its own log (GRPOTrainer._logs), which prints a table, and keeps the last batch only.
     """
     score = trainer._generate_and_score_completions
+    _keep_whole_batches(trainer)
 
     def kept(inputs: Any) -> Any:
         made = score(inputs)
@@ -60,6 +62,16 @@ def keep_completions(trainer: Any, folder: Path) -> None:
         return made
 
     trainer._generate_and_score_completions = kept
+
+
+def _keep_whole_batches(trainer: Any) -> None:
+    """Makes room in TRL's log for a batch of evaluation, which may have more answers than one of training."""
+    args, logs = trainer.args, trainer._logs
+    most = max(logs["prompt"].maxlen or 0, args.per_device_eval_batch_size * args.world_size)
+    for name in logs.keys() & {"prompt", "completion", "advantages"}:
+        logs[name] = deque(maxlen=most)
+    if "rewards" in logs:
+        logs["rewards"] = defaultdict(lambda: deque(maxlen=most))
 
 
 def _read_answers(trainer: Any, inputs: Any, made: Any) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from recipe_runner.launch.configuration import Launch
 from recipe_runner.model import adapter as new_adapter
 from recipe_runner.model import base, continuation, hub
 from recipe_runner.model.adapter import is_norm
-from recipe_runner.model.load import read_tokenizer
+from recipe_runner.model.load import is_reward_model
 from recipe_runner.model.quantization import build_quantization, check_published, describe_published
 from recipe_runner.model.tokenizer import find_stops, load_tokenizer
 from recipe_runner.model.unfreeze import check_new_rows, freeze_others, select_parameters, train_beside_adapter
@@ -38,7 +38,7 @@ from recipe_runner.training.config import build_config, count_prompts, count_ste
 from recipe_runner.training.environment import Precision, check_offloading, choose_precision, describe_environment
 from recipe_runner.training.optimizer import check_optimizer, freeze_first_matrices
 from recipe_runner.training.resume import describe_batches
-from recipe_runner.training.rewards import check_reward_models, compare_tokens, find_trained
+from recipe_runner.training.rewards import check_reward_models, compare_tokens, find_trained, read_own_tokenizer
 
 BASE, ADAPTER = "the base model's weights", "the adapter that it continues from"  # of what a run is made from
 BASE_CONFIG, TOKENIZER = "the base model's config.json", "the tokenizer (or its chat template)"
@@ -272,11 +272,12 @@ def _check_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[s
     """
     path, model = ("model", "teacher"), recipe.model
     found = find_trained(str(model.teacher), path)
-    if found.recipe and found.recipe.stage.scores:
+    scores = found.recipe.stage.scores if found.recipe else is_reward_model(Path(found.folder))
+    if scores:
         message = f"{model.teacher} is a reward model: it gives numbers, and has no words to learn from"
         raise user_error("teacher-differs", message, "name a model that answers", path=path)
     place = {"revision": model.teacher_revision} if model.teacher_revision else {}
-    if changed := compare_tokens(read_tokenizer(found.folder, **place), tokenizer):
+    if changed := compare_tokens(read_own_tokenizer(found.folder, path, **place), tokenizer):
         message = f"{model.teacher} has another tokenizer than {model.name_or_path}: {changed}"
         raise user_error("teacher-differs", message, "take a teacher of the same family", path=path)
     digest = hash_weights(Path(found.folder)) if Path(found.folder).is_dir() else ""

@@ -1,6 +1,7 @@
 """`rewards`: what judges the answers that a model is trained on, tried on real rows before the first step."""
 
 import contextlib
+import copy
 import importlib.util
 import json
 import math
@@ -23,11 +24,12 @@ from recipe_runner.data.turns import describe_value
 from recipe_runner.files import hash_file, hash_weights
 from recipe_runner.model.load import find_result, load_result, read_tokenizer
 from recipe_runner.model.quantization import build_quantization
-from recipe_runner.model.scorers import parse_json, same_json
+from recipe_runner.model.scorers import NO_JSON, parse_json, read_json_text, same_json
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.problems.problem import KeyPath, Problem, as_warning
 from recipe_runner.recipe.recipe import Recipe
+from recipe_runner.recipe.resolve import load_recipe
 from recipe_runner.recipe.sections import RewardSection
 from recipe_runner.runs.find import names_recipe, recipe_of, seek_run
 from recipe_runner.training.resume import CODE
@@ -92,10 +94,14 @@ def find_trained(name: str, path: KeyPath) -> Trained:
 
 def _find_reward_model(name: str, path: KeyPath) -> Trained:
     """As `find_trained`, of a reward model."""
+    fix = "name a run of a recipe that trains a reward model"
+    if names_recipe(name) and not (recipe := load_recipe(name)).stages and not recipe.stage.scores:
+        message = f"{name} is a recipe of stage {recipe.stage.name}, and trains no reward model"
+        raise user_error("not-a-reward-model", message, fix, path=path)
     found = find_trained(name, path)
     if found.recipe and not found.recipe.stage.scores:
         message = f"{name} is a run of stage {found.recipe.stage.name}, and no reward model"
-        raise user_error("not-a-reward-model", message, "name a run of a recipe that trains a reward model", path=path)
+        raise user_error("not-a-reward-model", message, fix, path=path)
     return found
 
 
@@ -119,7 +125,7 @@ def check_reward_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> d
         place = _find_reward_model(reward.model, path)
         if digest := hash_weights(Path(place.folder)):
             found[f"the reward model {reward.model}"] = digest
-        own = _read_tokenizer(place.folder, path)
+        own = read_own_tokenizer(place.folder, path)
         if not own.chat_template:
             message = f"{reward.model} has a tokenizer without a chat template: conversations can't be rendered for it"
             raise user_error("reward-tokenizer-differs", message, "take a reward model of conversations", path=path)
@@ -131,15 +137,21 @@ def check_reward_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> d
     return found
 
 
-def _read_tokenizer(folder: str, path: KeyPath) -> PreTrainedTokenizerBase:
+def read_own_tokenizer(folder: str, path: KeyPath, **place: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that a recipe names beside its own, at a key.
+
+    Raises:
+        UserError: It can't be read.
+    """
     try:
-        return read_tokenizer(folder)
+        return read_tokenizer(folder, **place)
     except UserError as error:
         if Path(folder).is_absolute():
-            raise
+            problem = error.problems[0]
+            raise user_error(problem.code, problem.message, problem.suggestion, path=path) from error
         message = f"{folder} is no run, no recipe that is here, and no model on the hub that can be read"
         fix = "name a run's folder (runs/NAME), a recipe's file (NAME.yaml), a model's folder or a hub id"
-        raise user_error("reward-model", message, fix, path=path) from error
+        raise user_error("model-not-found", message, fix, path=path) from error
 
 
 def compare_tokens(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
@@ -239,9 +251,9 @@ def _load_function(named: str, path: KeyPath) -> Call:
         raise user_error("reward-function", f"{file} has no function {name}", f"it has: {there or 'none'}", path=path)
 
     def judge(prompts: list[Any], completions: list[Any], completion_ids: list[Any], **columns: Any) -> Any:
-        given = list(completions)  # a function may change what it is given
+        given = copy.deepcopy((prompts, completions, completion_ids))  # a function may change what it is given
         try:
-            found = function(prompts=prompts, completions=given, completion_ids=completion_ids, **columns)
+            found = function(prompts=given[0], completions=given[1], completion_ids=given[2], **columns)
         except (Exception, SystemExit) as error:  # the user's own code: anything may come
             if isinstance(error, TypeError) and error.__traceback__ and not error.__traceback__.tb_next:
                 raise  # it was not called at all: other parameters
@@ -347,17 +359,14 @@ def _write(value: Any) -> str:
 
 
 def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    return read_json_text(text) is not NO_JSON
 
 
 def _rate_json(key: str | None, text: str, right: Any) -> float:
     value, wanted = parse_json(text), parse_json(right) if isinstance(right, str) else right
     if key is None:
-        return float(value is not None and same_json(value, wanted))
+        there = value is not None or read_json_text(text) is None  # null is a value, too
+        return float(there and same_json(value, wanted))
     both = isinstance(value, dict) and isinstance(wanted, dict) and key in value and key in wanted
     return float(both and same_json(value[key], wanted[key]))
 

@@ -23,7 +23,7 @@ from recipe_runner.runs.report import leave_report
 from recipe_runner.stages import Stage
 from recipe_runner.training import card, prepare, resume, summary, trainers, verify
 from recipe_runner.training.allocation import allocate_ranks
-from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, Recorder, say_progress
+from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, Recorder, say_progress, weigh_batches
 from recipe_runner.training.completions import keep_completions, keep_prompt_order
 from recipe_runner.training.environment import measure_memory
 from recipe_runner.training.failures import explain
@@ -101,6 +101,8 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
         rows, longest = find_longest(prepared.data.splits["train"], config.per_device_train_batch_size)
         room = max(LEAST_ROOM, len(rows) * longest)
         say_progress(trainer, recipe.stage)
+        if recipe.stage.shape not in ("tokens", "unpaired"):  # TRL weighs those by their tokens, and by their labels
+            weigh_batches(trainer)
         early = EarlyStop(**recipe.run.early_stopping) if recipe.run.early_stopping else None
         if early:
             trainer.add_callback(early)
@@ -159,7 +161,7 @@ def _train(trainer: Any, folder: Path, interruption: Interruption, resumed: bool
         raise user_error("training-stopped", message, "the log above may say why")
     if not getattr(trainer, "learned", True) and not interruption.requested:
         message = "every gradient was 0: nothing was learned"
-        fix = "are the base's weights whole? do weights of the loss cancel it?"
+        fix = "are the base's weights whole? do weights of the loss cancel it? is a teacher the model itself?"
         if trainer.rewards:
             message += ": the rewards gave all answers to a prompt the same (completions.jsonl)"
             fix = "train with stage sft before, add a reward that comes in smaller steps, or raise num_generations"
@@ -175,6 +177,7 @@ def _keep_checkpoint(trainer: Any, folder: Path) -> None:
     if trainer.state.global_step > (run_folder.step_of(last) if last else 0):
         trainer._save_checkpoint(trainer.model, trial=None)
         trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    if run_folder.last_checkpoint(folder):
         print(f"A checkpoint is kept; continue with: --resume {folder}", file=sys.stderr)
 
 

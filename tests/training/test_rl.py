@@ -98,6 +98,9 @@ def test_known_rewards_give_what_they_say(tmp_path):
     assert give("no", right="yes", name="exact_match", column="right") == 0.0
     assert give('{"a": 1}', name="json_valid") == 1.0
     assert give("a: 1", name="json_valid") == 0.0
+    assert give("NaN", name="json_valid") == 0.0
+    assert give("null", right=None, name="json_equal", column="right") == 1.0
+    assert give("no", right=None, name="json_equal", column="right") == 0.0
     assert give('{"b": 2, "a": 1}', right='{"a": 1, "b": 2}', name="json_equal", column="right") == 1.0
     assert give('{"a": 1}', right={"a": True}, name="json_equal", column="right") == 0.0
     assert give('{"a": 1}', right='{"a": 1, "b": 2}', name="json_equal", column="right", key="a") == 1.0
@@ -128,6 +131,13 @@ def few(completions, **kwargs):
 
 def same(completions, **kwargs):
     return [0.5] * len(completions)
+
+def rewriting(prompts, completions, **kwargs):
+    found = [float(len(c[0]["content"])) for c in completions]
+    for completion in completions:
+        completion[0]["content"] = "X"
+    prompts.clear()
+    return found
 
 CALLS = []
 
@@ -316,6 +326,60 @@ def test_who_looks_for_ppo_finds_its_successors(run_cli, write_recipe):
     result = run_cli("validate", write_recipe(stage="ppo"))
     assert "TRL removed its PPO trainer" in result.out + result.err
     assert "rloo" in result.out + result.err
+
+
+def test_a_function_that_changes_what_it_is_given_changes_no_record(own):
+    result, folder = own("rewriting")
+    assert result.status == 0, result.err
+    assert {entry["completion"] for entry in completions(folder)} != {"X"}
+
+
+def test_held_out_answers_are_all_kept_and_their_reward_is_that_of_all_rows(rl, run_cli):
+    """Two batches of evaluation, of 8 and of 2 answers, each larger or smaller than the 4 of training."""
+    rows = [{"prompt": f"say {'more ' * n}{n}", "wanted": "x"} for n in range(10)]
+    training = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 8, "num_generations_eval": 1}
+    result, folder = rl(peft=LORA, rows=rows, dataset={"eval": {"source": "rows.jsonl"}}, training=training)
+    assert result.status == 0, result.err
+    held = [entry for entry in completions(folder) if entry["split"] == "eval"]
+    last = [entry for entry in held if entry["step"] == held[-1]["step"]]
+    assert len(last) == len(rows)
+    logged = [entry["eval_reward"] for entry in metrics(folder) if "eval_reward" in entry][-1]
+    assert logged == pytest.approx(sum(sum(entry["rewards"].values()) for entry in last) / len(last), abs=1e-3)
+    told = run_cli("runs", folder.parent.parent).out
+    assert "eval_reward" in told
+    assert "Held-out reward" in (folder / "README.md").read_text()
+
+
+def test_the_best_checkpoint_of_what_is_rewarded_has_the_best_reward(rl):
+    from recipe_runner.training.config import build_config
+
+    seen = {}
+
+    def noted(*arguments):
+        seen["config"] = config = build_config(*arguments)
+        return config
+
+    from unittest import mock
+
+    training = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    with mock.patch("recipe_runner.training.prepare.build_config", noted):
+        result, _ = rl(peft=LORA, dataset={"eval": {"source": "rows.jsonl"}}, training=training)
+    assert result.status == 0, result.err
+    assert seen["config"].metric_for_best_model == "eval_reward"
+    assert seen["config"].greater_is_better
+
+
+def test_a_teacher_that_is_a_reward_model_or_is_not_there_is_refused_by_name(run_recipe, run_cli, tmp_path):
+    training = {key: value for key, value in GENERATING.items() if key != "num_generations"}
+    options = {"stage": "distillation", "training": training, "dataset": {"ignore": ["wanted"]}, "peft": LORA}
+    judge = {"stage": "reward", "name": "judge", "peft": LORA, "training": {"max_steps": 1, "learning_rate": 1e-3}}
+    _, folder = run_recipe(**judge)
+    assert run_cli("merge", folder).status == 0
+    result, _ = run_recipe(model={"teacher": str(folder / "merged")}, **options)
+    assert "error[teacher-differs] model.teacher" in result.err
+    assert "is a reward model" in result.err
+    result, _ = run_recipe(model={"teacher": "nobody/nothing"}, **options)
+    assert "error[model-not-found] model.teacher: nobody/nothing is no run, no recipe" in result.err
 
 
 def test_a_run_is_evaluated_by_its_answers(rl, run_cli):

@@ -34,7 +34,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "eval-data-unused", training.eval_data_unused(trained, dataset)
     yield "best-model-schedule", training.best_model_schedule(trained)
     yield "early-stopping", training.early_stopping(trained, run)
-    yield "samples", training.samples(trained, run, dataset.has_eval)
+    yield "samples", training.samples(trained, run, dataset.has_eval, recipe.stage)
     yield "best-metric", training.best_metric(recipe.stage, trained)
     yield "warmup-length", training.warmup_length(trained, trained["max_steps"])
     yield "least-rate", training.least_rate(trained)

@@ -158,11 +158,16 @@ def generation_batch(stage: Stage, training: UpstreamSection, run: RunSection) -
         size = run.global_batch_size
     if training["generation_batch_size"] and training["steps_per_generation"]:
         yield ("training", "generation_batch_size"), "steps_per_generation says the same", "remove one of them"
+    elif group < 2:
+        return  # which the schema, or TRL's own rule, has a message for
     elif size % group:
         found = f"{group} answers to a prompt (num_generations) do not divide the {size} answers of a batch"
-        found += f" ({device} per device x {steps})" * (not training["generation_batch_size"])
-        fix = f"make per_device_train_batch_size x gradient_accumulation_steps {group}, {2 * group}, ..."
-        yield ("training", "num_generations"), found, fix
+        by_batch = size == run.global_batch_size
+        says = training["generation_batch_size"] or by_batch
+        found += " (run.global_batch_size)" * by_batch + f" ({device} per device x {steps})" * (not says)
+        key = "run.global_batch_size" if by_batch else "per_device_train_batch_size x gradient_accumulation_steps"
+        key = "generation_batch_size" if training["generation_batch_size"] else key
+        yield ("training", "num_generations"), found, f"make {key} {group}, {2 * group}, ..."
     if training["eval_strategy"] != "no":
         held, batch = training["num_generations_eval"] or group, training["per_device_eval_batch_size"]
         if batch % held:

@@ -70,9 +70,12 @@ def early_stopping(training: UpstreamSection, run: RunSection) -> Found:
         yield path, "the weights at the end are not the best ones, and the recipe does not say which it wants", fix
 
 
-def samples(training: UpstreamSection, run: RunSection, has_eval: bool) -> Found:
-    """Answers at each evaluation need evaluations, and rows need data that is held out."""
+def samples(training: UpstreamSection, run: RunSection, has_eval: bool, stage: Stage) -> Found:
+    """Answers at each evaluation need evaluations, rows need data that is held out; a reward model writes none."""
     asked, path = run.samples or {}, ("run", "samples")
+    if asked and stage.scores:
+        yield path, f"a model of stage {stage.name} gives numbers, and writes no answers", "remove the key"
+        return
     if asked.get("every") == "eval" and training["eval_strategy"] == "no":
         fix = "set training.eval_strategy, or every: 100 (steps)"
         yield (*path, "every"), "nothing is evaluated, so nothing would be written", fix
