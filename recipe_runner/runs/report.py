@@ -49,6 +49,7 @@ CHARTS = (
     ("distance from the reference (KL)", ("kl",), False),
     ("tokens of an answer", ("completions/mean_length",), False),
 )
+RISING = ("accurac", "margin", "eval_reward", *(key for stage in STAGES.values() for key in stage.shown))  # not losses
 FINAL = {  # of a table that compares runs: name -> measure, the last value of which counts
     "training loss": "loss",
     "held-out loss": "eval_loss",
@@ -57,9 +58,10 @@ FINAL = {  # of a table that compares runs: name -> measure, the last value of w
     "held-out pairs ranked right": "eval_rewards/accuracies",
     "pairs ranked right by held-out scores": "eval_accuracy",
     "held-out margin of scores": "eval_margin",
-    "reward": "reward",
-    "held-out reward": "eval_reward",
 }
+# And of stages whose answers are rewarded: what they log while they train, and of held-out prompts.
+FINAL |= {key: key for stage in STAGES.values() if stage.rewarded for key in stage.shown}
+FINAL |= {name: key for stage in STAGES.values() if stage.rewarded for key, name in stage.measures.items()}
 
 
 @dataclass(frozen=True)
@@ -549,10 +551,10 @@ def _figures(runs: Sequence[Run]) -> list[list[str]]:
 def best_of(run: Run) -> tuple[str, float] | None:
     """The measure that counts for a run, and its best value: the held-out loss, else the training loss."""
     stage = STAGES.get(str(run.values.get("stage")))
-    for measure in (*(stage.measures if stage else ()), *(("reward",) if stage and stage.rewarded else ()), "loss"):
+    for measure in (*(stage.measures if stage else ()), *(stage.shown if stage and stage.rewarded else ()), "loss"):
         if series := measure_series(run.logged, measure):
             values = [value for _, value in series if math.isfinite(value)]
-            higher = any(word in measure for word in ("accurac", "margin", "reward"))
+            higher = any(word in measure for word in RISING)
             if values:
                 return measure, max(values) if higher else min(values)
     return None

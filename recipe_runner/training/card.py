@@ -24,13 +24,12 @@ def write_card(
     facts = [f"Base model: `{base}`", f"Training data: {accounting}"]
     if recipe.model.adapter:
         facts.insert(1, f"Continued from the adapter `{recipe.model.adapter}`")
-    trained = ("Reward of its own answers", "reward") if recipe.stage.rewarded else ("Training loss", "loss")
-    held_out = [(name[0].upper() + name[1:], key) for key, name in recipe.stage.measures.items()]
-    for name, key in (trained, *held_out):
+    trained = recipe.stage.shown if recipe.stage.rewarded else {"loss": "training loss"}
+    for key, name in (*trained.items(), *recipe.stage.measures.items()):
         if series := measure_series(history, key):
             (first, before), (last, after) = series[0], series[-1]
             begun = f"{before:.4f} at step {first}, " * (first != last)
-            facts.append(f"{name}: {begun}{after:.4f} at step {last}")
+            facts.append(f"{name[0].upper()}{name[1:]}: {begun}{after:.4f} at step {last}")
     kept = read_ranks(read_object(result / CONFIG).get("rank_pattern") or {}) if method == "adalora" else {}
     if kept:
         begun = len(kept) * recipe.peft["init_r"]

@@ -44,7 +44,7 @@ def build_config(
     }
     if "dataset_kwargs" in {field.name for field in fields(cls)}:
         owned["dataset_kwargs"] = {"skip_prepare_dataset": True}  # prepared before the weights are loaded
-    if stage.rewarded and "metric_for_best_model" not in section and section.get("eval_strategy", "no") != "no":
+    if stage.rewarded and "metric_for_best_model" not in section and section.get("eval_strategy") not in (None, "no"):
         owned |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}  # their loss is near 0 always
     try:
         config = cls(**{**section, **owned})

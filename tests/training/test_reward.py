@@ -43,11 +43,14 @@ def test_it_learns_to_rank_and_is_used_as_what_it_is(reward, run_cli, tmp_path, 
     for option in ("--few-shot", "--max-new-tokens"):
         refused = run_cli("evaluate", folder, option, "2")
         assert (refused.status, f"leave out {option}" in refused.err) == (1, True), refused.err
-    merged = run_cli("merge", folder, "--output", tmp_path / "merged")
-    assert merged.status == 0, merged.err
+    whole = folder / "model"
+    if peft:
+        whole = tmp_path / "merged"
+        merged = run_cli("merge", folder, "--output", whole)
+        assert merged.status == 0, merged.err
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    ranked = run_cli("evaluate", tmp_path / "merged", "--data", pairs, "--output", tmp_path / "ranked")
+    ranked = run_cli("evaluate", whole, "--data", pairs, "--output", tmp_path / "ranked")
     assert ranked.status == 0, ranked.err
     assert "pairs ranked right" in ranked.out
     asked = run_cli("generate", folder, "--prompt", "hi")

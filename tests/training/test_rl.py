@@ -361,7 +361,13 @@ def test_the_best_checkpoint_of_what_is_rewarded_has_the_best_reward(rl):
 
     from unittest import mock
 
-    training = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    training = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "max_steps": 6,
+    }
     with mock.patch("recipe_runner.training.prepare.build_config", noted):
         result, _ = rl(peft=LORA, dataset={"eval": {"source": "rows.jsonl"}}, training=training)
     assert result.status == 0, result.err
