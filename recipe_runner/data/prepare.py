@@ -228,5 +228,7 @@ def nothing_left(split: str, reasons: dict[str, int], source: Source | None = No
     """The error for a split, or for a source of it, of which no row is left."""
     told = "; ".join(f"{count:,} {reason}" for reason, count in reasons.items())
     message = f"no row of the {split} data{f' of {source.name}' if source else ''} can be used: {told}"
-    fix = "fix its rows, or leave the source out" if source else ""
+    fix = "fix its rows, or leave the source out" if source else "fix them, or name other data"
+    if any("max_length" in reason for reason in reasons):
+        fix += "; training.max_length is how long a row may be"
     return user_error("empty-dataset", message, fix, path=source.path if source else ("dataset", split))

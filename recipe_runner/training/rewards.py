@@ -30,6 +30,7 @@ from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.problems.problem import KeyPath, Problem, as_warning
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import load_recipe
+from recipe_runner.recipe.rules.packages import is_installed
 from recipe_runner.recipe.sections import RewardSection
 from recipe_runner.runs.find import names_recipe, recipe_of, seek_run
 from recipe_runner.training.resume import CODE
@@ -186,7 +187,7 @@ def build_rewards(recipe: Recipe, config: Any) -> list[Reward]:
             judge = _load_function(reward.function, (*path, "function"))
         else:
             name = f"{reward.name}:{reward.key}" if reward.key else str(reward.name)
-            judge = build_known(reward, config)
+            judge = build_known(reward, config, (*path, "name"))
         count = sum(other.name.partition(" ")[0] == name for other in built)
         name = f"{name} {count + 1}" if count else name
         if callable(judge) and not isinstance(judge, torch.nn.Module):
@@ -315,8 +316,12 @@ def text_of(content: Any) -> str:
     return content if isinstance(content, str) else str(content[-1]["content"]) if content else ""
 
 
-def build_known(reward: RewardSection, config: Any) -> Call:
-    """The function of a name. TRL's are made by TRL; the others give each answer 0 to 1."""
+def build_known(reward: RewardSection, config: Any, path: KeyPath = ()) -> Call:
+    """The function of a name. TRL's are made by TRL; the others give each answer 0 to 1.
+
+    Raises:
+        UserError: The package that it needs is not installed.
+    """
     column, pattern = str(reward.column), re.compile(reward.pattern or "")
 
     def by_text(score: Callable[[str, Any], float], wanted: str = "") -> Call:
@@ -350,6 +355,9 @@ def build_known(reward: RewardSection, config: Any) -> Call:
         "repetition_penalty": lambda: penalty(shipped.get_repetition_penalty_reward(**said)),
         "soft_overlong": lambda: penalty(shipped.get_soft_overlong_punishment(config.max_completion_length, cache)),
     }
+    if reward.name == "accuracy" and not is_installed("math_verify"):
+        message = "accuracy compares answers by the package math-verify, which is not installed here"
+        raise user_error("missing-package", message, "pip install 'math-verify[antlr4_13_2]'", path=path)
     judge: Call = makers[str(reward.name)]()
     return judge
 

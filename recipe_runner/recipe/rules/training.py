@@ -16,7 +16,7 @@ _SMOOTHED = {"aot", "aot_unpaired", "exo_pair", "robust"}  # TRL 1.16, DPOTraine
 _OF_EVALUATION = ("bf16_full_eval", "fp16_full_eval", "include_for_metrics", "batch_eval_metrics")
 _MEASURING = ("greedy", "reduce_lr_on_plateau")
 _FALLING = ("loss", "entropy", "kl", "runtime")  # measures of which less is better; of others more is
-_RISING = ("mean_token_accuracy", "rewards/accuracies", "rewards/margins")
+_RISING = ("mean_token_accuracy", "rewards/accuracies", "rewards/margins", "accuracy", "margin")
 
 
 def precision_conflict(training: UpstreamSection) -> Found:
