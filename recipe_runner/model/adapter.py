@@ -29,11 +29,14 @@ from recipe_runner.model.base import HEAD
 from recipe_runner.model.bottleneck import BottleneckConfig
 from recipe_runner.model.targets import check_adapted, check_named, is_called
 from recipe_runner.problems.errors import first_line, refused, user_error
+from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import CHANGING_BASE, FROM_DATA
 from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.stages import load_class
 
 SCORING = "SEQ_CLS"  # PEFT's task type of a model that gives each sequence a number
+# Trained in float32 on a quantized base: scales near 1, and layers that convert nothing (PEFT 0.21, tuners/*/bnb.py).
+PRECISE = ("ia3", "ln_tuning", "hira", "pvera", "road")
 UNKNOWN_STEPS = 10**9  # of a run whose rows are not prepared yet: `total_step` of AdaLoRA until they are
 
 
@@ -214,6 +217,24 @@ def _targets_fix(peft_config: Any, usual: list[str]) -> str:
 def is_norm(module: torch.nn.Module) -> bool:
     """Whether a module is a norm: LayerNorm, LlamaRMSNorm, ..."""
     return type(module).__name__.endswith("Norm")
+
+
+def train_in_full_precision(trained: Any, recipe: Recipe, quantized: bool, mixed: bool) -> None:
+    """Trains in float32 what can't be trained in bfloat16, in which TRL 1.16 trains all on a quantized base.
+
+    A number near 1, as of a norm or a scale, does not change in bfloat16 by a step of less than 1/256: it would stay as
+    it is. Without mixed precision nothing converts what comes in: `prepare.check_norms` has refused that for norms.
+    """
+    if not quantized and not mixed:
+        return  # PEFT's own adapters are in float32 by themselves
+    method, in_8bit = recipe.peft["method"], recipe.quantization["load_in_8bit"]
+    whole = quantized and (method in PRECISE or (method == "adalora" and in_8bit))  # its 8-bit layers convert nothing
+    dtype = torch.float32 if mixed else trained.get_input_embeddings().weight.dtype
+    norms = {id(parameter) for module in trained.modules() if is_norm(module) for parameter in module.parameters()}
+    for name, parameter in trained.named_parameters():
+        head = recipe.stage.scores and f".{HEAD}." in name  # which is given what norms give
+        if parameter.requires_grad and (whole or head or id(parameter) in norms):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _check_effect(peft_config: Any, fitted: PeftModel) -> None:

@@ -16,7 +16,7 @@ from transformers import set_seed
 from recipe_runner.data.sources import name_sources
 from recipe_runner.files import share_path
 from recipe_runner.model import base, continuation
-from recipe_runner.model.adapter import is_norm, saves_embeddings
+from recipe_runner.model.adapter import saves_embeddings, train_in_full_precision
 from recipe_runner.model.quantization import build_quantization, keep_4bit_weights_trainable
 from recipe_runner.model.unfreeze import freeze_others
 from recipe_runner.problems.errors import first_line, refused, user_error
@@ -32,8 +32,6 @@ from recipe_runner.training.prepare import Prepared
 from recipe_runner.training.rewards import Reward, build_rewards, find_trained, load_trained
 from recipe_runner.training.scoring import score_on_cpu
 
-# Trained in float32 on a quantized base: scales near 1, and layers that convert nothing (PEFT 0.21, tuners/*/bnb.py).
-PRECISE = ("ia3", "ln_tuning", "hira", "pvera", "road")
 REFERENCE = "ref"  # TRL's name of the frozen copy of an adapter that is trained further
 
 
@@ -96,7 +94,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     if begun in ("eva", "loftq"):
         finish_initialisation(trained, begun, batches, recipe.model)
     if peft_config or prepared.unfrozen:
-        _train_in_full_precision(trained, recipe, bool(quantization or prepared.published), config)
+        mixed = config.bf16 or config.fp16
+        train_in_full_precision(trained, recipe, bool(quantization or prepared.published), mixed)
     if peft_config:
         for adapter in trained.peft_config.values():
             adapter.base_model_name_or_path = share_path(name)
@@ -146,25 +145,6 @@ def _find_judges(recipe: Recipe, config: Any, rewards: Sequence[Reward]) -> dict
     config.reward_weights = [one.weight for one in rewards]
     judges, tokenizers = [one.judge for one in rewards], [one.tokenizer for one in rewards]
     return {"reward_funcs": judges, "reward_processing_classes": tokenizers}
-
-
-def _train_in_full_precision(trained: Any, recipe: Recipe, quantized: bool, config: Any) -> None:
-    """Trains in float32 what can't be trained in bfloat16, in which TRL 1.16 trains all on a quantized base.
-
-    A number near 1, as of a norm or a scale, does not change in bfloat16 by a step of less than 1/256: it would stay as
-    it is. Without mixed precision nothing converts what comes in: `prepare.check_norms` has refused that for norms.
-    """
-    mixed = config.bf16 or config.fp16
-    if not quantized and not mixed:
-        return  # PEFT's own adapters are in float32 by themselves
-    method, in_8bit = recipe.peft["method"], recipe.quantization["load_in_8bit"]
-    whole = quantized and (method in PRECISE or (method == "adalora" and in_8bit))  # its 8-bit layers convert nothing
-    dtype = torch.float32 if mixed else trained.get_input_embeddings().weight.dtype
-    norms = {id(parameter) for module in trained.modules() if is_norm(module) for parameter in module.parameters()}
-    for name, parameter in trained.named_parameters():
-        head = recipe.stage.scores and f".{base.HEAD}." in name  # which is given what norms give
-        if parameter.requires_grad and (whole or head or id(parameter) in norms):
-            parameter.data = parameter.data.to(dtype)
 
 
 def _copy_to_reference(trained: Any) -> None:

@@ -1,0 +1,169 @@
+"""The most memory that a run takes on a device: a step is traced, and what else is there is added."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from recipe_runner.plan import optimizer, step
+from recipe_runner.plan.build import Built, build, checkpoints
+from recipe_runner.plan.device import Device
+from recipe_runner.plan.step import Batch, Step
+from recipe_runner.plan.trace import (
+    ACTIVATIONS,
+    ADAPTERS,
+    GRADIENTS,
+    OPTIMIZER,
+    OVERHEAD,
+    WEIGHTS,
+    Kernels,
+    Memory,
+    Peak,
+)
+from recipe_runner.recipe.recipe import Recipe
+
+OPTIMIZING = "optimizer step"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides the memory of a run beside its recipe.
+
+    Attributes:
+        config: Of the base model.
+        device: What it is trained on.
+        dtype: Of the weights.
+        mixed: Data type of mixed precision; None without.
+        train: A batch of training.
+        held_out: A batch of evaluation; None without.
+        continued: Whether the adapter was trained before.
+        full_logits: Whether the loss is made from all logits, as transformers' own is and TRL's was.
+    """
+
+    config: PretrainedConfig
+    device: Device
+    dtype: torch.dtype
+    mixed: torch.dtype | None
+    train: Batch
+    held_out: Batch | None = None
+    continued: bool = False
+    full_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a step took.
+
+    Attributes:
+        parameters: `total` and `trainable`, and the trainable ones by group.
+        peaks: Phase -> the most memory in it.
+        flops: Of a batch, forward and backward.
+        operations: Of a batch.
+        paged: Bytes of optimizer states that may leave the device.
+        trained_bytes: Of what is trained.
+        saved_bytes: Of what a result holds.
+    """
+
+    parameters: Mapping[str, int]
+    peaks: Mapping[str, Peak]
+    flops: int
+    operations: int
+    paged: int
+    trained_bytes: int
+    saved_bytes: int
+
+    @property
+    def peak(self) -> Peak:
+        """The highest."""
+        return max(self.peaks.values(), key=lambda peak: peak.total)
+
+    @property
+    def phase(self) -> str:
+        """When it comes."""
+        return max(self.peaks, key=lambda name: self.peaks[name].total)
+
+
+def trace(recipe: Recipe, setting: Setting) -> Traced:
+    """Runs a step of a recipe without data.
+
+    Raises:
+        UserError: The model or its adapter can't be built.
+    """
+    built = build(recipe, setting.config, setting.dtype, setting.mixed is not None, setting.continued)
+    memory = Memory()
+    kernels = Kernels(memory, setting.device.gpu, setting.mixed)
+    run = Step(built, memory, kernels, setting.full_logits)
+    run.hold_model()
+    name = optimizer_of(recipe)
+    embeddings = [id(module.weight) for module in built.model.modules() if isinstance(module, torch.nn.Embedding)]
+    needs = optimizer.measure(name, built.trained, embeddings, setting.device.gpu)
+    memory.change(OPTIMIZER, needs.states)
+    if recipe.training["gradient_accumulation_steps"] > 1:
+        for parameter in built.trained:
+            parameter.grad = torch.empty_like(parameter)
+            memory.hold([parameter.grad], GRADIENTS)
+    _add_reference(recipe, built, memory)
+    with run.watched():
+        _train(recipe, run, setting.train)
+        flops, operations = memory.flops, memory.operations
+        memory.phase = OPTIMIZING
+        memory.change(OPTIMIZER, needs.scratch)
+        memory.change(OPTIMIZER, -needs.scratch)
+        if setting.held_out:
+            for parameter in built.trained:
+                parameter.grad = None
+            step.evaluate(run, setting.held_out)
+    saved = sum(parameter.numel() * parameter.element_size() for parameter in built.trained)
+    if not recipe.peft:
+        saved = sum(p.numel() for p in built.model.parameters()) * (2 if setting.dtype != torch.float32 else 4)
+    trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in built.trained)
+    return Traced(count(built), memory.peaks, flops, operations, needs.paged, trained_bytes, saved)
+
+
+def optimizer_of(recipe: Recipe) -> str:
+    """transformers' name of the optimizer."""
+    return str(recipe.training["optim"] or "adamw_torch_fused")
+
+
+def count(built: Built) -> dict[str, int]:
+    """Parameters: all, those that are trained, and these by group; 4-bit ones as the numbers that they stand for."""
+    groups: dict[str, int] = {"total": 0, "trainable": 0}
+    for name, parameter in built.model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        numbers = state.shape.numel() if state is not None else parameter.numel()
+        groups["total"] += numbers
+        if parameter.requires_grad:
+            groups["trainable"] += numbers
+            groups[_group(name)] = groups.get(_group(name), 0) + numbers
+    return groups
+
+
+def _group(name: str) -> str:
+    """What a trained parameter is a part of: the module that it is in, without numbers of layers."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    known = [part for part in parts if part.endswith(("_proj", "embed_tokens", "lm_head", "norm", "score"))]
+    return known[-1] if known else parts[-2] if len(parts) > 1 else parts[0]
+
+
+def _add_reference(recipe: Recipe, built: Built, memory: Memory) -> None:
+    """The second model that full fine-tuning is compared with."""
+    compared = recipe.stage.reference and not recipe.peft
+    if compared and recipe.stage.rewarded:
+        compared = bool(recipe.training["beta"])
+    if compared and not recipe.training["precompute_ref_log_probs"]:
+        memory.change(WEIGHTS, sum(p.numel() * p.element_size() for p in built.model.parameters()))
+
+
+def _train(recipe: Recipe, run: Step, batch: Batch) -> None:
+    training, name = recipe.training, recipe.stage.shape
+    if name == "pairs":
+        step.prefer(run, batch, bool(training["precompute_ref_log_probs"]))
+    elif name == "unpaired":
+        step.judge(run, batch, training["loss_type"] == "kto", bool(training["precompute_ref_log_probs"]))
+    elif name == "scored_pairs":
+        step.rank(run, batch)
+    else:
+        step.learn(run, batch)

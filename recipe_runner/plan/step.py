@@ -1,0 +1,177 @@
+"""A training step of each stage without data, in the order in which TRL 1.16 runs it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from recipe_runner.plan.build import Built
+from recipe_runner.plan.trace import ACTIVATIONS, ADAPTERS, GRADIENTS, LOGITS, WEIGHTS, Kernels, Memory
+
+FORWARD, BACKWARD, REFERENCE, EVALUATION, GENERATION = "forward", "backward", "reference", "evaluation", "generation"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a device is given at a time.
+
+    Attributes:
+        rows: Sequences: of pairs twice as many as pairs.
+        length: Tokens of each.
+        supervised: Tokens of each that are learned.
+        flat: Whether all rows are one sequence, kept apart by their positions (packing).
+        padded: Whether there is padding, which a mask hides.
+    """
+
+    rows: int
+    length: int
+    supervised: int
+    flat: bool = False
+    padded: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return self.rows * self.length
+
+
+@dataclass
+class Step:
+    """A model, what counts its memory, and what the machine does its own way."""
+
+    built: Built
+    memory: Memory
+    kernels: Kernels
+    full_logits: bool = False
+
+    def hold_model(self) -> None:
+        """Counts the model's own tensors."""
+        adapter = self.built.model is not self.built.base
+        self.memory.hold(self.built.trained, ADAPTERS if adapter else WEIGHTS)
+        self.memory.hold(list(self.built.frozen), WEIGHTS)
+
+    def forward(self, model: Any, batch: Batch) -> Any:
+        """A forward pass: log-probabilities of the labels, or scores of the sequences."""
+        ids, more = self._inputs(batch)
+        self.memory.selected = batch.rows * batch.supervised
+        self.kernels.casts.clear()
+        self.kernels.caching = True
+        scores = self.built.model is not self.built.base and not hasattr(self.built.base, "lm_head")
+        if self.full_logits or scores or not hasattr(self.built.base, "lm_head"):
+            made = model(input_ids=ids, **more, **({} if scores else {"labels": ids}))
+        else:
+            made = model(input_ids=ids, labels=ids, fused_lm_head=True, **more)
+        self.kernels.casts.clear()
+        self.kernels.caching = False
+        return made
+
+    def _inputs(self, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+        rows, length = (1, batch.tokens) if batch.flat else (batch.rows, batch.length)
+        ids = torch.empty((rows, length), dtype=torch.long, device="meta")
+        more: dict[str, Any] = {}
+        if (batch.padded or batch.flat) and self.masks:
+            more["attention_mask"] = torch.empty((rows, 1, length, length), dtype=torch.bool, device="meta")
+        if batch.flat:
+            more["position_ids"] = torch.empty((rows, length), dtype=torch.long, device="meta")
+        return ids, more
+
+    @property
+    def masks(self) -> bool:
+        """Whether attention takes a mask at all."""
+        flash = "flash" in (self.built.base.config._attn_implementation or "")
+        return not flash and not getattr(self.built.model, "active_peft_config", None).__class__.__name__.startswith(
+            ("Prefix", "Prompt")
+        )
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The backward pass; what is left in the end are gradients."""
+        self.memory.phase, self.memory.kind = BACKWARD, LOGITS
+        loss.backward()
+        self.memory.kind = ACTIVATIONS
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Tells the memory where logits begin and end, and what is a gradient."""
+        hooks: list[Any] = []
+        backbone = self.built.base.base_model
+
+        def begin(*args: Any) -> None:
+            self.memory.kind = ACTIVATIONS
+
+        def end(module: Any, args: Any, made: Any) -> None:
+            self.memory.kind = LOGITS
+            hidden = made[0]
+            if hidden.requires_grad:
+                hidden.register_hook(begin)
+
+        def note(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                self.memory.mark(parameter.grad, GRADIENTS)
+
+        hooks += [backbone.register_forward_pre_hook(begin), backbone.register_forward_hook(end)]
+        hooks += [parameter.register_post_accumulate_grad_hook(note) for parameter in self.built.trained]
+        with self.kernels.in_place(), self.memory:
+            yield
+        for hook in hooks:
+            hook.remove()
+
+
+def learn(step: Step, batch: Batch) -> None:
+    """SFT and continued pre-training."""
+    step.memory.phase = FORWARD
+    made = step.forward(step.built.model, batch)
+    loss = made.loss if step.full_logits else -made.log_probs.sum()
+    made = None if step.full_logits else made
+    step.backward(loss)
+
+
+def prefer(step: Step, batch: Batch, precomputed: bool) -> None:
+    """DPO: both answers of all pairs at once, then by the reference. Source: trl/trainer/dpo_trainer.py 1.16."""
+    step.memory.phase = FORWARD
+    scores = step.forward(step.built.model, batch).log_probs.sum(dim=1)
+    known = torch.empty_like(scores) if precomputed else _refer(step, batch)
+    chosen, rejected = (scores - known).chunk(2)
+    step.backward(-torch.nn.functional.logsigmoid(chosen - rejected).mean())
+
+
+def judge(step: Step, batch: Batch, estimated: bool, precomputed: bool) -> None:
+    """KTO: with an estimate of the KL term on other rows. Source: trl/trainer/kto_trainer.py 1.16."""
+    step.memory.phase = REFERENCE
+    if estimated:
+        with torch.no_grad():
+            step.forward(step.built.model, batch)
+    step.memory.phase = FORWARD
+    scores = step.forward(step.built.model, batch).log_probs.sum(dim=1)
+    known = torch.empty_like(scores)
+    if not precomputed:
+        if estimated:
+            _refer(step, batch)
+        known = _refer(step, batch)
+    step.backward((1 - torch.sigmoid(scores - known)).mean())
+
+
+def rank(step: Step, batch: Batch) -> None:
+    """A reward model. Source: trl/trainer/reward_trainer.py 1.16."""
+    step.memory.phase = FORWARD
+    chosen, rejected = step.forward(step.built.model, batch).logits.squeeze(-1).chunk(2)
+    step.backward(-torch.nn.functional.logsigmoid(chosen - rejected).mean())
+
+
+def _refer(step: Step, batch: Batch) -> torch.Tensor:
+    """What the reference gives: the base without its adapter; of full fine-tuning a second model."""
+    before, step.memory.phase = step.memory.phase, REFERENCE
+    model = step.built.model
+    off = model.disable_adapter() if step.built.model is not step.built.base else contextlib.nullcontext()
+    with torch.no_grad(), off:
+        known: torch.Tensor = step.forward(model, batch).log_probs.sum(dim=1)
+    step.memory.phase = before
+    return known
+
+
+def evaluate(step: Step, batch: Batch, run: Callable[[], Any] | None = None) -> None:
+    """A forward pass without gradients."""
+    step.memory.phase = EVALUATION
+    with torch.no_grad():
+        step.forward(step.built.model, batch)

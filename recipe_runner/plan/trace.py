@@ -1,0 +1,277 @@
+"""The memory of tensors without data: a step is run on the meta device, and each operation's storages are counted.
+
+What is run is the model's own code, PEFT's, TRL's loss and autograd, in their order. Kernels of a GPU that keep other
+things than PyTorch's operations do are put in their places: attention, dropout, casts of mixed precision, 4-bit layers.
+"""
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+GRAIN = 512  # bytes: PyTorch's allocator rounds up to it (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
+WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER = "weights", "adapters", "gradients", "optimizer"
+ACTIVATIONS, LOGITS, OVERHEAD = "activations", "logits", "overhead"
+KINDS = (WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, OVERHEAD)
+DEQUANTIZED_FROM = 64  # rows: below, bitsandbytes 0.50 multiplies by 4-bit weights without unpacking them
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Peak:
+    """The most memory of a phase.
+
+    Attributes:
+        total: Bytes.
+        kinds: Kind -> bytes of it at that moment.
+    """
+
+    total: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, until they are freed.
+
+    Attributes:
+        live: Bytes that are in use now.
+        peaks: Phase -> the most that was in use.
+        flops: Floating-point operations of matrix products, by PyTorch's own counting, and of attention.
+        operations: How many were run.
+        kind: What is counted now.
+        phase: What is going on now.
+        selected: Positions with a label: as many are scored where TRL selects them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.flops = self.operations = self.selected = 0
+        self.kinds = dict.fromkeys(KINDS, 0)
+        self.peaks: dict[str, Peak] = {}
+        self.kind, self.phase = ACTIVATIONS, "forward"
+        self._known: dict[int, tuple[int, str]] = {}
+
+    def hold(self, tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor], kind: str) -> int:
+        """Counts tensors that are there already, and returns the bytes that are new."""
+        before = self.live
+        for tensor in tensors:
+            self._take(tensor, kind)
+        return self.live - before
+
+    def change(self, kind: str, size: int) -> None:
+        """Counts bytes that no tensor here stands for; negative ones are freed."""
+        self.live += size
+        self.kinds[kind] += size
+        self._note()
+
+    def spike(self, size: int) -> None:
+        """Bytes that an operation uses inside."""
+        self.change(self.kind, size)
+        self.change(self.kind, -size)
+
+    def mark(self, tensor: torch.Tensor, kind: str) -> None:
+        """What a tensor that was counted turns out to be."""
+        key = tensor.untyped_storage()._cdata
+        size, before = self._known[key]
+        self._known[key] = size, kind
+        self.kinds[before] -= size
+        self.kinds[kind] += size
+
+    def _take(self, tensor: torch.Tensor, kind: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = -(-storage.nbytes() // GRAIN) * GRAIN
+        self._known[key] = size, kind
+        self.live += size
+        self.kinds[kind] += size
+        weakref.finalize(storage, self._free, key)
+        self._note()
+
+    def _free(self, key: int) -> None:
+        size, kind = self._known.pop(key)
+        self.live -= size
+        self.kinds[kind] -= size
+
+    def _note(self) -> None:
+        peak = self.peaks.get(self.phase)
+        if peak is None:
+            peak = self.peaks[self.phase] = Peak()
+        if self.live > peak.total:
+            peak.total, peak.kinds = self.live, dict(self.kinds)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation, and counts what it makes."""
+        self.operations += 1
+        if func is aten._local_scalar_dense.default:  # .item(), if tensor: one, and yes
+            return True if args[0].dtype == torch.bool else 1
+        if func is aten.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1]):
+            rest = args[0].shape[args[1][-1].dim() :]
+            made: Any = torch.empty((self.selected, *rest), dtype=args[0].dtype, device="meta")
+        else:
+            made = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=made)
+        elif func.namespace == "bitsandbytes":
+            self._unpack(func, args)
+        for value in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(value, torch.Tensor):
+                self._take(value, self.kind)
+        return made
+
+    def _unpack(self, func: Any, args: Any) -> None:
+        """What bitsandbytes' product with 4-bit weights does inside: it unpacks the whole matrix first."""
+        if func is not torch.ops.bitsandbytes.gemm_4bit.default:
+            return
+        given, shape = args[0], args[2]
+        rows = given.numel() // given.shape[-1]
+        self.flops += 2 * rows * math.prod(shape)
+        if rows > DEQUANTIZED_FROM:
+            self.spike(math.prod(shape) * (given.element_size() + 4 // args[4]))
+
+
+class FusedAttention(torch.autograd.Function):
+    """What a fused attention kernel keeps: its inputs, its output, and a number for each query.
+
+    Source: PyTorch 2.11, aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp (mha_fwd, mha_bwd: the gradient
+    of queries is summed in float32, those of shared keys and values are made for every head) and attention.cu for a
+    mask, which is kept in the data type of the queries.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any) -> Any:
+        """The output `(batch, heads, queries, head size)`."""
+        made = torch.empty_like(query)
+        sums = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, bias, made, sums)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Gradients of query, key and value."""
+        query, key, value, bias, _, sums = ctx.saved_tensors
+        kept = [torch.empty_like(sums)]
+        if bias is None:
+            kept.append(torch.empty(query.shape, dtype=torch.float32, device=query.device))
+        if key.shape[1] != query.shape[1]:
+            shape = (*query.shape[:2], *key.shape[2:])
+            kept += [torch.empty(shape, dtype=key.dtype, device=key.device) for _ in range(2)]
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+@dataclass
+class Kernels:
+    """What a machine does otherwise than PyTorch's operations on the meta device.
+
+    Attributes:
+        memory: What counts.
+        gpu: Whether it is a GPU.
+        autocast: What matrix products are cast to by mixed precision; None without.
+        casts: Weight -> its copy in that type, as long as a forward pass lasts.
+    """
+
+    memory: Memory
+    gpu: bool
+    autocast: torch.dtype | None = None
+    casts: dict[int, torch.Tensor] = field(default_factory=dict)
+    caching: bool = True
+
+    def attend(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **more: Any) -> Any:
+        """In the place of `scaled_dot_product_attention`."""
+        query, key, value = (self.cast(tensor) for tensor in (query, key, value))
+        heads, queries, size, keys = *query.shape[1:], key.shape[2]
+        pairs = query.shape[0] * heads * queries * keys
+        self.memory.flops += 2 * 2 * pairs * size
+        bias = attn_mask
+        if attn_mask is not None and attn_mask.dtype == torch.bool and self.gpu:
+            bias = torch.empty(attn_mask.shape, dtype=query.dtype, device=query.device)
+        return FusedAttention.apply(query, key, value, bias)
+
+    def cast(self, tensor: Any) -> Any:
+        """A tensor as mixed precision takes it into a product; weights once in each forward pass."""
+        if self.autocast is None or not isinstance(tensor, torch.Tensor) or tensor.dtype == self.autocast:
+            return tensor
+        if not tensor.is_floating_point():
+            return tensor
+        if not (self.caching and tensor.requires_grad and tensor.is_leaf and tensor.dtype == torch.float32):
+            return tensor.to(self.autocast)
+        if id(tensor) not in self.casts:
+            self.casts[id(tensor)] = tensor.to(self.autocast)
+        return self.casts[id(tensor)]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While they are used."""
+        with contextlib.ExitStack() as stack:
+            patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
+            patch(torch, "is_autocast_enabled", lambda *args: self.autocast is not None)
+            patch(torch, "get_autocast_dtype", lambda *args: self.autocast or torch.float32)
+            patch(functional, "scaled_dot_product_attention", self.attend)
+            if self.autocast:
+                for owner, name in PRODUCTS:
+                    patch(owner, name, self._casting(getattr(owner, name)))
+                for owner, name in PRECISE:
+                    patch(owner, name, self._in_full(getattr(owner, name)))
+            if self.gpu:
+                patch(functional, "dropout", _drop)
+                _score_as_triton(patch, self.memory)
+            yield
+
+    def _casting(self, product: Any) -> Any:
+        def cast(*args: Any, **kwargs: Any) -> Any:
+            return product(*(self.cast(arg) for arg in args), **{key: self.cast(arg) for key, arg in kwargs.items()})
+
+        return cast
+
+    def _in_full(self, function: Any) -> Any:
+        def cast(*args: Any, **kwargs: Any) -> Any:
+            full = [arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
+            return function(*full, **kwargs)
+
+        return cast
+
+
+# What mixed precision casts down, and what it casts up. Source: docs.pytorch.org/docs/stable/amp.html, CUDA ops.
+PRODUCTS = (
+    (functional, "linear"),
+    (torch, "matmul"),
+    (torch, "bmm"),
+    (torch, "mm"),
+    (torch.Tensor, "matmul"),
+    (torch.Tensor, "__matmul__"),
+    (functional, "conv1d"),
+)
+PRECISE = ((functional, "layer_norm"), (functional, "cross_entropy"), (functional, "log_softmax"))
+
+
+def _drop(given: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """Dropout as on a GPU, where one kernel keeps a mask of one byte a number."""
+    if p == 0 or not training:
+        return given
+    made: torch.Tensor = torch.native_dropout(given, p, True)[0]
+    return made
+
+
+def _score_as_triton(patch: Any, memory: Memory) -> None:
+    """TRL 1.16's loss on a GPU: selected positions only, and kernels that need no memory of their own."""
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    def multiply(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
+        memory.flops += 2 * one.shape[0] * one.shape[1] * other.shape[1]
+
+    patch(utils, "_use_triton", lambda device: True)
+    patch(chunked_logprob, "_forward_tile", lambda *args, **kwargs: None)
+    patch(chunked_logprob, "_backward_tile", lambda *args, **kwargs: None)
+    patch(chunked_logprob, "_addmm_fp32", multiply)
