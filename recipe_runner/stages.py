@@ -52,6 +52,7 @@ class Stage:
         generates: Whether rows are prompts, and what is trained on are the model's own answers to them.
         rewarded: Whether those answers are judged by `rewards`.
         taught: Whether a teacher (`model.teacher`) says what they should have been.
+        scored: What TRL 1.16's loss computes of every label beside its log-probability (`add_fused_lm_head`).
         notes: Lines that a new recipe of this stage gets in `training`.
     """
 
@@ -72,6 +73,7 @@ class Stage:
     generates: bool = False
     rewarded: bool = False
     taught: bool = False
+    scored: tuple[str, ...] = ("entropy",)
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -117,7 +119,16 @@ _DISTILLATION_LOGGED = tuple(name for name in _RL_LOGGED if "reward" not in name
 _REWARD_LOGGED = ("num_tokens", "min_reward", "mean_reward", "max_reward", "accuracy", "margin")
 
 _SFT = Stage(
-    "sft", "trl:SFTTrainer", "trl:SFTConfig", "tokens", "CAUSAL_LM", _ADAPTER, _FULL, _LANGUAGE, _LANGUAGE_LOGGED
+    "sft",
+    "trl:SFTTrainer",
+    "trl:SFTConfig",
+    "tokens",
+    "CAUSAL_LM",
+    _ADAPTER,
+    _FULL,
+    _LANGUAGE,
+    _LANGUAGE_LOGGED,
+    scored=("entropy", "is_top1"),
 )
 
 STAGES: dict[str, Stage] = {
@@ -138,6 +149,7 @@ STAGES: dict[str, Stage] = {
             reference=True,
             first_loss={"sigmoid": math.log(2), "sigmoid_norm": math.log(2), "hinge": 1.0},
             shown=_MARGIN,
+            scored=("entropy", "mean_logits", "is_top1"),
             notes={"first": _BETA, "batches": _GROUPED},
         ),
         Stage(
@@ -153,6 +165,7 @@ STAGES: dict[str, Stage] = {
             reference=True,
             first_loss={"kto": 0.5},
             shown=_MARGIN,
+            scored=("entropy", "mean_logits"),
             notes={"first": _BETA},
         ),
         Stage(

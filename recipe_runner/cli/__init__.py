@@ -19,7 +19,7 @@ EXIT_USER_ERROR, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
 WORD_SECONDS = 15  # a busy machine needs some to end a process that has torch loaded
 COMMANDS = (
     *("check-server", "compare", "copy", "evaluate", "explain", "generate", "list", "merge", "new", "prepare"),
-    *("preview", "push", "report", "runs", "show", "smoke", "train", "validate"),
+    *("plan", "preview", "push", "report", "runs", "show", "smoke", "train", "validate"),
 )
 
 

@@ -24,12 +24,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from huggingface_hub.constants import HF_HOME
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.accounting import Accounting, Tally, simulate_batches
 from recipe_runner.data.job import Job
+from recipe_runner.data.place import KEYS, store_folder
 from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks, shape_of
 from recipe_runner.data.tables import NUMBERS
 from recipe_runner.files import FULL, disk_full, hash_file, write_json
@@ -38,7 +38,6 @@ from recipe_runner.workers import count_workers
 
 CODE = Path(__file__).resolve().parent
 # Of `training`, what decides on tokens, labels and packing.
-KEYS = ("max_length", "packing", "packing_strategy", "eval_packing", "truncation_mode", "eos_token")
 MADE_BY = ("trl", "transformers", "tokenizers", "datasets", "recipe-runner")
 SLOW_SECONDS, SAY_SECONDS = 2, 10  # when progress is told: from then on; where there is no terminal, this often
 
@@ -78,11 +77,6 @@ class PreparedData:
     files: dict[str, str]
     made_now: bool
     seconds: float
-
-
-def store_folder() -> Path:
-    """Where prepared data is kept: beside Hugging Face's own caches, moved with HF_HOME."""
-    return Path(HF_HOME) / "recipe-runner" / "prepared"
 
 
 def prepare_data(job: Job) -> PreparedData:

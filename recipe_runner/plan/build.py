@@ -78,7 +78,7 @@ def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, mixed: b
         train_beside_adapter(asked, unfrozen, empty)
     constants = quantize(empty, quantization, dtype) if quantization else []
     if not scores:
-        _add_head(empty, recipe.stage.name)
+        _add_head(empty, recipe.stage.scored)
     model, base = empty, empty
     if asked:
         model = adapters.put_on(asked, empty, start)
@@ -132,7 +132,9 @@ def quantize(model: Any, config: BitsAndBytesConfig, dtype: torch.dtype) -> list
 def _pack_4bit(module: Any, config: BitsAndBytesConfig, dtype: torch.dtype) -> list[torch.Tensor]:
     """Two weights a byte, and a constant for each block: in float32, or in 8 bits with constants of its own."""
     from bitsandbytes.functional import QuantState
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn.modules import Params4bit
+
+    make_state: Any = QuantState  # which has no types
 
     def empty(count: int, kind: torch.dtype) -> torch.Tensor:
         return torch.empty(count, dtype=kind, device="meta")
@@ -144,8 +146,9 @@ def _pack_4bit(module: Any, config: BitsAndBytesConfig, dtype: torch.dtype) -> l
     if config.bnb_4bit_use_double_quant:
         absmax, offset = empty(blocks, torch.uint8), torch.empty((), device="meta")
         inner = empty(-(-blocks // NESTED_BLOCK), torch.float32)
-        nested = QuantState(inner, code=empty(CODE, torch.float32), blocksize=NESTED_BLOCK, dtype=torch.float32)
-    state = QuantState(absmax, shape, empty(16, torch.float32), BLOCK, kind, dtype, offset, nested)
+        code = empty(CODE, torch.float32)
+        nested = make_state(inner, code=code, blocksize=NESTED_BLOCK, dtype=torch.float32)
+    state = make_state(absmax, shape, empty(16, torch.float32), BLOCK, kind, dtype, offset, nested)
     packed = torch.empty((-(-count // 2 // storage.itemsize), 1), dtype=storage, device="meta")
     module.weight = Params4bit(
         packed, requires_grad=False, quant_state=state, blocksize=BLOCK, quant_type=kind, bnb_quantized=True
@@ -157,7 +160,7 @@ def _pack_4bit(module: Any, config: BitsAndBytesConfig, dtype: torch.dtype) -> l
 
 def _pack_8bit(module: Any) -> list[torch.Tensor]:
     """A byte a weight, and a constant in float32 for each row."""
-    from bitsandbytes.nn import Int8Params
+    from bitsandbytes.nn.modules import Int8Params
 
     rows = module.weight.shape[0]
     constants = torch.empty(rows, dtype=torch.float32, device="meta")
@@ -166,16 +169,11 @@ def _pack_8bit(module: Any) -> list[torch.Tensor]:
     return [constants]
 
 
-def _add_head(model: Any, stage: str) -> None:
+def _add_head(model: Any, more: tuple[str, ...]) -> None:
     """TRL's loss, which never holds all logits. Source: trl/trainer/{sft,dpo,kto,grpo,rloo}_trainer.py 1.16."""
     from trl.trainer.utils import add_fused_lm_head
 
-    more = {
-        "sft": ("entropy", "is_top1"),
-        "pretrain": ("entropy", "is_top1"),
-        "dpo": ("entropy", "mean_logits", "is_top1"),
-    }
-    add_fused_lm_head(model, outputs=("log_probs", *more.get(stage, ("entropy",))))
+    add_fused_lm_head(model, outputs=("log_probs", *more))
 
 
 def _train_in_bfloat16(model: Any) -> None:

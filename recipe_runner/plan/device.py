@@ -1,9 +1,11 @@
 """What is known of GPUs: `gpus.json`, each figure from the source that it names."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+
+import torch
 
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.words import suggest
@@ -34,6 +36,7 @@ class Device:
 
 
 CPU = Device("cpu", gpu=False, bf16=False)
+ANY_GPU = Device("any GPU with bfloat16", workspace=32 * 2**20)
 
 
 @cache
@@ -65,3 +68,28 @@ def find_gpu(name: str) -> Device:
             return device
     fix = suggest(wanted, list(gpus)) or f"known: {', '.join(gpus)}; or give its memory: --memory 24"
     raise user_error("unknown-gpu", f"there is no GPU '{name}' in the catalogue", fix)
+
+
+def choose_device(name: str | None, memory: float | None) -> Device:
+    """What is planned for: by name, by its memory in GiB, or the GPU of this machine, where it has one.
+
+    Raises:
+        UserError: There is no GPU of that name.
+    """
+    if name == CPU.name:
+        return CPU
+    if name is not None:
+        return find_gpu(name)
+    if memory is not None:
+        return replace(ANY_GPU, name=f"a GPU with {memory:g} GiB", memory=round(memory * GIB))
+    if not torch.cuda.is_available():
+        return ANY_GPU
+    properties = torch.cuda.get_device_properties(0)
+    known = next((gpu for key, gpu in read_gpus().items() if _is_named(key, properties.name)), ANY_GPU)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return replace(known, name=properties.name, memory=properties.total_memory, bf16=bf16)
+
+
+def _is_named(key: str, name: str) -> bool:
+    """Whether a GPU of the catalogue is the one that a driver names."""
+    return all(part.lower() in name.lower() for part in key.replace("GB", "").split("-"))

@@ -1,31 +1,42 @@
 """The most memory that a run takes on a device: a step is traced, and what else is there is added."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
 
 from recipe_runner.plan import optimizer, step
-from recipe_runner.plan.build import Built, build, checkpoints
+from recipe_runner.plan.build import Built, build
 from recipe_runner.plan.device import Device
+from recipe_runner.plan.sharding import OPTIMIZING, Layers
 from recipe_runner.plan.step import Batch, Step
-from recipe_runner.plan.trace import (
-    ACTIVATIONS,
-    ADAPTERS,
-    GRADIENTS,
-    OPTIMIZER,
-    OVERHEAD,
-    WEIGHTS,
-    Kernels,
-    Memory,
-    Peak,
-)
+from recipe_runner.plan.trace import GRADIENTS, OPTIMIZER, WEIGHTS, Kernels, Memory, Peak
 from recipe_runner.recipe.recipe import Recipe
 
-OPTIMIZING = "optimizer step"
-MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What other training code does otherwise than TRL 1.16, for holding published figures against a plan.
+
+    Attributes:
+        full_logits: Whether the loss is made from all logits, as transformers' own is.
+        float32_logits: Whether in float32.
+        copied_logits: Whether those are copied when they are shifted (transformers before 4.50).
+        float32_casts: Whether weights that are not quantized are float32 (PEFT's prepare_model_for_kbit_training).
+        math_attention: Whether attention keeps its weights, one for each pair of tokens.
+        kept_inputs: Whether 4-bit layers keep what they are given (bitsandbytes before 0.43).
+        adapter_dtype: Of the adapter; None for what PEFT and TRL do today.
+    """
+
+    full_logits: bool = False
+    float32_logits: bool = True
+    copied_logits: bool = False
+    float32_casts: bool = False
+    math_attention: bool = False
+    kept_inputs: bool = False
+    adapter_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Setting:
         train: A batch of training.
         held_out: A batch of evaluation; None without.
         continued: Whether the adapter was trained before.
-        full_logits: Whether the loss is made from all logits, as transformers' own is and TRL's was.
+        stack: What is done otherwise than by TRL.
     """
 
     config: PretrainedConfig
@@ -50,7 +61,7 @@ class Setting:
     train: Batch
     held_out: Batch | None = None
     continued: bool = False
-    full_logits: bool = False
+    stack: Stack = Stack()
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,10 @@ class Traced:
         flops: Of a batch, forward and backward.
         operations: Of a batch.
         paged: Bytes of optimizer states that may leave the device.
+        state_bytes: Of the optimizer's states on the device.
         trained_bytes: Of what is trained.
         saved_bytes: Of what a result holds.
+        layers: What is gathered at a time, where weights are shared.
     """
 
     parameters: Mapping[str, int]
@@ -72,8 +85,10 @@ class Traced:
     flops: int
     operations: int
     paged: int
+    state_bytes: int
     trained_bytes: int
     saved_bytes: int
+    layers: Layers
 
     @property
     def peak(self) -> Peak:
@@ -93,9 +108,10 @@ def trace(recipe: Recipe, setting: Setting) -> Traced:
         UserError: The model or its adapter can't be built.
     """
     built = build(recipe, setting.config, setting.dtype, setting.mixed is not None, setting.continued)
-    memory = Memory()
-    kernels = Kernels(memory, setting.device.gpu, setting.mixed)
-    run = Step(built, memory, kernels, setting.full_logits)
+    memory, stack = Memory(), setting.stack
+    _change_types(built, stack)
+    kernels = Kernels(memory, setting.device.gpu, setting.mixed, stack.math_attention, stack.kept_inputs)
+    run = Step(built, memory, kernels, stack.full_logits, stack.copied_logits, stack.float32_logits)
     run.hold_model()
     name = optimizer_of(recipe)
     embeddings = [id(module.weight) for module in built.model.modules() if isinstance(module, torch.nn.Embedding)]
@@ -120,11 +136,35 @@ def trace(recipe: Recipe, setting: Setting) -> Traced:
     if not recipe.peft:
         saved = sum(p.numel() for p in built.model.parameters()) * (2 if setting.dtype != torch.float32 else 4)
     trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in built.trained)
-    return Traced(count(built), memory.peaks, flops, operations, needs.paged, trained_bytes, saved)
+    layers = measure_layers(built)
+    figures = (flops, operations, needs.paged, needs.states, trained_bytes, saved, layers)
+    return Traced(count(built), memory.peaks, *figures)
+
+
+def measure_layers(built: Built) -> Layers:
+    """The largest layer, and what is in none."""
+
+    def size(module: torch.nn.Module, trained: bool = False) -> int:
+        return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not trained)
+
+    number = built.base.config.get_text_config().num_hidden_layers
+    lists = [m for m in built.base.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == number]
+    layers = list(lists[0]) if lists else [built.base]
+    root = max(0, size(built.base) - sum(size(layer) for layer in layers))
+    return Layers(max(map(size, layers)), root, max(size(layer, True) for layer in layers))
+
+
+def _change_types(built: Built, stack: Stack) -> None:
+    """Data types that other code gives to what is trained, and to what is not quantized."""
+    for parameter in built.model.parameters():
+        if stack.adapter_dtype and parameter.requires_grad:
+            parameter.data = parameter.data.to(stack.adapter_dtype)
+        elif stack.float32_casts and not parameter.requires_grad and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.float()
 
 
 def optimizer_of(recipe: Recipe) -> str:
-    """transformers' name of the optimizer."""
+    """Transformers' name of the optimizer."""
     return str(recipe.training["optim"] or "adamw_torch_fused")
 
 
@@ -162,8 +202,14 @@ def _train(recipe: Recipe, run: Step, batch: Batch) -> None:
     if name == "pairs":
         step.prefer(run, batch, bool(training["precompute_ref_log_probs"]))
     elif name == "unpaired":
-        step.judge(run, batch, training["loss_type"] == "kto", bool(training["precompute_ref_log_probs"]))
+        step.judge(
+            run, batch, training["loss_type"] in recipe.stage.first_loss, bool(training["precompute_ref_log_probs"])
+        )
     elif name == "scored_pairs":
         step.rank(run, batch)
+    elif recipe.stage.generates:
+        more = training["steps_per_generation"] or training["gradient_accumulation_steps"]
+        refers = recipe.stage.taught or bool(training["beta"])
+        step.reinforce(run, batch, batch.rows * int(more), refers)
     else:
         step.learn(run, batch)

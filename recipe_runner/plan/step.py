@@ -1,7 +1,7 @@
 """A training step of each stage without data, in the order in which TRL 1.16 runs it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,9 @@ import torch
 from recipe_runner.plan.build import Built
 from recipe_runner.plan.trace import ACTIVATIONS, ADAPTERS, GRADIENTS, LOGITS, WEIGHTS, Kernels, Memory
 
+WRITTEN = (
+    14  # bytes for each logit of the next token: as it comes, in float32, sorted, as a share (transformers' sample)
+)
 FORWARD, BACKWARD, REFERENCE, EVALUATION, GENERATION = "forward", "backward", "reference", "evaluation", "generation"
 
 
@@ -23,6 +26,7 @@ class Batch:
         supervised: Tokens of each that are learned.
         flat: Whether all rows are one sequence, kept apart by their positions (packing).
         padded: Whether there is padding, which a mask hides.
+        answer: Tokens at the end of each that the model writes itself.
     """
 
     rows: int
@@ -30,6 +34,7 @@ class Batch:
     supervised: int
     flat: bool = False
     padded: bool = False
+    answer: int = 0
 
     @property
     def tokens(self) -> int:
@@ -39,12 +44,14 @@ class Batch:
 
 @dataclass
 class Step:
-    """A model, what counts its memory, and what the machine does its own way."""
+    """A model, what counts its memory, and what the machine does its own way; for the rest see `memory.Stack`."""
 
     built: Built
     memory: Memory
     kernels: Kernels
     full_logits: bool = False
+    copied_logits: bool = False
+    float32_logits: bool = True
 
     def hold_model(self) -> None:
         """Counts the model's own tensors."""
@@ -58,14 +65,22 @@ class Step:
         self.memory.selected = batch.rows * batch.supervised
         self.kernels.casts.clear()
         self.kernels.caching = True
-        scores = self.built.model is not self.built.base and not hasattr(self.built.base, "lm_head")
-        if self.full_logits or scores or not hasattr(self.built.base, "lm_head"):
-            made = model(input_ids=ids, **more, **({} if scores else {"labels": ids}))
+        if self.full_logits:
+            made = self._lose(model(input_ids=ids, **more).logits)
+        elif self.built.base.get_output_embeddings() is None:
+            made = model(input_ids=ids, **more)
         else:
             made = model(input_ids=ids, labels=ids, fused_lm_head=True, **more)
         self.kernels.casts.clear()
         self.kernels.caching = False
         return made
+
+    def _lose(self, given: torch.Tensor) -> torch.Tensor:
+        """The loss from all logits, which are there until it is made. Source: transformers/loss/loss_utils.py."""
+        logits = given.float() if self.float32_logits else given
+        shifted = logits[..., :-1, :].contiguous() if self.copied_logits else logits
+        labels = torch.empty(shifted.shape[:-1], dtype=torch.long, device="meta")
+        return torch.nn.functional.cross_entropy(shifted.view(-1, shifted.shape[-1]), labels.view(-1))
 
     def _inputs(self, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
         rows, length = (1, batch.tokens) if batch.flat else (batch.rows, batch.length)
@@ -88,7 +103,7 @@ class Step:
     def backward(self, loss: torch.Tensor) -> None:
         """The backward pass; what is left in the end are gradients."""
         self.memory.phase, self.memory.kind = BACKWARD, LOGITS
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.memory.kind = ACTIVATIONS
 
     @contextlib.contextmanager
@@ -111,7 +126,8 @@ class Step:
                 self.memory.mark(parameter.grad, GRADIENTS)
 
         hooks += [backbone.register_forward_pre_hook(begin), backbone.register_forward_hook(end)]
-        hooks += [parameter.register_post_accumulate_grad_hook(note) for parameter in self.built.trained]
+        trained: list[Any] = self.built.trained
+        hooks += [parameter.register_post_accumulate_grad_hook(note) for parameter in trained]
         with self.kernels.in_place(), self.memory:
             yield
         for hook in hooks:
@@ -122,9 +138,7 @@ def learn(step: Step, batch: Batch) -> None:
     """SFT and continued pre-training."""
     step.memory.phase = FORWARD
     made = step.forward(step.built.model, batch)
-    loss = made.loss if step.full_logits else -made.log_probs.sum()
-    made = None if step.full_logits else made
-    step.backward(loss)
+    step.backward(made if step.full_logits else -made.log_probs.sum())
 
 
 def prefer(step: Step, batch: Batch, precomputed: bool) -> None:
@@ -170,8 +184,44 @@ def _refer(step: Step, batch: Batch) -> torch.Tensor:
     return known
 
 
-def evaluate(step: Step, batch: Batch, run: Callable[[], Any] | None = None) -> None:
+def evaluate(step: Step, batch: Batch) -> None:
     """A forward pass without gradients."""
     step.memory.phase = EVALUATION
     with torch.no_grad():
         step.forward(step.built.model, batch)
+
+
+def reinforce(step: Step, batch: Batch, answers: int, refers: bool) -> None:
+    """RLOO, GRPO and distillation: answers are written, compared by a reference or teacher, and learned.
+
+    Source: trl/trainer/{rloo,grpo,distillation}_trainer.py 1.16: all answers of a step are written at once.
+
+    Args:
+        step: The step.
+        batch: Of training: prompts with their answers.
+        answers: That are written at a time.
+        refers: Whether a reference or a teacher looks at them.
+    """
+    memory, base = step.memory, step.built.base
+    text = base.config.get_text_config()
+    memory.phase = GENERATION
+    kept = measure_cache(text, step.kernels.autocast or step.built.dtype) * answers * batch.length
+    memory.change(ACTIVATIONS, kept)
+    numbers = answers * text.vocab_size
+    memory.change(LOGITS, numbers * WRITTEN)
+    with torch.no_grad():
+        ids, more = step._inputs(Batch(answers, batch.length - batch.answer, 0, padded=True))
+        base.base_model(input_ids=ids, **more)
+    memory.kind = ACTIVATIONS
+    memory.change(LOGITS, -numbers * WRITTEN)
+    memory.change(ACTIVATIONS, -kept)
+    if refers:
+        _refer(step, batch)
+    learn(step, batch)
+
+
+def measure_cache(text: Any, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of a token."""
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * size * dtype.itemsize)

@@ -144,9 +144,9 @@ class Memory(TorchDispatchMode):
 class FusedAttention(torch.autograd.Function):
     """What a fused attention kernel keeps: its inputs, its output, and a number for each query.
 
-    Source: PyTorch 2.11, aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp (mha_fwd, mha_bwd: the gradient
-    of queries is summed in float32, those of shared keys and values are made for every head) and attention.cu for a
-    mask, which is kept in the data type of the queries.
+    Source: PyTorch 2.11, ATen/native/transformers/cuda/flash_attn/flash_api.cpp (mha_fwd, mha_bwd: the gradient of
+    queries is summed in float32, those of shared keys and values are made for every head) and attention.cu for a mask,
+    which is kept in the data type of the queries.
     """
 
     @staticmethod
@@ -178,25 +178,29 @@ class Kernels:
         memory: What counts.
         gpu: Whether it is a GPU.
         autocast: What matrix products are cast to by mixed precision; None without.
+        math: Whether attention is made of products and a softmax.
+        kept: Whether 4-bit layers keep what they are given.
         casts: Weight -> its copy in that type, as long as a forward pass lasts.
     """
 
     memory: Memory
     gpu: bool
     autocast: torch.dtype | None = None
+    math: bool = False
+    kept: bool = False
     casts: dict[int, torch.Tensor] = field(default_factory=dict)
     caching: bool = True
 
     def attend(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **more: Any) -> Any:
         """In the place of `scaled_dot_product_attention`."""
         query, key, value = (self.cast(tensor) for tensor in (query, key, value))
-        heads, queries, size, keys = *query.shape[1:], key.shape[2]
-        pairs = query.shape[0] * heads * queries * keys
-        self.memory.flops += 2 * 2 * pairs * size
+        if self.math:
+            return _attend_plainly(query, key, value)
+        self.memory.flops += 4 * query.numel() * key.shape[2]
         bias = attn_mask
         if attn_mask is not None and attn_mask.dtype == torch.bool and self.gpu:
             bias = torch.empty(attn_mask.shape, dtype=query.dtype, device=query.device)
-        return FusedAttention.apply(query, key, value, bias)
+        return FusedAttention.apply(query, key, value, bias)  # type: ignore[no-untyped-call]
 
     def cast(self, tensor: Any) -> Any:
         """A tensor as mixed precision takes it into a product; weights once in each forward pass."""
@@ -214,7 +218,10 @@ class Kernels:
     def in_place(self) -> Iterator[None]:
         """While they are used."""
         with contextlib.ExitStack() as stack:
-            patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
+
+            def patch(owner: Any, name: str, value: Any) -> None:
+                stack.enter_context(mock.patch.object(owner, name, value))
+
             patch(torch, "is_autocast_enabled", lambda *args: self.autocast is not None)
             patch(torch, "get_autocast_dtype", lambda *args: self.autocast or torch.float32)
             patch(functional, "scaled_dot_product_attention", self.attend)
@@ -223,6 +230,11 @@ class Kernels:
                     patch(owner, name, self._casting(getattr(owner, name)))
                 for owner, name in PRECISE:
                     patch(owner, name, self._in_full(getattr(owner, name)))
+            if self.kept:
+                import bitsandbytes
+
+                product = bitsandbytes.matmul_4bit
+                patch(bitsandbytes, "matmul_4bit", lambda given, *args, **more: _keep(product(given, *args, **more), given))
             if self.gpu:
                 patch(functional, "dropout", _drop)
                 _score_as_triton(patch, self.memory)
@@ -240,6 +252,32 @@ class Kernels:
             return function(*full, **kwargs)
 
         return cast
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps a tensor until another one's gradient comes, and changes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, made: Any, given: Any) -> Any:
+        ctx.save_for_backward(given)
+        return made.view_as(made)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return grad, None
+
+
+def _keep(made: torch.Tensor, given: torch.Tensor) -> Any:
+    return _Kept.apply(made, given)  # type: ignore[no-untyped-call]
+
+
+def _attend_plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention that holds a weight for each pair of tokens, with the softmax in float32."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(shared, 1) if shared > 1 else tensor for tensor in (key, value))
+    weights = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5
+    shares = functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(shares, value)
 
 
 # What mixed precision casts down, and what it casts up. Source: docs.pytorch.org/docs/stable/amp.html, CUDA ops.

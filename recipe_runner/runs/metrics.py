@@ -3,7 +3,9 @@
 `completions.jsonl`, of stages in which the model answers itself: every answer, with what judged it, and `step`.
 """
 
+import itertools
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +54,20 @@ def drop_metrics_after(run: Path, step: int) -> None:
         if (run / name).exists():
             kept = [entry for entry in read_metrics(run, name) if entry["step"] <= step]
             write_text(run / name, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
+
+
+def measure_speed(run: Path) -> dict[str, float]:
+    """Seconds of a step and tokens a second: the median, as what else the machine did meanwhile does not count."""
+    logged = [entry for entry in read_metrics(run) if "loss" in entry or "eval_loss" in entry]
+    steps, speeds = [], []
+    for before, entry in itertools.pairwise(logged):
+        if "loss" in before and "loss" in entry and entry["step"] > before["step"]:  # no evaluation between
+            seconds = entry["time"] - before["time"]
+            steps.append(seconds / (entry["step"] - before["step"]))
+            speeds.append((entry.get("num_tokens", 0) - before.get("num_tokens", 0)) / max(seconds, 1e-9))
+    if not steps:
+        return {}
+    return {"step_seconds": statistics.median(steps), "tokens_per_second": statistics.median(speeds)}
 
 
 def measure_series(logged: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:

@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -32,6 +31,7 @@ from recipe_runner.model.base import load_model_config
 from recipe_runner.model.hub import find_model
 from recipe_runner.model.tiny import fill_padding, shrink_config
 from recipe_runner.model.tokenizer import read_own, stop_ids
+from recipe_runner.plan.setting import build_config, refuse_remote_code
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.words import suggest
 from recipe_runner.recipe.library import shelf
@@ -144,32 +144,9 @@ def read_config(model: ModelSection, facts: ModelFacts | None) -> PretrainedConf
             message = f"{model.name_or_path} is not in recipes/models.json, and the hub can't be reached"
             fix = "add its facts with their sources, or name a folder with its config.json"
             raise user_error("model-facts-missing", message, fix, path=PLACE)
-        _refuse_remote_code(model, read_object(model.folder / "config.json") if model.folder else {})
+        refuse_remote_code(model, read_object(model.folder / "config.json") if model.folder else {})
         return load_model_config(model)
-    if facts.model_type not in CONFIG_MAPPING_NAMES:
-        message = f"recipes/models.json, {facts.name}: transformers knows no architecture '{facts.model_type}'"
-        fix = suggest(facts.model_type, list(CONFIG_MAPPING_NAMES)) or "model_type is what its config.json says"
-        raise user_error("model-config", message, fix, path=PLACE)
-    try:
-        config = AutoConfig.for_model(facts.model_type, **facts.config)
-    except Exception as error:  # numbers of a file that anybody may have written
-        message = f"recipes/models.json, {facts.name}: {facts.model_type}: {first_line(error)}"
-        raise user_error("model-config", message, "check its config there", path=PLACE) from error
-    text = config.get_text_config()
-    if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        message = f"{facts.name}: the architecture {facts.model_type} is no language model that generates text"
-        raise user_error("model-config", message, path=PLACE)
-    if model.attn_implementation:
-        text._attn_implementation = model.attn_implementation
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
-    return config
-
-
-def _refuse_remote_code(model: ModelSection, config: dict[str, Any]) -> None:
-    if config.get("auto_map") and not model.trust_remote_code:
-        message = f"{model.name_or_path} brings code of its own (auto_map in config.json), which is not run"
-        fix = "take a model that transformers knows, or set model.trust_remote_code: true and a pinned revision"
-        raise user_error("remote-code", message, fix, path=PLACE)
+    return build_config(model, facts)
 
 
 def _is_cached(model: ModelSection) -> bool:

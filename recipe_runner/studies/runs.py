@@ -1,8 +1,6 @@
 """Runs the variants of a study one after another, and goes on where an interrupted study stopped."""
 
-import itertools
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +13,7 @@ from recipe_runner.problems.errors import Interrupted, UserError
 from recipe_runner.recipe.local import is_file_source, list_files
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.runs.folder import find_outdated, last_checkpoint, recipe_changes
-from recipe_runner.runs.metrics import read_metrics
+from recipe_runner.runs.metrics import measure_speed
 from recipe_runner.studies.study import Study, Variant
 
 FIGURES = "figures.json"
@@ -169,15 +167,7 @@ def _read_training(run: Path) -> dict[str, Any]:
     figures: dict[str, Any] = dict(environment.get("parameters") or {})
     figures["peak_memory_bytes"] = (status.get("measured") or {}).get("peak_memory_bytes")
     figures["machine"] = {key: environment.get(key) for key in ("processor", "cpu_count", "gpus")}
-    logged = [entry for entry in read_metrics(run) if "loss" in entry or "eval_loss" in entry]
-    steps, speeds = [], []
-    for before, entry in itertools.pairwise(logged):
-        if "loss" in before and "loss" in entry and entry["step"] > before["step"]:  # no evaluation between
-            seconds = entry["time"] - before["time"]
-            steps.append(seconds / (entry["step"] - before["step"]))
-            speeds.append((entry.get("num_tokens", 0) - before.get("num_tokens", 0)) / max(seconds, 1e-9))
-    if steps:  # the median: what else the machine did meanwhile does not count
-        figures |= {"step_seconds": statistics.median(steps), "tokens_per_second": statistics.median(speeds)}
+    figures |= measure_speed(run)
     return figures
 
 

@@ -1,5 +1,6 @@
 """What happens beside training: metrics, whole checkpoints, signals."""
 
+import math
 import operator
 import os
 import signal
@@ -57,8 +58,8 @@ class Recorder(TrainerCallback):
 class Lines(TrainerCallback):
     """Says what is logged in a line of columns, and logs the first and the last step whatever `logging_steps` is.
 
-    Tokens a second are those since the line before, without the time of evaluations; `left` is the time that the steps
-    to come take, if they take as long as those of this run did.
+    Tokens a second are those since the line before, without the time of evaluations; `left` is the time that the steps,
+    evaluations and checkpoints to come take, if they take as long as those of this run did.
     """
 
     COLUMNS: ClassVar = {"step": 8, "loss": 10, "margin": 10, "rate": 11, "tokens/s": 10, "left": 10}
@@ -67,14 +68,25 @@ class Lines(TrainerCallback):
         self.measures = stage.measures
         self.shown = stage.shown
         self.evaluated, self.told = 0.0, False
+        self.evaluations: list[float] = []  # seconds of each
+        self.saves: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins to measure."""
         self.began, self.first = time.monotonic(), state.global_step
         self.last, self.tokens = self.began, 0 if not state.global_step else None
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Keeps how long it took."""
+        self.evaluations.append((metrics or {}).get("eval_runtime", 0.0))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keeps how long it took: what the end of the step is ago, without the evaluation between."""
+        self.saves.append(time.monotonic() - self.ended - sum(self.evaluations[self.before :]))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Has the first and the last step logged."""
+        self.ended, self.before = time.monotonic(), len(self.evaluations)
         if args.logging_strategy == "steps" and state.global_step in (1, state.max_steps):
             control.should_log = True
 
@@ -84,7 +96,7 @@ class Lines(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if "loss" in logs:
-            self._say_step(state, logs)
+            self._say_step(args, state, logs)
         elif "eval_loss" in logs:
             self.evaluated += logs.get("eval_runtime", 0)
             found = "; ".join(f"{name} {logs[key]:.4g}" for key, name in self.measures.items() if key in logs)
@@ -93,7 +105,7 @@ class Lines(TrainerCallback):
             steps, taken = state.global_step - self.first, timedelta(seconds=round(logs["train_runtime"]))
             tqdm.write(f"  {steps:,} step{'s' * (steps != 1)} in {taken}; mean loss {logs['train_loss']:.4g}")
 
-    def _say_step(self, state: Any, logs: dict[str, Any]) -> None:
+    def _say_step(self, args: Any, state: Any, logs: dict[str, Any]) -> None:
         now, tokens, done = time.monotonic(), logs.get("num_tokens"), state.global_step - self.first
         cells = {"step": f"{state.global_step:,}", "loss": f"{logs['loss']:.4f}"}
         cells |= {name: f"{logs.get(key) or 0:.4f}" for key, name in self.shown.items()}
@@ -101,12 +113,26 @@ class Lines(TrainerCallback):
         speed = ""
         if tokens is not None and self.tokens is not None:
             speed = f"{(tokens - self.tokens) / max(now - self.last - self.evaluated, 1e-3):,.0f}"
-        left = (now - self.began) / max(done, 1) * (state.max_steps - state.global_step)
+        beside = [*self.evaluations, *self.saves]
+        left = (now - self.began - sum(beside)) / max(done, 1) * (state.max_steps - state.global_step)
+        for taken, strategy, every in (
+            (self.evaluations, args.eval_strategy, state.eval_steps),
+            (self.saves, args.save_strategy, state.save_steps),
+        ):
+            left += sum(taken) / max(len(taken), 1) * _count_to_come(state, str(strategy.value), every)
         cells |= {"tokens/s": speed, "left": str(timedelta(seconds=round(left)))}
         if not self.told:
             tqdm.write("".join(f"{name:>{self.COLUMNS.get(name, 10)}}" for name in cells))
         tqdm.write("".join(f"{cell:>{self.COLUMNS.get(name, 10)}}" for name, cell in cells.items()))
         self.told, self.last, self.tokens, self.evaluated = True, now, tokens, 0.0
+
+
+def _count_to_come(state: Any, strategy: str, every: float | None) -> int:
+    """How often something that is done every so many steps, or after each epoch, is still to be done."""
+    if strategy == "steps" and every:
+        count = int(every if every >= 1 else max(1, math.ceil(every * state.max_steps)))
+        return int(state.max_steps // count - state.global_step // count)
+    return math.ceil(state.num_train_epochs - (state.epoch or 0)) if strategy == "epoch" else 0
 
 
 class EarlyStop(EarlyStoppingCallback):

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate.utils import is_bf16_available
 
 from recipe_runner.launch.process import WAITING
 from recipe_runner.launch.processes import asks_for_cpu, device_kind
+from recipe_runner.model.precision import Precision, decide_precision
 from recipe_runner.problems.errors import user_error
 from recipe_runner.recipe.sections import UpstreamSection
 
@@ -28,27 +29,6 @@ PACKAGES = (
     "torch",
     "deepspeed",
 )
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Precision of a run.
-
-    Attributes:
-        dtype: Data type of the weights in memory, a torch name or `auto`.
-        bf16: Mixed precision with bfloat16.
-        fp16: Mixed precision with float16.
-        reason: Why, in a few words.
-    """
-
-    dtype: str
-    bf16: bool
-    fp16: bool
-    reason: str
-
-    def __str__(self) -> str:
-        mixed = "bf16 mixed" if self.bf16 else "fp16 mixed" if self.fp16 else "no mixed"
-        return f"{self.dtype} weights, {mixed} precision ({self.reason})"
 
 
 def choose_precision(training: UpstreamSection, dtype: str | None, adapter: bool, launcher: str) -> Precision:
@@ -89,8 +69,7 @@ def choose_precision(training: UpstreamSection, dtype: str | None, adapter: bool
         mixed = {"bf16": launcher == "bf16", "fp16": launcher == "fp16"}
         dtype = dtype or ("bfloat16" if mixed["bf16"] and gpu else "float32")
         return Precision(dtype, **mixed, reason="as the launch configuration says")
-    bf16 = bool(training["bf16"]) if asked else has_bf16
-    dtype = dtype or ("bfloat16" if has_bf16 and adapter else "float32")
+    decided = decide_precision(training, dtype, adapter, has_bf16)
     reason = (
         "as the recipe says"
         if asked
@@ -98,7 +77,7 @@ def choose_precision(training: UpstreamSection, dtype: str | None, adapter: bool
         if gpu
         else "a CPU"
     )
-    return Precision(dtype, bf16, bool(training["fp16"]), reason)
+    return replace(decided, reason=reason)
 
 
 def check_offloading(training: UpstreamSection) -> None:
@@ -157,7 +136,8 @@ def describe_environment(folder: Path) -> dict[str, Any]:
 def measure_memory(device: torch.device) -> dict[str, Any]:
     """The most memory that this process had: on an accelerator as torch counts it, else what the system gave it."""
     if device.type == "cuda":
-        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "of": f"tensors on {device}, process 0"}
+        peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"peak_memory_bytes": peak, "reserved_bytes": reserved, "of": f"tensors on {device}, process 0"}
     try:
         import resource  # not on Windows
     except ImportError:
@@ -165,6 +145,36 @@ def measure_memory(device: torch.device) -> dict[str, Any]:
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes, on macOS bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"peak_memory_bytes": peak, "of": "the process 0, with its libraries"}
+
+
+def measure_parts(trainer: Any) -> dict[str, int]:
+    """Bytes of what is there all the time, by kind: weights, adapters, their gradients, the optimizer's states.
+
+    Empty where processes share them: a part of a tensor is not its bytes.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return {}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    storages: dict[str, dict[int, int]] = {"weights": {}, "adapters": {}, "optimizer": {}}
+    trained = "adapters" if hasattr(model, "peft_config") else "weights"
+    gradients = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        kept = storages[trained if tensor.requires_grad else "weights"]
+        parts = [tensor, *_constants(getattr(tensor, "quant_state", None))]
+        kept |= {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+        gradients += tensor.numel() * tensor.element_size() * tensor.requires_grad
+    for state in getattr(trainer.optimizer, "state", {}).values():
+        tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+        storages["optimizer"] |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return {kind: sum(found.values()) for kind, found in storages.items()} | {"gradients": gradients}
+
+
+def _constants(state: Any) -> list[torch.Tensor]:
+    """Tensors of a quantization by bitsandbytes."""
+    if state is None:
+        return []
+    inner = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+    return [state.absmax, state.code, *inner]
 
 
 def _list_accelerators() -> list[str]:

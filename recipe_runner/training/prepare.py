@@ -25,6 +25,7 @@ from recipe_runner.model import adapter as new_adapter
 from recipe_runner.model import base, continuation, hub
 from recipe_runner.model.adapter import is_norm
 from recipe_runner.model.load import is_reward_model
+from recipe_runner.model.precision import Precision
 from recipe_runner.model.quantization import build_quantization, check_published, describe_published
 from recipe_runner.model.tokenizer import find_stops, load_tokenizer
 from recipe_runner.model.unfreeze import check_new_rows, freeze_others, select_parameters, train_beside_adapter
@@ -35,7 +36,7 @@ from recipe_runner.recipe.rules import check_steps
 from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
 from recipe_runner.runs.golden import ROWS
 from recipe_runner.training.config import build_config, count_prompts, count_steps
-from recipe_runner.training.environment import Precision, check_offloading, choose_precision, describe_environment
+from recipe_runner.training.environment import check_offloading, choose_precision, describe_environment
 from recipe_runner.training.optimizer import check_optimizer, freeze_first_matrices
 from recipe_runner.training.resume import describe_batches
 from recipe_runner.training.rewards import check_reward_models, compare_tokens, find_trained, read_own_tokenizer

@@ -18,18 +18,19 @@ from recipe_runner.problems.words import make_visible
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs import folder as run_folder
-from recipe_runner.runs.metrics import drop_metrics_after
+from recipe_runner.runs.metrics import drop_metrics_after, measure_speed
 from recipe_runner.runs.report import leave_report
 from recipe_runner.stages import Stage
 from recipe_runner.training import card, prepare, resume, summary, trainers, verify
 from recipe_runner.training.allocation import allocate_ranks
 from recipe_runner.training.callbacks import EarlyStop, Finished, Interruption, Recorder, say_progress, weigh_batches
 from recipe_runner.training.completions import keep_completions, keep_prompt_order
-from recipe_runner.training.environment import measure_memory
+from recipe_runner.training.environment import measure_memory, measure_parts
 from recipe_runner.training.failures import explain
 from recipe_runner.training.initial import keep_initial, save_converted
 from recipe_runner.training.longest import LongestBatch, find_longest
 from recipe_runner.training.optimizer import forget_modules, use_peft_optimizer
+from recipe_runner.training.planned import check_room, record_plan
 from recipe_runner.training.prepare import Prepared
 from recipe_runner.training.rewards import FAILED, try_rewards
 from recipe_runner.training.samples import Sampler, record_golden, record_scores
@@ -117,7 +118,9 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
                 print(recipe.place(problem), file=sys.stderr)
         if watch:
             watch(trainer, prepared, folder)
+        check_room(recipe, trainer, folder)
         _train(trainer, folder, interruption, found is not None, early)
+        measured = measure_memory(config.device) | {"parts": measure_parts(trainer), **measure_speed(folder)}
         result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)), recipe.stage, initial)
         if recipe.stage.scores:
             record_scores(trainer, folder, prepared.golden, room)
@@ -125,8 +128,8 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
             record_golden(trainer, folder, prepared.golden, plain_base=initial is None, room=room)
         if config.process_index == 0:
             card.write_card(recipe, folder, result, prepared.train.accounting, trainer.state.log_history)
-        measured = {"measured": measure_memory(config.device)}
-        _write_status(config, folder, "completed", step=trainer.state.global_step, **measured)
+        details = {"measured": measured} | (record_plan(recipe, prepared, config) if config.process_index == 0 else {})
+        _write_status(config, folder, "completed", step=trainer.state.global_step, **details)
         forget_modules()
         if config.process_index == 0:
             leave_report(folder)

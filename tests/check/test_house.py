@@ -30,6 +30,7 @@ ORDER = [
     "launch",
     "data",
     "model",
+    "plan",
     "training",
     "preview",
     "results",
