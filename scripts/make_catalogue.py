@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from recipe_runner.recipe.catalogue import Entry, read_catalogue, write_count
+from recipe_runner.recipe.catalogue import Entry, read_catalogue, write_count, write_planned
 
 FILE = Path(__file__).resolve().parent.parent / "recipes" / "README.md"
 HEAD = """\
@@ -17,6 +17,8 @@ HEAD = """\
 model of its own architecture, evaluated, saved, loaded back and resumed, and checked (`recipe-run smoke`,
 [docs/smoke.md](../docs/smoke.md)). Each says in its first lines whether it was also trained at full size.
 `recipe-run list` finds one by model, task, method and size; `recipe-run copy NAME` takes one.
+
+The memory of a device is planned (`recipe-run plan`), not measured: [how right that is](../docs/plan-accuracy.md).
 
 Written by `scripts/make_catalogue.py`. Facts of the models stand in [models.json](models.json), each with its source;
 [samples](samples/README.md) are rows in the layout of the data, [templates](templates/README.md) are chat templates.
@@ -31,14 +33,15 @@ def write_catalogue(entries: Sequence[Entry]) -> str:
 def _sections(entries: Sequence[Entry]) -> Iterator[str]:
     for task in dict.fromkeys(entry.task for entry in sorted(entries, key=lambda entry: entry.task)):
         yield f"\n## {task.capitalize().replace('-', ' ')}\n"
-        yield "| recipe | model | method | for | licenses of model; data |"
-        yield "|---|---|---|---|---|"
+        yield "| recipe | model | method | memory, planned | for | licenses of model; data |"
+        yield "|---|---|---|---|---|---|"
         for entry in entries:
             if entry.task == task:
                 model = f"{entry.model.split('/')[-1]} ({write_count(entry.parameters)})"
                 where = f"{entry.hardware}{f', `{entry.launch}`' if entry.launch else ''}"
                 licenses = f"{entry.license}; {entry.data_license}"
-                yield f"| [{entry.name}]({entry.file.name}) | {model} | {entry.method} | {where} | {licenses} |"
+                cells = [f"[{entry.name}]({entry.file.name})", model, entry.method, write_planned(entry.planned)]
+                yield f"| {' | '.join([*cells, where, licenses])} |"
     yield ""
 
 

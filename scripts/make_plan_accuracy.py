@@ -5,7 +5,7 @@
 
 The second form prints the plan of one case as JSON, for other tables. What decides a published peak and is no part of a
 recipe are its options. Cases are in benchmarks/memory/published.json, each with its source; `fitted` ones were used to
-choose a constant or to guess a setting, and do not count.
+choose a constant or to guess a setting, and do not count; nor do those that are `left_out`, which say why.
 """
 
 import argparse
@@ -216,8 +216,8 @@ def make_recipe(case: dict[str, Any]) -> Recipe:
 
 
 def judged(found: list[Compared]) -> list[Compared]:
-    """The cases that count: those that nothing was fitted to."""
-    return [one for one in found if not one.case.get("fitted")]
+    """The cases that count: those that nothing was fitted to, and whose settings are known."""
+    return [one for one in found if not one.case.get("fitted") and not one.case.get("left_out")]
 
 
 def write_bars(found: list[Compared]) -> dict[str, dict[str, float]]:
@@ -248,12 +248,15 @@ def write_tables(found: list[Compared]) -> Iterator[str]:
     for group in dict.fromkeys(one.case["group"] for one in found):
         own = [one for one in found if one.case["group"] == group]
         counted = [abs(one.error) for one in judged(own)]
-        told = f"median error {statistics.median(counted):.1%}" if counted else "all fitted"
+        told = f"median error {statistics.median(counted):.1%}" if counted else "not counted"
         yield f"\n## {group}: {len(own)} cases, {told}\n"
+        notes = [one.case.get(key) for one in own for key in ("left_out", "note") if one.case.get(key)]
+        yield from (f"- {note}" for note in dict.fromkeys(notes))
+        yield "" if notes else f"Source: {own[0].case['source'].partition(' method_comparison')[0]}\n"
         yield "| case | figure | published, GiB | planned, GiB | error |"
         yield "|---|---|---|---|---|"
         for one in own:
-            mark = " (fitted)" if one.case.get("fitted") else ""
+            mark = " (fitted)" if one.case.get("fitted") else " (not counted)" if one.case.get("left_out") else ""
             published, planned = one.case["bytes"] / GIB, one.planned / GIB
             name = one.case["id"]
             yield f"| {name}{mark} | {one.case['figure']} | {published:.2f} | {planned:.2f} | {one.error:+.1%} |"

@@ -25,7 +25,7 @@ def command(
     """List the shipped recipes that suit: each WORD must be in one of its words, or nearly."""
     from recipe_runner.problems.errors import user_error
     from recipe_runner.problems.words import align, suggest
-    from recipe_runner.recipe.catalogue import choose, read_catalogue, write_count
+    from recipe_runner.recipe.catalogue import choose, read_catalogue, write_count, write_planned
     from recipe_runner.recipe.models import read_count
     from recipe_runner.recipe.schema import load
 
@@ -45,7 +45,17 @@ def command(
         gone = next((f"{word}: {removed[word]}" for word in told if word in removed), None)
         fix = gone or next(filter(None, (suggest(word, known) for word in told)), "`recipe-run list` shows all")
         raise user_error("no-recipes", f"none of {len(entries)} recipes suits", fix)
-    rows = [[entry.name, write_count(entry.parameters), entry.method, entry.task or entry.stage] for entry in found]
-    click.echo("\n".join(align([["name", "model", "method", "task"], *rows])))
+    rows = [
+        [
+            entry.name,
+            write_count(entry.parameters),
+            entry.method,
+            write_planned(entry.planned),
+            entry.task or entry.stage,
+        ]
+        for entry in found
+    ]
+    click.echo("\n".join(align([["name", "model", "method", "planned", "task"], *rows], 80)))
     number = f"{len(found)} recipe{'s' * (len(found) != 1)}"
-    click.echo(f"\n{number}; recipe-run show NAME prints one, recipe-run copy NAME takes it")
+    click.echo("\nplanned: memory of a device, by `recipe-run plan`, not measured")
+    click.echo(f"{number}; recipe-run show NAME prints one, recipe-run copy NAME takes it")

@@ -59,6 +59,7 @@ class Memory(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}
         self.kind, self.phase = ACTIVATIONS, "forward"
         self._known: dict[int, tuple[int, str]] = {}
+        self._none: set[int] = set()  # storages that say whether there is any
 
     def hold(self, tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor], kind: str) -> int:
         """Counts tensors that are there already, and returns the bytes that are new."""
@@ -99,6 +100,7 @@ class Memory(TorchDispatchMode):
         self._note()
 
     def _free(self, key: int) -> None:
+        self._none.discard(key)
         size, kind = self._known.pop(key)
         self.live -= size
         self.kinds[kind] -= size
@@ -113,14 +115,16 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, and counts what it makes."""
         self.operations += 1
-        if func is aten._local_scalar_dense.default:  # .item(), if tensor: one, and yes
-            return True if args[0].dtype == torch.bool else 1
+        if func is aten._local_scalar_dense.default:  # .item(), if tensor: one; all are, none is
+            return args[0].untyped_storage()._cdata not in self._none if args[0].dtype == torch.bool else 1
         if func is aten.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1]):
             rest = args[0].shape[args[1][-1].dim() :]
             made: Any = torch.empty((self.selected, *rest), dtype=args[0].dtype, device="meta")
         else:
             made = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
+        if packet is aten.any:
+            self._none.add(made.untyped_storage()._cdata)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=made)
         elif func.namespace == "bitsandbytes":

@@ -4,10 +4,12 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.recipe.library import shipped_recipes
+from recipe_runner.files import read_object
+from recipe_runner.recipe.library import shelf, shipped_recipes
 from recipe_runner.recipe.models import find_facts
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.resolve import load_recipe
@@ -30,6 +32,7 @@ class Entry:
         method: full, partial, qlora, hybrid or PEFT's method.
         license: Of the model.
         data_license: Of the data.
+        planned: Bytes of memory of a device, as `recipe-run plan` works them out; None where nothing is planned.
         hardware: It is meant for.
         launch: The launch configuration that it is meant for.
         tags: Words to find it by.
@@ -45,6 +48,7 @@ class Entry:
     method: str
     license: str
     data_license: str
+    planned: int | None
     hardware: str
     launch: str
     tags: tuple[str, ...]
@@ -64,6 +68,12 @@ def read_catalogue() -> list[Entry]:
     return [_describe(load_recipe(str(file)), file) for file in shipped_recipes()]
 
 
+@cache
+def read_planned() -> dict[str, dict[str, Any]]:
+    """Recipe -> the memory that was planned for it (`scripts/make_planned.py`)."""
+    return dict(read_object(shelf() / "recipes" / "planned.json"))
+
+
 def _describe(recipe: Recipe, file: Path) -> Entry:
     first = (recipe.stages or (recipe,))[0]
     told = recipe.values.get("metadata") or {}
@@ -79,6 +89,7 @@ def _describe(recipe: Recipe, file: Path) -> Entry:
         name_method(first),
         told.get("license", ""),
         told.get("data_license", ""),
+        read_planned().get(recipe.name, {}).get("peak_bytes"),
         told.get("hardware", ""),
         told.get("launch", ""),
         tuple(told.get("tags", ())),
@@ -132,3 +143,8 @@ def write_count(parameters: int | None) -> str:
     if parameters is None:
         return ""
     return f"{parameters / 1e9:.3g}B" if parameters >= 999.5e6 else f"{parameters / 1e6:.3g}M"
+
+
+def write_planned(size: int | None) -> str:
+    """Planned memory for people: 3.9 GiB."""
+    return "" if size is None else f"{size / 2**30:.1f} GiB"
