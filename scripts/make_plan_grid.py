@@ -187,8 +187,8 @@ def measure(cell: Cell, folder: Path) -> Measured:
     seen = Watcher()
     run_recipe(recipe, "never", None, seen.watch)
     config = AutoConfig.from_pretrained(folder / "model")
-    rows, length = max(seen.shapes, key=lambda shape: shape[0] * shape[1])
-    batch = Batch(rows, length, length - 1, padded=seen.padded)
+    rows, length, learned = max(seen.shapes, key=lambda shape: shape[0] * shape[1])
+    batch = Batch(rows, length, -(-learned // rows), padded=seen.padded)
     traced = trace(recipe, Setting(config, CPU, torch.float32, None, batch))
     return Measured(cell, seen.peak, traced.peak.total)
 
@@ -197,17 +197,21 @@ class Watcher(TrainerCallback):
     """Counts the bytes of tensors while a run trains, from the profiler's events of memory."""
 
     def __init__(self) -> None:
-        self.shapes: list[tuple[int, int]] = []
+        self.shapes: list[tuple[int, int, int]] = []
         self.padded = False
         self.peak = 0
 
     def watch(self, trainer: Any, prepared: Any, folder: Path) -> None:
         """Is given the trainer before it trains."""
         trainer.add_callback(self)
+        self.reference = getattr(trainer, "ref_model", None)
         step = trainer.training_step
 
         def noted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            self.shapes.append(tuple(inputs["input_ids"].shape))
+            rows, length = inputs["input_ids"].shape
+            learned = inputs["labels"] != -100 if "labels" in inputs else inputs.get("completion_mask")
+            count = rows * length if learned is None else int(learned[:, 1:].sum())
+            self.shapes.append((rows, length, count))
             self.padded = self.padded or bool((inputs["attention_mask"] == 0).any())
             return step(model, inputs, *args, **kwargs)
 
@@ -216,7 +220,8 @@ class Watcher(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts to count: from the tensors of the model."""
         storages = {}
-        for tensor in (*kwargs["model"].parameters(), *kwargs["model"].buffers()):
+        others = self.reference.parameters() if self.reference is not None else ()
+        for tensor in (*kwargs["model"].parameters(), *kwargs["model"].buffers(), *others):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             if state_ := getattr(tensor, "quant_state", None):
                 for part in (

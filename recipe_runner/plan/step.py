@@ -138,7 +138,9 @@ def learn(step: Step, batch: Batch) -> None:
     """SFT and continued pre-training."""
     step.memory.phase = FORWARD
     made = step.forward(step.built.model, batch)
-    step.backward(made if step.full_logits else -made.log_probs.sum())
+    loss = made if step.full_logits else -made.log_probs.sum()
+    del made  # what else the loss computed is only logged
+    step.backward(loss)
 
 
 def prefer(step: Step, batch: Batch, precomputed: bool) -> None:

@@ -202,7 +202,7 @@ class Kernels:
             return _attend_plainly(query, key, value)
         self.memory.flops += 4 * query.numel() * key.shape[2]
         bias = attn_mask
-        if attn_mask is not None and attn_mask.dtype == torch.bool and self.gpu:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
             bias = torch.empty(attn_mask.shape, dtype=query.dtype, device=query.device)
         return FusedAttention.apply(query, key, value, bias)  # type: ignore[no-untyped-call]
 
@@ -239,9 +239,12 @@ class Kernels:
 
                 product = bitsandbytes.matmul_4bit
                 patch(bitsandbytes, "matmul_4bit", lambda given, *args, **more: _keep(product(given, *args, **more), given))
+            _select_learned(patch)
             if self.gpu:
                 patch(functional, "dropout", _drop)
                 _score_as_triton(patch, self.memory)
+            else:
+                _score_as_here(patch)
             yield
 
     def _casting(self, product: Any) -> Any:
@@ -305,15 +308,29 @@ def _drop(given: torch.Tensor, p: float = 0.5, training: bool = True, inplace: b
     return made
 
 
-def _score_as_triton(patch: Any, memory: Memory) -> None:
-    """TRL 1.16's loss on a GPU: selected positions only, and kernels that need no memory of their own."""
-    from trl.kernels import chunked_logprob
+def _select_learned(patch: Any) -> None:
+    """TRL 1.16 scores labels only, where kernels are Triton's; so does `score_on_cpu`."""
     from trl.trainer import utils
+
+    patch(utils, "_use_triton", lambda device: True)
+
+
+def _score_as_here(patch: Any) -> None:
+    """The loss of a run on a CPU."""
+    from trl.trainer import utils
+
+    from recipe_runner.model.scoring import Score
+
+    patch(utils, "_ChunkedLogProbFunction", Score)
+
+
+def _score_as_triton(patch: Any, memory: Memory) -> None:
+    """TRL 1.16's loss on a GPU: kernels that need no memory of their own."""
+    from trl.kernels import chunked_logprob
 
     def multiply(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
         memory.flops += 2 * one.shape[0] * one.shape[1] * other.shape[1]
 
-    patch(utils, "_use_triton", lambda device: True)
     patch(chunked_logprob, "_forward_tile", lambda *args, **kwargs: None)
     patch(chunked_logprob, "_backward_tile", lambda *args, **kwargs: None)
     patch(chunked_logprob, "_addmm_fp32", multiply)

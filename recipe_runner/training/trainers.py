@@ -30,7 +30,7 @@ from recipe_runner.training.mixture import mark_sources, watch_sources
 from recipe_runner.training.packing import PackingCheck, split_attention
 from recipe_runner.training.prepare import Prepared
 from recipe_runner.training.rewards import Reward, build_rewards, find_trained, load_trained
-from recipe_runner.training.scoring import score_on_cpu
+from recipe_runner.model.scoring import score_on_cpu
 
 REFERENCE = "ref"  # TRL's name of the frozen copy of an adapter that is trained further
 

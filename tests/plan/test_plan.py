@@ -50,7 +50,7 @@ def test_what_was_measured_on_a_gpu_is_planned_within_four_percent():
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
         "tie_word_embeddings": True, "max_position_embeddings": 8192,
     }  # fmt: skip
-    lora = {"method": "lora", "r": 64, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
+    lora = {"method": "lora", "r": 64, "lora_alpha": 16, "target_modules": "all-linear"}
     common = {
         "id": "here", "config": llama, "dtype": "bfloat16", "mixed": "bfloat16", "length": 2048, "packed": True,
         "accumulation": 2, "checkpointing": True, "gpus": 1, "figure": "allocated", "optimizer": "paged_adamw_8bit",

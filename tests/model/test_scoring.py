@@ -118,7 +118,7 @@ def test_only_what_is_learned_is_scored(run_recipe, plain, monkeypatch, stage):
     """The loss, its entropy and accuracy are those of TRL, which on a CPU scores the prompts, too."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    from recipe_runner.training import scoring
+    from recipe_runner.model import scoring
 
     scored = []
     for name, of in (("ours", scoring.Score), ("TRL's", ChunkedLogProbFunction)):
@@ -157,7 +157,7 @@ def test_scores_are_those_of_trl(monkeypatch, tokens, dtype, autocast):
     """In one part and in several, with all that an architecture may ask for; the gradients, too."""
     from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
 
-    from recipe_runner.training import scoring
+    from recipe_runner.model import scoring
 
     monkeypatch.setattr(scoring, "LOGITS", 5 * 300)
     torch.manual_seed(tokens)
@@ -178,7 +178,7 @@ def test_scores_are_those_of_trl(monkeypatch, tokens, dtype, autocast):
 
 
 def test_what_is_not_asked_for_is_not_computed():
-    from recipe_runner.training.scoring import Score
+    from recipe_runner.model.scoring import Score
 
     scores = Score.apply(torch.ones(2, 4), torch.ones(8, 4), None, torch.tensor([1, 2]), 1.0, 8)
     assert scores[1:] == (None, None, None, None)
@@ -188,7 +188,7 @@ def test_a_batch_without_learned_tokens_is_a_loss_of_0(tiny_phi3, plain):
     import trl.trainer.utils
     from transformers import AutoModelForCausalLM
 
-    from recipe_runner.training.scoring import score_on_cpu
+    from recipe_runner.model.scoring import score_on_cpu
 
     model = AutoModelForCausalLM.from_pretrained(tiny_phi3)
     trl.trainer.utils.add_fused_lm_head(model)
