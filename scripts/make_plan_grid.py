@@ -1,9 +1,9 @@
-"""Holds plans of memory against training on a CPU: small random models, tensors only, as PyTorch's profiler counts them.
+"""Holds plans of memory against training on a CPU: tensors of small random models, as PyTorch's profiler counts them.
 
     python scripts/make_plan_grid.py [--only TEXT] [--write]
 
-Every cell of stage x method x batch x length x checkpointing is trained for three steps by the runner. `--write` puts the
-table into docs/plan-accuracy.md.
+Every cell of stage x method x batch x length x checkpointing is trained for three steps by the runner. `--write` puts
+the table into docs/plan-accuracy.md.
 """
 
 import argparse

@@ -60,7 +60,9 @@ class Score:
         Returns:
             Log-probabilities and the four outputs, each `(tokens,)`.
         """
-        if hidden.device.type not in ("cpu", "meta") or hasattr(weight, "ds_id"):  # ZeRO-3 gathers the head for each pass anew
+        if hidden.device.type not in ("cpu", "meta") or hasattr(
+            weight, "ds_id"
+        ):  # ZeRO-3 gathers the head for each pass anew
             scores: Scores = ChunkedLogProbFunction.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
             )

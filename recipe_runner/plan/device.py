@@ -1,5 +1,6 @@
 """What is known of GPUs: `gpus.json`, each figure from the source that it names."""
 
+import difflib
 import json
 from dataclasses import dataclass, replace
 from functools import cache
@@ -8,7 +9,6 @@ from pathlib import Path
 import torch
 
 from recipe_runner.problems.errors import user_error
-from recipe_runner.problems.words import suggest
 
 FILE = Path(__file__).parent / "gpus.json"
 GIB = 2**30
@@ -66,7 +66,9 @@ def find_gpu(name: str) -> Device:
     for known, device in gpus.items():
         if known.lower() == wanted:
             return device
-    fix = suggest(wanted, list(gpus)) or f"known: {', '.join(gpus)}; or give its memory: --memory 24"
+    alike = difflib.get_close_matches(wanted, [known.lower() for known in gpus], 1)
+    near = next((known for known in gpus if alike and known.lower() == alike[0]), "")
+    fix = f"did you mean '{near}'?" if near else f"known: {', '.join(gpus)}; or give its memory: --memory 24"
     raise user_error("unknown-gpu", f"there is no GPU '{name}' in the catalogue", fix)
 
 

@@ -23,8 +23,8 @@ from recipe_runner.recipe.recipe import Recipe
 # Bytes of a process on a GPU that PyTorch does not count: its context and the code of kernels. nvidia-smi shows 0.4 to
 # 0.6 GiB for a process with one tensor on Ampere to Hopper with CUDA 12 and 13.
 CONTEXT = 512 * 2**20
-# Of what is allocated, that the allocator holds beyond it: the median of docs/performance.md's GPU tables; where weights
-# are gathered on streams of their own, of two runs of which both figures are published (fsdp_qlora, LoRA of Llama-2-7B).
+# Of what is allocated, that the allocator holds beyond it: the median of docs/performance.md's GPU tables; where
+# weights are gathered on streams of their own, of two runs with both figures published (fsdp_qlora, Llama-2-7B).
 SLACK, SHARED_SLACK = 0.07, 0.18
 MOST_SLACK = 0.15  # nine of ten of them are below
 LEAST_SPREAD = 0.05  # of runs of one machine that agree by chance
@@ -339,6 +339,8 @@ def _propose(recipe: Recipe, setting: Setting) -> Iterator[tuple[str, dict[str, 
     if rows > 1 and not recipe.stage.generates:
         keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * accumulated}
         yield f"per_device_train_batch_size: 1, gradient_accumulation_steps: {rows * accumulated}", {"training": keys}
+    if setting.held_out and setting.held_out.tokens > setting.train.tokens:
+        yield "training.per_device_eval_batch_size: 1", {"training": {"per_device_eval_batch_size": 1}}
     if "8bit" not in optimizer_of(recipe):
         yield "training.optim: paged_adamw_8bit", {"training": {"optim": "paged_adamw_8bit"}}
     lora = {"method": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}

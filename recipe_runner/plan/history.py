@@ -72,10 +72,10 @@ def read_runs(output_dir: Path) -> Iterator[Past]:
         planned, measured = status.get("planned"), status.get("measured")
         if read_status(run) != "completed" or not isinstance(planned, dict) or not isinstance(measured, dict):
             continue
-        sizes = planned.get("allocated_bytes"), measured.get("peak_memory_bytes")
-        if all(isinstance(size, int) and size > 0 for size in sizes):
+        expected, found = planned.get("allocated_bytes"), measured.get("peak_memory_bytes")
+        if isinstance(expected, int) and isinstance(found, int) and min(expected, found) > 0:
             names = str(planned.get("kind")), str(planned.get("device"))
-            yield Past(run, *names, *sizes, float(measured.get("step_seconds") or 0))
+            yield Past(run, *names, expected, found, float(measured.get("step_seconds") or 0))
 
 
 def learn(output_dir: Path, kind: str, device: str, gpu: bool) -> Learned | None:

@@ -15,7 +15,6 @@ from recipe_runner.plan.trace import GRADIENTS, OPTIMIZER, WEIGHTS, Kernels, Mem
 from recipe_runner.recipe.recipe import Recipe
 
 
-
 @dataclass(frozen=True)
 class Stack:
     """What other training code does otherwise than TRL 1.16, for holding published figures against a plan.

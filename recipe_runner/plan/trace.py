@@ -238,7 +238,11 @@ class Kernels:
                 import bitsandbytes
 
                 product = bitsandbytes.matmul_4bit
-                patch(bitsandbytes, "matmul_4bit", lambda given, *args, **more: _keep(product(given, *args, **more), given))
+                patch(
+                    bitsandbytes,
+                    "matmul_4bit",
+                    lambda given, *args, **more: _keep(product(given, *args, **more), given),
+                )
             _select_learned(patch)
             if self.gpu:
                 patch(functional, "dropout", _drop)

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers.integrations import get_available_reporting_integrations
 
+from recipe_runner.model.precision import Precision
 from recipe_runner.problems.errors import refused, user_error
 from recipe_runner.recipe.sections import ModelSection
 from recipe_runner.stages import Stage, load_class
-from recipe_runner.training.environment import Precision
 
 OURS = ("chat_template_path", "peft_optimizer")  # read by model/tokenizer.py and training/optimizer.py
 

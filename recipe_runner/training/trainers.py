@@ -18,6 +18,7 @@ from recipe_runner.files import share_path
 from recipe_runner.model import base, continuation
 from recipe_runner.model.adapter import saves_embeddings, train_in_full_precision
 from recipe_runner.model.quantization import build_quantization, keep_4bit_weights_trainable
+from recipe_runner.model.scoring import score_on_cpu
 from recipe_runner.model.unfreeze import freeze_others
 from recipe_runner.problems.errors import first_line, refused, user_error
 from recipe_runner.recipe.recipe import Recipe
@@ -30,7 +31,6 @@ from recipe_runner.training.mixture import mark_sources, watch_sources
 from recipe_runner.training.packing import PackingCheck, split_attention
 from recipe_runner.training.prepare import Prepared
 from recipe_runner.training.rewards import Reward, build_rewards, find_trained, load_trained
-from recipe_runner.model.scoring import score_on_cpu
 
 REFERENCE = "ref"  # TRL's name of the frozen copy of an adapter that is trained further
 
