@@ -17,6 +17,7 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.sections import UpstreamSection
 
 BLOCK, NESTED_BLOCK = 64, 256  # numbers that share a constant: bitsandbytes 0.50, Params4bit and QuantState
+TOKENIZED = ("prompt_tuning_init", "prompt_tuning_init_text")  # words that a prompt begins with, for a tokenizer
 CODE = 256  # entries of the table that nested constants are looked up in
 
 
@@ -72,7 +73,8 @@ def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, mixed: b
     empty.config.use_cache = False
     if scores and empty.config.get_text_config().pad_token_id is None:
         empty.config.get_text_config().pad_token_id = 0
-    asked = adapters.build_peft(recipe.peft.said, recipe.stage.task)
+    said = {key: value for key, value in recipe.peft.said.items() if key not in TOKENIZED}
+    asked = adapters.build_peft(said, recipe.stage.task)
     unfrozen = select_parameters(recipe.unfreeze, empty, quantization) if recipe.unfreeze else {}
     if asked and unfrozen:
         train_beside_adapter(asked, unfrozen, empty)

@@ -184,7 +184,7 @@ class Kernels:
         autocast: What matrix products are cast to by mixed precision; None without.
         math: Whether attention is made of products and a softmax.
         kept: Whether 4-bit layers keep what they are given.
-        casts: Weight -> its copy in that type, as long as a forward pass lasts.
+        casts: Id of a weight -> the weight, and its copy in that type, as long as a forward pass lasts.
     """
 
     memory: Memory
@@ -192,7 +192,7 @@ class Kernels:
     autocast: torch.dtype | None = None
     math: bool = False
     kept: bool = False
-    casts: dict[int, torch.Tensor] = field(default_factory=dict)
+    casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     caching: bool = True
 
     def attend(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **more: Any) -> Any:
@@ -215,8 +215,8 @@ class Kernels:
         if not (self.caching and tensor.requires_grad and tensor.is_leaf and tensor.dtype == torch.float32):
             return tensor.to(self.autocast)
         if id(tensor) not in self.casts:
-            self.casts[id(tensor)] = tensor.to(self.autocast)
-        return self.casts[id(tensor)]
+            self.casts[id(tensor)] = tensor, tensor.to(self.autocast)
+        return self.casts[id(tensor)][1]
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
