@@ -11,6 +11,7 @@ choose a constant or to guess a setting, and do not count; nor do those that are
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import tempfile
@@ -38,6 +39,7 @@ from recipe_runner.recipe.sections import ModelSection
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ROOT / "benchmarks" / "memory" / "published.json"
 PAGE = ROOT / "docs" / "plan-accuracy.md"
+GRID = re.compile(r"<!-- grid -->.*<!-- end of grid -->", re.DOTALL)
 GIB = 2**30
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
 
@@ -241,7 +243,9 @@ def summarize(found: list[Compared]) -> str:
 
 def write_page(found: list[Compared]) -> str:
     head = (ROOT / "scripts" / "plan_accuracy_head.md").read_text(encoding="utf-8")
-    return head.replace("{summary}", summarize(found)) + "\n".join(write_tables(found)) + "\n"
+    page = head.replace("{summary}", summarize(found)) + "\n".join(write_tables(found)) + "\n"
+    grid = GRID.search(PAGE.read_text(encoding="utf-8")) if PAGE.is_file() else None  # of another script
+    return GRID.sub(lambda _: grid[0], page) if grid else page
 
 
 def write_tables(found: list[Compared]) -> Iterator[str]:

@@ -3,16 +3,18 @@
     python scripts/make_planned.py [NAME]...
 
 Each is planned for what it is meant for (`metadata.hardware`, `metadata.launch`): a CPU, or any GPU with bfloat16; of a
-pipeline the largest of its stages counts.
+pipeline the largest of its stages counts. Data of the shelf itself is prepared first (`make model`).
 """
 
 import json
 import sys
+from collections import deque
 from pathlib import Path
 
 from recipe_runner.launch.configuration import find_launch, read_launch
 from recipe_runner.plan.device import ANY_GPU, CPU
 from recipe_runner.plan.estimate import plan
+from recipe_runner.preview import prepare_recipe
 from recipe_runner.recipe.library import shipped_recipes
 from recipe_runner.recipe.resolve import load_recipe
 
@@ -29,6 +31,9 @@ def main() -> None:
         told = recipe.values.get("metadata") or {}
         launch = read_launch(find_launch(told["launch"])) if told.get("launch") else None
         device = CPU if "CPU" in told.get("hardware", "") else ANY_GPU
+        if device is CPU:  # model and data are here: their longest rows are known
+            for stage in recipe.stages or (recipe,):
+                deque(prepare_recipe(stage), maxlen=0)
         peaks = [plan(stage, device, launch).peak.total for stage in recipe.stages or (recipe,)]
         found[file.stem] = {"peak_bytes": max(peaks), "device": device.name}
         print(f"{file.stem}: {max(peaks) / 2**30:.1f} GiB; {told.get('hardware', '')}", flush=True)

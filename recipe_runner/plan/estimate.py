@@ -309,6 +309,8 @@ def assume(recipe: Recipe, setting: Setting, known: Mapping[str, Any], launch: L
         told.append("reward models are taken to be of the size of the model itself")
     if checkpoints(training) and training["activation_offloading"]:
         told.append("activations are taken to stay on the device, though they are offloaded")
+    if not setting.device.gpu:
+        told.append("beside the tensors a process takes what Python and PyTorch need: some 0.6 GiB")
     if setting.device.gpu and setting.device.memory and not setting.device.tflops:
         told.append("the speed of the device is not known, so that there is no time")
     return told
