@@ -56,16 +56,18 @@ def read_gpus() -> dict[str, Device]:
 
 
 def find_gpu(name: str) -> Device:
-    """A GPU by its name.
+    """A GPU by its name, or by a part of it that no other has.
 
     Raises:
         UserError: There is none of that name.
     """
     gpus = read_gpus()
     wanted = name.lower().replace(" ", "-")
-    for known, device in gpus.items():
-        if known.lower() == wanted:
-            return device
+    meant = [known for known in gpus if known.lower() == wanted] or [known for known in gpus if wanted in known.lower()]
+    if len(meant) == 1:
+        return gpus[meant[0]]
+    if meant and wanted:
+        raise user_error("unknown-gpu", f"'{name}' stands for several GPUs", f"name one: {', '.join(meant)}")
     alike = difflib.get_close_matches(wanted, [known.lower() for known in gpus], 1)
     near = next((known for known in gpus if alike and known.lower() == alike[0]), "")
     fix = f"did you mean '{near}'?" if near else f"known: {', '.join(gpus)}; or give its memory: --memory 24"

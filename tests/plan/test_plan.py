@@ -34,6 +34,7 @@ def test_a_shipped_recipe_is_planned_without_weights_network_or_gpu(planned):
     low, high = made["range_bytes"]
     assert low < made["peak_bytes"] <= high
     assert made["fits"]["RTX-4090"] is True
+    assert planned("phi3_chat_qlora", "--gpu", "4090")["device"] == "RTX-4090"
     assert made["largest_batch"] > 1
     # 3,621,806,080 weights in 4 bits (half a byte, and 8.127 bits for 64), the rest in 16 bits
     packed = 32 * (3072 * 9216 + 3072 * 3072 + 3072 * 16384 + 8192 * 3072)
@@ -215,6 +216,7 @@ def test_a_pipeline_is_planned_stage_by_stage(run_cli):
     ("arguments", "said"),
     [
         (["--gpu", "rtx-4900"], "there is no GPU 'rtx-4900' in the catalogue; did you mean 'RTX-4090'?"),
+        (["--gpu", "a100"], "'a100' stands for several GPUs; name one: A100-40GB, A100-80GB"),
         (["--memory", "0"], "0 is not in the range"),
         (["--memory", "24", "--gpu", "a10"], "give one"),
         (["--num-processes", "2"], "goes with --accelerate-config"),
