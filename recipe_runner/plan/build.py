@@ -65,25 +65,30 @@ def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, mixed: b
     """
     scores = recipe.stage.scores
     quantization = build_quantization(recipe.quantization.said)
+    constants: list[torch.Tensor] = []
 
     def start() -> Any:
-        return build_empty(config, recipe.model.trust_remote_code, scores).to(dtype)
+        empty = build_empty(config, recipe.model.trust_remote_code, scores).to(dtype)
+        empty.config.use_cache = False
+        if scores and empty.config.get_text_config().pad_token_id is None:
+            empty.config.get_text_config().pad_token_id = 0
+        return empty
+
+    def finish(empty: Any) -> Any:
+        constants[:] = quantize(empty, quantization, dtype) if quantization else []
+        if not scores:
+            _add_head(empty, recipe.stage.scored)
+        return empty
 
     empty = start()
-    empty.config.use_cache = False
-    if scores and empty.config.get_text_config().pad_token_id is None:
-        empty.config.get_text_config().pad_token_id = 0
     said = {key: value for key, value in recipe.peft.said.items() if key not in TOKENIZED}
     asked = adapters.build_peft(said, recipe.stage.task)
     unfrozen = select_parameters(recipe.unfreeze, empty, quantization) if recipe.unfreeze else {}
     if asked and unfrozen:
         train_beside_adapter(asked, unfrozen, empty)
-    constants = quantize(empty, quantization, dtype) if quantization else []
-    if not scores:
-        _add_head(empty, recipe.stage.scored)
-    model, base = empty, empty
+    model = base = finish(empty)
     if asked:
-        model = adapters.put_on(asked, empty, start)
+        model = adapters.fit_adapter(asked, empty, lambda: finish(start()), config.model_type).to("meta")
         base = model.get_base_model()
         if continued and recipe.stage.reference:
             model.add_adapter("ref", asked)  # TRL keeps a frozen copy as the reference

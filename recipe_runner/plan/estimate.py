@@ -18,6 +18,7 @@ from recipe_runner.plan.optimizer import find_kind
 from recipe_runner.plan.setting import UNKNOWN_PROMPT, choose_setting, find_config, find_prepared
 from recipe_runner.plan.time import Time, measure_time
 from recipe_runner.plan.trace import ACTIVATIONS, LOGITS, OVERHEAD, Peak
+from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.recipe import Recipe
 
 # Bytes of a process on a GPU that PyTorch does not count: its context and the code of kernels. nvidia-smi shows 0.4 to
@@ -184,7 +185,12 @@ def plan(recipe: Recipe, device: Device, launch: Launch | None = None, model_con
 def work_out(recipe: Recipe, setting: Setting, known: Mapping[str, Any], launch: Launch | None = None) -> Plan:
     """Plans a recipe in a setting that was chosen before."""
     device = setting.device
-    traced = memory.trace(recipe, setting)
+    try:
+        traced = memory.trace(recipe, setting)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, IndexError) as error:
+        message = f"a step of {setting.config.model_type} can't be run without data: {first_line(error)}"
+        fix = "nothing can be said of this model, method and stage together; train with run.longest_batch_first"
+        raise user_error("not-planned", message, fix) from error
     peaks: Mapping[str, Peak] = traced.peaks
     processes = launch.processes if launch else 1
     if launch and (processes > 1 or launch.zero_stage):
@@ -289,7 +295,7 @@ def kind_of(recipe: Recipe) -> str:
 
 def assume(recipe: Recipe, setting: Setting, known: Mapping[str, Any], launch: Launch | None) -> Sequence[str]:
     """What was taken for granted, in sentences."""
-    batch, training = setting.train, recipe.training
+    batch = setting.train
     told = []
     if not known.get("train"):
         if recipe.stage.generates:
@@ -307,8 +313,6 @@ def assume(recipe: Recipe, setting: Setting, known: Mapping[str, Any], launch: L
         told.append("what several devices share is worked out, not traced, and was held against no measurement")
     if any(reward.model for reward in recipe.rewards):
         told.append("reward models are taken to be of the size of the model itself")
-    if checkpoints(training) and training["activation_offloading"]:
-        told.append("activations are taken to stay on the device, though they are offloaded")
     if not setting.device.gpu:
         told.append("beside the tensors a process takes what Python and PyTorch need: some 0.6 GiB")
     if setting.device.gpu and setting.device.memory and not setting.device.tflops:
@@ -338,6 +342,8 @@ def _propose(recipe: Recipe, setting: Setting) -> Iterator[tuple[str, dict[str, 
     rows, accumulated = training["per_device_train_batch_size"], training["gradient_accumulation_steps"] or 1
     if not checkpoints(training):
         yield "training.activation_checkpointing: true", {"training": {"activation_checkpointing": True}}
+    if setting.device.gpu and not training["activation_offloading"] and not recipe.stage.generates:
+        yield "training.activation_offloading: true", {"training": {"activation_offloading": True}}
     if rows > 1 and not recipe.stage.generates:
         keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * accumulated}
         yield f"per_device_train_batch_size: 1, gradient_accumulation_steps: {rows * accumulated}", {"training": keys}

@@ -110,7 +110,8 @@ def trace(recipe: Recipe, setting: Setting) -> Traced:
     memory, stack = Memory(), setting.stack
     _change_types(built, stack)
     kernels = Kernels(memory, setting.device.gpu, setting.mixed, stack.math_attention, stack.kept_inputs)
-    run = Step(built, memory, kernels, stack.full_logits, stack.copied_logits, stack.float32_logits)
+    offloads = bool(recipe.training["activation_offloading"])
+    run = Step(built, memory, kernels, stack.full_logits, stack.copied_logits, stack.float32_logits, offloads)
     run.hold_model()
     name = optimizer_of(recipe)
     embeddings = [id(module.weight) for module in built.model.modules() if isinstance(module, torch.nn.Embedding)]

@@ -13,6 +13,7 @@ from recipe_runner.plan.trace import ACTIVATIONS, ADAPTERS, GRADIENTS, LOGITS, W
 WRITTEN = (
     14  # bytes for each logit of the next token: as it comes, in float32, sorted, as a share (transformers' sample)
 )
+LEAST_OFFLOADED = 1024  # bytes: min_offload_size of TRL's OffloadActivations
 FORWARD, BACKWARD, REFERENCE, EVALUATION, GENERATION = "forward", "backward", "reference", "evaluation", "generation"
 
 
@@ -44,7 +45,17 @@ class Batch:
 
 @dataclass
 class Step:
-    """A model, what counts its memory, and what the machine does its own way; for the rest see `memory.Stack`."""
+    """A model, what counts its memory, and what the machine does its own way.
+
+    Attributes:
+        built: The model.
+        memory: What counts.
+        kernels: What the machine does its own way.
+        full_logits: See `memory.Stack`, as the two below.
+        copied_logits: See there.
+        float32_logits: See there.
+        offloads: Whether activations leave the device until the backward pass.
+    """
 
     built: Built
     memory: Memory
@@ -52,6 +63,7 @@ class Step:
     full_logits: bool = False
     copied_logits: bool = False
     float32_logits: bool = True
+    offloads: bool = False
 
     def hold_model(self) -> None:
         """Counts the model's own tensors."""
@@ -128,10 +140,33 @@ class Step:
         hooks += [backbone.register_forward_pre_hook(begin), backbone.register_forward_hook(end)]
         trained: list[Any] = self.built.trained
         hooks += [parameter.register_post_accumulate_grad_hook(note) for parameter in trained]
-        with self.kernels.in_place(), self.memory:
+        moved = offload(self.built) if self.offloads else contextlib.nullcontext()
+        with self.kernels.in_place(), self.memory, moved:
             yield
         for hook in hooks:
             hook.remove()
+
+
+def offload(built: Built) -> Any:
+    """While it lasts, activations leave the device, and come back for the backward pass.
+
+    Source: trl/models/activation_offloading.py 1.16, OffloadActivations: all but parameters and small tensors. The five
+    that it holds back for a while are not counted.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*built.model.parameters(), *built.frozen)}
+
+    def leave(tensor: torch.Tensor) -> Any:
+        size = tensor.numel() * tensor.element_size()
+        if size < LEAST_OFFLOADED or tensor.untyped_storage()._cdata in own:
+            return tensor
+        return tensor.shape, tensor.stride(), tensor.dtype
+
+    def come_back(left: Any) -> torch.Tensor:
+        if isinstance(left, torch.Tensor):
+            return left
+        return torch.empty_strided(left[0], left[1], dtype=left[2], device="meta")
+
+    return torch.autograd.graph.saved_tensors_hooks(leave, come_back)
 
 
 def learn(step: Step, batch: Batch) -> None:

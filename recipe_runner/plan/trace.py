@@ -234,9 +234,10 @@ class Kernels:
                     patch(owner, name, self._casting(getattr(owner, name)))
                 for owner, name in PRECISE:
                     patch(owner, name, self._in_full(getattr(owner, name)))
-            if self.kept:
-                import bitsandbytes
+            import bitsandbytes
 
+            patch(bitsandbytes, "matmul", _multiply_8bit)
+            if self.kept:
                 product = bitsandbytes.matmul_4bit
                 patch(
                     bitsandbytes,
@@ -263,6 +264,35 @@ class Kernels:
             return function(*full, **kwargs)
 
         return cast
+
+
+class _Product8bit(torch.autograd.Function):
+    """A product with weights of 8 bits: its input is packed, too, and summed in 32 bits; weights are unpacked backward.
+
+    Source: bitsandbytes 0.50, autograd/_functions.py, MatMul8bitLt; values that are too large are left out here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, given: Any, packed: Any) -> Any:
+        torch.empty(given.shape, dtype=torch.int8, device="meta")
+        shape = (*given.shape[:-1], packed.shape[0])
+        torch.empty(shape, dtype=torch.int32, device="meta")
+        ctx.shapes = given.shape, packed.shape
+        return torch.empty(shape, dtype=given.dtype, device="meta")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        given, packed = ctx.shapes
+        weights = torch.empty(packed, dtype=grad.dtype, device="meta")
+        return torch.matmul(grad, weights).view(given), None
+
+
+def _multiply_8bit(
+    given: Any, packed: Any, out: Any = None, state: Any = None, threshold: float = 0, bias: Any = None
+) -> Any:
+    """In the place of `bitsandbytes.matmul`."""
+    made = _Product8bit.apply(given, packed)
+    return made if bias is None else made + bias
 
 
 class _Kept(torch.autograd.Function):

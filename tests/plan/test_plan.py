@@ -135,6 +135,35 @@ def test_a_model_that_does_not_fit_gets_changes_that_were_worked_out(planned, ru
     assert "then it fits" in text
 
 
+def test_activations_that_are_offloaded_are_not_there(planned):
+    more = ["--gpu", "a100-80gb", "--set", "training.activation_checkpointing=false", "--set", "dataset.eval=null"]
+    more += ["--set", "training.eval_strategy=no"]
+    here, away = (
+        planned("phi3_chat_qlora", *more, "--set", f"training.activation_offloading={value}")["breakdown_bytes"]
+        for value in ("false", "true")
+    )
+    assert away["activations"] < here["activations"] / 4
+    assert away["weights"] == here["weights"]
+
+
+@pytest.mark.parametrize(
+    ("peft", "quantization"),
+    [
+        ("{method: lora, target_modules: all-linear}", "{load_in_8bit: true}"),
+        ("{method: boft, target_modules: [o_proj]}", "null"),
+        ("{method: vblora, target_modules: [o_proj]}", "null"),
+        ("{method: prefix_tuning, num_virtual_tokens: 8}", "null"),
+        ("{method: bottleneck}", "null"),
+    ],
+    ids=str,
+)
+def test_other_methods_and_8_bits_are_planned(planned, peft, quantization):
+    made = planned("phi3_instruct_qlora", "--set", f"peft={peft}", "--set", f"quantization={quantization}")
+    assert 0 < made["parameters"]["trainable"] < made["parameters"]["total"] / 5
+    weights = made["breakdown_bytes"]["weights"]
+    assert 3.5e9 < weights < (4.3e9 if quantization != "null" else 7.8e9)
+
+
 def test_rows_and_steps_are_those_of_the_prepared_data(planned, small_recipe, run_cli):
     recipe = small_recipe(peft=LORA, training={"max_steps": -1, "num_train_epochs": 2, "max_length": 512})
     before = planned(recipe, "--gpu", "cpu")
