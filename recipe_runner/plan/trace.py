@@ -361,10 +361,14 @@ def _score_as_here(patch: Any) -> None:
 def _score_as_triton(patch: Any, memory: Memory) -> None:
     """TRL 1.16's loss on a GPU: kernels that need no memory of their own."""
     from trl.kernels import chunked_logprob
+    from trl.trainer import utils
 
     def multiply(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
         memory.flops += 2 * one.shape[0] * one.shape[1] * other.shape[1]
 
+    patch(
+        utils, "_ChunkedLogProbFunction", chunked_logprob.ChunkedLogProbFunction
+    )  # a run on a CPU has put its own here
     patch(chunked_logprob, "_forward_tile", lambda *args, **kwargs: None)
     patch(chunked_logprob, "_backward_tile", lambda *args, **kwargs: None)
     patch(chunked_logprob, "_addmm_fp32", multiply)
