@@ -44,7 +44,10 @@ def build_config(
     }
     if "dataset_kwargs" in {field.name for field in fields(cls)}:
         owned["dataset_kwargs"] = {"skip_prepare_dataset": True}  # prepared before the weights are loaded
-    if stage.rewarded and "metric_for_best_model" not in section and section.get("eval_strategy") not in (None, "no"):
+    chosen = (
+        "load_best_model_at_end" in section and "metric_for_best_model" not in section
+    )  # early stopping says it, too
+    if stage.rewarded and chosen:
         owned |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}  # their loss is near 0 always
     try:
         config = cls(**{**section, **owned})
