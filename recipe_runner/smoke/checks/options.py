@@ -23,6 +23,7 @@ FILLED = (
     *("bf16", "fp16", "tf32", "dataset_kwargs", "do_train", "do_eval", "gradient_checkpointing", "report_to"),
     *("activation_checkpointing", "logging_nan_inf_filter", "accelerator_config", "dataloader_pin_memory"),
     *("pad_to_multiple_of", "reward_weights", "generation_batch_size", "steps_per_generation"),
+    *("metric_for_best_model", "greater_is_better"),  # where a recipe asks for the best, and does not say by what
 )
 # What TRL's trainers keep beside their configuration.
 HELD = ("beta", "loss_type", "temperature", "num_generations", "num_iterations", "max_completion_length")
