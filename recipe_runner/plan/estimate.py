@@ -16,6 +16,7 @@ from recipe_runner.plan.history import Learned, learn
 from recipe_runner.plan.memory import Setting, Traced, optimizer_of
 from recipe_runner.plan.optimizer import find_kind
 from recipe_runner.plan.setting import UNKNOWN_PROMPT, choose_setting, find_config, find_prepared
+from recipe_runner.plan.step import EVALUATION
 from recipe_runner.plan.time import Time, measure_time
 from recipe_runner.plan.trace import ACTIVATIONS, LOGITS, OVERHEAD, Peak
 from recipe_runner.problems.errors import first_line, user_error
@@ -198,7 +199,8 @@ def work_out(recipe: Recipe, setting: Setting, known: Mapping[str, Any], launch:
     phase = max(peaks, key=lambda name: peaks[name].total)
     accuracy = find_accuracy(recipe, device)
     shared = launch is not None and (launch.kind == "FSDP" or launch.zero_stage == 3)
-    peak = surround(peaks[phase], device, SHARED_SLACK if shared else SLACK)
+    slack = SHARED_SLACK if shared else SLACK
+    peak = surround(peaks[phase], device, slack)
     allocated = peaks[phase].total + device.workspace
     spread = accuracy.error
     low = round(allocated * (1 - spread)) + CONTEXT * device.gpu
@@ -218,7 +220,7 @@ def work_out(recipe: Recipe, setting: Setting, known: Mapping[str, Any], launch:
         max(high, peak.total),
         accuracy,
         find_fits(peak, device),
-        find_largest(peaks, setting) if device.memory else None,
+        find_largest(peaks, setting, slack) if device.memory else None,
         time,
         measure_disk(recipe, traced.saved_bytes, traced.state_bytes + traced.paged, merged, time.steps),
         list(assume(recipe, setting, known, launch)),
@@ -245,7 +247,7 @@ def with_history(made: Plan, learned: Learned | None) -> Plan:
     return replace(made, peak=peak, low=low, high=high, learned=learned)
 
 
-def surround(peak: Peak, device: Device, slack: float = SLACK) -> Peak:
+def surround(peak: Peak, device: Device, slack: float) -> Peak:
     """A peak with what is around the tensors: the context, cuBLAS' workspace, and what the allocator holds beyond."""
     if not device.gpu:
         return peak
@@ -262,15 +264,15 @@ def find_fits(peak: Peak, device: Device) -> dict[str, bool]:
     return {name: peak.total <= gpu.memory for name, gpu in gpus.items() if gpu.bf16 == device.bf16}
 
 
-def find_largest(peaks: Mapping[str, Peak], setting: Setting) -> int:
+def find_largest(peaks: Mapping[str, Peak], setting: Setting, slack: float) -> int:
     """Rows of a training batch that fit: what grows with them is activations and logits, by a row's share of them."""
     least = None
     for phase, peak in peaks.items():
-        if phase == "evaluation":
+        if phase == EVALUATION:
             continue
         growing = peak.kinds[ACTIVATIONS] + peak.kinds[LOGITS]
-        whole = surround(peak, setting.device).total
-        a_row = growing * (1 + SLACK) / setting.train.rows
+        whole = surround(peak, setting.device, slack).total
+        a_row = growing * (1 + slack) / setting.train.rows
         if a_row:
             rows = setting.train.rows + (setting.device.memory - whole) / a_row
             least = rows if least is None else min(least, rows)
@@ -329,7 +331,7 @@ def find_changes(recipe: Recipe, made: Plan, known: Mapping[str, Any], launch: L
             values[section] = {**(values.get(section) or {}), **keys} if keys is not None else None
         changed = replace(recipe, values=values)
         setting = choose_setting(changed, made.setting.config, made.device, known)
-        other = work_out(changed, setting, known, launch)
+        other = with_history(work_out(changed, setting, known, launch), made.learned)
         slower = other.traced.flops / setting.train.tokens / (made.traced.flops / made.setting.train.tokens) - 1
         fits = other.peak.total <= made.device.memory
         found.append(Change(what, made.peak.total - other.peak.total, slower, fits))

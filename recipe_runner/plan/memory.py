@@ -114,8 +114,7 @@ def trace(recipe: Recipe, setting: Setting) -> Traced:
     run = Step(built, memory, kernels, stack.full_logits, stack.copied_logits, stack.float32_logits, offloads)
     run.hold_model()
     name = optimizer_of(recipe)
-    embeddings = [id(module.weight) for module in built.model.modules() if isinstance(module, torch.nn.Embedding)]
-    needs = optimizer.measure(name, built.trained, embeddings, setting.device.gpu)
+    needs = optimizer.measure(name, built.model, setting.device.gpu)
     memory.change(OPTIMIZER, needs.states)
     if recipe.training["gradient_accumulation_steps"] > 1:
         for parameter in built.trained:

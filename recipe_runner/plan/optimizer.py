@@ -1,6 +1,5 @@
 """What an optimizer keeps for each weight that is trained, and what it needs while it takes a step."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,16 +85,17 @@ def find_kind(name: str) -> Kind:
     return KINDS.get(name, UNKNOWN)
 
 
-def measure(name: str, weights: Sequence[torch.Tensor], embeddings: Iterable[int], gpu: bool) -> Needs:
-    """What an optimizer takes for some weights.
+def measure(name: str, model: torch.nn.Module, gpu: bool) -> Needs:
+    """What an optimizer takes for the weights of a model that are trained.
 
     Args:
         name: transformers' name.
-        weights: That are trained.
-        embeddings: Ids of those that are embeddings: bitsandbytes keeps 32 bits for them (transformers/trainer.py).
+        model: bitsandbytes keeps 32 bits for its embeddings (transformers/trainer.py).
         gpu: Whether the device is one: on a CPU PyTorch's optimizers take one weight after the other.
     """
-    kind, full = find_kind(name), set(embeddings)
+    kind = find_kind(name)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    full = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     states = paged = 0
     for weight in weights:
         count = weight.numel()

@@ -98,7 +98,7 @@ def prepare_stages(pipeline: Recipe, launch: Launch | None) -> list[dict[str, st
 def _inspect(pipeline: Recipe, folder: Path, made_from: list[dict[str, str]]) -> list[StageRun]:
     """Where each stage stands; what is made from something that has changed is stale, and what takes from it, too.
 
-    A reward function may be mended while a stage waits to go on: it goes on with it as it is now.
+    A reward function may be fixed while a stage waits to go on: it goes on with it as it is now.
     """
     runs = inspect_stages(pipeline, folder)
     for place, run in enumerate(runs):

@@ -4,8 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from recipe_runner.plan import optimizer
 from recipe_runner.plan.device import CPU, choose_device
 from recipe_runner.plan.disk import check_disk, measure_disk
@@ -27,10 +25,8 @@ def check_room(recipe: Recipe, trainer: Any, folder: Path) -> None:
     if trainer.args.process_index or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return  # of what processes share, none knows all
     model = trainer.accelerator.unwrap_model(trainer.model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    embeddings = [id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    needs = optimizer.measure(optimizer_of(recipe), trained, embeddings, trainer.args.device.type != "cpu")
-    saved = trained if recipe.peft else list(model.parameters())
+    needs = optimizer.measure(optimizer_of(recipe), model, trainer.args.device.type != "cpu")
+    saved = (parameter for parameter in model.parameters() if parameter.requires_grad or not recipe.peft)
     size = sum(parameter.numel() * parameter.element_size() for parameter in saved)
     steps = count_steps(trainer.args, len(trainer.train_dataset), trainer.args.world_size)
     check_disk(measure_disk(recipe, size, needs.states + needs.paged, 0, steps), folder)

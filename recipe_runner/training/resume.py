@@ -8,7 +8,7 @@ from recipe_runner.files import read_object
 from recipe_runner.problems.errors import user_error
 from recipe_runner.runs.folder import find_changed
 
-CODE = "the reward function in "  # what a run is made from that may be mended while it waits
+CODE = "the reward function in "  # what a run is made from that may be fixed while it waits
 
 
 def check_rows(rows: int, held_out: int | None, config: Any) -> None:
