@@ -238,7 +238,10 @@ class Interruption(TrainerCallback):
         """Stops all processes at the same step."""
         if args.world_size > 1:
             self._agree(state.global_step)
-        if self.requested and state.global_step >= self.last:
+            stops = 0 < self.last <= state.global_step  # a signal may have come since they looked
+        else:
+            stops = self.requested
+        if stops:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False  # it would come before the checkpoint
 

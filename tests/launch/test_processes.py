@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -329,6 +330,32 @@ def test_a_signal_to_one_rank_stops_all_as_that_signal(long_run):
     err = ended(process, ranks, 60)
     assert process.returncode == 143, err
     assert (Path(status(folder)["checkpoint"]) / "complete").is_file()
+
+
+def test_a_signal_while_a_rank_looks_for_one_does_not_stop_it_alone(monkeypatch):
+    """It looked, saw none, and has not told the others of its own: they would wait for its gradients for ever."""
+    from torch.distributed import HashStore
+    from transformers import TrainerControl, TrainerState
+
+    from recipe_runner.training import callbacks
+
+    class Store(HashStore):
+        def check(self, keys):
+            found = super().check(keys)
+            one(signal.SIGTERM, None)
+            return found
+
+    store = Store()
+    monkeypatch.setattr(callbacks, "_get_default_store", lambda: store)
+    one, other = (callbacks.Interruption(speaks=False) for _ in range(2))
+    stopped = []
+    for step in (1, 2, 3):
+        for rank in (one, other):
+            control = TrainerControl()
+            rank.on_step_end(SimpleNamespace(world_size=2), TrainerState(global_step=step), control)
+            stopped.append(control.should_training_stop)
+            store.check = super(Store, store).check
+    assert stopped == [False, False, False, False, True, True]
 
 
 def test_one_process_is_launched_without_a_go_between(launch, tmp_path):
