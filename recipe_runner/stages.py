@@ -54,6 +54,7 @@ class Stage:
         taught: Whether a teacher (`model.teacher`) says what they should have been.
         scored: What TRL 1.16's loss computes of every label beside its log-probability (`add_fused_lm_head`).
         notes: Lines that a new recipe of this stage gets in `training`.
+        sees: Whether TRL 1.16's trainer takes rows with images.
     """
 
     name: str
@@ -75,6 +76,12 @@ class Stage:
     taught: bool = False
     scored: tuple[str, ...] = ("entropy",)
     notes: Mapping[str, str] = field(default_factory=dict)
+    sees: bool = False
+
+    @property
+    def seeing(self) -> "Stage":
+        """The stage of rows with images, which have a shape of their own."""
+        return replace(self, shape=f"image_{self.shape}") if self.sees else self
 
 
 # The ranges are wider than the sources' by a factor of ten or more.
@@ -135,7 +142,7 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         replace(_SFT, name="pretrain", packs=True),
-        _SFT,
+        replace(_SFT, sees=True),
         Stage(
             "dpo",
             "trl:DPOTrainer",
@@ -151,6 +158,7 @@ STAGES: dict[str, Stage] = {
             shown=_MARGIN,
             scored=("entropy", "mean_logits", "is_top1"),
             notes={"first": _BETA, "batches": _GROUPED},
+            sees=True,
         ),
         Stage(
             "kto",
@@ -250,13 +258,13 @@ FORMATS: dict[str, Format] = {
         "rows of an instruction, an optional input and an answer",
         ("instruction", "output"),
         ("input",),
-        ("system", "history"),
+        ("system", "history", "images"),
         "  train_on: completion             # the loss is on the answer only\n",
     ),
     "chat": Format(
         "rows of turns: {role, content}, or ShareGPT's {from, value}",
         ("messages",),
-        context=("system", "tools"),
+        context=("system", "tools", "images"),
         note="  train_on: assistant              # the loss is on every assistant turn\n",
     ),
     "text": Format("raw text; an end-of-sequence token after each document", ("text",)),
@@ -264,7 +272,7 @@ FORMATS: dict[str, Format] = {
         "pairs of a chosen and a rejected answer to a prompt",
         ("chosen", "rejected"),
         ("prompt",),
-        ("input", "system", "history", "tools"),
+        ("input", "system", "history", "tools", "images"),
     ),
     "unpaired_preference": Format(
         "rows of a prompt, an answer, and whether it is a good one",

@@ -15,7 +15,8 @@ HEAD = """\
 
 {count} recipes. Each is validated, previewed and executed in continuous integration: trained for some steps on a small
 model of its own architecture, evaluated, saved, loaded back and resumed, and checked (`recipe-run smoke`,
-[docs/smoke.md](../docs/smoke.md)). Each says in its first lines whether it was also trained at full size.
+[docs/smoke.md](../docs/smoke.md)), but for those that say they were never run. Each says in its first lines whether
+it was also trained at full size.
 `recipe-run list` finds one by model, task, method and size; `recipe-run copy NAME` takes one.
 
 The memory of a device is planned (`recipe-run plan`), not measured: [how right that is](../docs/plan-accuracy.md).
@@ -40,7 +41,8 @@ def _sections(entries: Sequence[Entry]) -> Iterator[str]:
                 model = f"{entry.model.split('/')[-1]} ({write_count(entry.parameters)})"
                 where = f"{entry.hardware}{f', `{entry.launch}`' if entry.launch else ''}"
                 licenses = f"{entry.license}; {entry.data_license}"
-                cells = [f"[{entry.name}]({entry.file.name})", model, entry.method, write_planned(entry.planned)]
+                named = f"[{entry.name}]({entry.file.name}){' (never run)' * bool(entry.not_run)}"
+                cells = [named, model, entry.method, write_planned(entry.planned)]
                 yield f"| {' | '.join([*cells, where, licenses])} |"
     yield ""
 

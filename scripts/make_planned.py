@@ -29,6 +29,8 @@ def main() -> None:
             continue
         recipe = load_recipe(str(file))
         told = recipe.values.get("metadata") or {}
+        if told.get("not_run"):
+            continue
         launch = read_launch(find_launch(told["launch"])) if told.get("launch") else None
         device = CPU if "CPU" in told.get("hardware", "") else ANY_GPU
         if device is CPU:  # model and data are here: their longest rows are known

@@ -13,7 +13,7 @@ from shared import SAMPLES, write_rows
 
 from recipe_runner.recipe.rules import packages
 
-pytest_plugins = ["learned", "templated"]  # runs, and rows, that several files of tests share
+pytest_plugins = ["learned", "templated", "seeing"]  # runs, and rows, that several files of tests share
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a network
 HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")  # no test reads or fills the caches of the machine
 os.environ["HF_HOME"] = HF_HOME.name

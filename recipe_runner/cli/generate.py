@@ -12,6 +12,7 @@ from recipe_runner.cli.options import Number, dtype_option, prepare_process, qua
 @click.command(name="generate")
 @click.argument("result", metavar="RUN|MODEL")
 @click.option("--prompt", multiple=True, help="Answer this, and end. Repeatable.")
+@click.option("--image", multiple=True, type=click.Path(dir_okay=False, exists=True, path_type=Path), help="Show this.")
 @click.option("--file", type=click.Path(dir_okay=False, exists=True, path_type=Path), help="Answer a jsonl file.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="With --file: where answers go.")
 @click.option("--compare-base", is_flag=True, help="Show the base's answer, too: the adapter switched off.")
@@ -30,6 +31,7 @@ from recipe_runner.cli.options import Number, dtype_option, prepare_process, qua
 def command(
     result: str,
     prompt: tuple[str, ...],
+    image: tuple[Path, ...],
     file: Path | None,
     output: Path | None,
     compare_base: bool,
@@ -47,6 +49,8 @@ def command(
         raise click.UsageError("--file and --output go together")
     if file and prompt:
         raise click.UsageError("--prompt and --file exclude each other")
+    if image and not prompt:
+        raise click.UsageError('--image goes with --prompt; the lines of a --file name their own: "images": [FILE]')
     prepare_process()
     from recipe_runner.launch.process import without_collector
 
@@ -72,7 +76,7 @@ def command(
             click.echo(f"\n{output} is written", err=True)
         elif not talks:
             texts = prompt or (sys.stdin.read(),)
-            _show(generation.ask(asker, texts, batch_size, compare_base), texts)
+            _show(generation.ask(asker, texts, batch_size, compare_base, image), texts)
         else:
             from recipe_runner.results.chat import talk
 

@@ -53,6 +53,8 @@ class Accounting:
         changed_texts: Rows whose text is not what the model's own chat template makes of them.
         change: How the text of the first of them differs.
         rows_in_train: Of evaluation rows: those that are training rows, too, token by token.
+        images: Images of the kept rows.
+        image_tokens: Tokens that stand for parts of them.
     """
 
     rows_read: int = 0
@@ -84,6 +86,8 @@ class Accounting:
     changed_texts: int = 0
     change: str = ""
     rows_in_train: int = 0
+    images: int = 0
+    image_tokens: int = 0
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
@@ -94,7 +98,8 @@ class Accounting:
         twice = f", {self.duplicates:,} duplicates" if self.duplicates else ""
         share = self.supervised_tokens / max(self.tokens, 1)
         tokens = f"{self.tokens:,} tokens, {self.supervised_tokens:,} supervised ({share:.0%})"
-        return f"{self.rows_read:,} rows: {self.rows_kept:,} kept, {dropped}, {cut}{twice}; {tokens}"
+        seen = f"; {self.images:,} images, {self.image_tokens:,} of the tokens" if self.images else ""
+        return f"{self.rows_read:,} rows: {self.rows_kept:,} kept, {dropped}, {cut}{twice}; {tokens}{seen}"
 
     def describe_lengths(self) -> str:
         """Lengths of rows against `max_length`, in a line."""
@@ -150,6 +155,8 @@ class Tally:
     two_bos: int = 0
     empty_thoughts: int = 0
     changed_texts: int = 0
+    images: int = 0
+    image_tokens: int = 0
     change: str = ""
     ends: set[str] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -164,7 +171,8 @@ class Tally:
 
     def merge(self, later: "Tally") -> None:
         """Adds what was counted of later rows."""
-        for name in ("read", "packed_rows", "special", "two_bos", "empty_thoughts", "changed_texts"):
+        counted = ("read", "packed_rows", "special", "two_bos", "empty_thoughts", "changed_texts", "images")
+        for name in (*counted, "image_tokens"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.change = self.change or later.change
         self.ends |= later.ends
@@ -231,6 +239,8 @@ class Tally:
             empty_thoughts=self.empty_thoughts,
             changed_texts=self.changed_texts,
             change=self.change,
+            images=self.images,
+            image_tokens=self.image_tokens,
             ends=sorted(self.ends),
         )
 

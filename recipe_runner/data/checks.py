@@ -24,7 +24,7 @@ from recipe_runner.data.job import Job, Replaced
 from recipe_runner.data.results import TALK
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.data.thinking import EMPTY, thought_of, without_thought
-from recipe_runner.data.turns import BAD, GOOD, LISTED, SPELLING, UNDECLARED, Turns
+from recipe_runner.data.turns import BAD, GOOD, LISTED, MARK, SPELLING, UNDECLARED, Turns
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import Problem, as_warning
 from recipe_runner.recipe.local import UNSURE
@@ -160,7 +160,7 @@ def _find_parts(row: dict[str, Any], dataset: DatasetSection) -> Iterator[tuple[
     for number, turn in enumerate(turns):
         calls = turn.get("tool_calls", ())
         if not calls:
-            yield turn["role"], [without_thought(turn["content"]).strip()]
+            yield turn["role"], [text.strip() for text in without_thought(turn["content"]).split(MARK)]
         elif turn["content"].strip():
             yield BESIDE, [without_thought(turn["content"]).strip()]
         for call in calls:

@@ -14,6 +14,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
+from recipe_runner.data.images import as_parts
+from recipe_runner.data.pictures import processor_of
 from recipe_runner.data.tables import IGNORED, NUMBERS
 from recipe_runner.data.turns import Turns
 
@@ -25,8 +27,11 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, chats: Any, tools: Any = 
     """`apply_chat_template` of a conversation, or of several that declare the same tools.
 
     DeepSeek-V3's template takes the arguments of a call as a text only, all others of TRL's as an object: TRL 1.16's
-    `supports_tool_calling` falls back in the same way (transformers#45419).
+    `supports_tool_calling` falls back in the same way (transformers#45419). A vision model's takes contents in parts.
     """
+    if processor_of(tokenizer):
+        several = bool(chats) and isinstance(chats[0], list)
+        chats = [as_parts(turns) for turns in chats] if several else as_parts(chats)
     tools = tools or None  # Llama 3.1's template renders its words about tools for an empty list, too
     try:
         return tokenizer.apply_chat_template(chats, tools=tools, **options)

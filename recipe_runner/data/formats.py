@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from recipe_runner.data.images import place_images
 from recipe_runner.data.turns import (
     LISTED,
     SPELLING,
@@ -49,6 +50,8 @@ def normalise_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
     tools = read_tools(row.get("tools"), f"{where}: column 'tools'")
     if tools:
         made["tools"] = list(tools)
+    if dataset.images and not made["dropped"]:
+        place_images(made, row.get("images"), dataset, where)
     turns = turns_of(made)
     noted = [UNDECLARED] if call_undeclared(turns, tools, where) else []
     noted += [LISTED] if lists_tools(turns, tools) else []

@@ -27,6 +27,7 @@ from recipe_runner.data.checks import (
     find_refused,
 )
 from recipe_runner.data.job import Job, read_rows
+from recipe_runner.data.pictures import ImageError
 from recipe_runner.data.sources import Source
 from recipe_runner.data.tables import PACKED_TOGETHER, flatten, make_table, pack, with_documents
 from recipe_runner.data.thinking import is_turns
@@ -190,6 +191,9 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
             except (*REFUSALS, TooSlow) as error:
                 opened = job.sources[source]
                 told, what, fix = first_line(error), "", "does the chat template come to an end?"
+                if isinstance(error, ImageError):
+                    message = f"{opened.name}: row {number + 1}: {told}"
+                    raise user_error("unreadable-image", message, "", path=opened.path) from error
                 if not isinstance(error, TooSlow):
                     what = find_refused(row, job.tokenizer, told)
                     lacks = re.search(r"has no attribute '(\w+)'", told) if what.startswith("tool") else None

@@ -13,10 +13,12 @@ from trl.data_utils import common_prefix_length
 from recipe_runner.data.checks import shorten_middle
 from recipe_runner.data.encode import apply_template
 from recipe_runner.data.formats import normalise_row
+from recipe_runner.data.images import Picture
 from recipe_runner.data.job import Job, read_rows
+from recipe_runner.data.pictures import see
 from recipe_runner.data.prepare import read_answers, shape_of
 from recipe_runner.data.thinking import without_thought
-from recipe_runner.data.turns import Turns
+from recipe_runner.data.turns import MARK, Turns
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.sections import DatasetSection
 
@@ -37,12 +39,14 @@ class Prompt:
         wanted: The answer in the data; empty where there is none.
         kind: Of golden rows: what is tried with it.
         tools: What the model is offered; None where the data declares none.
+        images: What its turns show, in the order of their marks.
     """
 
     content: Turns | str
     wanted: str = ""
     kind: str = "as in the data"
     tools: Any = None
+    images: tuple[Picture, ...] = ()
 
 
 def split_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, columns: Sequence[str] = ()) -> Prompt | None:
@@ -50,6 +54,14 @@ def split_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, columns: 
 
     Of a prompt alone, the answer is what the first of the columns has that rewards are given.
     """
+    prompt = _split_turns(row, tokenizer, columns)
+    if prompt is None or not row.get("images"):
+        return prompt
+    shown = sum(turn["content"].count(MARK) for turn in _turns(prompt))
+    return replace(prompt, images=tuple(row["images"][:shown]))
+
+
+def _split_turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, columns: Sequence[str]) -> Prompt | None:
     tools = row.get("tools")
     if isinstance(row.get("prompt"), str):
         return Prompt(row["prompt"], row["completion"].strip())
@@ -133,6 +145,20 @@ def render_prompt(
     return list(rendered)
 
 
+def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[str, Any] | None]:
+    """The tokens of a prompt, and what a vision model is given of one with images (`pictures.see`).
+
+    Raises:
+        UserError: The chat template refuses it, or an image can't be used.
+    """
+    if not prompt.images:
+        return render_prompt(prompt.content, tokenizer, prompt.tools), None
+    render_prompt(prompt.content, tokenizer, prompt.tools)  # says what is refused
+    text = apply_template(tokenizer, prompt.content, prompt.tools, add_generation_prompt=True, tokenize=False)
+    seen = see(tokenizer, text, prompt.images)
+    return seen["input_ids"][0].tolist(), seen
+
+
 def find_split_prompts(job: Job, orders: Orders) -> tuple[int, int, str]:
     """Of some rows, how many begin with other tokens than their prompt alone has; how many were looked at; the first.
 
@@ -147,7 +173,7 @@ def find_split_prompts(job: Job, orders: Orders) -> tuple[int, int, str]:
         return 0, 0, ""
     found, change = 0, ""
     for prompt, entry in zip(asked, shape.tokenize(job, rows).to_pylist(), strict=True):
-        alone = render_prompt(prompt.content, job.tokenizer, prompt.tools) if prompt else []
+        alone = render(prompt, job.tokenizer)[0] if prompt else []
         whole = [token for name in shape.FIRST for token in entry[name]]
         if whole[: len(alone)] != alone:
             found += 1
@@ -163,7 +189,7 @@ def choose_golden(job: Job, orders: Orders, number: int) -> list[Prompt]:
     Conversations are also asked with a system prompt, without one, and in several turns, made of the data's own rows
     where it has none such.
     """
-    found = choose_prompts(job, orders, number)
+    found = [_blind(prompt) for prompt in choose_prompts(job, orders, number)]
     if not found or any(isinstance(prompt.content, str) for prompt in found):
         return found
     own = next((turn["content"] for prompt in found for turn in _turns(prompt) if turn["role"] == "system"), SYSTEM)
@@ -176,6 +202,14 @@ def choose_golden(job: Job, orders: Orders, number: int) -> list[Prompt]:
     made = [prompt for group in zip(*kinds, strict=True) for prompt in group if prompt.content]
     rest = [prompt for prompt in made if prompt.content not in [other.content for other in found[:4]]]
     return [*found[:4], *rest][:number]
+
+
+def _blind(prompt: Prompt) -> Prompt:
+    """A prompt without its images, of which a golden row keeps none."""
+    if not prompt.images:
+        return prompt
+    turns = [turn | {"content": turn["content"].replace(MARK, "").strip()} for turn in _turns(prompt)]
+    return replace(prompt, content=turns, images=(), kind="without its images")
 
 
 def _turns(prompt: Prompt) -> Turns:

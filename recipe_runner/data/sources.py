@@ -33,7 +33,9 @@ from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 
 from recipe_runner.data.formats import normalise_row
+from recipe_runner.data.images import locate
 from recipe_runner.data.look import iterate_rows, look_at
+from recipe_runner.data.pictures import keep_encoded
 from recipe_runner.data.turns import KNOWN_KEYS, RowError, describe_value, read_json, says_something
 from recipe_runner.files import FULL, disk_full
 from recipe_runner.problems.errors import UserError, first_line, user_error
@@ -197,10 +199,14 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
                 )
                 fix = f"its columns: {', '.join(part.column_names)}; name it as a source of its own, with columns"
                 raise user_error("missing-column", found, fix, path=place)
+    if not dataset.images and "images" not in section.columns:
+        columns.pop("images", None)
     columns |= _hand_on(section, dataset.reward_columns, columns, rows.column_names)
     unused = [column for column in rows.column_names if column not in (*columns.values(), *dataset.ignore)]
     _refuse_lost_columns(section, dataset.format, rows.select_columns(unused))
     used = rows.select_columns(list(dict.fromkeys(columns.values())))
+    if "images" in columns:
+        used = keep_encoded(used, columns["images"])
     if files and suffix in (".json", ".jsonl"):
         used = _as_written(used, files, section)
     keys = {column: _turn_keys(used, column) for column in used.column_names}
@@ -208,7 +214,8 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
         f"{column}.{key}"
         for column in keys
         for key in keys[column]
-        if column not in (columns.get("tools"), *dataset.reward_columns) and key not in (*KNOWN_KEYS, *dataset.ignore)
+        if column not in (columns.get("tools"), columns.get("images"), *dataset.reward_columns)
+        and key not in (*KNOWN_KEYS, *dataset.ignore)
     ]
     names = frozenset((*rows.column_names, *(key for column in keys.values() for key in column)))
     is_json = suffix in (".json", ".jsonl")  # which datasets 5.2 reads without giving an object keys that it has not
@@ -586,6 +593,8 @@ def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray)
             row = dict(zip(cells, values, strict=True))
             try:
                 rows[place] = normalise_row(row, dataset, f"{source.name}: row {order[place, 1] + 1}")
+                if pictures := rows[place].get("images"):
+                    rows[place]["images"] = locate(pictures, source.name, dataset.image_folder)
             except RowError as error:
                 raise user_error("wrong-row-shape", str(error), path=source.path) from error
     return rows
@@ -708,6 +717,8 @@ def _refuse_lost_columns(section: SourceSection, form: str, unused: Dataset) -> 
             role = MEANINGS[known] or known
             message = f"{section.source} has a column '{name}', which format {form} does not use: it would be lost"
             fix = f"set columns: {{{role}: {name}}}, or" if name != role and role in roles else "remove it, or"
+            if known in ("image", "images") and "images" in roles:
+                fix = "set dataset.images: marked (or first) to train on them, or"
             path = (*section.path, "columns") if section.columns else (*section.path, "source")
             raise user_error("unused-column", message, f"{fix} list it in dataset.ignore: [{name}]", path=path)
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.accounting import Accounting, Tally, simulate_batches
 from recipe_runner.data.job import Job
+from recipe_runner.data.pictures import find_files, processor_of
 from recipe_runner.data.place import KEYS, store_folder
 from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks, shape_of
 from recipe_runner.data.tables import NUMBERS
@@ -108,6 +109,10 @@ def describe_origin(job: Job) -> dict[str, Any]:
             files |= {str(file): hash_file(file) for file in list_files(source.name)}
         else:
             files[source.name] = source.rows._fingerprint
+        if job.dataset.images:
+            seen = sorted(set(find_files(source.rows, source.columns, source.name, job.dataset.image_folder)))
+            digests = "".join(hash_file(file) for file in seen)
+            files[f"images of {source.name}"] = hashlib.sha256(digests.encode()).hexdigest()
     return {
         "stage": job.stage.name,
         "dataset": asdict(replace(job.dataset, max_dropped=0, workers=None)),
@@ -131,6 +136,8 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     parts = f"{type(tokenizer).__name__}{backend}{special}{tokenizer.chat_template}"
+    if processor := processor_of(tokenizer):
+        parts += f"{type(processor).__name__}{processor.image_processor.to_json_string()}"
     return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -251,4 +258,7 @@ def _load(folder: Path, job: Job) -> dict[str, PreparedSplit]:
 
 def _batches(job: Job, lengths: np.ndarray, split: str) -> dict[str, float]:
     """What padding costs; nothing is known of answers that are still to be generated."""
-    return {} if job.stage.generates else simulate_batches(lengths, job.config, split)
+    if job.stage.generates:
+        return {}
+    shares = simulate_batches(lengths, job.config, split)
+    return {way: share for way, share in shares.items() if way != "packed" or not job.dataset.images}

@@ -41,6 +41,11 @@ def measure_rows(table: pa.Table, limit: int | None) -> tuple[np.ndarray, np.nda
     return np.diff(ends), learned[stops] - learned[ends[:-1]]
 
 
+def numbers_of(columns: Mapping[str, pa.DataType]) -> list[str]:
+    """Names of the columns that are lists of numbers."""
+    return [name for name, kind in columns.items() if kind == NUMBERS]
+
+
 def hash_rows(table: pa.Table, names: Iterable[str]) -> np.ndarray:
     """A hash of some list columns of each row: array `(rows,)` of 64-bit numbers."""
     columns = [flatten(table, name) for name in names]

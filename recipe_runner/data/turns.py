@@ -46,6 +46,7 @@ TURN_KEYS = ("role", "content", "from", "value", "weight", *SWITCHES)  # that ev
 ASSISTANT_KEYS, TOOL_KEYS = ("tool_calls", "function_call", *THOUGHTS), ("tool_call_id", "name")
 USUAL_KEYS = frozenset(TURN_KEYS[:4])
 READ_KEYS = (*TURN_KEYS, *ASSISTANT_KEYS, *TOOL_KEYS)
+IMAGE_KEYS = ("image", "path", "url")  # of a part that is an image: which
 KNOWN_KEYS = frozenset(READ_KEYS + LOST_KEYS)
 NESTED_KEYS = frozenset(("tool_calls", "function_call"))  # whose values are objects
 # How a call begins that is spelt in the text of an answer: Hermes and Qwen, Llama, Mistral, LFM; and without tokens
@@ -54,6 +55,7 @@ SPELT_BY_TEMPLATES = re.compile(r"<tool_call\w*>?|<function=|<\|python_tag\|>|\[
 SPELT_CALLS = ("<tool_call", "<|python_tag|>", "[TOOL_CALLS]", "<|tool_call", "<function", "```tool_c", "Action:")
 # A call as JSON in the text of an answer, as Hermes and Qwen spell it; GLM and Qwen-Coder spell others there.
 SPELT_AS_JSON = re.compile(r"<tool_call>\s*([\[{].*?)\s*</tool_call>", re.DOTALL)
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # in a text: an image stands here
 # What is counted of rows.
 UNDECLARED = "that call a tool which they do not declare"
 UNWRAPPED = "with results of tools taken out of <tool_response> tags, which the chat template writes itself"
@@ -120,7 +122,8 @@ def _read_turn(turn: dict[str, Any], dataset: DatasetSection, where: str) -> dic
     if content is None and "tool_calls" in message:
         content = ""
     if isinstance(content, list):
-        content = _join_parts(content, where)
+        content, images = _join_parts(content, dataset, where)
+        message |= {"images": images} if images else {}
     if not isinstance(content, str):
         fix = "write the text alone, or remove the row"
         raise RowError(f"{where}: expected a text as content, found {describe_value(content)}; {fix}")
@@ -136,18 +139,28 @@ def _read_turn(turn: dict[str, Any], dataset: DatasetSection, where: str) -> dic
     return made
 
 
-def _join_parts(parts: list[Any], where: str) -> str:
-    """A content in parts, as OpenAI writes it ({type: text, text}), as one text.
+def _join_parts(parts: list[Any], dataset: DatasetSection, where: str) -> tuple[str, list[Any]]:
+    """A content in parts, as OpenAI writes it ({type: text, text}), as one text with marks; and images in the parts.
 
     Raises:
-        RowError: A part is no text.
+        RowError: A part is neither a text nor, where the recipe has images, one.
     """
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    for number, text in enumerate(texts, 1):
-        if not isinstance(text, str):
+    texts, images = [], []
+    for number, part in enumerate(parts, 1):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image" and dataset.images:
+            texts.append(MARK)
+            images += [part[key] for key in IMAGE_KEYS if part.get(key)][:1]
+        else:
             fix = f"parts are read where all are {{type: text, text}}: take part {number} out, or remove the row"
+            if kind in ("image", "image_url"):
+                fix = (
+                    "write {type: image, image: FILE}" if dataset.images else f"{fix}; dataset.images trains on images"
+                )
             raise RowError(f"{where}: expected a text as content, found {describe_value(parts)}; {fix}")
-    return "".join(map(str, texts))
+    return "".join(texts), images
 
 
 def read_spelt_calls(turn: dict[str, Any], where: str) -> list[dict[str, Any]]:
@@ -375,6 +388,8 @@ def join_turns(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         texts = [turn[key] for turn in (first, second) if turn.get(key, "").strip()]
         if key in joined:
             joined[key] = "\n\n".join(texts)
+    if "images" in joined:
+        joined["images"] = [*first.get("images", ()), *second.get("images", ())]
     if "tool_calls" in joined:
         joined["tool_calls"] = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
     return joined

@@ -129,6 +129,7 @@ def fit_adapter(peft_config: Any, empty: Any, build: Callable[[], Any], model_ty
     modules = [name for name, _ in empty.named_modules()]
     parameters = [name for name, _ in empty.named_parameters()]
     tokens = empty.get_input_embeddings().num_embeddings
+    keep_to_language(peft_config, empty)
     usual = _usual_targets(peft_config, empty)
     asked = {key for key, value in vars(peft_config).items() if value}
     check_named(peft_config, modules, usual)
@@ -167,6 +168,37 @@ def fit_adapter(peft_config: Any, empty: Any, build: Callable[[], Any], model_ty
             message = f"there is no token {index}: the model has the tokens 0 to {tokens - 1}"
             raise user_error("target-not-found", message, path=("peft", key))
     return fitted
+
+
+def keep_to_language(peft_config: Any, empty: Any) -> None:
+    """Leaves what sees out of an adapter on a vision model, unless the recipe says which modules it is put on.
+
+    It says so by a regular expression as `target_modules`, or by `exclude_modules` of its own. A name alone (q_proj) is
+    one of the vision tower's, too, which few rows would only spoil.
+
+    Args:
+        peft_config: Its `exclude_modules` are set.
+        empty: The base model on the meta device.
+    """
+    targets = getattr(peft_config, "target_modules", None)
+    if not hasattr(peft_config, "exclude_modules") or peft_config.exclude_modules or not find_seeing(empty):
+        return
+    if not isinstance(targets, str) or targets == "all-linear":
+        peft_config.exclude_modules = rf"(?:.*\.)?(?:{'|'.join(find_seeing(empty))})(?:\..*)?"
+
+
+def find_seeing(empty: Any) -> list[str]:
+    """Names of the modules of a vision model that stand beside its language model: vision tower, projector."""
+    if empty.config.get_text_config() is empty.config:
+        return []
+    language = empty.get_decoder()
+    path = next((name for name, module in empty.named_modules() if module is language), "")
+    found, parent = [], empty
+    for part in path.split(".") if path else ():
+        found += [name for name, module in parent.named_children() if name != part and list(module.parameters())]
+        parent = getattr(parent, part)
+    head = empty.get_output_embeddings()
+    return [name for name in found if getattr(empty, name, None) is not head or head is None]
 
 
 def put_on(peft_config: Any, empty: Any, build: Callable[[], Any]) -> Any:
@@ -244,7 +276,8 @@ def _check_effect(peft_config: Any, fitted: PeftModel) -> None:
         message = "it has no effect: no target is a Conv1D, as GPT-2 has"
         raise user_error("peft-refused", message, "remove the key", path=("peft", "fan_in_fan_out"))
     base: Any = fitted.get_base_model()
-    tied = base.config.get_text_config().tie_word_embeddings
+    text = base.config.get_text_config()  # of some vision models, only the whole configuration says it
+    tied = getattr(text, "tie_word_embeddings", getattr(base.config, "tie_word_embeddings", False))
     if getattr(peft_config, "ensure_weight_tying", False) and not tied:
         message = "it has no effect: embeddings and head are two matrices in this model"
         raise user_error("peft-refused", message, "remove the key", path=("peft", "ensure_weight_tying"))

@@ -63,6 +63,7 @@ def answer_prompts(
     prompts: Sequence[list[int]],
     batch_size: int,
     room: int | None = None,
+    seen: Sequence[Any] = (),
     **options: Any,
 ) -> Iterator[dict[int, Answer]]:
     """Answers prompts, those of like length together, the longest first.
@@ -76,6 +77,8 @@ def answer_prompts(
         prompts: In tokens.
         batch_size: How many at a time, at most.
         room: Tokens of a batch's prompts, with what pads them, at most; one prompt may have more.
+        seen: Of each prompt, what a vision model is given of its images (`data.pictures.see`), or None; empty for none.
+            One with images is answered alone.
         options: For `generate`.
 
     Yields:
@@ -89,11 +92,16 @@ def answer_prompts(
         width = len(prompts[order[0]])
         most = batch_size if room is None else min(batch_size, max(1, room // width))
         places = [place for place in order[:most] if not virtual or len(prompts[place]) == width]
+        shown = seen[order[0]] if seen else None
+        if shown or any(seen[place] for place in places if seen):
+            places = order[:1]
         order = order[len(places) :]
         rows = [[pad] * (width - len(prompts[place])) + list(prompts[place]) for place in places]
         masks = [[0] * (width - len(prompts[place])) + [1] * len(prompts[place]) for place in places]
         device = model.get_input_embeddings().weight.device
         batch = {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(masks, device=device)}
+        if shown:
+            batch = {name: value.to(device) for name, value in shown.items()}
         made = model.generate(**batch, **stops, **options)
         yield {
             place: read_answer(tokens[width:].tolist(), stops["eos_token_id"] or (), tokenizer)
@@ -114,10 +122,11 @@ def answer_all(
     prompts: Sequence[list[int]],
     batch_size: int,
     room: int | None = None,
+    seen: Sequence[Any] = (),
     **options: Any,
 ) -> list[Answer]:
     """The answers to all prompts, in their order. See `answer_prompts`."""
     found: dict[int, Answer] = {}
-    for answers in answer_prompts(model, tokenizer, prompts, batch_size, room, **options):
+    for answers in answer_prompts(model, tokenizer, prompts, batch_size, room, seen, **options):
         found |= answers
     return [found[place] for place in range(len(prompts))]

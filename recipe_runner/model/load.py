@@ -13,11 +13,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from recipe_runner.files import read_object, read_status
@@ -25,6 +28,7 @@ from recipe_runner.model import bottleneck  # noqa: F401 (makes its method known
 from recipe_runner.model.adapter import SCORING, saves_embeddings
 from recipe_runner.model.base import is_scoring, refusing_other_weights
 from recipe_runner.model.hub import find_model
+from recipe_runner.model.processor import has_processor, read_processor
 from recipe_runner.model.quantization import keep_4bit_weights_trainable
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.recipe.rules.adapter import CONFIG, WEIGHTS
@@ -81,6 +85,10 @@ def read_tokenizer(result: str | Path, **options: Any) -> PreTrainedTokenizerBas
     Raises:
         UserError: It can't be read.
     """
+    if has_processor(Path(result)):
+        seeing = read_processor(str(result), **options)
+        seeing.padding_side = "left"
+        return seeing
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(result), padding_side="left", **options)
     except Exception as error:  # files of the user's, read by code that is not ours: anything may come
@@ -114,7 +122,7 @@ def load_result(
             name = find_base(config, result)
             _refuse_missing(name, result)
             tokenizer = read_tokenizer(result)
-            auto, scores = _choose_class(config.task_type == SCORING)
+            auto, scores = _choose_class(config.task_type == SCORING, _read_config(name, config.revision, **options))
             with _refusing(section, name, bool(scores)):
                 base: Any = auto.from_pretrained(name, **{"revision": config.revision} | options | scores)
             if plain_base and getattr(base, "is_quantized", False):
@@ -129,7 +137,8 @@ def load_result(
             if not result.is_dir():
                 _find_on_hub(str(folder), place.get("revision", DEFAULT_REVISION))
             tokenizer = read_tokenizer(result, **place)
-            auto, scores = _choose_class(is_scoring(AutoConfig.from_pretrained(str(result), **place)))
+            read = AutoConfig.from_pretrained(str(result), **place)
+            auto, scores = _choose_class(is_scoring(read), read)
             with _refusing(section, str(result)):
                 model = auto.from_pretrained(str(result), **options | scores)
         if scores:
@@ -146,9 +155,20 @@ def load_result(
     return model.eval(), tokenizer
 
 
-def _choose_class(scores: bool) -> tuple[Any, dict[str, Any]]:
+def _choose_class(scores: bool, config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
     """Transformers' class for a model, and what it has to be told beside: a reward model has one output."""
-    return (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
+    if scores:
+        return AutoModelForSequenceClassification, {"num_labels": 1}
+    named = (config.architectures or [""])[0]
+    sees = named in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    return (AutoModelForImageTextToText if sees else AutoModelForCausalLM), {}
+
+
+def _read_config(name: str, revision: str | None, **options: Any) -> PretrainedConfig:
+    """The configuration of an adapter's base."""
+    place = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    config: PretrainedConfig = AutoConfig.from_pretrained(name, **{"revision": revision} | place)
+    return config
 
 
 @contextlib.contextmanager

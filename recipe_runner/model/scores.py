@@ -1,6 +1,6 @@
 """How likely a model finds what it should say, by supervised tokens; and what a reward model gives sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +26,28 @@ class Score:
     right: int
 
 
-def score_sequences(model: Any, sequences: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+def score_sequences(
+    model: Any,
+    sequences: Sequence[tuple[list[int], list[int]]],
+    seen: Sequence[Callable[[], dict[str, Any]] | None] = (),
+) -> list[Score]:
     """Scores sequences of tokens and labels (-100 where nothing is learned), those of like length together.
 
     Logits have the shape `(batch, sequence, vocabulary)`; those of virtual tokens before the text are left out.
+
+    Args:
+        model: In evaluation mode.
+        sequences: Tokens and labels.
+        seen: Of each sequence, what makes all that a vision model is given of it, which is scored alone; or None. Empty
+            where there are no images.
     """
     found: dict[int, Score] = {}
     order = sorted(range(len(sequences)), key=lambda place: -len(sequences[place][0]))
     device = model.get_input_embeddings().weight.device
     while order:
         width = len(sequences[order[0]][0])
-        places, order = order[: max(1, TOKENS // width)], order[max(1, TOKENS // width) :]
+        number = 1 if seen and any(seen) else max(1, TOKENS // width)
+        places, order = order[:number], order[number:]
         rows, labels, masks = [], [], []
         for place in places:
             ids, learned = sequences[place]
@@ -45,6 +56,8 @@ def score_sequences(model: Any, sequences: Sequence[tuple[list[int], list[int]]]
             labels.append([*learned, *[IGNORED] * space])
             masks.append([1] * len(ids) + [0] * space)
         batch = {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(masks, device=device)}
+        if seen and (look := seen[places[0]]):
+            batch = {name: value.to(device) for name, value in look().items()}
         targets = torch.tensor(labels, device=device)[:, 1:]
         with torch.no_grad():
             logits = model(**batch, use_cache=False).logits[:, -width:][:, :-1]

@@ -8,6 +8,7 @@ import trl
 from transformers import PreTrainedTokenizerBase
 
 from recipe_runner.data.checks import SPELT
+from recipe_runner.data.encode import apply_template
 
 PROBE = [
     {"role": "user", "content": "Wie geht es?"},
@@ -78,7 +79,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str | No
     texts: list[str | None] = []
     for turns in (PROBE, [{"role": "system", "content": "Kurz."}, *PROBE]):
         try:
-            texts.append(str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)))
+            texts.append(str(apply_template(tokenizer, turns, chat_template=template, tokenize=False)))
         except Exception:  # a template is a program, and this one may be made for other turns
             texts.append(None)
     return tuple(texts)
@@ -89,9 +90,8 @@ def _marks_answers(tokenizer: PreTrainedTokenizerBase, template: str, patched: s
     rendered = _render(tokenizer, patched)
     if not rendered[0] or rendered != _render(tokenizer, template):
         return False
-    found: Any = tokenizer.apply_chat_template(
-        PROBE, chat_template=patched, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    found: Any = apply_template(tokenizer, PROBE, chat_template=patched, **options)
     spans: list[list[int]] = []
     last = 0
     for token, marked in zip(found["input_ids"], found["assistant_masks"], strict=True):

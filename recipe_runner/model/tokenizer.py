@@ -7,10 +7,13 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AddedToken, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from recipe_runner.data.encode import apply_template
 from recipe_runner.data.job import Replaced
+from recipe_runner.data.pictures import processor_of
 from recipe_runner.files import read_text, write_new
 from recipe_runner.model import templates
 from recipe_runner.model.base import drop_idle_flags, load_model_config
+from recipe_runner.model.processor import read_processor
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.limits import TooSlow, time_limit
 from recipe_runner.recipe.sections import DatasetSection, ModelSection, UpstreamSection
@@ -43,7 +46,7 @@ def load_tokenizer(
     Raises:
         UserError: The tokenizer can't be loaded, or its template can't mark the assistant's tokens.
     """
-    tokenizer = _read_tokenizer(model, training["chat_template_path"])
+    tokenizer = _read_tokenizer(model, training["chat_template_path"], bool(dataset.images))
     if before is not None and training["chat_template_path"] is None and before.chat_template:
         tokenizer.chat_template = before.chat_template
     if before is not None and before.eos_token in tokenizer.get_vocab():
@@ -62,27 +65,30 @@ def load_tokenizer(
         fix = "use an instruct model, set training.chat_template_path, or dataset.template for plain text"
         raise user_error("no-chat-template", "the tokenizer has no chat template", fix, path=("dataset", "format"))
     _check_template(tokenizer)
-    return _mark(tokenizer) if dataset.train_on == "assistant" else (tokenizer, None)
+    replaced = _mark(tokenizer) if dataset.train_on == "assistant" else None
+    if processor := processor_of(tokenizer):
+        processor.chat_template = tokenizer.chat_template
+    return tokenizer, replaced
 
 
-def _mark(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, Replaced | None]:
-    """Gives a tokenizer a chat template that marks the assistant's tokens; returns also what it replaces.
+def _mark(tokenizer: PreTrainedTokenizerBase) -> Replaced | None:
+    """Gives a tokenizer a chat template that marks the assistant's tokens; returns what it replaces, if it does.
 
     Raises:
         UserError: No such template is known.
     """
     own = str(tokenizer.chat_template)
     if has_generation_markers(own):
-        return tokenizer, None
+        return None
     try:
         tokenizer.chat_template = get_training_chat_template(tokenizer)
-        return tokenizer, Replaced(own, "TRL's training version", known=True)
+        return Replaced(own, "TRL's training version", known=True)
     except ValueError as error:
         found, name = templates.find_marked(tokenizer)
         if not found:
             raise _without_marks(tokenizer) from error
         tokenizer.chat_template = found
-        return tokenizer, Replaced(own, name, known=False)
+        return Replaced(own, name, known=False)
 
 
 def _without_marks(tokenizer: PreTrainedTokenizerBase) -> UserError:
@@ -105,7 +111,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     try:
         with time_limit(TEMPLATE_SECONDS):
-            tokenizer.apply_chat_template(templates.PROBE[:2], tokenize=False)
+            apply_template(tokenizer, templates.PROBE[:2], tokenize=False)
     except Exception as error:  # a template is a program: anything may come
         if type(error) is TemplateError:
             return
@@ -153,9 +159,10 @@ def read_own(model: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_tokenizer(model: ModelSection, template: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer with the recipe's tokens, and with its chat template if it names a file."""
-    tokenizer = read_own(model)
+def _read_tokenizer(model: ModelSection, template: str | None, sees: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer with the recipe's tokens, and its chat template if it names a file; of a processor, if it sees."""
+    place = ("dataset", "images")
+    tokenizer = read_processor(model.name_or_path, place, **model.location) if sees else read_own(model)
     _add_tokens(tokenizer, model)
     try:
         tokenizer.chat_template = read_text(Path(template)) if template else tokenizer.chat_template
@@ -188,4 +195,5 @@ def write_training_template(model: ModelSection, template: str | None, file: Pat
     tokenizer = _read_tokenizer(model, template)
     if not tokenizer.chat_template:
         raise user_error("no-chat-template", "the tokenizer has no chat template", path=PLACE)
-    write_new(file, str(_mark(tokenizer)[0].chat_template))
+    _mark(tokenizer)
+    write_new(file, str(tokenizer.chat_template))

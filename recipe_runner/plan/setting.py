@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils.hub import cached_file
 
 from recipe_runner.data.place import KEYS, store_folder
@@ -75,7 +78,8 @@ def build_config(model: ModelSection, facts: ModelFacts) -> PretrainedConfig:
         raise user_error("model-config", message, path=PLACE)
     if model.attn_implementation:
         text._attn_implementation = model.attn_implementation
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
+    seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(facts.model_type) if text is not config else None
+    config.architectures = [seeing or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     return config
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 from recipe_runner import __version__
 from recipe_runner.data.accounting import Accounting
+from recipe_runner.data.pictures import as_address
 from recipe_runner.files import hide_home
 from recipe_runner.pages import frame
 from recipe_runner.pages.charts import draw_histogram
-from recipe_runner.preview.rows import Facts, Row, describe_handed
+from recipe_runner.preview.rows import Facts, Row, Shown, describe_handed
 from recipe_runner.problems.words import make_visible
 from recipe_runner.recipe.recipe import Recipe
+
+SIDE = 320  # pixels of an image's longer side on the page
 
 
 def write_page(recipe: Recipe, facts: Facts, rows: list[Row]) -> str:
@@ -75,8 +78,14 @@ def _row(number: int, row: Row) -> str:
         sides = (("chosen", row), ("rejected", row.rejected))
         content = "".join(f'<div><b class="{name}">{name}</b><pre>{_tokens(side)}</pre></div>' for name, side in sides)
         content = f'<div class="pair">{content}</div>'
+    content += "".join(_image(number, image) for number, image in enumerate(row.images, 1))
     content += "".join(f"<p>rewards are given {escape(make_visible(line))}</p>" for line in describe_handed(row))
     return f"<details{' open' if number == 1 else ''}><summary>{summary}</summary>{content}</details>"
+
+
+def _image(number: int, image: Shown) -> str:
+    told = f"image {number}: {escape(make_visible(str(image)))}"
+    return f'<figure><img src="{as_address(image.picture, SIDE)}" alt="{told}"><figcaption>{told}</figcaption></figure>'
 
 
 def _tokens(row: Row) -> str:

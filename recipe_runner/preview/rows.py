@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,16 @@ import numpy as np
 
 from recipe_runner.data import checks, store
 from recipe_runner.data.accounting import Accounting, Tally
+from recipe_runner.data.encode import apply_template
 from recipe_runner.data.formats import turns_of
+from recipe_runner.data.images import Picture
 from recipe_runner.data.job import Job, read_rows
+from recipe_runner.data.pictures import open_images, see
 from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks, shape_of
+from recipe_runner.data.shapes.image_tokens import image_ids
 from recipe_runner.data.shapes.unpaired import take_side
 from recipe_runner.data.tables import IGNORED
-from recipe_runner.data.turns import Turns
+from recipe_runner.data.turns import MARK, Turns
 from recipe_runner.model import hub
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.problem import Problem
@@ -68,6 +72,26 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """An image of a row.
+
+    Attributes:
+        name: Its file; empty where the data holds its bytes.
+        width: In pixels.
+        height: In pixels.
+        picture: Where it is.
+    """
+
+    name: str
+    width: int
+    height: int
+    picture: Picture
+
+    def __str__(self) -> str:
+        return f"{self.name or 'in the data'}, {self.width:,} x {self.height:,} pixels"
+
+
+@dataclass(frozen=True)
 class Row:
     """A row as the trainer receives it.
 
@@ -80,6 +104,7 @@ class Row:
         rejected: The sequence with the rejected answer, when the row is a pair; this one then holds the chosen answer.
         label: Whether the answer is a good one, where rows are judged; None elsewhere.
         handed: Column -> value: what rewards are given beside the model's answer.
+        images: What its turns show, in their order.
     """
 
     tokens: list[str]
@@ -90,6 +115,7 @@ class Row:
     rejected: "Row | None" = None
     label: bool | None = None
     handed: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[Shown, ...] = ()
 
     @property
     def supervised(self) -> int:
@@ -184,13 +210,16 @@ def _read_table(job: Job, order: np.ndarray, table: Any, tally: Tally, number: i
         cut = 0 if lost is None else int(lost[place])
         sides = [
             _read_sequence(job, order, entry, answer, ids, labels, cut)
-            for answer, (ids, labels) in shape_of(job.stage).as_trained(entry, job.config).items()
+            for answer, (ids, labels) in shape_of(job.stage).as_trained(entry, job).items()
         ]
         label = entry["label"] == [1] if "label" in entry else None
         (raw,) = read_rows(job, order[entry["documents"][:1]]) if job.dataset.reward_columns else [{}]
         handed = {name: raw[name] for name in job.dataset.reward_columns}
         rejected = sides[1] if len(sides) > 1 else None
-        rows.append(dataclasses.replace(sides[0], rejected=rejected, label=label, handed=handed))
+        pictures = entry.get("images") or []
+        opened = zip(pictures, open_images(pictures), strict=True)
+        images = tuple(Shown(picture["path"] or "", *image.size, picture) for picture, image in opened)
+        rows.append(dataclasses.replace(sides[0], rejected=rejected, label=label, handed=handed, images=images))
     return rows
 
 
@@ -204,12 +233,16 @@ def _read_sequence(
         raw = read_rows(job, order[document : document + 1])[0]
         raw = take_side(raw, entry["label"] == [1]) if "label" in entry else raw
         turns = [*raw["prompt"], *raw[answer]] if answer else turns_of(raw)
-        found = _find_turns(job, turns, raw.get("tools"), ids[start : start + length], start)
+        if raw.get("images"):
+            found = _find_seen_turns(job, turns, raw["images"], ids)
+        else:
+            found = _find_turns(job, turns, raw.get("tools"), ids[start : start + length], start)
         source, row = order[document]
         documents.append(Origin(job.sources[source].name, int(row) + 1, start, length, cut, found))
         start += length
     spelt = list(job.tokenizer.convert_ids_to_tokens(ids))
-    return Row(spelt, ids, labels, _find_pieces(job.tokenizer, ids, labels), tuple(documents))
+    seen = image_ids(job) if job.dataset.images else []
+    return Row(spelt, ids, labels, _find_pieces(job.tokenizer, ids, labels, seen), tuple(documents))
 
 
 def _find_turns(job: Job, turns: Turns, tools: Any, input_ids: list[int], start: int) -> tuple[tuple[str, int], ...]:
@@ -223,8 +256,26 @@ def _find_turns(job: Job, turns: Turns, tools: Any, input_ids: list[int], start:
     return tuple(found)
 
 
-def _find_pieces(tokenizer: Any, input_ids: list[int], labels: list[int]) -> tuple[Piece, ...]:
-    """Decodes token by token, beside the one before (a word's space belongs to it), whole characters together."""
+def _find_seen_turns(job: Job, turns: Turns, images: list[Any], ids: list[int]) -> tuple[tuple[str, int], ...]:
+    """Where each turn of a row with images begins: after as many tokens as the turns before it have with theirs."""
+    found = []
+    for count in range(len(turns)):
+        shown = sum(turn["content"].count(MARK) for turn in turns[:count])
+        text = apply_template(job.tokenizer, turns[:count], tokenize=False) if count else ""
+        begins = len(see(job.tokenizer, text, images[:shown])["input_ids"][0]) if count else 0
+        if begins >= len(ids):
+            break
+        found.append((turns[count]["role"], begins))
+    return tuple(found)
+
+
+def _find_pieces(
+    tokenizer: Any, input_ids: list[int], labels: list[int], seen: Sequence[int] = ()
+) -> tuple[Piece, ...]:
+    """Decodes token by token, beside the one before (a word's space belongs to it), whole characters together.
+
+    Tokens of an image (`seen`) that follow each other are one piece, with their number.
+    """
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
 
     def decode(begin: int, end: int) -> str:
@@ -232,6 +283,12 @@ def _find_pieces(tokenizer: Any, input_ids: list[int], labels: list[int]) -> tup
 
     pieces, start = [], 0
     for end in range(1, len(input_ids) + 1):
+        if input_ids[end - 1] in seen and end < len(input_ids) and input_ids[end] == input_ids[end - 1]:
+            continue  # more of an image comes
+        if end - start > 1 and input_ids[start] in seen:
+            pieces.append(Piece(f"{decode(end - 1, end)} x {end - start} ", False, True, start))
+            start = end
+            continue
         before = decode(start - 1, start) if start else ""
         text = decode(max(start - 1, 0), end)[len(before) :]
         if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(input_ids) and end - start < 8:
@@ -273,6 +330,8 @@ def as_json(row: Row) -> dict[str, Any]:
         "labels": row.labels,
         "documents": documents,
     }
+    images = [{"path": image.name or None, "width": image.width, "height": image.height} for image in row.images]
+    values |= {"images": images} if images else {}
     values |= {"label": row.label} if row.label is not None else {}
     values |= {"reward_columns": dict(row.handed)} if row.handed else {}
     return values | ({"rejected": as_json(row.rejected)} if row.rejected else {})

@@ -49,6 +49,7 @@ def write_row(row: Row, colour: bool) -> str:
         lines.append(f"  -- the text of {len(more)} more documents is left out here: --html FILE shows it")
     if lost := sum(document.lost for document in row.documents):
         lines.append(f"  -- cut here at max_length: {lost:,} tokens are lost")
+    lines += [f"  -- image {number}: {make_visible(str(image))}" for number, image in enumerate(row.images, 1)]
     lines += [f"  -- rewards are given {make_visible(line)}" for line in describe_handed(row)]
     return "\n".join(line for line in lines if line) + "\n"
 

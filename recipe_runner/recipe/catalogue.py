@@ -35,6 +35,7 @@ class Entry:
         planned: Bytes of memory of a device, as `recipe-run plan` works them out; None where nothing is planned.
         hardware: It is meant for.
         launch: The launch configuration that it is meant for.
+        not_run: Why it was never run; empty where it was.
         tags: Words to find it by.
         file: Where it is.
     """
@@ -51,6 +52,7 @@ class Entry:
     planned: int | None
     hardware: str
     launch: str
+    not_run: str
     tags: tuple[str, ...]
     file: Path
 
@@ -92,6 +94,7 @@ def _describe(recipe: Recipe, file: Path) -> Entry:
         read_planned().get(recipe.name, {}).get("peak_bytes"),
         told.get("hardware", ""),
         told.get("launch", ""),
+        told.get("not_run", ""),
         tuple(told.get("tags", ())),
         file,
     )

@@ -25,6 +25,7 @@ OTHER_NAMES = {
     "messages": ("conversations",),
     "prompt": ("conversations",),
     "tools": ("functions",),
+    "images": ("image",),
     "completion": ("messages", "conversations"),
     "label": ("kto_tag",),
 }

@@ -79,7 +79,8 @@ class Recipe:
     @cached_property
     def stage(self) -> Stage:
         """The record of the training stage."""
-        return STAGES[self.values["stage"]]
+        stage = STAGES[self.values["stage"]]
+        return stage.seeing if self.values.get("dataset", {}).get("images") else stage
 
     @cached_property
     def model(self) -> ModelSection:

@@ -327,6 +327,9 @@ def _make_paths_absolute(values: dict[str, Any], draft: _Draft) -> None:
             local = absolute(("rewards", number, "model"), reward["model"])
             named = looks_local(reward["model"]) or local.suffix in SUFFIXES or local.is_dir()
             reward["model"] = str(local) if named else reward["model"]
+    if "image_folder" in values["dataset"]:
+        place = ("dataset", "image_folder")
+        values["dataset"]["image_folder"] = str(absolute(place, values["dataset"]["image_folder"]))
     for path, source in _source_values(values["dataset"]):
         local = absolute((*path, "source"), source["source"])
         if is_file_source(source["source"]) or (local.exists() and not source["source"].startswith("hf://")):

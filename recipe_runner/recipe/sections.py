@@ -108,6 +108,8 @@ class DatasetSection:
     thinking: str = "keep"
     weight_by: str = "rows"
     template: str | Mapping[str, str] | None = None
+    images: str | None = None
+    image_folder: str | None = None
 
     @property
     def sources(self) -> tuple[SourceSection, ...]:

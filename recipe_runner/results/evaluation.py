@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.prepare import nothing_left, prepare_chunks, shape_of
-from recipe_runner.data.prompts import Prompt, few_shot, render_prompt, split_row
+from recipe_runner.data.prompts import Prompt, few_shot, render, render_prompt, split_row
 from recipe_runner.data.shapes.unpaired import take_side
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.answers import GREEDY, Answer, answer_all, check_prompt, count_context
@@ -49,6 +50,8 @@ class Row:
         sequences: Answer (`chosen`, ...) -> tokens and labels, as the trainer would get them; empty where the model
             answers itself.
         label: Of a judged answer: whether it is a good one.
+        shown: What a vision model is given of the prompt; None where it shows no images.
+        look: Makes what a vision model is given of the row with an answer; None where it shows no images.
     """
 
     source: str
@@ -57,6 +60,12 @@ class Row:
     prompt_ids: list[int]
     sequences: dict[str, Sequence_]
     label: bool | None
+    shown: Any = None
+    look: Callable[[str], dict[str, Any]] | None = None
+
+    def sees(self, answer: str) -> Callable[[], dict[str, Any]] | None:
+        """What makes all that a vision model is given of the row with an answer."""
+        return partial(self.look, answer) if self.look else None
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,8 @@ def evaluate(
             f"rows have no wanted answer that answers could be held against: it is the first reward column, {told}"
         )
         raise user_error("nothing-to-score", message, "put its column first in dataset.reward_columns")
+    if shots and recipe.dataset.images:
+        raise user_error("no-examples", "examples in the prompt are texts, and these rows show images", "leave it out")
     examples = choose_examples(job, preview.orders["train"], shots, seed)
     opened = open_target(target, dtype, quantized)
     shown = [
@@ -237,12 +248,14 @@ class _Measuring:
     ) -> Column:
         began = time.monotonic()
         scores = {
-            answer: score_sequences(opened.model, [row[answer] for row in sequences])
+            answer: score_sequences(
+                opened.model, [row[answer] for row in sequences], [row.sees(answer) for row in self.rows]
+            )
             for answer in (sequences[0] if sequences else ())
         }
-        options = GREEDY | {"max_new_tokens": self.new_tokens}
-        asked = [prompts[place] for place in self.asked]
-        found = answer_all(opened.model, opened.tokenizer, asked, self.batch_size, **options)
+        options: dict[str, Any] = GREEDY | {"max_new_tokens": self.new_tokens}
+        asked, seen = [prompts[place] for place in self.asked], [self.rows[place].shown for place in self.asked]
+        found = answer_all(opened.model, opened.tokenizer, asked, self.batch_size, seen=seen, **options)
         known: dict[int, Answer] = dict(zip(self.asked, found, strict=True))
         answers = [known.get(place) for place in range(len(self.rows))] if self.scorers else []
         pairs = [
@@ -273,10 +286,12 @@ def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | Non
         for entry, (source, number), raw in zip(entries, part, read_rows(job, part), strict=True):
             raw = take_side(raw, entry["label"] == [1]) if "label" in entry else raw
             prompt = split_row(raw, job.tokenizer, job.dataset.reward_columns)
-            ids = render_prompt(prompt.content, job.tokenizer, prompt.tools) if prompt else []
-            sequences = {} if job.stage.generates else shape_of(job.stage).as_trained(entry, job.config)
+            ids, shown = render(prompt, job.tokenizer) if prompt else ([], None)
+            sequences = {} if job.stage.generates else shape_of(job.stage).as_trained(entry, job)
             label = raw.get("label")
-            rows.append(Row(job.sources[source].name, int(number) + 1, prompt, ids, sequences, label))
+            look = partial(shape_of(job.stage).inputs_of, entry, job) if raw.get("images") else None
+            name = job.sources[source].name
+            rows.append(Row(name, int(number) + 1, prompt, ids, sequences, label, shown, look))
     if not rows:
         raise nothing_left("eval", tally.dropped)
     if tally.dropped:

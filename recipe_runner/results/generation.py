@@ -3,14 +3,17 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
 from recipe_runner.data.checks import find_special_tokens
-from recipe_runner.data.prompts import Prompt, pose, render_prompt
+from recipe_runner.data.images import WRITTEN, Picture, locate, read_picture
+from recipe_runner.data.pictures import processor_of
+from recipe_runner.data.prompts import Prompt, pose, render
+from recipe_runner.data.turns import MARK, RowError
 from recipe_runner.files import read_text, refuse_existing, write_text
 from recipe_runner.model.answers import GREEDY, answer_all, answer_prompts, check_prompt, count_context
 from recipe_runner.problems.errors import UserError, first_line, user_error
@@ -58,17 +61,27 @@ class Asker:
     dtype: str | None = None
     quantized: bool = True
 
-    def pose(self, text: str) -> Prompt:
-        """What a person asks, as in training: with its system prompt, or in its plain-text template."""
+    def pose(self, text: str, images: Sequence[Picture] = ()) -> Prompt:
+        """What a person asks, as in training: with its system prompt, or in its plain-text template.
+
+        Images stand at the marks in the text, or before it where it has none.
+        """
+        if images:
+            text = text.replace(WRITTEN, MARK) if WRITTEN in text else MARK * len(images) + text
         if self.dataset:
-            return pose(text, self.dataset)
-        return Prompt([{"role": "user", "content": text}] if self.opened.tokenizer.chat_template else text)
+            return replace(pose(text, self.dataset), images=tuple(images))
+        turns = [{"role": "user", "content": text}]
+        return Prompt(turns if self.opened.tokenizer.chat_template else text, images=tuple(images))
 
     def render(self, prompt: Prompt, what: str) -> list[int]:
-        """The tokens of a prompt, checked against the model's context.
+        """The tokens of a prompt. See `look`."""
+        return self.look(prompt, what)[0]
+
+    def look(self, prompt: Prompt, what: str) -> tuple[list[int], dict[str, Any] | None]:
+        """The tokens of a prompt, checked against the model's context, and what a vision model is given of its images.
 
         Raises:
-            UserError: It is empty, too long, or refused by the chat template.
+            UserError: It is empty, too long, or refused by the chat template; or its images can't be seen.
         """
         content = prompt.content
         told = content if isinstance(content, str) else content[-1]["content"] if content else ""
@@ -76,14 +89,30 @@ class Asker:
             raise user_error("empty-prompt", f"{what} is empty", "write a prompt")
         try:
             json.dumps(content, ensure_ascii=False).encode()
-            tokens = render_prompt(content, self.opened.tokenizer)
+            check_images(prompt, self.opened.tokenizer, what)
+            tokens, seen = render(prompt, self.opened.tokenizer)
         except UnicodeEncodeError as error:
             raise user_error("prompts-unreadable", f"{what} is not valid Unicode", "correct it") from error
         except UserError as error:
             problem = error.problems[0]
             raise user_error(problem.code, f"{what}: {problem.message}", problem.suggestion) from error
         check_prompt(tokens, count_context(self.opened.model), self.options["max_new_tokens"], what)
-        return tokens
+        return tokens, seen
+
+
+def check_images(prompt: Prompt, tokenizer: Any, what: str) -> None:
+    """Checks that a prompt has an image for each mark, and that the model can see them.
+
+    Raises:
+        UserError: It has not, or it can't.
+    """
+    content = prompt.content
+    text = content if isinstance(content, str) else "".join(str(turn["content"]) for turn in content)
+    if prompt.images and not processor_of(tokenizer):
+        raise user_error("no-processor", f"{what} shows an image, and the model sees none", "take a vision model")
+    if (marks := text.count(MARK)) != len(prompt.images):
+        message = f"{what} shows {len(prompt.images)} image(s), and has {marks} mark(s) {WRITTEN}"
+        raise user_error("prompts-unreadable", message, "write a mark for each, or none: they then stand first")
 
 
 def warn_of_special(texts: Sequence[str], tokenizer: Any) -> None:
@@ -93,21 +122,27 @@ def warn_of_special(texts: Sequence[str], tokenizer: Any) -> None:
         print(as_warning(Problem("special-tokens-in-prompt", told)), file=sys.stderr)
 
 
-def ask(asker: Asker, texts: Sequence[str], batch_size: int, compare: bool) -> list[dict[str, str]]:
-    """Answers texts; with `compare` also by the base.
+def ask(
+    asker: Asker, texts: Sequence[str], batch_size: int, compare: bool, images: Sequence[Path] = ()
+) -> list[dict[str, str]]:
+    """Answers texts, each with the same images; with `compare` also by the base.
 
     Raises:
         UserError: A prompt can't be asked.
     """
-    prompts = [asker.render(asker.pose(text), "the prompt") for text in texts]
-    warn_of_special(texts, asker.opened.tokenizer)
+    pictures = [{"path": str(image), "bytes": None} for image in images]
+    looked = [asker.look(asker.pose(text, pictures), "the prompt") for text in texts]
+    prompts, seen = [tokens for tokens, _ in looked], [shown for _, shown in looked]
+    warn_of_special([text.replace(WRITTEN, "") if images else text for text in texts], asker.opened.tokenizer)
     set_seed(asker.seed)
-    tuned = answer_all(asker.opened.model, asker.opened.tokenizer, prompts, batch_size, **asker.options)
+    tuned = answer_all(asker.opened.model, asker.opened.tokenizer, prompts, batch_size, seen=seen, **asker.options)
     found = [{"answer": answer.text} for answer in tuned]
     if compare:
         with asker.opened.model.disable_adapter():
             set_seed(asker.seed)
-            base = answer_all(asker.opened.model, asker.opened.tokenizer, prompts, batch_size, **asker.options)
+            base = answer_all(
+                asker.opened.model, asker.opened.tokenizer, prompts, batch_size, seen=seen, **asker.options
+            )
         found = [row | {"base_answer": answer.text} for row, answer in zip(found, base, strict=True)]
     return found
 
@@ -154,7 +189,7 @@ def read_prompts(file: Path, asker: Asker) -> list[Line]:
             raise user_error(
                 "prompts-unreadable", f"no JSON: {first_line(error)}", mark=Mark(str(file), number, 1)
             ) from error
-        prompt = _read_prompt(row, asker, Mark(str(file), number, 1))
+        prompt = _read_prompt(row, asker, Mark(str(file), number, 1), file.parent)
         if taken := [key for key in TOLD if key in row]:
             fix = "rename it: the model's answer would take its place"
             raise user_error("prompts-unreadable", f"a line has '{taken[0]}' already", fix, Mark(str(file), number, 1))
@@ -164,10 +199,21 @@ def read_prompts(file: Path, asker: Asker) -> list[Line]:
     return found
 
 
-def _read_prompt(row: Any, asker: Asker, place: Mark) -> Prompt:
+def _read_images(row: Any, place: Mark, folder: Path) -> list[Picture]:
+    """The images of a line, by `images` or `image`: paths that begin beside the file."""
+    said = (row.get("images") or row.get("image") or []) if isinstance(row, dict) else []
+    try:
+        pictures = [read_picture(value, "a line") for value in (said if isinstance(said, list) else [said])]
+    except RowError as error:
+        raise user_error("prompts-unreadable", str(error), mark=place) from error
+    return locate(pictures, "", str(folder))
+
+
+def _read_prompt(row: Any, asker: Asker, place: Mark, folder: Path) -> Prompt:
+    images = _read_images(row, place, folder)
     fix = 'write {"prompt": "..."}, or {"messages": [{"role": "user", "content": "..."}]}'
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        return asker.pose(row["prompt"])
+        return asker.pose(row["prompt"], images)
     turns = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns:
         raise user_error("prompts-unreadable", "neither a prompt nor messages", fix, place)
@@ -176,7 +222,9 @@ def _read_prompt(row: Any, asker: Asker, place: Mark) -> Prompt:
     if turns[-1]["role"] == "assistant":
         raise user_error("prompts-unreadable", "the last turn is an answer already", "end with the user's", place)
     system = asker.dataset.system if asker.dataset and turns[0]["role"] != "system" else None
-    return Prompt([*([{"role": "system", "content": system}] if system else []), *turns])
+    if images:
+        turns = [turn | {"content": turn["content"].replace(WRITTEN, MARK)} for turn in turns]
+    return Prompt([*([{"role": "system", "content": system}] if system else []), *turns], images=tuple(images))
 
 
 def answer_file(
@@ -194,8 +242,11 @@ def answer_file(
     """
     refuse_existing(output, "choose another name")
     lines = read_prompts(file, asker)
-    rendered = [asker.render(line.prompt, f"{file}: the prompt of line {line.number}") for line in lines]
-    warn_of_special([json.dumps(line.row, ensure_ascii=False) for line in lines], asker.opened.tokenizer)
+    looked = [asker.look(line.prompt, f"{file}: the prompt of line {line.number}") for line in lines]
+    rendered, seen = [tokens for tokens, _ in looked], [shown for _, shown in looked]
+    texts = [json.dumps(line.row, ensure_ascii=False) for line in lines]
+    texts = [text.replace(WRITTEN, "") if line.prompt.images else text for text, line in zip(texts, lines, strict=True)]
+    warn_of_special(texts, asker.opened.tokenizer)
     settings = {"result": target.result, "options": asker.options, "seed": asker.seed, "compare_base": compare}
     settings |= {"dtype": asker.dtype, "quantized": asker.quantized}
     partial = output.with_name(f"{output.name}.partial")
@@ -207,14 +258,14 @@ def answer_file(
     yield len(done), len(lines)
     set_seed(asker.seed)
     model, tokenizer = asker.opened.model, asker.opened.tokenizer
-    for answers in answer_prompts(model, tokenizer, [rendered[place] for place in left], batch_size, **asker.options):
+    asked, shown = [rendered[place] for place in left], [seen[place] for place in left]
+    for answers in answer_prompts(model, tokenizer, asked, batch_size, seen=shown, **asker.options):
         base = {}
         if compare:
             with model.disable_adapter():
-                prompts = [rendered[left[place]] for place in answers]
-                base = dict(
-                    zip(answers, answer_all(model, tokenizer, prompts, batch_size, **asker.options), strict=True)
-                )
+                prompts, pictures = [asked[place] for place in answers], [shown[place] for place in answers]
+                made = answer_all(model, tokenizer, prompts, batch_size, seen=pictures, **asker.options)
+                base = dict(zip(answers, made, strict=True))
         for place, answer in answers.items():
             told = {"answer": answer.text, "tokens": len(answer.tokens), "ended": answer.ended}
             told |= {"base_answer": base[place].text} if compare else {}

@@ -21,6 +21,7 @@ class Outcome:
         rows: Where they come from.
         stand_in: What stands in for the model.
         changed: What is not as in the recipe, a line each.
+        not_run: Why it was not executed, as the recipe says (`metadata.not_run`); empty where it was.
         excused: Trainable tensors that may have no gradient -> why.
     """
 
@@ -33,6 +34,7 @@ class Outcome:
     stand_in: str = ""
     changed: list[str] = field(default_factory=list)
     excused: dict[str, str] = field(default_factory=dict)
+    not_run: str = ""
 
     @property
     def failed(self) -> bool:

@@ -49,6 +49,8 @@ def _smoke(file: Path, steps: int) -> Outcome:
 
 def write_line(outcome: Outcome, verbose: bool) -> str:
     """What came of a recipe, in a line; what is wrong, below it."""
+    if outcome.not_run:
+        return make_visible(f"not run {outcome.name}: {outcome.not_run}")
     state = "FAILED" if outcome.failed else "ok"
     lines = [f"{state:<7}{outcome.name} ({outcome.seconds:.1f} s)"]
     lines += [f"       {problem}" for problem in outcome.problems]
@@ -67,12 +69,15 @@ def write_summary(outcomes: Sequence[Outcome], form: str) -> str:
     failed = sum(outcome.failed for outcome in outcomes)
     if form == "json":
         return json.dumps([_as_json(outcome) for outcome in outcomes], indent=1, ensure_ascii=False)
-    seconds = sum(outcome.seconds for outcome in outcomes)
-    count = f"{len(outcomes)} executed, {failed} failed; {seconds / max(len(outcomes), 1):.1f} s each"
+    seconds, left = sum(outcome.seconds for outcome in outcomes), sum(bool(outcome.not_run) for outcome in outcomes)
+    executed = len(outcomes) - left
+    count = f"{executed} executed, {failed} failed; {seconds / max(executed, 1):.1f} s each"
+    count += f"; {left} not run, as {'it says' if left == 1 else 'they say'}" * bool(left)
+    states = {True: "**failed**", False: "ok"}
     if form == "markdown":
         head = "| recipe | | seconds | rows | model |\n|---|---|---:|---|---|"
         lines = [
-            f"| {o.name} | {'**failed**' if o.failed else 'ok'} | {o.seconds:.1f} | {o.rows} | {o.stand_in} |"
+            f"| {o.name} | {'not run' if o.not_run else states[o.failed]} | {o.seconds:.1f} | {o.rows} | {o.stand_in} |"
             for o in outcomes
         ]
         told = [f"- `{o.name}`: {problem.told}" for o in outcomes for problem in o.problems]
@@ -94,5 +99,6 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
         "model": outcome.stand_in,
         "changed": outcome.changed,
         "excused": outcome.excused,
+        "not_run": outcome.not_run,
         "problems": [problem.as_json() for problem in outcome.problems],
     }

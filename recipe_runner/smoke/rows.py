@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipe_runner.data.images import WRITTEN
 from recipe_runner.data.look import iterate_rows
 from recipe_runner.data.sources import choose_columns
 from recipe_runner.data.turns import CALLS, SHAREGPT_ROLES, SWITCHES, THOUGHTS
@@ -243,7 +244,7 @@ def work_out(
                 learned.add(_last(cells["chosen"]))
                 rejected.add(_last(cells["rejected"]))
                 if isinstance(cells.get("prompt"), str):
-                    asked.append([str(cells["prompt"])])
+                    asked.append([str(cells["prompt"]).replace(WRITTEN, "")])
             case "unpaired_preference":
                 learned.add(_last(cells["completion"]))
             case "prompt" if isinstance(cells["prompt"], str):
@@ -407,7 +408,7 @@ def _role(turn: Mapping[str, Any]) -> str:
 
 
 def _said(turn: Mapping[str, Any]) -> str:
-    return _text(turn.get("content", turn.get("value")))
+    return _text(turn.get("content", turn.get("value"))).replace(WRITTEN, "")
 
 
 def _last(value: Any) -> str:

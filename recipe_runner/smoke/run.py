@@ -71,6 +71,9 @@ def smoke(file: Path, steps: int) -> Outcome:
     if recipe is None:
         return Outcome(file, file.stem, problems)
     outcome, began = Outcome(file, recipe.name), time.monotonic()
+    outcome.not_run = (recipe.values.get("metadata") or {}).get("not_run", "")
+    if outcome.not_run:
+        return outcome
     with tempfile.TemporaryDirectory(prefix="recipe-run-smoke-") as folder, apart(Path(folder)), _quiet() as said:
         try:
             with recipe.placing_errors():

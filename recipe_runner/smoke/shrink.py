@@ -147,7 +147,9 @@ def _build_stand_in(recipe: Recipe, found: Sequence[Found], folder: Path, layers
     """The model that stands in for a recipe's, with a tokenizer for the texts of all rows."""
     share = TEXTS // len(found)
     texts = [[text for _, rows in of for row in rows.entries for text in texts_of(row)][:share] for of in found]
-    return build_stand_in(recipe.model, list(itertools.chain(*texts)), folder / "model", layers)
+    return build_stand_in(
+        recipe.model, list(itertools.chain(*texts)), folder / "model", layers, bool(recipe.dataset.images)
+    )
 
 
 def _replace(recipe: Recipe, stand_in: StandIn, found: Found, folder: Path) -> tuple[dict[str, Any], Small]:

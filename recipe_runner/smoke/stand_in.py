@@ -37,6 +37,7 @@ from recipe_runner.problems.words import suggest
 from recipe_runner.recipe.library import shelf
 from recipe_runner.recipe.models import ModelFacts, find_facts
 from recipe_runner.recipe.sections import ModelSection
+from recipe_runner.smoke.vision import image_tokens, write_vision
 
 VOCABULARY = 600  # tokens that are learned from the rows, beside the special ones
 WINDOW = 32  # of attention, where the architecture has one: shorter than most rows
@@ -66,7 +67,9 @@ class StandIn:
     told: str
 
 
-def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, least_layers: int | None) -> StandIn:
+def build_stand_in(
+    model: ModelSection, texts: Sequence[str], folder: Path, least_layers: int | None, sees: bool = False
+) -> StandIn:
     """Writes a small model with a tokenizer for some texts into a folder.
 
     Args:
@@ -74,13 +77,14 @@ def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, leas
         texts: Of the rows: what the tokenizer is learned from.
         folder: A new one.
         least_layers: That it has at least; None for as many as the model.
+        sees: Whether the rows have images: the small model then has eyes, and a processor.
 
     Raises:
         UserError: The architecture is not known, or nothing is known of the model.
     """
     facts = find_facts(model.name_or_path)
     config = read_config(model, facts)
-    tokenizer, stops = make_tokenizer(model, facts, texts)
+    tokenizer, stops = make_tokenizer(model, facts, texts, image_tokens(config.model_type) if sees else ())
     eos = tokenizer.eos_token_id
     text = config.get_text_config()
     layers = text.num_hidden_layers if least_layers is None else least_layers
@@ -90,12 +94,15 @@ def build_stand_in(model: ModelSection, texts: Sequence[str], folder: Path, leas
         small.sliding_window = min(WINDOW, small.sliding_window)
     small.dtype = None
     small.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[small.model_type]]
-    torch.manual_seed(0)
     logging.disable_progress_bar()  # of writing a file of some hundred kilobytes
-    built = build_model(small)
-    fill_padding(built)
-    built.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if sees:
+        write_vision(config, small, tokenizer, folder)
+    else:
+        torch.manual_seed(0)
+        built = build_model(small)
+        fill_padding(built)
+        built.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in sorted(stops)]
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **SAMPLING).save_pretrained(folder)
     template = facts.template if facts else "of the model's folder"
@@ -175,12 +182,12 @@ def find_template(facts: ModelFacts) -> str:
 
 
 def make_tokenizer(
-    model: ModelSection, facts: ModelFacts | None, texts: Sequence[str]
+    model: ModelSection, facts: ModelFacts | None, texts: Sequence[str], more: Sequence[str] = ()
 ) -> tuple[PreTrainedTokenizerBase, frozenset[str]]:
     """A tokenizer, and the tokens at which the real model stops.
 
     A byte-level BPE of the rows' texts with the special tokens of the model and of its chat template; the model's own,
-    where it is in its folder and nothing else is known.
+    where it is in its folder and nothing else is known. `more` are special tokens that no template spells.
     """
     if facts is None:
         tokenizer = read_own(model)
@@ -191,7 +198,7 @@ def make_tokenizer(
         return tokenizer, frozenset(map(str, tokenizer.convert_ids_to_tokens(stop_ids(config, tokenizer))))
     template, tokens = find_template(facts), facts.tokens
     named = [tokens[key] for key in ("bos", "eos", "pad") if tokens.get(key)]
-    special = list(dict.fromkeys([*named, *tokens.get("stops", ()), *SPECIAL.findall(template)]))
+    special = list(dict.fromkeys([*named, *tokens.get("stops", ()), *SPECIAL.findall(template), *more]))
     tokenizer = learn_tokenizer(texts, special)
     tokenizer.eos_token, tokenizer.pad_token = tokens["eos"], tokens.get("pad") or tokens["eos"]
     if tokens.get("bos"):

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.load import can_switch_off
-from recipe_runner.model.scores import score_sequences
+from recipe_runner.model.scores import Score, score_sequences
 
 BATCHES = 2  # of the first step that are kept
 ROW = 64  # tokens of a row that an adapter is tried on
@@ -238,6 +238,20 @@ def compute_logits(model: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor
     return logits.float()
 
 
+def score_batch(model: Any, inputs: Mapping[str, Any]) -> list[Score]:
+    """Scores each document of a batch alone; of a batch with images each row, beside the others."""
+    if not any("pixel" in name for name in inputs):
+        return score_sequences(model, split_documents(dict(inputs)))
+    other = ("labels", "completion_mask", "use_cache")
+    logits = model(**{name: value for name, value in inputs.items() if name not in other}, use_cache=False).logits
+    scores = []
+    for row, targets in zip(logits[:, :-1].float(), inputs["labels"][:, 1:], strict=True):
+        known = targets != IGNORED
+        loss = torch.nn.functional.cross_entropy(row[known], targets[known], reduction="sum")
+        scores.append(Score(float(loss), int(known.sum()), int((row[known].argmax(-1) == targets[known]).sum())))
+    return scores
+
+
 def compute_own_loss(trainer: Any, model: Any, batch: Batch) -> float | None:
     """The loss of a batch by the definition: the mean negative log-likelihood of learned tokens, each document alone.
 
@@ -249,7 +263,7 @@ def compute_own_loss(trainer: Any, model: Any, batch: Batch) -> float | None:
     if trainer.args.loss_type != "nll" or trainer.args.label_smoothing_factor or trainer.args.neftune_noise_alpha:
         return None
     with _evaluating(trainer, model):
-        scores = score_sequences(model, split_documents(batch.inputs))
+        scores = score_batch(model, batch.inputs)
     return sum(score.loss for score in scores) / (batch.items or max(sum(score.tokens for score in scores), 1))
 
 

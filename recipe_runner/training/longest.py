@@ -89,7 +89,7 @@ def find_longest(prepared: PreparedSplit, number: int) -> tuple[np.ndarray, int]
 
 def name_row(prepared: PreparedSplit, place: int, sources: Sequence[str]) -> str:
     """Where a row of a split comes from, for a message."""
-    documents = prepared.dataset[place]["documents"]
+    documents = prepared.dataset.with_format(None)[place]["documents"]
     source, row = prepared.order[documents[0]]
     more = f" and {len(documents) - 1:,} packed with it" if len(documents) > 1 else ""
     return f"{Path(sources[source]).name} row {row + 1:,}{more}"

@@ -211,6 +211,7 @@ def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Pat
     It gets its name when it is whole: what is half written (a full disk, a kill) is never taken for a result.
     """
     first, partial = trainer.is_world_process_zero(), result.with_name(f"{result.name}.partial")
+    _forget_batches(trainer)
     if first:
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -235,6 +236,13 @@ def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Pat
         tried = trainer.train_dataset.with_format(None).select(range(min(verify.ROWS, len(trainer.train_dataset))))
         verify.verify_saved(trainer, result, [input_ids_of(stage, row) for row in tried], gathered, initial)
     return result
+
+
+def _forget_batches(trainer: Any) -> None:
+    """Takes back how TRL's vision collator cut and padded its last batch: it would be saved as the tokenizer's way."""
+    if tokenizer := getattr(trainer.processing_class, "tokenizer", None):
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
 
 
 LEAST_ROOM = 512  # tokens that answers may take at a time, however short the rows are

@@ -11,7 +11,9 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
-from recipe_runner.data.prompts import Prompt, render_prompt
+from recipe_runner.data.images import WRITTEN
+from recipe_runner.data.prompts import Prompt, render, render_prompt
+from recipe_runner.data.turns import MARK
 from recipe_runner.model.answers import GREEDY, Answer, answer_all, count_context
 from recipe_runner.model.load import can_switch_off
 from recipe_runner.problems.errors import UserError, first_line
@@ -35,11 +37,13 @@ class Sampler(TrainerCallback):
         self, trainer: Any, folder: Path, prompts: Sequence[Prompt], every: str | int, tokens: int, room: int
     ) -> None:
         self.trainer, self.folder, self.every, self.most, self.room = trainer, folder, every, tokens, room
-        self.asked, tokenizer = [], trainer.processing_class
-        self.prompts = [render_prompt(prompt.content, tokenizer, prompt.tools) for prompt in prompts]
+        self.asked, tokenizer = [], tokenizer_of(trainer)
+        rendered = [render(prompt, tokenizer) for prompt in prompts]
+        self.prompts, self.seen = [ids for ids, _ in rendered], [shown for _, shown in rendered]
         for prompt in prompts:
             content = prompt.content
             text = content if isinstance(content, str) else "\n".join(turn["content"] for turn in content)
+            text = text.replace(MARK, WRITTEN)
             self.asked.append({"prompt": text, "wanted": prompt.wanted})
         self.began, self.taken, self.skipped = time.monotonic(), 0.0, 0
 
@@ -65,7 +69,7 @@ class Sampler(TrainerCallback):
         if self.taken and not last and not affordable:
             self.skipped += 1
             return
-        answers = answer_in_training(self.trainer, self.prompts, self.most, self.room)
+        answers = answer_in_training(self.trainer, self.prompts, self.most, self.room, self.seen)
         self.taken += (seconds := time.monotonic() - began)
         if state.is_world_process_zero:
             told = [asked | {"answer": answer.text} for asked, answer in zip(self.asked, answers, strict=True)]
@@ -73,7 +77,14 @@ class Sampler(TrainerCallback):
             append_metrics(self.folder, entry | ({"samples_skipped": self.skipped} if self.skipped else {}))
 
 
-def answer_in_training(trainer: Any, prompts: Sequence[list[int]], tokens: int, room: int) -> list[Answer]:
+def tokenizer_of(trainer: Any) -> Any:
+    """The tokenizer of a trainer, which is given a vision model's processor."""
+    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+
+
+def answer_in_training(
+    trainer: Any, prompts: Sequence[list[int]], tokens: int, room: int, seen: Sequence[Any] = ()
+) -> list[Answer]:
     """Greedy answers of a model in training, which goes on as if nothing had been asked; every process has to call it.
 
     A layer keeps keys and values of all tokens of a batch, as it keeps activations in training: with no more tokens
@@ -84,6 +95,7 @@ def answer_in_training(trainer: Any, prompts: Sequence[list[int]], tokens: int, 
         prompts: In tokens.
         tokens: The most of an answer.
         room: Tokens of a training batch, or a little more.
+        seen: Of each prompt, what it shows; empty where none shows any.
     """
     was_training = trainer.model.training
     with (
@@ -95,7 +107,7 @@ def answer_in_training(trainer: Any, prompts: Sequence[list[int]], tokens: int, 
     ):
         model.eval()
         options = GREEDY | {"max_new_tokens": tokens, "use_cache": True}
-        answers = answer_all(model, trainer.processing_class, prompts, len(prompts), room, **options)
+        answers = answer_all(model, tokenizer_of(trainer), prompts, len(prompts), room, seen, **options)
     trainer.model.train(was_training)
     return answers
 
@@ -124,7 +136,7 @@ def record_golden(trainer: Any, folder: Path, prompts: Sequence[Prompt], plain_b
         plain_base: Whether the base in memory is the plain one, so that it can be asked, too.
         room: Tokens of a training batch; a longer prompt is left out, too.
     """
-    tokenizer, context = trainer.processing_class, count_context(trainer.model) or LONGEST
+    tokenizer, context = tokenizer_of(trainer), count_context(trainer.model) or LONGEST
     rendered: list[tuple[Prompt, list[int]]] = []
     for prompt in prompts:
         try:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import set_seed
 
+from recipe_runner.data.pictures import processor_of
 from recipe_runner.data.sources import name_sources
 from recipe_runner.files import share_path
 from recipe_runner.model import base, continuation
@@ -23,6 +24,7 @@ from recipe_runner.model.unfreeze import freeze_others
 from recipe_runner.problems.errors import first_line, refused, user_error
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.rules.adapter import CHANGING_BASE, FROM_DATA, alters_base
+from recipe_runner.recipe.sections import DatasetSection
 from recipe_runner.runs.folder import last_checkpoint
 from recipe_runner.stages import load_class
 from recipe_runner.training.calibration import collect_batches, finish_initialisation, look_at_data
@@ -49,6 +51,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     begun = "" if continued else str(recipe.peft["init_lora_weights"])
     batches = collect_batches(recipe.stage, prepared) if begun in FROM_DATA else []
     mixed = recipe.stage.shape == "tokens" and len(recipe.dataset.sources) > 1
+    if recipe.dataset.images:
+        _take_images(config, recipe.dataset)
     rewards = build_rewards(recipe, config) if recipe.stage.rewarded else []
     more = _find_judges(recipe, config, rewards)
     datasets = {
@@ -69,7 +73,7 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
                 args=config,
                 train_dataset=datasets["train"],
                 eval_dataset=datasets.get("eval"),
-                processing_class=prepared.tokenizer,
+                processing_class=processor_of(prepared.tokenizer) or prepared.tokenizer,
                 quantization_config=quantization if model is name else None,
                 peft_config=None if continued else peft_config,
                 **more,
@@ -108,6 +112,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
         trained.save_pretrained = functools.partial(trained.save_pretrained, save_embedding_layers=saved)
         if REFERENCE in trained.peft_config:
             _copy_to_reference(trained)
+    if recipe.dataset.images:
+        _put_images_first(trainer)
     trainer.create_model_card = lambda **kwargs: None
     keep_4bit_weights_trainable(trainer.model)
     _keep_length(trainer)
@@ -121,6 +127,24 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     if mixed:
         watch_sources(trainer, name_sources(recipe.dataset.sources))
     return trainer
+
+
+def _take_images(config: Any, dataset: DatasetSection) -> None:
+    """Has TRL's vision path learn what the recipe says: it builds labels itself, as its collator makes a batch."""
+    config.remove_unused_columns = False  # rows are made when they are read: transformers would take what they are of
+    if hasattr(config, "assistant_only_loss"):
+        config.assistant_only_loss = dataset.train_on == "assistant"
+        config.completion_only_loss = dataset.train_on not in ("all", "assistant")
+
+
+def _put_images_first(trainer: Any) -> None:
+    """Has batches begin with rows that have images.
+
+    transformers 5.23's Idefics3Processor (SmolVLM) fails at others where it marks the assistant's tokens: it makes
+    tensors of what it should leave as it is (`skip_tensor_conversion`), unless the first row has an image.
+    """
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: collate(sorted(rows, key=lambda row: not row["images"]))
 
 
 @contextlib.contextmanager

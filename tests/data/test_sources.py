@@ -237,6 +237,8 @@ def test_a_column_that_says_something_is_never_left_out_silently(load, column, v
         assert f"columns: {{system: {column}}}" in problem.suggestion
     elif column == "Tools":
         assert problem.suggestion.startswith("set columns: {tools: Tools}, or ")
+    elif column == "images":
+        assert problem.suggestion.startswith("set dataset.images: marked (or first) to train on them, or ")
     else:
         assert problem.suggestion.startswith("remove it, or ")
     train, _ = load(rows, format="chat", ignore=[column])

@@ -11,7 +11,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.encode import encode_answers, split
 from recipe_runner.data.job import Job, drop_overlong
-from recipe_runner.data.tables import IGNORED, NUMBERS, hash_rows, make_table, with_documents
+from recipe_runner.data.tables import IGNORED, NUMBERS, hash_rows, make_table, numbers_of, with_documents
 
 COLUMNS = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), NUMBERS)
 LEARNED = ("chosen_ids", "rejected_ids")
@@ -58,7 +58,7 @@ def keep_answers(
         lost=(whole - fitted).sum(axis=0)[keep],
         supervised=(fitted - prompt).sum(axis=0)[keep],
         source=part[places[keep], 0],
-        hash=hash_rows(table, columns)[keep],
+        hash=hash_rows(table, numbers_of(columns))[keep],
     )
     kept = make_table(table.filter(pa.array(keep)), columns, places[keep] + start)
     return with_documents(kept, fitted.max(axis=0)[keep], packing=False)
@@ -81,9 +81,9 @@ def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
     return dataset.add_column("length", lengths)
 
 
-def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:
+def as_trained(row: dict[str, Any], job: Job) -> dict[str, tuple[list[int], list[int]]]:
     """Tokens and labels of both sequences after TRL's collator, which cuts them."""
-    options = {"max_length": config.max_length, "truncation_mode": config.truncation_mode}
+    options = {"max_length": job.config.max_length, "truncation_mode": job.config.truncation_mode}
     return read_batch(DataCollatorForPreference(pad_token_id=0, **options)([row]), ("chosen", "rejected"))
 
 

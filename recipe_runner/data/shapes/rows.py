@@ -50,6 +50,6 @@ def _read(rows: list[str]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in decoded] for name in decoded[0]}
 
 
-def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:
+def as_trained(row: dict[str, Any], job: Job) -> dict[str, tuple[list[int], list[int]]]:
     """The prompt's tokens: what is learned is generated while training."""
     return {"": (row["prompt_ids"], [IGNORED] * len(row["prompt_ids"]))}

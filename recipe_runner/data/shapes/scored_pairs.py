@@ -73,7 +73,7 @@ def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
     return dataset.add_column("length", lengths)
 
 
-def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:
+def as_trained(row: dict[str, Any], job: Job) -> dict[str, tuple[list[int], list[int]]]:
     """Tokens of both sequences; as labels those that tell the answers apart, of which the score has to be."""
     sequences = {name: list(row[f"{name}_ids"]) for name in ANSWERS}
     shared = common_prefix_length(*sequences.values())

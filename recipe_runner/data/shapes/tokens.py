@@ -1,5 +1,6 @@
 """Rows of tokens and labels: one sequence a row, or several packed into one. For SFTTrainer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from recipe_runner.data.tables import (
     hash_rows,
     make_table,
     measure_rows,
+    numbers_of,
     with_documents,
 )
 from recipe_runner.data.thinking import mask_thoughts
@@ -84,6 +86,20 @@ def _mute(table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
 def keep(
     job: Job, split: str, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int
 ) -> pa.Table:
+    """See `keep_columns`."""
+    return keep_columns(job, split, table, part, places, tally, start, COLUMNS)
+
+
+def keep_columns(
+    job: Job,
+    split: str,
+    table: pa.Table,
+    part: np.ndarray,
+    places: np.ndarray,
+    tally: Tally,
+    start: int,
+    columns: Mapping[str, pa.DataType],
+) -> pa.Table:
     """Drops, cuts or refuses rows that are too long, drops those that teach nothing, and counts all.
 
     Args:
@@ -94,6 +110,7 @@ def keep(
         places: Array `(rows,)`: the place in `part` of each row of the table.
         tally: Is told what becomes of every row.
         start: Place of `part` in the order of the split.
+        columns: What is kept of a row; those that are numbers tell rows apart.
     """
     limit = job.limit
     cuts = job.cuts(split)
@@ -114,11 +131,12 @@ def keep(
         lost=lost,
         supervised=supervised[keep],
         source=part[places[keep], 0],
-        hash=hash_rows(table, COLUMNS)[keep],
+        hash=hash_rows(table, numbers_of(columns))[keep],
     )
     if lost.any():
-        kept = pa.table({name: pc.list_slice(kept[name], 0, limit) for name in COLUMNS})
-    return with_documents(make_table(kept, COLUMNS, places[keep] + start), lengths[keep] - lost, job.packing(split))
+        cut = {name: pc.list_slice(kept[name], 0, limit) for name in COLUMNS}
+        kept = pa.table({name: cut.get(name, kept[name]) for name in columns})
+    return with_documents(make_table(kept, columns, places[keep] + start), lengths[keep] - lost, job.packing(split))
 
 
 def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
@@ -128,8 +146,9 @@ def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
     return dataset
 
 
-def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:
+def as_trained(row: dict[str, Any], job: Job) -> dict[str, tuple[list[int], list[int]]]:
     """Tokens and labels after TRL's collator, which masks the first token of each packed document."""
+    config = job.config
     flattened = config.padding_free or (config.packing and config.packing_strategy in ("bfd", "bfd_split"))
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=flattened)
     entry = {**row, "seq_lengths": row["document_lengths"]} if config.packing else row

@@ -68,7 +68,7 @@ def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:
     return dataset.add_column("KL_completion_ids", answers.combine_chunks())
 
 
-def as_trained(row: dict[str, Any], config: Any) -> dict[str, tuple[list[int], list[int]]]:
+def as_trained(row: dict[str, Any], job: Job) -> dict[str, tuple[list[int], list[int]]]:
     """Tokens and labels after TRL's collator, which cuts them; only the answer is learned."""
-    collator = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=config.max_length)
+    collator = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=job.limit)
     return read_batch(collator([row]), ("completion",))

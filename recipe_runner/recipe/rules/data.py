@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from recipe_runner.methods import METHODS
 from recipe_runner.problems.problem import Found
 from recipe_runner.problems.words import suggest
 from recipe_runner.recipe.local import (
@@ -17,7 +18,7 @@ from recipe_runner.recipe.local import (
     suffix_of,
 )
 from recipe_runner.recipe.sections import DatasetSection, SourceSection, UpstreamSection
-from recipe_runner.stages import FORMATS
+from recipe_runner.stages import FORMATS, STAGES, Stage
 
 KINDS = f"local files end with {', '.join(BUILDERS)}"
 
@@ -29,6 +30,46 @@ def column_roles(dataset: DatasetSection) -> Found:
         for role in sorted(set(source.columns) - set(roles)):
             hint = suggest(role, roles) or f"roles: {', '.join(roles)}"
             yield (*source.path, "columns", role), f"'{role}' is not a role of format {dataset.format}", hint
+
+
+def image_use(stage: Stage, dataset: DatasetSection, training: UpstreamSection, peft: UpstreamSection) -> Found:
+    """TRL takes images in some stages, and not with every way of making batches."""
+    if not dataset.images:
+        if dataset.image_folder:
+            yield ("dataset", "image_folder"), "the recipe trains on no images", "set images: marked, or remove the key"
+        for source in dataset.sources:
+            if source.columns.get("images"):
+                yield (*source.path, "columns", "images"), "the recipe trains on no images", "set images: marked"
+        return
+    place = ("dataset", "images")
+    if not stage.sees or "images" not in FORMATS[dataset.format].roles:
+        stages = " and ".join(name for name, known in STAGES.items() if known.sees)
+        yield place, f"TRL 1.16 trains on images in the stages {stages} only", "remove the key"
+        return
+    if dataset.template is not None:
+        yield ("dataset", "template"), "a plain text has no place for images", "remove the key"
+    if dataset.thinking == "mask":
+        yield ("dataset", "thinking"), "TRL's vision path masks no thinking", "set keep or drop"
+    if dataset.image_folder and not Path(dataset.image_folder).is_dir():
+        yield ("dataset", "image_folder"), f"there is no folder {dataset.image_folder}", "name the folder of the images"
+    for key, refused in (("packing", True), ("eval_packing", True), ("padding_free", True)):
+        if training[key] == refused:
+            yield (
+                ("training", key),
+                "TRL 1.16 takes rows with images as they are, one after the other",
+                "remove the key",
+            )
+    if training["truncation_mode"] == "keep_end":
+        yield ("training", "truncation_mode"), "it would cut the images off, which come first", "remove the key"
+    if training["precompute_ref_log_probs"]:
+        yield ("training", "precompute_ref_log_probs"), "TRL 1.16 can't with images", "remove the key"
+    if training["pad_to_multiple_of"] not in (None, "auto"):
+        yield ("training", "pad_to_multiple_of"), "TRL 1.16 can't with images", "remove the key"
+    if training["train_sampling_strategy"] == "group_by_length":
+        fix = "remove the key"
+        yield ("training", "train_sampling_strategy"), "every image would be opened to know how long its row is", fix
+    if peft and METHODS[str(peft["method"])].is_prompt:
+        yield ("peft", "method"), f"the virtual tokens of {peft['method']} have no place beside images", "take lora"
 
 
 def mixture_weights(dataset: DatasetSection) -> Found:

@@ -1,6 +1,7 @@
 """A run that is over, as the checks see it, and what several of them need."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,10 +86,15 @@ def adapted_modules(model: Any) -> set[str]:
     return {name.removeprefix(inside) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
+def shape_of(done: Done) -> str:
+    """What a row is, with or without images."""
+    return done.recipe.stage.shape.removeprefix("image_")
+
+
 def is_of_base(name: str) -> bool:
     """Whether a parameter is one of the base's: PEFT names its own by the method."""
-    marks = ("lora_", "adapter", "prompt_encoder", "ia3_", "vera_", "hira_", "oft_", "boft_", "hra_", "default")
-    return not any(mark in name for mark in marks)
+    marks = "lora_|adapter|prompt_encoder|ia3_|vera_|hira_|oft_|boft_|hra_|default"
+    return not re.search(rf"(?<![a-z])(?:{marks})", name)  # Gemma 3 has a mm_soft_emb_norm
 
 
 def read_tensors(result: Path) -> dict[str, torch.Tensor]:

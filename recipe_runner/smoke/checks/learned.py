@@ -12,14 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.load import load_result
-from recipe_runner.model.scores import score_sequences
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs.metrics import COMPLETIONS, read_metrics
-from recipe_runner.smoke.checks.done import Done, Found, count_experts
+from recipe_runner.smoke.checks.done import Done, Found, count_experts, shape_of
 from recipe_runner.smoke.checks.prepared import work_out_sequences
 from recipe_runner.smoke.rows import Wanted, squeeze
 from recipe_runner.smoke.shrink import SPLITTING
-from recipe_runner.smoke.watch import split_documents
+from recipe_runner.smoke.watch import score_batch, split_documents
 from recipe_runner.stages import STAGES
 
 Document = tuple[list[int], list[int]]  # tokens and labels
@@ -86,9 +85,8 @@ def _check_held_out(done: Done, taken: int) -> Found:
 
 def _read_rows(table: Any) -> list[tuple[int, ...]]:
     """The tokens of all rows."""
-    columns = [
-        name for name in ("prompt_ids", "chosen_ids", "completion_ids", "input_ids") if name in table.column_names
-    ]
+    names = ("prompt_ids", "chosen_ids", "completion_ids", "input_ids", "image_hashes")
+    columns = [name for name in names if name in table.column_names]
     return [tuple(itertools.chain(*cells)) for cells in zip(*(table[name] for name in columns), strict=True)]
 
 
@@ -112,12 +110,12 @@ def check_mask(done: Done) -> Found:
         return
     if done.recipe.stage.generates:
         yield from _check_generated(done, tokenizer)
-    if done.recipe.stage.shape == "tokens":
+    if shape_of(done) == "tokens":
         yield from _check_documents(done, _read_documents(done.seen.trainer.train_dataset), tokenizer)
     for batch in done.seen.batches:
-        if done.recipe.stage.shape == "tokens":
+        if shape_of(done) == "tokens":
             yield from _check_tokens(done, batch.inputs, tokenizer)
-        elif done.recipe.stage.shape in ("pairs", "unpaired"):
+        elif shape_of(done) in ("pairs", "unpaired"):
             yield from _check_answers(done, batch.inputs, tokenizer)
 
 
@@ -165,7 +163,7 @@ def check_judged(done: Done) -> Found:
 def _read_documents(table: Any) -> list[Document]:
     """Tokens and labels of each document of the first prepared rows."""
     documents: list[Document] = []
-    for row in table.select(range(min(len(table), MOST_ROWS))):
+    for row in table.with_format(None).select(range(min(len(table), MOST_ROWS))):
         begin = 0
         for length in row.get("seq_lengths") or [len(row["input_ids"])]:
             documents.append(tuple(row[name][begin : begin + length] for name in ("input_ids", "labels")))
@@ -263,7 +261,7 @@ def _find_runs(tokens: Sequence[int], labels: Sequence[int]) -> list[list[int]]:
 
 def _check_answers(done: Done, inputs: Mapping[str, Any], tokenizer: Any) -> Found:
     wanted: list[Wanted] = done.small.wanted
-    pairs = done.recipe.stage.shape == "pairs"
+    pairs = shape_of(done) == "pairs"
     ids, masks, real = (inputs[name] for name in ("input_ids", "completion_mask", "attention_mask"))
     ends = set(tokenizer.convert_tokens_to_ids(sorted(done.small.stand_in.stops)))
     chosen = frozenset(text for of in wanted for text in of.learned)
@@ -334,7 +332,7 @@ def check_loss(done: Done) -> Found:
     kind = next(iter(done.recipe.stage.first_loss), "") if kinds is None else kinds
     kind = kind[0] if isinstance(kind, list) and len(kind) == 1 else kind
     known = done.recipe.stage.first_loss.get(kind) if isinstance(kind, str) else None
-    if kind in ("sigmoid", "sigmoid_norm") and done.recipe.stage.shape == "pairs":
+    if kind in ("sigmoid", "sigmoid_norm") and shape_of(done) == "pairs":
         yield from _check_pair_loss(done, normalized=kind == "sigmoid_norm")
     first = done.seen.losses.get(1)
     if known is not None and first is not None and abs(first - known) > 0.02:
@@ -367,20 +365,20 @@ def _check_pair_loss(done: Done, normalized: bool) -> Found:
         return
     inputs = done.seen.batches[0].inputs
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
-    rows = split_documents({**inputs, "labels": labels})
+    batch = {**inputs, "labels": labels}
     was_training = model.training
     model.eval()
     with trainer.autocast_smart_context_manager(), _moved(model):
         found = float(trainer.compute_loss(trainer.model, dict(inputs)))
-        tuned = score_sequences(model, rows)
+        tuned = score_batch(model, batch)
         if done.before:
-            reference = score_sequences(load_result(done.before, None, dtype=model.dtype)[0].eval(), rows)
+            reference = score_batch(load_result(done.before, None, dtype=model.dtype)[0].eval(), batch)
         elif done.recipe.peft:
             with model.disable_adapter():
-                reference = score_sequences(model, rows)
+                reference = score_batch(model, batch)
         else:
             base = AutoModelForCausalLM.from_pretrained(done.small.stand_in.folder, dtype=model.dtype)
-            reference = score_sequences(base.to(model.device), rows)
+            reference = score_batch(base.to(model.device), batch)
     model.train(was_training)
     gains = [
         (before.loss - after.loss) / (after.tokens if normalized else 1)

@@ -25,6 +25,13 @@ FILLED = (
     *("pad_to_multiple_of", "reward_weights", "generation_batch_size", "steps_per_generation"),
     *("metric_for_best_model", "greater_is_better"),  # where a recipe asks for the best, and does not say by what
 )
+# Those that it fills where rows have images; the last one is TRL's for every vision model.
+FILLED_FOR_IMAGES = (
+    "remove_unused_columns",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "ddp_find_unused_parameters",
+)
 # What TRL's trainers keep beside their configuration.
 HELD = ("beta", "loss_type", "temperature", "num_generations", "num_iterations", "max_completion_length")
 # Keys of `peft` that PEFT spells out in its configuration: `check_targets` looks at what they do.
@@ -48,7 +55,8 @@ def check_options(done: Done) -> Found:
         found = getattr(config, key, None)
         if not is_same(found, value):
             yield f"training.{key} is {value!r}, and the trainer has {found!r}"
-    for key, found, default in _find_changed(config, small.training.said, small.training.defaults, FILLED):
+    filled = (*FILLED, *(FILLED_FOR_IMAGES if done.recipe.dataset.images else ()))
+    for key, found, default in _find_changed(config, small.training.said, small.training.defaults, filled):
         yield f"the recipe does not say training.{key}: it is {default!r} then, and the trainer has {found!r}"
     for key in HELD:  # what TRL's trainers keep apart from their configuration
         held = getattr(done.seen.trainer, {"loss_type": "loss_types"}.get(key, key), None)

@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoConfig
 
+from recipe_runner.model.adapter import find_seeing
 from recipe_runner.recipe.rules.adapter import alters_base
 from recipe_runner.runs.folder import result_name
 from recipe_runner.smoke.checks.done import (
@@ -85,6 +87,8 @@ def _check_named(done: Done, adapted: set[str]) -> Found:
             if isinstance(module, torch.nn.Linear) and module is not out and is_of_base(name)
             if "modules_to_save" not in name and "original_module" not in name
         ]
+        seeing = find_seeing(done.model)  # an adapter stays out of what sees
+        plain = [name for name in plain if not any(part in seeing for part in name.split("."))]
         left = [name for name in plain if not name.endswith("base_layer")]
         if left:
             told = f"{len(left)} linear layers have no adapter: {list_names(left)}"
@@ -128,6 +132,9 @@ def check_base(done: Done) -> Found:
     elif done.before:
         folder = done.before
     files = read_tensors(folder)
+    if done.recipe.dataset.images:  # files have other names than memory
+        base: Any = done.model.get_base_model() if isinstance(done.model, PeftModel) else done.model
+        files = dict(type(base).from_pretrained(folder).state_dict())
     begun = done.seen.frozen
     compared = 0
     tensors = dict(done.model.named_parameters())
@@ -164,8 +171,13 @@ def _check_config(done: Done, folder: Path) -> Found:
         configs["the saved config.json"] = AutoConfig.from_pretrained(done.seen.folder / result_name(False)).to_dict()
     for what, now in configs.items():
         keys = (kept.keys() | now.keys()) - {*NOT_THE_MODELS, *other_layers}
-        if other := sorted(key for key in keys if now.get(key) != kept.get(key)):
+        if other := sorted(key for key in keys if _plain(now.get(key)) != _plain(kept.get(key))):
             yield f"{what} has another {list_names(other)}: {now.get(other[0])!r}, not {kept.get(other[0])!r}"
+
+
+def _plain(value: Any) -> Any:
+    """A part of a configuration without what is not the model's."""
+    return {key: of for key, of in value.items() if key not in NOT_THE_MODELS} if isinstance(value, dict) else value
 
 
 def _check_prompt(done: Done) -> Found:
