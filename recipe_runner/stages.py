@@ -55,6 +55,7 @@ class Stage:
         scored: What TRL 1.16's loss computes of every label beside its log-probability (`add_fused_lm_head`).
         notes: Lines that a new recipe of this stage gets in `training`.
         sees: Whether TRL 1.16's trainer takes rows with images.
+        sequences: That the model is given of a row: two of a pair.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Stage:
     scored: tuple[str, ...] = ("entropy",)
     notes: Mapping[str, str] = field(default_factory=dict)
     sees: bool = False
+    sequences: int = 1
 
     @property
     def seeing(self) -> "Stage":
@@ -159,6 +161,7 @@ STAGES: dict[str, Stage] = {
             scored=("entropy", "mean_logits", "is_top1"),
             notes={"first": _BETA, "batches": _GROUPED},
             sees=True,
+            sequences=2,
         ),
         Stage(
             "kto",
@@ -193,6 +196,7 @@ STAGES: dict[str, Stage] = {
             shown={"margin": "margin"},
             scores=True,
             notes={"batches": _GROUPED},
+            sequences=2,
         ),
         *(
             Stage(

@@ -5,16 +5,18 @@ from pathlib import Path
 
 import click
 
-from recipe_runner.cli.options import launch_option, prepare_process, read_checked_launch, set_option
+from recipe_runner.cli.options import Number, launch_option, prepare_process, read_checked_launch, set_option
 
 
 @click.command(name="plan")
 @click.argument("recipe", required=False)
 @set_option
 @click.option("--gpu", metavar="NAME", help="What it is planned for: RTX-4090, A100-80GB, ..., or cpu.")
-@click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GIB", help="A device with so much memory.")
+@click.option("--memory", type=Number(0, 1e6, min_open=True), metavar="GIB", help="A device with so much memory.")
 @launch_option
-@click.option("--num-processes", type=click.IntRange(1), help="Devices, instead of the launch configuration's number.")
+@click.option(
+    "--num-processes", type=click.IntRange(1, 100_000), help="Devices, instead of the launch configuration's number."
+)
 @click.option(
     "--model-config", type=click.Path(path_type=Path), help="A config.json of a model that is not known here."
 )
@@ -35,6 +37,8 @@ def command(
     from recipe_runner.recipe.resolve import load_recipe
 
     if run is not None:
+        if recipe or gpu or memory or launch_file or model_config or form != "text":
+            raise click.UsageError("--explain RUN compares a run with its own plan: give it alone")
         from recipe_runner.plan.history import explain_run
         from recipe_runner.runs.find import find_run
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -62,8 +63,10 @@ def find_gpu(name: str) -> Device:
         UserError: There is none of that name.
     """
     gpus = read_gpus()
-    wanted = name.lower().replace(" ", "-")
-    meant = [known for known in gpus if known.lower() == wanted] or [known for known in gpus if wanted in known.lower()]
+    wanted = re.sub(r"\b(nvidia|geforce|tesla)\b[- ]*", "", name.lower()).strip().replace(" ", "-")
+    meant = [known for known in gpus if known.lower() == wanted]
+    if not meant and (len(wanted) > 3 or (len(wanted) > 1 and not wanted.isdecimal())):
+        meant = [known for known in gpus if wanted in known.lower()]
     if len(meant) == 1:
         return gpus[meant[0]]
     if meant and wanted:
@@ -80,7 +83,7 @@ def choose_device(name: str | None, memory: float | None) -> Device:
     Raises:
         UserError: There is no GPU of that name.
     """
-    if name == CPU.name:
+    if name is not None and name.lower() == CPU.name:
         return CPU
     if name is not None:
         return find_gpu(name)

@@ -31,7 +31,8 @@ class Disk:
     @property
     def total(self) -> int:
         """Of the run itself; one more checkpoint is there while the oldest is not yet removed."""
-        return self.checkpoint * ((self.kept or 1) + 1) + self.result
+        there = 0 if self.kept == 0 else (self.kept or 1) + 1
+        return self.checkpoint * there + self.result
 
     def as_json(self) -> dict[str, Any]:
         """As JSON values, in bytes."""

@@ -32,6 +32,10 @@ MOST_SLACK = 0.15  # nine of ten of them are below
 LEAST_SPREAD = 0.05  # of runs of one machine that agree by chance
 USUAL_ERROR = 0.15  # where nothing like it was measured
 LEAST = 256  # tokens: shorter rows are no help
+UNSURE = 0.15  # by which the range becomes wider where something was taken for something else
+FEW = 3  # cases: fewer say nothing of an error
+MOST_TRIES = 10  # batches that are tried for the largest one
+MOST_TOKENS = 2_000_000  # of a batch: more is not looked for
 NF4 = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
@@ -59,9 +63,22 @@ class Accuracy:
 
     def __str__(self) -> str:
         if not self.cases:
-            return f"no published case is like this one: taken as within {self.error:.0%}"
+            return f"fewer than {FEW} published cases are like this one: taken as within {self.error:.0%}"
         found = f"within {self.error:.0%} in {self.within} of {self.cases} published cases"
         return f"for plans of this kind ({self.kind}): {found}"
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """What was taken for granted.
+
+    Attributes:
+        text: In a sentence.
+        spread: Share by which the range becomes wider for it.
+    """
+
+    text: str
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +115,8 @@ class Plan:
         high: Bytes that it takes at most.
         accuracy: How far other plans of its kind were off.
         fits: GPU -> whether it fits.
-        largest: Rows of a batch that fit on the device; None where its memory is not known.
+        largest: The largest `per_device_train_batch_size` with which a training step fits; None where the device's
+            memory is not known.
         time: How long it takes.
         disk: What it leaves behind.
         assumptions: What was taken for granted.
@@ -121,7 +139,7 @@ class Plan:
     largest: int | None
     time: Time
     disk: Disk
-    assumptions: Sequence[str] = field(default_factory=list)
+    assumptions: Sequence[Assumption] = field(default_factory=list)
     changes: Sequence[Change] = ()
     learned: Learned | None = None
 
@@ -158,7 +176,7 @@ class Plan:
             "time": self.time.as_json(),
             "disk": self.disk.as_json(),
             "changes": [asdict(change) for change in self.changes],
-            "assumptions": list(self.assumptions),
+            "assumptions": [assumed.text for assumed in self.assumptions],
         }
 
 
@@ -176,11 +194,35 @@ def plan(recipe: Recipe, device: Device, launch: Launch | None = None, model_con
     """
     config = find_config(recipe.model, model_config, recipe.stage.scores)
     known = find_prepared(recipe)
+    check_device(recipe, device, launch)
     setting = choose_setting(recipe, config, device, known)
     made = with_history(work_out(recipe, setting, known, launch), learn_of(recipe, device))
-    if device.memory and made.peak.total > device.memory:
+    if model_config:
+        told = Assumption(f"the model is what {model_config} says, and not looked for by its name")
+        made = replace(made, assumptions=[told, *made.assumptions])
+    if not device.memory:
+        return made
+    made = replace(made, largest=find_largest(recipe, made, known, launch))
+    if made.peak.total > device.memory:
         return replace(made, changes=find_changes(recipe, made, known, launch))
     return made
+
+
+def check_device(recipe: Recipe, device: Device, launch: Launch | None) -> None:
+    """Checks that recipe and launch configuration suit the device.
+
+    Raises:
+        UserError: One of them is for another kind of device.
+    """
+    on_cpu = bool(launch and launch.values.get("use_cpu"))
+    if launch and on_cpu == device.gpu and (on_cpu or launch.kind != "NO"):
+        kind, other = ("a GPU", "processes on a CPU") if device.gpu else ("a CPU", "GPUs")
+        message = f"{launch.name} is for {other}, and it is planned for {kind} ({device.name})"
+        raise user_error("launch-file", message, "name another device (--gpu), or another launch configuration")
+    if recipe.training["bf16"] and device.gpu and not device.bf16:
+        message = f"{device.name} has no bfloat16"
+        fix = "set training.fp16: true, and float16 where weights are quantized; or plan for another GPU"
+        raise user_error("precision-conflict", message, fix, path=("training", "bf16"))
 
 
 def work_out(recipe: Recipe, setting: Setting, known: Mapping[str, Any], launch: Launch | None = None) -> Plan:
@@ -195,14 +237,16 @@ def work_out(recipe: Recipe, setting: Setting, known: Mapping[str, Any], launch:
     peaks: Mapping[str, Peak] = traced.peaks
     processes = launch.processes if launch else 1
     if launch and (processes > 1 or launch.zero_stage):
-        peaks = sharding.share(peaks, launch, traced.layers, traced.trained_bytes)
+        kept = sharding.Kept(traced.parameters["trainable"], traced.trained_bytes, setting.mixed is not None)
+        peaks = sharding.share(peaks, launch, traced.layers, kept)
     phase = max(peaks, key=lambda name: peaks[name].total)
     accuracy = find_accuracy(recipe, device)
     shared = launch is not None and (launch.kind == "FSDP" or launch.zero_stage == 3)
     slack = SHARED_SLACK if shared else SLACK
     peak = surround(peaks[phase], device, slack)
     allocated = peaks[phase].total + device.workspace
-    spread = accuracy.error
+    assumed = list(assume(recipe, setting, known, launch))
+    spread = min(0.9, accuracy.error + sum(assumption.spread for assumption in assumed))
     low = round(allocated * (1 - spread)) + CONTEXT * device.gpu
     high = round(allocated * (1 + spread) * (1 + MOST_SLACK * device.gpu)) + CONTEXT * device.gpu
     time = measure_time(recipe, setting, traced, known, processes)
@@ -220,10 +264,10 @@ def work_out(recipe: Recipe, setting: Setting, known: Mapping[str, Any], launch:
         max(high, peak.total),
         accuracy,
         find_fits(peak, device),
-        find_largest(peaks, setting, slack) if device.memory else None,
+        None,
         time,
         measure_disk(recipe, traced.saved_bytes, traced.state_bytes + traced.paged, merged, time.steps),
-        list(assume(recipe, setting, known, launch)),
+        assumed,
     )
 
 
@@ -264,26 +308,52 @@ def find_fits(peak: Peak, device: Device) -> dict[str, bool]:
     return {name: peak.total <= gpu.memory for name, gpu in gpus.items() if gpu.bf16 == device.bf16}
 
 
-def find_largest(peaks: Mapping[str, Peak], setting: Setting, slack: float) -> int:
-    """Rows of a training batch that fit: what grows with them is activations and logits, by a row's share of them."""
-    least = None
-    for phase, peak in peaks.items():
-        if phase == EVALUATION:
-            continue
-        growing = peak.kinds[ACTIVATIONS] + peak.kinds[LOGITS]
-        whole = surround(peak, setting.device, slack).total
-        a_row = growing * (1 + slack) / setting.train.rows
-        if a_row:
-            rows = setting.train.rows + (setting.device.memory - whole) / a_row
-            least = rows if least is None else min(least, rows)
-    return max(0, math.floor(least or 0))
+def find_largest(recipe: Recipe, made: Plan, known: Mapping[str, Any], launch: Launch | None) -> int:
+    """The largest `per_device_train_batch_size` with which a training step fits.
+
+    A step is traced for each that is tried. What it takes grows with the rows, some of it with their square (a packed
+    mask), and some not at all: each try is where a line through what is known crosses the device's memory.
+    """
+    room, setting, batch = made.device.memory, made.setting, made.setting.train
+    each = recipe.stage.sequences
+    tried: dict[int, int] = {}
+
+    def take(number: int) -> None:
+        train = replace(batch, rows=number * each, padded=not batch.flat and number * each > 1)
+        other = work_out(recipe, replace(setting, train=train, held_out=None), known, launch)
+        tried[number] = with_history(other, made.learned).peak.total
+
+    number = batch.rows // each
+    if made.phase == EVALUATION:
+        take(number)
+    else:
+        tried[number] = made.peak.total
+    growing = made.peak.kinds[ACTIVATIONS] + made.peak.kinds[LOGITS]
+    slope = max(1.0, growing * (1 + SLACK) / number)
+    for count in range(MOST_TRIES):
+        fits = max((n for n, size in tried.items() if size <= room), default=0)
+        above = min((n for n, size in tried.items() if size > room), default=None)
+        if above == fits + 1 or fits * batch.length * each > MOST_TOKENS:
+            return fits
+        ends = [n for n in (fits, above) if n]
+        if above is None and len(tried) > 1:
+            ends = sorted(tried)[-2:]
+        if len(ends) > 1:
+            slope = max(1.0, (tried[ends[1]] - tried[ends[0]]) / (ends[1] - ends[0]))
+        number = math.floor(ends[-1] + (room - tried[ends[-1]]) / slope)
+        if above is None:
+            number = max(fits + 1, min(number, 4 * fits))
+        else:
+            number = (fits + above) // 2 if count % 3 == 2 else max(fits + 1, min(number, above - 1))
+        take(number)
+    return max((n for n, size in tried.items() if size <= room), default=0)
 
 
 def find_accuracy(recipe: Recipe, device: Device) -> Accuracy:
     """How far plans like this one were off, as `scripts/make_plan_accuracy.py` found."""
     kind = kind_of(recipe)
     found = read_json(ACCURACY).get(kind) if ACCURACY.is_file() and device.gpu else None
-    if not found:
+    if not found or found["cases"] < FEW:
         return Accuracy(kind, 0, 0, USUAL_ERROR)
     return Accuracy(kind, int(found["cases"]), int(found["within"]), float(found["error"]))
 
@@ -291,51 +361,99 @@ def find_accuracy(recipe: Recipe, device: Device) -> Accuracy:
 def kind_of(recipe: Recipe) -> str:
     """What decides how well a plan can be held against others: the stage's rows, the method, the quantization."""
     method = str(recipe.peft["method"]) if recipe.peft else "full"
-    method = "QLoRA" if method == "lora" and recipe.quantization else "LoRA" if method == "lora" else method
-    return method if recipe.stage.shape == "tokens" else f"{method}, {recipe.stage.name}"
+    if method == "lora":
+        method = "QLoRA" if recipe.quantization["load_in_4bit"] else "LoRA"
+    if recipe.quantization["load_in_8bit"]:
+        method += " on 8 bits"
+    return method if recipe.stage.shape.endswith("tokens") else f"{method}, {recipe.stage.name}"
 
 
-def assume(recipe: Recipe, setting: Setting, known: Mapping[str, Any], launch: Launch | None) -> Sequence[str]:
-    """What was taken for granted, in sentences."""
+def assume(recipe: Recipe, setting: Setting, known: Mapping[str, Any], launch: Launch | None) -> Iterator[Assumption]:
+    """What was taken for granted; where the planner can't know, the range becomes wider."""
     batch = setting.train
-    told = []
     if not known.get("train"):
         if recipe.stage.generates:
-            told.append(f"prompts have up to {UNKNOWN_PROMPT} tokens: `recipe-run prepare` finds the longest")
+            yield Assumption(f"prompts have up to {UNKNOWN_PROMPT} tokens: `recipe-run prepare` finds the longest")
         elif not batch.flat:
-            told.append(f"rows have up to {batch.length:,} tokens (max_length): `recipe-run prepare` finds the longest")
+            yield Assumption(
+                f"rows have up to {batch.length:,} tokens (max_length): `recipe-run prepare` finds the longest"
+            )
     if not find_kind(optimizer_of(recipe)).known:
-        told.append(f"the optimizer {optimizer_of(recipe)} is taken for AdamW: its own states were not looked at")
+        name = optimizer_of(recipe)
+        yield Assumption(f"the optimizer {name} is taken for AdamW: its own states were not looked at", UNSURE)
     if recipe.model.use_kernels:
-        told.append("kernels of the hub are taken for PyTorch's own: what they keep is not known")
+        yield Assumption("kernels of the hub are taken for PyTorch's own: what they keep is not known", UNSURE)
     attention = recipe.model.attn_implementation
     if attention not in (None, "sdpa", "eager"):
-        told.append(f"{attention} is taken for a fused kernel that keeps its inputs, its output and a number a query")
+        yield Assumption(
+            f"{attention} is taken for a fused kernel that keeps its inputs, its output and a number a query"
+        )
     if launch and launch.processes > 1:
-        told.append("what several devices share is worked out, not traced, and was held against no measurement")
+        yield Assumption(
+            "what several devices share is worked out, not traced, and was held against no measurement", 0.1
+        )
+    if recipe.training["torch_compile"]:
+        yield Assumption("torch.compile fuses operations: what it keeps is not known", UNSURE)
+    if recipe.training["activation_offloading"]:
+        yield Assumption("the few activations that TRL holds back while others leave are not counted", 0.1)
+    if recipe.dataset.images:
+        yield Assumption("tokens of images are counted, what the vision tower computes is not", UNSURE)
+    if recipe.model.trust_remote_code:
+        yield Assumption("the model's own code is not run: it is taken for transformers' model of that name", UNSURE)
+    published = getattr(setting.config, "quantization_config", None)
+    if published and not recipe.quantization:
+        yield Assumption("weights that were published quantized are counted in 16 bits: they take less", UNSURE)
+    if launch and launch.is_deepspeed and "8bit" in optimizer_of(recipe):
+        yield Assumption("DeepSpeed keeps weights that are trained in float32, beside the optimizer's own states")
     if any(reward.model for reward in recipe.rewards):
-        told.append("reward models are taken to be of the size of the model itself")
+        yield Assumption("reward models are taken to be of the size of the model itself")
     if not setting.device.gpu:
-        told.append("beside the tensors a process takes what Python and PyTorch need: some 0.6 GiB")
+        yield Assumption("beside the tensors a process takes what Python and PyTorch need: some 0.6 GiB")
     if setting.device.gpu and setting.device.memory and not setting.device.tflops:
-        told.append("the speed of the device is not known, so that there is no time")
-    return told
+        yield Assumption("the speed of the device is not known, so that there is no time")
 
 
 def find_changes(recipe: Recipe, made: Plan, known: Mapping[str, Any], launch: Launch | None) -> list[Change]:
     """What would make a plan smaller, each worked out, by effect."""
-    found = []
+    found: list[tuple[Change, Any]] = []
     for what, sections in _propose(recipe, made.setting):
-        values = {**recipe.values}
-        for section, keys in sections.items():
-            values[section] = {**(values.get(section) or {}), **keys} if keys is not None else None
-        changed = replace(recipe, values=values)
+        changed = _change(recipe, sections)
         setting = choose_setting(changed, made.setting.config, made.device, known)
         other = with_history(work_out(changed, setting, known, launch), made.learned)
         slower = other.traced.flops / setting.train.tokens / (made.traced.flops / made.setting.train.tokens) - 1
         fits = other.peak.total <= made.device.memory
-        found.append(Change(what, made.peak.total - other.peak.total, slower, fits))
-    return sorted((change for change in found if change.saved > 0), key=lambda change: -change.saved)
+        found.append((Change(what, made.peak.total - other.peak.total, slower, fits), sections))
+    found = sorted((of for of in found if of[0].saved > 0), key=lambda of: -of[0].saved)
+    changes = [change for change, _ in found]
+    if len(found) > 1 and not any(change.fits for change in changes):
+        changes += _combine(recipe, made, known, launch, found)
+    return changes
+
+
+def _change(recipe: Recipe, sections: Mapping[str, Any]) -> Recipe:
+    """A recipe with other keys."""
+    values = {**recipe.values}
+    for section, keys in sections.items():
+        values[section] = {**(values.get(section) or {}), **keys}
+    return replace(recipe, values=values)
+
+
+def _combine(
+    recipe: Recipe, made: Plan, known: Mapping[str, Any], launch: Launch | None, found: Sequence[tuple[Change, Any]]
+) -> list[Change]:
+    """The changes one after the other, by effect, until it fits; none where it never does."""
+    changed, told = recipe, []
+    for change, sections in found:
+        if any(section in ("peft", "quantization") and changed.values.get(section) for section in sections):
+            continue  # it has another one by now
+        changed = _change(changed, sections)
+        told.append(change.what)
+        setting = choose_setting(changed, made.setting.config, made.device, known)
+        other = with_history(work_out(changed, setting, known, launch), made.learned)
+        if len(told) > 1 and other.peak.total <= made.device.memory:
+            slower = other.traced.flops / setting.train.tokens / (made.traced.flops / made.setting.train.tokens) - 1
+            return [Change("together: " + "; ".join(told), made.peak.total - other.peak.total, slower, True)]
+    return []
 
 
 def _propose(recipe: Recipe, setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -361,6 +479,13 @@ def _propose(recipe: Recipe, setting: Setting) -> Iterator[tuple[str, dict[str, 
             "QLoRA: a base in 4 bits (quantization: NF4, twice)",
             {"quantization": NF4} | ({} if recipe.peft else {"peft": lora}),
         )
+    if recipe.stage.generates:
+        answer = int(training["max_completion_length"] or 256) // 2
+        yield f"training.max_completion_length: {answer}", {"training": {"max_completion_length": answer}}
+        if rows > 1 and rows % 2 == 0 and not training["steps_per_generation"]:
+            keys = {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * accumulated}
+            keys["steps_per_generation"] = 2 * accumulated
+            yield f"training.per_device_train_batch_size: {rows // 2}, accumulated twice as often", {"training": keys}
     if setting.train.length > LEAST and not recipe.stage.generates:
         half = setting.train.length // 2
         yield f"training.max_length: {half}", {"training": {"max_length": half}}

@@ -12,6 +12,7 @@ from recipe_runner.problems.words import align
 
 LAST = 20  # runs that are looked at
 GIB = 2**30
+UNLIKELY, PROCESS = 3, 8 * GIB  # times what was planned, and bytes beside it on a CPU, that no run is off by
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ def read_runs(output_dir: Path) -> Iterator[Past]:
             continue
         expected, found = planned.get("allocated_bytes"), measured.get("peak_memory_bytes")
         if isinstance(expected, int) and isinstance(found, int) and min(expected, found) > 0:
-            names = str(planned.get("kind")), str(planned.get("device"))
-            yield Past(run, *names, expected, found, float(measured.get("step_seconds") or 0))
+            if not expected / UNLIKELY < found < expected * UNLIKELY + PROCESS:
+                continue  # of a record that was changed, or is of something else
+            names, seconds = (str(planned.get("kind")), str(planned.get("device"))), measured.get("step_seconds")
+            yield Past(run, *names, expected, found, float(seconds) if isinstance(seconds, int | float) else 0.0)
 
 
 def learn(output_dir: Path, kind: str, device: str, gpu: bool) -> Learned | None:
@@ -107,8 +110,9 @@ def explain_run(run: Path) -> str:
         UserError: It keeps no plan.
     """
     status = read_object(run / "status.json")
-    planned, measured = status.get("planned"), status.get("measured")
-    if not isinstance(planned, dict) or not isinstance(measured, dict) or "breakdown_bytes" not in planned:
+    planned: Any = status.get("planned")
+    measured: Any = status.get("measured")
+    if not _is_whole(planned, measured):
         why = planned.get("failed") if isinstance(planned, dict) else None
         message = f"{run} keeps no plan" + (f": {why}" if why else "")
         raise user_error("no-plan", message, "name a completed run of this version")
@@ -126,10 +130,25 @@ def explain_run(run: Path) -> str:
         held = reserved / measured["peak_memory_bytes"] - 1
         lines.append(f"reserved {reserved / GIB:.2f} GiB: the allocator held {held:.0%} beyond what was in use")
     low, high = planned.get("step_seconds") or (None, None)
-    if seconds := measured.get("step_seconds"):
+    seconds, speed = measured.get("step_seconds"), measured.get("tokens_per_second") or 0
+    if isinstance(seconds, int | float) and isinstance(speed, int | float):
         told = f"; planned {low:.2g} to {high:.2g} s" if low and high else ""
-        lines.append(f"{seconds:.3g} s a step{told}; {measured.get('tokens_per_second', 0):,.0f} tokens a second")
+        lines.append(f"{seconds:.3g} s a step{told}; {speed:,.0f} tokens a second")
     return "\n".join(lines)
+
+
+def _is_whole(planned: Any, measured: Any) -> bool:
+    """Whether a record has what is compared, in numbers."""
+    if not isinstance(planned, dict) or not isinstance(measured, dict):
+        return False
+    parts = [planned.get("breakdown_bytes"), measured.get("parts") or {}]
+    if not all(isinstance(part, dict) and all(isinstance(of, int) for of in part.values()) for part in parts):
+        return False
+    times = planned.get("step_seconds") or (1.0, 1.0)
+    if not isinstance(times, list | tuple) or [type(of) for of in times] not in ([float] * 2, [type(None)] * 2):
+        return False
+    sizes = (planned.get("allocated_bytes"), measured.get("peak_memory_bytes"))
+    return all(isinstance(size, int) and size > 0 for size in sizes) and {"kind", "device"} <= planned.keys()
 
 
 def _compare(planned: int, measured: int) -> list[str]:

@@ -197,7 +197,7 @@ def _add_reference(recipe: Recipe, built: Built, memory: Memory) -> None:
 
 
 def _train(recipe: Recipe, run: Step, batch: Batch) -> None:
-    training, name = recipe.training, recipe.stage.shape
+    training, name = recipe.training, recipe.stage.shape.removeprefix("image_")
     if name == "pairs":
         step.prefer(run, batch, bool(training["precompute_ref_log_probs"]))
     elif name == "unpaired":

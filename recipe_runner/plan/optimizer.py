@@ -21,6 +21,7 @@ class Kind:
         factored: Whether they are a row and a column for each matrix.
         scratch: Copies of all trained weights that a step makes, as PyTorch's `foreach` does.
         largest: Bytes for each number of the largest weight that a step takes, where weights come one by one.
+        whole: Whether embeddings keep 32 bits, as transformers has bitsandbytes do.
         known: Whether this was read in its code; else the numbers are AdamW's.
     """
 
@@ -30,6 +31,7 @@ class Kind:
     factored: bool = False
     scratch: int = 0
     largest: int = 0
+    whole: bool = True
     known: bool = True
 
 
@@ -40,8 +42,8 @@ _ADAM, _EIGHT, _FOUR = Kind(2), Kind(2, 8), Kind(2, 4)
 KINDS: dict[str, Kind] = {
     "adamw_torch": Kind(2, scratch=1, largest=4),
     "adamw_torch_fused": _ADAM,
-    "adamw_torch_8bit": Kind(2, 8, largest=16),
-    "adamw_torch_4bit": Kind(2, 4, largest=16),
+    "adamw_torch_8bit": Kind(2, 8, largest=16, whole=False),
+    "adamw_torch_4bit": Kind(2, 4, largest=16, whole=False),
     "adamw_bnb_8bit": _EIGHT,
     "adamw_8bit": _EIGHT,
     "paged_adamw_8bit": Kind(2, 8, paged=True),
@@ -101,7 +103,7 @@ def measure(name: str, model: torch.nn.Module, gpu: bool) -> Needs:
         count = weight.numel()
         if kind.factored and weight.dim() >= 2:
             size = _round(4 * count // weight.shape[-1]) + _round(4 * count // weight.shape[-2])
-        elif kind.bits in (4, 8) and count >= SMALL and id(weight) not in full:
+        elif kind.bits in (4, 8) and count >= SMALL and not (kind.whole and id(weight) in full):
             size = kind.states * (_round(count * kind.bits // 8) + _round(4 * -(-count // BLOCK)))
         else:
             each = 4 if kind.bits else weight.element_size()

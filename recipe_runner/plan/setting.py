@@ -29,6 +29,10 @@ from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.sections import ModelSection
 
 PLACE = ("model", "name_or_path")
+SEEING = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+# The most that a configuration may say: beyond it a number is a mistake, or an attack.
+MOST = {"hidden_size": 2**20, "num_hidden_layers": 2000, "vocab_size": 2**24, "num_attention_heads": 2**12}
+MOST_TOKENS = 2**24  # of a batch
 UNKNOWN_PROMPT = 512  # tokens of a prompt, where no data is prepared
 
 
@@ -39,7 +43,7 @@ def find_config(model: ModelSection, file: Path | None, scores: bool = False) ->
         UserError: Nothing is known of it, or it needs code of its own.
     """
     if file:
-        config = _read_config(file)
+        config = _read_config(file, model)
     elif facts := find_facts(model.name_or_path):
         config = build_config(model, facts)
     else:
@@ -78,7 +82,7 @@ def build_config(model: ModelSection, facts: ModelFacts) -> PretrainedConfig:
         raise user_error("model-config", message, path=PLACE)
     if model.attn_implementation:
         text._attn_implementation = model.attn_implementation
-    seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(facts.model_type) if text is not config else None
+    seeing = SEEING.get(facts.model_type) if text is not config else None
     config.architectures = [seeing or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     return config
 
@@ -95,13 +99,13 @@ def refuse_remote_code(model: ModelSection, config: Mapping[str, Any]) -> None:
         raise user_error("remote-code", message, fix, path=PLACE)
 
 
-def _read_config(file: Path) -> PretrainedConfig:
+def _read_config(file: Path, model: ModelSection) -> PretrainedConfig:
     """A `config.json` that the user names."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise user_error("unreadable-file", f"{file}: {error.strerror}", "check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise user_error("model-config", f"{file} is no JSON: {first_line(error)}", "name a config.json") from error
     kind = values.get("model_type") if isinstance(values, dict) else None
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
@@ -111,6 +115,10 @@ def _read_config(file: Path) -> PretrainedConfig:
         if isinstance(values, dict) and values.get("auto_map"):
             fix = "it brings code of its own, which is not run: no plan can be made of it"
         raise user_error("model-config", f"{file}: transformers knows no model_type {kind!r}", fix)
+    refuse_remote_code(model, values)
+    named = (values.get("architectures") or [None])[0] if isinstance(values.get("architectures"), list) else None
+    if named and named not in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *SEEING.values()):
+        raise user_error("model-config", f"{file}: {named} is no language model that generates text", "")
     try:
         config = AutoConfig.for_model(**{"model_type": kind, **{k: v for k, v in values.items() if k != "model_type"}})
     except Exception as error:  # numbers of the user's file
@@ -118,8 +126,32 @@ def _read_config(file: Path) -> PretrainedConfig:
     text = config.get_text_config()
     if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise user_error("model-config", f"{file}: {kind} is no language model that generates text", "")
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
+    _check_sizes(file, values, text)
+    seeing = SEEING.get(kind) if text is not config else None
+    config.architectures = [seeing or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     return config
+
+
+def _check_sizes(file: Path, values: Mapping[str, Any], text: PretrainedConfig) -> None:
+    """Checks that a configuration says how large the model is, in numbers that a model can have.
+
+    Raises:
+        UserError: It does not; transformers would take its own defaults.
+    """
+    said = {**values, **values["text_config"]} if isinstance(values.get("text_config"), dict) else values
+    for name, most in MOST.items():
+        own = text.attribute_map.get(name, name)
+        if own not in said and name not in said:
+            if name in ("hidden_size", "num_hidden_layers"):
+                raise user_error("model-config", f"{file} does not say {own}", "name the whole config.json")
+            continue
+        size = getattr(text, name, None)
+        if not isinstance(size, int) or not 0 < size <= most:
+            raise user_error("model-config", f"{file}: {own} is {size!r}, not a number from 1 to {most:,}", "check it")
+    heads, shared = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared:
+        message = f"{file}: {heads} heads can't be shared by {shared} heads of keys and values"
+        raise user_error("model-config", message, "check it")
 
 
 def _find_cached(model: ModelSection) -> Path | None:
@@ -148,6 +180,10 @@ def choose_setting(recipe: Recipe, config: PretrainedConfig, device: Device, kno
     if recipe.dataset.has_eval and training["eval_strategy"] not in (None, "no"):
         held_out = find_batch(recipe, config, known.get("eval", {}), training["per_device_eval_batch_size"], True)
     batch = find_batch(recipe, config, known.get("train", {}), training["per_device_train_batch_size"], False)
+    if batch.tokens > MOST_TOKENS:
+        message = f"{batch.rows:,} sequences of {batch.length:,} tokens are more than any device takes at a time"
+        fix = "take a smaller batch, and accumulate: gradient_accumulation_steps"
+        raise user_error("batch-too-large", message, fix, path=("training", "per_device_train_batch_size"))
     continued = bool(recipe.model.adapter)
     return Setting(config, device, dtype or torch.bfloat16, mixed, batch, held_out, continued)
 
@@ -164,7 +200,7 @@ def find_batch(
         rows: Rows of a batch, as the recipe says.
         evaluating: Whether it is of evaluation.
     """
-    training, shape = recipe.training, recipe.stage.shape
+    training = recipe.training
     rows = rows or 8
     longest = int((accounting.get("lengths") or {}).get("max") or 0)
     if recipe.stage.generates:
@@ -177,9 +213,9 @@ def find_batch(
     length = most if packs or not longest else min(longest, most)
     share = accounting.get("supervised_tokens", 0) / max(accounting.get("tokens", 0), 1) if accounting else 1.0
     supervised = max(1, min(length - 1, round(length * share)))
-    if not flat and accounting:
-        supervised = length - 1  # of the longest row it may be all
-    doubled = 2 if shape in ("pairs", "scored_pairs") else 1
+    if not flat and accounting and recipe.stage.sequences == 1:
+        supervised = length - 1  # of the longest row it may be all; of a pair it is the answers
+    doubled = recipe.stage.sequences
     return Batch(rows * doubled, length, supervised, flat=flat, padded=not flat and rows * doubled > 1)
 
 

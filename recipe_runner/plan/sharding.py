@@ -11,7 +11,7 @@ from recipe_runner.plan.trace import ADAPTERS, GRADIENTS, OPTIMIZER, OVERHEAD, W
 
 OPTIMIZING = "optimizer step"  # the phase in which no layer is gathered
 REDUCED = 500_000_000  # numbers that ZeRO reduces at a time: deepspeed/runtime/zero/config.py, reduce_bucket_size
-MASTER = 12  # bytes that DeepSpeed keeps for a weight trained in 16 bits: a copy in float32 and AdamW's two states
+MASTER = 4  # bytes of the copy in float32 that DeepSpeed keeps of every weight that is trained
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,34 @@ class Layers:
     trained: int
 
 
-def share(peaks: Mapping[str, Peak], launch: Launch, layers: Layers, trained: int) -> dict[str, Peak]:
+@dataclass(frozen=True)
+class Kept:
+    """What is trained.
+
+    Attributes:
+        numbers: How many.
+        size: Their bytes on one device.
+        mixed: Whether precision is mixed: DeepSpeed then holds all weights in 16 bits.
+    """
+
+    numbers: int
+    size: int
+    mixed: bool
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether DeepSpeed makes 16 bits of what is trained in 32."""
+        return self.mixed and self.size > 3 * self.numbers
+
+
+def share(peaks: Mapping[str, Peak], launch: Launch, layers: Layers, trained: Kept) -> dict[str, Peak]:
     """The peaks on each of several devices.
 
     Args:
         peaks: Phase -> the peak on one device.
         launch: How processes are started.
         layers: What is gathered.
-        trained: Bytes of the weights that are trained.
+        trained: What is trained.
     """
     count, stage = max(launch.processes, 1), launch.zero_stage
     found: dict[str, Peak] = {}
@@ -47,7 +67,7 @@ def share(peaks: Mapping[str, Peak], launch: Launch, layers: Layers, trained: in
         elif launch.is_deepspeed:
             _share_zero(kinds, launch, stage, layers, trained, count, phase != OPTIMIZING)
         elif count > 1:
-            kinds[OVERHEAD] += trained  # DDP's buckets hold a copy of all gradients
+            kinds[OVERHEAD] += trained.size  # DDP's buckets hold a copy of all gradients
         found[phase] = Peak(sum(kinds.values()), kinds)
     return found
 
@@ -66,17 +86,30 @@ def _share_fsdp(kinds: dict[str, int], launch: Launch, layers: Layers, count: in
 
 
 def _share_zero(
-    kinds: dict[str, int], launch: Launch, stage: int, layers: Layers, trained: int, count: int, used: bool
+    kinds: dict[str, int], launch: Launch, stage: int, layers: Layers, trained: Kept, count: int, used: bool
 ) -> None:
-    """ZeRO: states are shared from stage 1 on, gradients from 2 on, weights in 3."""
+    """ZeRO: states are shared from stage 1 on, gradients from 2 on, weights in 3.
+
+    Source: deepspeed/runtime/zero/stage_1_and_2.py 0.19 (single_partition_of_fp32_groups), runtime/engine.py (module
+    cast to 16 bits by `_configure_distributed_model`). The optimizer's own states are of the copy in float32.
+    """
     section = launch.values.get("deepspeed_config") or {}
-    numbers = trained // 2  # of 16 bits
-    kinds[OPTIMIZER] = max(kinds[OPTIMIZER], numbers * MASTER) // count
-    kinds[OVERHEAD] += min(2 * REDUCED, trained)
+    size = trained.size
+    if trained.narrowed:
+        whole = kinds[ADAPTERS] or kinds[WEIGHTS]  # what is trained is one of the two
+        kinds[ADAPTERS if kinds[ADAPTERS] else WEIGHTS] = whole // 2
+        kinds[GRADIENTS] //= 2
+        size //= 2
+    states = kinds[OPTIMIZER]
+    if size < 3 * trained.numbers and not trained.narrowed and states >= 3 * trained.numbers:
+        states *= 2  # counted as of 16 bits
+    kinds[OPTIMIZER] = (states + MASTER * trained.numbers) // count
+    kinds[OVERHEAD] += min(2 * REDUCED, size)
     if stage >= 2:
         kinds[GRADIENTS] = -(-kinds[GRADIENTS] // count)
     if stage >= 3:
-        kinds[OVERHEAD] += min(2 * layers.largest + layers.root, kinds[WEIGHTS] + kinds[ADAPTERS]) * used
+        gathered = (2 * layers.largest + layers.root) // (2 if trained.narrowed and not kinds[ADAPTERS] else 1)
+        kinds[OVERHEAD] += min(gathered, kinds[WEIGHTS] + kinds[ADAPTERS]) * used
         kinds[WEIGHTS], kinds[ADAPTERS] = (-(-kinds[kind] // count) for kind in (WEIGHTS, ADAPTERS))
     if str(section.get("offload_optimizer_device") or "none") != "none":
         kinds[OPTIMIZER] = 0

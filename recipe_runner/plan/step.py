@@ -124,7 +124,12 @@ class Step:
         hooks: list[Any] = []
         backbone = self.built.base.base_model
 
+        head = self.built.base.get_output_embeddings()
+        trains_head = head is not None and any(head.weight is one for one in self.built.trained)
+
         def begin(*args: Any) -> None:
+            if self.memory.phase == BACKWARD and trains_head:  # its gradient is there, among the logits'
+                self.memory.rename(head.weight.numel() * head.weight.element_size(), LOGITS, GRADIENTS)
             self.memory.kind = ACTIVATIONS
 
         def end(module: Any, args: Any, made: Any) -> None:

@@ -20,7 +20,7 @@ def write_plan(plan: Plan) -> str:
         parts.append(f"    {kind:<12}{write_gib(size):>10}  {'#' * max(1, round(BAR * size / most))}")
     parts.append(write_facts(dict(_describe_fit(plan))))
     parts += [write_facts({"change": text}) for text in _describe_changes(plan)]
-    parts += [write_facts({"assumed": text}) for text in plan.assumptions]
+    parts += [write_facts({"assumed": assumed.text}) for assumed in plan.assumptions]
     return "\n".join(parts)
 
 
@@ -32,12 +32,14 @@ def _describe_run(plan: Plan) -> Iterator[tuple[str, str]]:
     more = f": {parts}" if len(groups) > 1 else ""
     yield "parameters", f"{counted['total']:,}; {counted['trainable']:,} trained ({share:.2%}){more}"
     rows = f"{batch.rows} sequence{'s' * (batch.rows != 1)} of {batch.length:,} tokens"
-    yield "at a time", rows + ", packed" * batch.flat
+    held = plan.setting.held_out
+    more = f"; evaluated {held.rows} of {held.length:,}" if held else ""
+    yield "at a time", rows + ", packed" * batch.flat + more
     dtype = str(plan.setting.dtype).removeprefix("torch.")
     mixed = str(plan.setting.mixed).removeprefix("torch.") if plan.setting.mixed else ""
     yield "precision", f"{dtype} weights, {f'mixed with {mixed}' if mixed else 'no mixed precision'}"
     span = f"{write_gib(plan.low)} to {write_gib(plan.high)}"
-    yield "memory", f"{write_gib(plan.peak.total)} at most, in the {plan.phase}; {span}"
+    yield "memory", f"{write_gib(plan.peak.total)}, in the {plan.phase}; {span}"
     yield "how sure", str(plan.learned or plan.accuracy)
 
 
@@ -46,9 +48,12 @@ def _describe_fit(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "paged", f"{write_gib(plan.traced.paged)} of optimizer states, which may leave the device"
     if plan.device.memory:
         fits = plan.peak.total <= plan.device.memory
-        yield "fits", f"{'yes' if fits else 'no'}: {write_gib(plan.peak.total)} of {write_gib(plan.device.memory)}"
+        sure = "" if plan.high <= plan.device.memory else "; not at the end of the range"
+        sure = sure if fits else ""
+        told = f"{write_gib(plan.peak.total)} of {write_gib(plan.device.memory)}"
+        yield "fits", f"{'yes' if fits else 'no'}: {told}{sure}"
         if plan.largest:
-            yield "batch", f"up to {plan.largest:,} sequences at a time"
+            yield "batch", f"a training step fits up to per_device_train_batch_size: {plan.largest:,}"
     if plan.fits:
         yield "fits on", ", ".join(name for name, fit in plan.fits.items() if fit) or "none of the catalogue"
     yield from _describe_time(plan)
@@ -79,7 +84,10 @@ def _describe_time(plan: Plan) -> Iterator[tuple[str, str]]:
 def _describe_disk(plan: Plan) -> str:
     disk = plan.disk
     kept = "each checkpoint" if disk.kept is None else f"{disk.kept} checkpoint{'s' * (disk.kept != 1)} of"
-    told = f"{kept} {write_gib(disk.checkpoint)}, result {write_gib(disk.result)}"
+    if disk.kept:
+        kept = f"{disk.kept} checkpoint{'s' * (disk.kept != 1)}, and one more for a while, of"
+    told = f"{kept} {write_gib(disk.checkpoint)}, " * (disk.kept != 0) + f"result {write_gib(disk.result)}"
+    told += f": {write_gib(disk.total)} in all"
     told += f", merged {write_gib(disk.merged)}" if disk.merged else ""
     return f"{told}; {write_gib(disk.free)} are free" + ("" if disk.total <= disk.free else ": TOO LITTLE")
 

@@ -84,7 +84,7 @@ def count_steps(recipe: Recipe, known: Mapping[str, Any], rows_at_a_time: int, p
     rows = int(accounting.get("packed_rows") or accounting.get("rows_kept") or 0)
     if not rows or recipe.stage.generates:
         return None
-    doubled = 2 if recipe.stage.shape in ("pairs", "scored_pairs") else 1
+    doubled = recipe.stage.sequences
     batches = math.ceil(rows / (rows_at_a_time // doubled * processes))
     per_epoch: int = max(math.ceil(batches / int(training["gradient_accumulation_steps"] or 1)), 1)
     return math.ceil(float(training["num_train_epochs"] or 1) * per_epoch)

@@ -79,6 +79,15 @@ class Memory(TorchDispatchMode):
         self.change(self.kind, size)
         self.change(self.kind, -size)
 
+    def rename(self, size: int, before: str, kind: str) -> None:
+        """Storages of a size that turn out to be of another kind."""
+        size = -(-size // GRAIN) * GRAIN
+        for key, (known, of) in self._known.items():
+            if (known, of) == (size, before):
+                self._known[key] = size, kind
+                self.kinds[before] -= size
+                self.kinds[kind] += size
+
     def mark(self, tensor: torch.Tensor, kind: str) -> None:
         """What a tensor that was counted turns out to be."""
         key = tensor.untyped_storage()._cdata
@@ -154,8 +163,9 @@ class FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any) -> Any:
+    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, memory: Any) -> Any:
         """The output `(batch, heads, queries, head size)`."""
+        ctx.memory = memory
         made = torch.empty_like(query)
         sums = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, bias, made, sums)
@@ -165,13 +175,14 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Any) -> Any:
         """Gradients of query, key and value."""
         query, key, value, bias, _, sums = ctx.saved_tensors
+        ctx.memory.flops += 10 * query.numel() * key.shape[2]  # five products for the forward pass' two
         kept = [torch.empty_like(sums)]
         if bias is None:
             kept.append(torch.empty(query.shape, dtype=torch.float32, device=query.device))
         if key.shape[1] != query.shape[1]:
             shape = (*query.shape[:2], *key.shape[2:])
             kept += [torch.empty(shape, dtype=key.dtype, device=key.device) for _ in range(2)]
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
 
 
 @dataclass
@@ -204,7 +215,7 @@ class Kernels:
         bias = attn_mask
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             bias = torch.empty(attn_mask.shape, dtype=query.dtype, device=query.device)
-        return FusedAttention.apply(query, key, value, bias)  # type: ignore[no-untyped-call]
+        return FusedAttention.apply(query, key, value, bias, self.memory)  # type: ignore[no-untyped-call]
 
     def cast(self, tensor: Any) -> Any:
         """A tensor as mixed precision takes it into a product; weights once in each forward pass."""

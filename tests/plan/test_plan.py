@@ -230,6 +230,108 @@ def test_sharding_takes_a_part_of_what_is_shared(planned, tmp_path):
         assert shared[name]["processes"] == 4
 
 
+@pytest.mark.parametrize("recipe", ["smollm2_135m_stories_full", "llama32_1b_dpo_lora"])
+def test_the_largest_batch_fits_and_the_next_does_not(planned, recipe):
+    """Packed rows, whose mask grows with their square; and pairs, of which each is two sequences."""
+    batch, evaluated = "training.per_device_train_batch_size", "training.per_device_eval_batch_size=1"
+    made = planned(recipe, "--memory", "10", "--set", evaluated)
+    largest = made["largest_batch"]
+    assert largest > 1
+    for number, fits in ((largest, True), (largest + 1, False)):
+        again = planned(recipe, "--memory", "10", "--set", f"{batch}={number}", "--set", evaluated)
+        assert again["fits"]["a GPU with 10 GiB"] is fits
+        assert again["largest_batch"] == largest
+
+
+def test_deepspeed_keeps_weights_in_16_bits_and_a_copy_in_float32(planned):
+    """Full fine-tuning from float32: 2 bytes of weights, 2 of gradients, 4 of the copy and AdamW's 8 are shared."""
+    arguments = ("--gpu", "a100-80gb", "--set", "training.optim=adamw_torch_fused", "--num-processes", "2")
+    peaks = {
+        name: planned("llama32_1b_instruct_full", *arguments, "--accelerate-config", name)
+        for name in ("ddp", "deepspeed_zero2", "deepspeed_zero3")
+    }
+    count = peaks["ddp"]["parameters"]["trainable"]
+    assert peaks["deepspeed_zero2"]["breakdown_bytes"]["optimizer"] == pytest.approx(12 * count / 2, rel=0.01)
+    assert peaks["deepspeed_zero2"]["breakdown_bytes"]["weights"] == pytest.approx(2 * count, rel=0.01)
+    assert peaks["deepspeed_zero3"]["breakdown_bytes"]["weights"] == pytest.approx(count, rel=0.01)
+    first, second, third = (made["phases_bytes"]["backward"] for made in peaks.values())
+    assert first > second > third
+
+
+def test_the_range_is_wider_where_something_is_not_known(planned):
+    plain = planned("smollm2_135m_stories_full", "--gpu", "a10")
+    for key in ("training.torch_compile=true", "training.optim=galore_adamw", "training.activation_offloading=true"):
+        made = planned("smollm2_135m_stories_full", "--gpu", "a10", "--set", key)
+        wide, usual = (of["range_bytes"][1] / of["range_bytes"][0] for of in (made, plain))
+        assert wide > usual
+        assert len(made["assumptions"]) > len(plain["assumptions"])
+
+
+def test_attention_is_computed_backward_too(planned):
+    """Five products of queries and keys for the two of the forward pass: arXiv 2307.08691, section 3.1."""
+    short, long = (
+        planned("llama32_1b_instruct_full", "--gpu", "a10", "--set", f"training.max_length={length}", "--set",
+                "training.activation_checkpointing=false")["time"]["flops_per_token"]
+        for length in (1024, 8192)
+    )  # fmt: skip
+    heads, size, layers = 32, 64, 16
+    assert long - short == pytest.approx(14 * heads * size * layers * (8192 - 1024), rel=0.02)
+
+
+def test_a_run_that_saves_no_checkpoint_needs_room_for_its_result_alone(planned):
+    disk = planned("smollm2_135m_stories_full", "--gpu", "a10", "--set", "training.save_strategy=no")["disk"]
+    assert (disk["checkpoints"], disk["total_bytes"]) == (0, disk["result_bytes"])
+
+
+def test_changes_are_put_together_where_none_is_enough(planned):
+    keys = ("training.per_device_train_batch_size=16", "training.activation_checkpointing=false")
+    made = planned("llama32_1b_chat_lora", "--memory", "6", *(part for key in keys for part in ("--set", key)))
+    *single, last = made["changes"]
+    assert not any(change["fits"] for change in single)
+    assert last["what"].startswith("together: ")
+    assert last["fits"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"planned": {"kind": "LoRA", "device": "cpu", "allocated_bytes": 10**9, "breakdown_bytes": "?"}},
+        {"planned": {"kind": "LoRA", "device": "cpu", "allocated_bytes": 10**9, "breakdown_bytes": {}}},
+    ],
+)
+def test_a_record_that_is_not_whole_breaks_nothing(planned, run_recipe, run_cli, record):
+    _, folder = run_recipe(peft=LORA)
+    told = json.loads((folder / "status.json").read_text()) | record
+    told["measured"] = {"peak_memory_bytes": 10**6, "step_seconds": [1]}
+    (folder / "status.json").write_text(json.dumps(told))
+    made = planned(folder.parent.parent.parent / "tiny.yaml", "--gpu", "cpu")
+    assert all(size >= 0 for size in made["breakdown_bytes"].values())
+    explained = run_cli("plan", "--explain", folder)
+    assert (explained.status, "error[bug]" in explained.err) in ((0, False), (1, False))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "llama"}, "does not say hidden_size"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, not a number from 1 to 2,000"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 3}, "8 heads can't be shared by 3"),
+        ({"auto_map": {"AutoModelForCausalLM": "own.Model"}}, "error[remote-code]"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "is no language model that generates text"),
+        ("[" * 100_000, "is no JSON"),
+    ],
+    ids=lambda of: str(of)[:40],
+)
+def test_a_configuration_that_no_model_can_have_is_refused(run_cli, tmp_path, config, said):
+    whole = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2}
+    text = config if isinstance(config, str) else json.dumps(config if "model_type" in config else whole | config)
+    (tmp_path / "config.json").write_text(text)
+    result = run_cli("plan", "phi3_chat_qlora", "--model-config", tmp_path / "config.json")
+    assert result.status == 1
+    assert said in result.err
+
+
 @pytest.mark.parametrize("stage", ["grpo", "rloo", "distillation"])
 def test_stages_that_generate_are_planned_with_their_cache(planned, stage):
     made = planned(f"phi3_{stage}_qlora", "--gpu", "a100-80gb")
@@ -252,6 +354,14 @@ def test_a_pipeline_is_planned_stage_by_stage(run_cli):
         (["--gpu", "rtx-4900"], "there is no GPU 'rtx-4900' in the catalogue; did you mean 'RTX-4090'?"),
         (["--gpu", "a100"], "'a100' stands for several GPUs; name one: A100-40GB, A100-80GB"),
         (["--memory", "0"], "0 is not in the range"),
+        (["--memory", "nan"], "it is no number"),
+        (["--memory", "inf"], "not in the range"),
+        (["--gpu", "5"], "there is no GPU '5'"),
+        (["--gpu", "cpu", "--accelerate-config", "ddp"], "is for GPUs, and it is planned for a CPU"),
+        (["--gpu", "l4", "--accelerate-config", "cpu_2proc"], "is for processes on a CPU"),
+        (["--gpu", "t4", "--set", "training.bf16=true"], "T4 has no bfloat16"),
+        (["--set", "training.per_device_train_batch_size=1000000"], "error[batch-too-large]"),
+        (["--explain", "runs/x", "--format", "json"], "give it alone"),
         (["--memory", "24", "--gpu", "a10"], "give one"),
         (["--num-processes", "2"], "goes with --accelerate-config"),
         (["--model-config", "nowhere.json"], "No such file"),
@@ -286,7 +396,7 @@ def test_list_shows_planned_memory_marked_as_planned(run_cli):
     assert "planned" in text.splitlines()[0]
     assert "by `recipe-run plan`, not measured" in text
     entries = json.loads(run_cli("list", "--format", "json").out)
-    assert all(entry["planned"] > 2**27 for entry in entries)
+    assert all(entry["not_run"] or entry["planned"] > 2**27 for entry in entries)
 
 
 def test_what_is_left_counts_evaluations_and_checkpoints_to_come():
