@@ -164,7 +164,8 @@ def compare(case: dict[str, Any]) -> Compared:
     traced = trace(recipe, setting)
     peaks = traced.peaks
     if launch := make_launch(case.get("sharding"), case["gpus"]):
-        peaks = sharding.share(peaks, launch, traced.layers, traced.trained_bytes)
+        kept = sharding.Kept(traced.parameters["trainable"], traced.trained_bytes, setting.mixed is not None)
+        peaks = sharding.share(peaks, launch, traced.layers, kept)
     allocated = max(peak.total for peak in peaks.values()) + ANY_GPU.workspace
     slack = SHARED_SLACK if launch else SLACK
     more = {"allocated": 0.0, "reserved": slack * allocated, "driver": slack * allocated + CONTEXT}
@@ -255,8 +256,8 @@ def describe(found: list[Compared]) -> str:
     known = [one for one in found if not one.case.get("fitted")]
     low = sum(one.error < 0 for one in counted)
     lines = [
-        f"{low} of the {len(counted)} plans are below what was published (median {_median(counted):+.1%}): a range that",
-        "`recipe-run plan` prints reaches further up than down.",
+        f"{low} of the {len(counted)} plans are below what was published (median {_median(counted):+.1%}):",
+        "the range that `recipe-run plan` prints reaches further up than down.",
         "",
         "| cases | number | median error | within 15 % |",
         "|---|---|---|---|",

@@ -77,12 +77,12 @@ def build_config(model: ModelSection, facts: ModelFacts) -> PretrainedConfig:
         message = f"recipes/models.json, {facts.name}: {facts.model_type}: {first_line(error)}"
         raise user_error("model-config", message, "check its config there", path=PLACE) from error
     text = config.get_text_config()
-    if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    seeing = SEEING.get(facts.model_type) if text is not config else None
+    if not seeing and text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         message = f"{facts.name}: the architecture {facts.model_type} is no language model that generates text"
         raise user_error("model-config", message, path=PLACE)
     if model.attn_implementation:
         text._attn_implementation = model.attn_implementation
-    seeing = SEEING.get(facts.model_type) if text is not config else None
     config.architectures = [seeing or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     return config
 
@@ -124,10 +124,10 @@ def _read_config(file: Path, model: ModelSection) -> PretrainedConfig:
     except Exception as error:  # numbers of the user's file
         raise user_error("model-config", f"{file}: {first_line(error)}", "check it") from error
     text = config.get_text_config()
-    if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    seeing = SEEING.get(kind) if text is not config else None
+    if not seeing and text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise user_error("model-config", f"{file}: {kind} is no language model that generates text", "")
     _check_sizes(file, values, text)
-    seeing = SEEING.get(kind) if text is not config else None
     config.architectures = [seeing or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     return config
 
