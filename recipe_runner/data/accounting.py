@@ -171,8 +171,8 @@ class Tally:
 
     def merge(self, later: "Tally") -> None:
         """Adds what was counted of later rows."""
-        counted = ("read", "packed_rows", "special", "two_bos", "empty_thoughts", "changed_texts", "images")
-        for name in (*counted, "image_tokens"):
+        counted = ("read", "packed_rows", "special", "two_bos", "empty_thoughts", "changed_texts")
+        for name in (*counted, "images", "image_tokens"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         self.change = self.change or later.change
         self.ends |= later.ends

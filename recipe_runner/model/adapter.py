@@ -181,10 +181,12 @@ def keep_to_language(peft_config: Any, empty: Any) -> None:
         empty: The base model on the meta device.
     """
     targets = getattr(peft_config, "target_modules", None)
-    if not hasattr(peft_config, "exclude_modules") or peft_config.exclude_modules or not find_seeing(empty):
+    if not hasattr(peft_config, "exclude_modules") or peft_config.exclude_modules:
         return
-    if not isinstance(targets, str) or targets == "all-linear":
-        peft_config.exclude_modules = rf"(?:.*\.)?(?:{'|'.join(find_seeing(empty))})(?:\..*)?"
+    if isinstance(targets, str) and targets != "all-linear":
+        return
+    if seeing := find_seeing(empty):
+        peft_config.exclude_modules = rf"(?:.*\.)?(?:{'|'.join(seeing)})(?:\..*)?"
 
 
 def find_seeing(empty: Any) -> list[str]:

@@ -122,7 +122,9 @@ def load_result(
             name = find_base(config, result)
             _refuse_missing(name, result)
             tokenizer = read_tokenizer(result)
-            auto, scores = _choose_class(config.task_type == SCORING, _read_config(name, config.revision, **options))
+            auto, scores = _choose_class(
+                config.task_type == SCORING, AutoConfig.from_pretrained(name, **{"revision": config.revision} | place)
+            )
             with _refusing(section, name, bool(scores)):
                 base: Any = auto.from_pretrained(name, **{"revision": config.revision} | options | scores)
             if plain_base and getattr(base, "is_quantized", False):
@@ -162,13 +164,6 @@ def _choose_class(scores: bool, config: PretrainedConfig) -> tuple[Any, dict[str
     named = (config.architectures or [""])[0]
     sees = named in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
     return (AutoModelForImageTextToText if sees else AutoModelForCausalLM), {}
-
-
-def _read_config(name: str, revision: str | None, **options: Any) -> PretrainedConfig:
-    """The configuration of an adapter's base."""
-    place = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
-    config: PretrainedConfig = AutoConfig.from_pretrained(name, **{"revision": revision} | place)
-    return config
 
 
 @contextlib.contextmanager

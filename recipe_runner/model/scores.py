@@ -26,6 +26,14 @@ class Score:
     right: int
 
 
+def score_logits(logits: torch.Tensor, targets: torch.Tensor) -> Score:
+    """Scores a sequence: logits `(sequence, vocabulary)` of its next tokens, which are learned where they are known."""
+    known = targets != IGNORED
+    chosen, wanted = logits[known].float(), targets[known]
+    loss = torch.nn.functional.cross_entropy(chosen, wanted, reduction="sum")
+    return Score(float(loss), len(wanted), int((chosen.argmax(-1) == wanted).sum()))
+
+
 def score_sequences(
     model: Any,
     sequences: Sequence[tuple[list[int], list[int]]],
@@ -61,12 +69,8 @@ def score_sequences(
         targets = torch.tensor(labels, device=device)[:, 1:]
         with torch.no_grad():
             logits = model(**batch, use_cache=False).logits[:, -width:][:, :-1]
-        known = targets != IGNORED
         for number, place in enumerate(places):
-            chosen, wanted = logits[number][known[number]].float(), targets[number][known[number]]
-            loss = torch.nn.functional.cross_entropy(chosen, wanted, reduction="sum")
-            right = int((chosen.argmax(-1) == wanted).sum())
-            found[place] = Score(float(loss), len(wanted), right)
+            found[place] = score_logits(logits[number], targets[number])
     return [found[place] for place in range(len(sequences))]
 
 

@@ -105,14 +105,13 @@ SMALL = {
 }
 
 
-def is_known(model_type: str) -> bool:
-    """Whether a small vision model of an architecture can be made."""
-    return model_type in SMALL
-
-
 def image_tokens(model_type: str) -> list[str]:
-    """The special tokens around and of images of an architecture."""
-    return list(SMALL[model_type].tokens.values())
+    """The special tokens around and of images of an architecture.
+
+    Raises:
+        UserError: The architecture is not known here.
+    """
+    return list(_find(model_type).tokens.values())
 
 
 def write_vision(

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.model.load import can_switch_off
-from recipe_runner.model.scores import Score, score_sequences
+from recipe_runner.model.scores import Score, score_logits, score_sequences
 
 BATCHES = 2  # of the first step that are kept
 ROW = 64  # tokens of a row that an adapter is tried on
@@ -244,12 +244,7 @@ def score_batch(model: Any, inputs: Mapping[str, Any]) -> list[Score]:
         return score_sequences(model, split_documents(dict(inputs)))
     other = ("labels", "completion_mask", "use_cache")
     logits = model(**{name: value for name, value in inputs.items() if name not in other}, use_cache=False).logits
-    scores = []
-    for row, targets in zip(logits[:, :-1].float(), inputs["labels"][:, 1:], strict=True):
-        known = targets != IGNORED
-        loss = torch.nn.functional.cross_entropy(row[known], targets[known], reduction="sum")
-        scores.append(Score(float(loss), int(known.sum()), int((row[known].argmax(-1) == targets[known]).sum())))
-    return scores
+    return [score_logits(*row) for row in zip(logits[:, :-1], inputs["labels"][:, 1:], strict=True)]
 
 
 def compute_own_loss(trainer: Any, model: Any, batch: Batch) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from recipe_runner.data.pictures import processor_of
 from recipe_runner.data.prepare import input_ids_of
 from recipe_runner.files import list_runs, read_status, write_json, write_status
 from recipe_runner.launch.configuration import Launch
@@ -33,7 +34,7 @@ from recipe_runner.training.optimizer import forget_modules, use_peft_optimizer
 from recipe_runner.training.planned import check_room, record_plan
 from recipe_runner.training.prepare import Prepared
 from recipe_runner.training.rewards import FAILED, try_rewards
-from recipe_runner.training.samples import Sampler, record_golden, record_scores
+from recipe_runner.training.samples import Sampler, record_golden, record_scores, tokenizer_of
 from recipe_runner.training.state import keep_state
 
 Watch = Callable[[Any, Prepared, Path], None]  # is given the trainer, what was prepared, and the run folder
@@ -240,7 +241,8 @@ def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Pat
 
 def _forget_batches(trainer: Any) -> None:
     """Takes back how TRL's vision collator cut and padded its last batch: it would be saved as the tokenizer's way."""
-    if tokenizer := getattr(trainer.processing_class, "tokenizer", None):
+    tokenizer = tokenizer_of(trainer)
+    if processor_of(tokenizer):
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
 

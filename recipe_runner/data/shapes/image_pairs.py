@@ -15,7 +15,7 @@ from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.job import Job
 from recipe_runner.data.pictures import processor_of
 from recipe_runner.data.shapes import image_tokens, pairs
-from recipe_runner.data.shapes.image_tokens import SHOWN, add_shown, count_images, keep_whole, lay_out, open_row
+from recipe_runner.data.shapes.image_tokens import SHOWN, add_shown, count_images, drop_cut, lay_out, open_row
 from recipe_runner.data.tables import NUMBERS
 
 COLUMNS = pairs.COLUMNS | SHOWN
@@ -42,10 +42,9 @@ def keep(
     job: Job, split: str, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int
 ) -> pa.Table:
     """Drops pairs whose images would be cut, then as `pairs.keep`."""
-    whole = keep_whole(job, table, ("prompt_ids",), tally)
-    table, places = table.filter(pa.array(whole)), places[whole]
+    table, places = drop_cut(job, table, places, "prompt_ids", tally)
     kept = pairs.keep_answers(job, COLUMNS, LEARNED, table, part, places, tally, start)
-    count_images(job, kept, ("prompt_ids",), tally)
+    count_images(job, kept, "prompt_ids", tally)
     return kept
 
 

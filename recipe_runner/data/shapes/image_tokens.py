@@ -92,27 +92,25 @@ def keep(
     job: Job, split: str, table: pa.Table, part: np.ndarray, places: np.ndarray, tally: Tally, start: int
 ) -> pa.Table:
     """Drops rows whose images would be cut, then as `tokens.keep`."""
-    whole = keep_whole(job, table, ("input_ids",), tally)
-    table, places = table.filter(pa.array(whole)), places[whole]
+    table, places = drop_cut(job, table, places, "input_ids", tally)
     kept = tokens.keep_columns(job, split, table, part, places, tally, start, COLUMNS)
-    count_images(job, kept, ("input_ids",), tally)
+    count_images(job, kept, "input_ids", tally)
     return kept
 
 
-def keep_whole(job: Job, table: pa.Table, names: tuple[str, ...], tally: Tally) -> np.ndarray:
-    """Which rows keep all tokens of their images where they are cut: array `(rows,)`; the others are counted.
+def drop_cut(job: Job, table: pa.Table, places: np.ndarray, name: str, tally: Tally) -> tuple[pa.Table, np.ndarray]:
+    """The rows, and their places, that keep all tokens of their images (`name`) where they are cut.
 
-    A model that is given an image and not all of its tokens fails.
+    The others are counted. A model that is given an image and not all of its tokens fails.
     """
     whole = np.ones(len(table), dtype=bool)
     if job.limit and job.dataset.on_overlong == "truncate":
-        for name in names:
-            values, ends = flatten(table, name)
-            seen = np.isin(values, image_ids(job))
-            for row in range(len(table)):
-                whole[row] &= not seen[ends[row] + job.limit : ends[row + 1]].any()
+        values, ends = flatten(table, name)
+        seen = np.isin(values, image_ids(job))
+        for row in range(len(table)):
+            whole[row] = not seen[ends[row] + job.limit : ends[row + 1]].any()
     tally.drop(f"whose images do not fit within max_length ({job.limit})", int((~whole).sum()))
-    return whole
+    return table.filter(pa.array(whole)), places[whole]
 
 
 def image_ids(job: Job) -> list[int]:
@@ -124,11 +122,10 @@ def image_ids(job: Job) -> list[int]:
     return [own] if own is not None else [int(number) for number in processor_of(job.tokenizer).image_token_ids]
 
 
-def count_images(job: Job, kept: pa.Table, names: tuple[str, ...], tally: Tally) -> None:
-    """Counts images and their tokens in rows that are kept."""
+def count_images(job: Job, kept: pa.Table, name: str, tally: Tally) -> None:
+    """Counts images and their tokens (in the column `name`) of rows that are kept."""
     tally.images += int(pc.sum(pc.list_value_length(kept["images"])).as_py() or 0)
-    for name in names:
-        tally.image_tokens += int(np.isin(flatten(kept, name)[0], image_ids(job)).sum())
+    tally.image_tokens += int(np.isin(flatten(kept, name)[0], image_ids(job)).sum())
 
 
 def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:

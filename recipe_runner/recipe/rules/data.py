@@ -52,8 +52,8 @@ def image_use(stage: Stage, dataset: DatasetSection, training: UpstreamSection, 
         yield ("dataset", "thinking"), "TRL's vision path masks no thinking", "set keep or drop"
     if dataset.image_folder and not Path(dataset.image_folder).is_dir():
         yield ("dataset", "image_folder"), f"there is no folder {dataset.image_folder}", "name the folder of the images"
-    for key, refused in (("packing", True), ("eval_packing", True), ("padding_free", True)):
-        if training[key] == refused:
+    for key in ("packing", "eval_packing", "padding_free"):
+        if training[key]:
             yield (
                 ("training", key),
                 "TRL 1.16 takes rows with images as they are, one after the other",
