@@ -25,8 +25,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from recipe_runner.launch.configuration import Launch
 from recipe_runner.plan import sharding
+from recipe_runner.plan.accuracy import ACCURACY, kind_of
 from recipe_runner.plan.device import ANY_GPU, choose_device
-from recipe_runner.plan.estimate import ACCURACY, CONTEXT, SHARED_SLACK, SLACK, kind_of, work_out
+from recipe_runner.plan.estimate import CONTEXT, SHARED_SLACK, SLACK, work_out
 from recipe_runner.plan.memory import Setting, Stack, trace
 from recipe_runner.plan.setting import build_config, find_config
 from recipe_runner.plan.step import Batch
@@ -164,8 +165,10 @@ def compare(case: dict[str, Any]) -> Compared:
     traced = trace(recipe, setting)
     peaks = traced.peaks
     if launch := make_launch(case.get("sharding"), case["gpus"]):
-        kept = sharding.Kept(traced.parameters["trainable"], traced.trained_bytes, setting.mixed is not None)
-        peaks = sharding.share(peaks, launch, traced.layers, kept)
+        kept = sharding.Kept(
+            traced.model.parameters["trainable"], traced.model.trained_bytes, setting.mixed is not None
+        )
+        peaks = sharding.share(peaks, launch, traced.model.layers, kept)
     allocated = max(peak.total for peak in peaks.values()) + ANY_GPU.workspace
     slack = SHARED_SLACK if launch else SLACK
     more = {"allocated": 0.0, "reserved": slack * allocated, "driver": slack * allocated + CONTEXT}

@@ -85,7 +85,7 @@ def write_table() -> list[str]:
         mixed = torch.bfloat16
         dtype = getattr(torch, case["dtype"])
         traced = trace(make_recipe(case), Setting(read_config(case), ANY_GPU, dtype, mixed, batch))
-        whole = traced.peak.total + traced.paged
+        whole = traced.peak.total + traced.model.needs.paged
         lines.append(f"| {name} | {whole / 1e9:,.1f} | {traced.peak.kinds['weights'] / 1e9:,.1f} | {published} |")
     lines += ["", "| answering, 4,096 tokens seen | tensors, GB | of these weights |", "|---|---|---|"]
     for name, kind, changes in ANSWERING:
@@ -102,10 +102,10 @@ def measure_answering(dtype: torch.dtype, changes: dict[str, Any]) -> tuple[int,
     run = Step(built, memory, Kernels(memory, True))
     run.hold_model()
     weights = memory.live
-    memory.change("activations", measure_cache(built.base.config.get_text_config(), dtype) * 4096)
+    memory.change("activations", measure_cache(built.base.config.get_text_config(), built.number, dtype) * 4096)
     with run.watched():
         evaluate(run, Batch(1, 4096, 1))
-    return max(peak.total for peak in memory.peaks.values()), weights
+    return max(peak.total for peak in memory.find_peaks().values()), weights
 
 
 if __name__ == "__main__":

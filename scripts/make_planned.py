@@ -13,7 +13,7 @@ from pathlib import Path
 
 from recipe_runner.launch.configuration import find_launch, read_launch
 from recipe_runner.plan.device import ANY_GPU, CPU
-from recipe_runner.plan.estimate import plan
+from recipe_runner.plan.planning import plan
 from recipe_runner.preview import prepare_recipe
 from recipe_runner.recipe.library import shipped_recipes
 from recipe_runner.recipe.resolve import load_recipe

@@ -61,14 +61,13 @@ def command(
 
     with without_collector():
         from recipe_runner.plan.device import choose_device
-        from recipe_runner.plan.estimate import plan
+        from recipe_runner.plan.planning import plan
         from recipe_runner.plan.text import write_plan
 
-    stages = resolved.stages or (resolved,)
-    plans = []
-    for stage in stages:
-        with stage.placing_errors():
-            plans.append(plan(stage, choose_device(gpu, memory), launch, model_config))
+        plans = []
+        for stage in resolved.stages or (resolved,):
+            with stage.placing_errors():
+                plans.append(plan(stage, choose_device(gpu, memory), launch, model_config))
     if form == "json":
         told = [made.as_json() for made in plans]
         click.echo(json.dumps(told if resolved.stages else told[0], indent=1))

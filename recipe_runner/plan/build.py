@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,14 +31,16 @@ class Built:
         base: The base inside, whose forward pass scores labels as TRL's does.
         constants: Tensors of the quantization that are no parameters.
         dtype: Of the weights.
+        number: Of layers.
     """
 
     model: Any
     base: Any
     constants: list[torch.Tensor]
     dtype: torch.dtype
+    number: int
 
-    @property
+    @cached_property
     def trained(self) -> list[torch.nn.Parameter]:
         """Parameters that get gradients."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -106,7 +109,7 @@ def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, mixed: b
         if asked:
             model.enable_input_require_grads()
     model.train()
-    return Built(model, base, constants, dtype)
+    return Built(model, base, constants, dtype, config.get_text_config().num_hidden_layers)
 
 
 def checkpoints(training: UpstreamSection) -> bool:

@@ -1,7 +1,8 @@
 """The most memory that a run takes on a device: a step is traced, and what else is there is added."""
 
+import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -9,6 +10,7 @@ from transformers import PretrainedConfig
 from recipe_runner.plan import optimizer, step
 from recipe_runner.plan.build import Built, build
 from recipe_runner.plan.device import Device
+from recipe_runner.plan.layers import Repeated, find_layers, find_repeated, repeat, shortened
 from recipe_runner.plan.sharding import OPTIMIZING, Layers
 from recipe_runner.plan.step import Batch, Step
 from recipe_runner.plan.trace import GRADIENTS, OPTIMIZER, WEIGHTS, Kernels, Memory, Peak
@@ -64,30 +66,47 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Model:
+    """A recipe's model without data, and what does not depend on the batch.
+
+    Attributes:
+        built: The model.
+        repeated: Its layers, if all are alike.
+        needs: Of the optimizer.
+        parameters: `total` and `trainable`, and the trainable ones by group.
+        layers: What is gathered at a time, where weights are shared.
+        trained_bytes: Of what is trained.
+        saved_bytes: Of what a result holds.
+    """
+
+    built: Built
+    repeated: Repeated | None
+    needs: optimizer.Needs
+    parameters: Mapping[str, int]
+    layers: Layers
+    trained_bytes: int
+    saved_bytes: int
+
+    def with_optimizer(self, recipe: Recipe, device: Device) -> "Model":
+        """The same model, with the optimizer of another recipe."""
+        return replace(self, needs=optimizer.measure(optimizer_of(recipe), self.built.model, device.gpu))
+
+
+@dataclass(frozen=True)
 class Traced:
     """What a step took.
 
     Attributes:
-        parameters: `total` and `trainable`, and the trainable ones by group.
+        model: That took it.
         peaks: Phase -> the most memory in it.
         flops: Of a batch, forward and backward.
         operations: Of a batch.
-        paged: Bytes of optimizer states that may leave the device.
-        state_bytes: Of the optimizer's states on the device.
-        trained_bytes: Of what is trained.
-        saved_bytes: Of what a result holds.
-        layers: What is gathered at a time, where weights are shared.
     """
 
-    parameters: Mapping[str, int]
+    model: Model
     peaks: Mapping[str, Peak]
     flops: int
     operations: int
-    paged: int
-    state_bytes: int
-    trained_bytes: int
-    saved_bytes: int
-    layers: Layers
 
     @property
     def peak(self) -> Peak:
@@ -100,44 +119,77 @@ class Traced:
         return max(self.peaks, key=lambda name: self.peaks[name].total)
 
 
-def trace(recipe: Recipe, setting: Setting) -> Traced:
-    """Runs a step of a recipe without data.
+def build_model(recipe: Recipe, setting: Setting) -> Model:
+    """Builds the model of a recipe.
 
     Raises:
         UserError: The model or its adapter can't be built.
     """
     built = build(recipe, setting.config, setting.dtype, setting.mixed is not None, setting.continued)
-    memory, stack = Memory(), setting.stack
-    _change_types(built, stack)
+    _change_types(built, setting.stack)
+    needs = optimizer.measure(optimizer_of(recipe), built.model, setting.device.gpu)
+    trained_bytes = saved = sum(parameter.numel() * parameter.element_size() for parameter in built.trained)
+    if not recipe.peft:
+        saved = sum(p.numel() for p in built.model.parameters()) * (2 if setting.dtype != torch.float32 else 4)
+    return Model(built, find_repeated(built), needs, count(built), measure_layers(built), trained_bytes, saved)
+
+
+def trace(recipe: Recipe, setting: Setting, model: Model | None = None) -> Traced:
+    """Runs a step of a recipe without data, and a batch of evaluation.
+
+    Args:
+        recipe: The recipe.
+        setting: What decides the rest.
+        model: Of the recipe, if it was built before.
+
+    Raises:
+        UserError: The model or its adapter can't be built.
+    """
+    model = model or build_model(recipe, setting)
+    trained = _watch(recipe, setting, model, setting.train, evaluating=False)
+    peaks = trained.find_peaks()
+    if setting.held_out:
+        evaluated = _watch(recipe, setting, model, setting.held_out, evaluating=True)
+        peaks[step.EVALUATION] = evaluated.find_peaks()[step.EVALUATION]
+    return Traced(model, peaks, trained.flops, trained.operations)
+
+
+def _watch(recipe: Recipe, setting: Setting, model: Model, batch: Batch, evaluating: bool) -> Memory:
+    """What a batch takes: run with few layers, where it is known what the others do; else with all."""
+    if model.repeated:
+        memory = _run(recipe, setting, model, batch, evaluating, model.repeated)
+        if repeat(memory, model.repeated):
+            return memory
+    return _run(recipe, setting, model, batch, evaluating, None)
+
+
+def _run(
+    recipe: Recipe, setting: Setting, model: Model, batch: Batch, evaluating: bool, repeated: Repeated | None
+) -> Memory:
+    memory, stack, built = Memory(), setting.stack, model.built
     kernels = Kernels(memory, setting.device.gpu, setting.mixed, stack.math_attention, stack.kept_inputs)
     offloads = bool(recipe.training["activation_offloading"])
     run = Step(built, memory, kernels, stack.full_logits, stack.copied_logits, stack.float32_logits, offloads)
     run.hold_model()
-    name = optimizer_of(recipe)
-    needs = optimizer.measure(name, built.model, setting.device.gpu)
-    memory.change(OPTIMIZER, needs.states)
-    if recipe.training["gradient_accumulation_steps"] > 1:
-        for parameter in built.trained:
+    memory.change(OPTIMIZER, model.needs.states)
+    _add_reference(recipe, built, memory)
+    trained = built.trained
+    if recipe.training["gradient_accumulation_steps"] > 1 and not evaluating:
+        for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
             memory.hold([parameter.grad], GRADIENTS)
-    _add_reference(recipe, built, memory)
-    with run.watched():
-        _train(recipe, run, setting.train)
-        flops, operations = memory.flops, memory.operations
+    with shortened(repeated, memory) if repeated else contextlib.nullcontext(), run.watched():
+        if evaluating:
+            step.evaluate(run, batch)
+        else:
+            _train(recipe, run, batch)
+    if not evaluating:
         memory.phase = OPTIMIZING
-        memory.change(OPTIMIZER, needs.scratch)
-        memory.change(OPTIMIZER, -needs.scratch)
-        if setting.held_out:
-            for parameter in built.trained:
-                parameter.grad = None
-            step.evaluate(run, setting.held_out)
-    saved = sum(parameter.numel() * parameter.element_size() for parameter in built.trained)
-    if not recipe.peft:
-        saved = sum(p.numel() for p in built.model.parameters()) * (2 if setting.dtype != torch.float32 else 4)
-    trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in built.trained)
-    layers = measure_layers(built)
-    figures = (flops, operations, needs.paged, needs.states, trained_bytes, saved, layers)
-    return Traced(count(built), memory.peaks, *figures)
+        memory.change(OPTIMIZER, model.needs.scratch)
+        memory.change(OPTIMIZER, -model.needs.scratch)
+    for parameter in trained:
+        parameter.grad = None
+    return memory
 
 
 def measure_layers(built: Built) -> Layers:
@@ -146,9 +198,7 @@ def measure_layers(built: Built) -> Layers:
     def size(module: torch.nn.Module, trained: bool = False) -> int:
         return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not trained)
 
-    number = built.base.config.get_text_config().num_hidden_layers
-    lists = [m for m in built.base.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == number]
-    layers = list(lists[0]) if lists else [built.base]
+    layers = list(find_layers(built.base) or [built.base])
     root = max(0, size(built.base) - sum(size(layer) for layer in layers))
     return Layers(max(map(size, layers)), root, max(size(layer, True) for layer in layers))
 

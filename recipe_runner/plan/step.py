@@ -116,6 +116,7 @@ class Step:
         """The backward pass; what is left in the end are gradients."""
         self.memory.phase, self.memory.kind = BACKWARD, LOGITS
         loss.backward()  # type: ignore[no-untyped-call]
+        self.memory.begin_layer(None)
         self.memory.kind = ACTIVATIONS
 
     @contextlib.contextmanager
@@ -247,7 +248,7 @@ def reinforce(step: Step, batch: Batch, answers: int, refers: bool) -> None:
     memory, base = step.memory, step.built.base
     text = base.config.get_text_config()
     memory.phase = GENERATION
-    kept = measure_cache(text, step.kernels.autocast or step.built.dtype) * answers * batch.length
+    kept = measure_cache(text, step.built.number, step.kernels.autocast or step.built.dtype) * answers * batch.length
     memory.change(ACTIVATIONS, kept)
     numbers = answers * text.vocab_size
     memory.change(LOGITS, numbers * WRITTEN)
@@ -262,8 +263,8 @@ def reinforce(step: Step, batch: Batch, answers: int, refers: bool) -> None:
     learn(step, batch)
 
 
-def measure_cache(text: Any, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of a token."""
+def measure_cache(text: Any, layers: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of a token in so many layers."""
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * size * dtype.itemsize)
+    return int(2 * layers * heads * size * dtype.itemsize)

@@ -25,7 +25,7 @@ def write_plan(plan: Plan) -> str:
 
 
 def _describe_run(plan: Plan) -> Iterator[tuple[str, str]]:
-    counted, batch = plan.traced.parameters, plan.setting.train
+    counted, batch = plan.traced.model.parameters, plan.setting.train
     share = counted["trainable"] / counted["total"]
     groups = [(key, value) for key, value in counted.items() if key not in ("total", "trainable")]
     parts = ", ".join(f"{key} {value:,}" for key, value in sorted(groups, key=lambda item: -item[1])[:6])
@@ -44,8 +44,8 @@ def _describe_run(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _describe_fit(plan: Plan) -> Iterator[tuple[str, str]]:
-    if plan.traced.paged:
-        yield "paged", f"{write_gib(plan.traced.paged)} of optimizer states, which may leave the device"
+    if plan.traced.model.needs.paged:
+        yield "paged", f"{write_gib(plan.traced.model.needs.paged)} of optimizer states, which may leave the device"
     if plan.device.memory:
         fits = plan.peak.total <= plan.device.memory
         sure = "" if plan.high <= plan.device.memory else "; not at the end of the range"

@@ -7,7 +7,7 @@ things than PyTorch's operations do are put in their places: attention, dropout,
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -23,7 +23,27 @@ ACTIVATIONS, LOGITS, OVERHEAD = "activations", "logits", "overhead"
 KINDS = (WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, OVERHEAD)
 DEQUANTIZED_FROM = 64  # rows: below, bitsandbytes 0.50 multiplies by 4-bit weights without unpacking them
 
+
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a layer began.
+
+    Attributes:
+        position: Events before.
+        flops: Before.
+        operations: Before.
+        layer: Its number; None where all layers have ended.
+        backward: Whether it was its backward pass.
+    """
+
+    position: int
+    flops: int
+    operations: int
+    layer: int | None
+    backward: bool
 
 
 @dataclass
@@ -44,35 +64,39 @@ class Memory(TorchDispatchMode):
 
     Attributes:
         live: Bytes that are in use now.
-        peaks: Phase -> the most that was in use.
+        events: Phase, kind and bytes of everything that was taken or freed (negative), in order, and how many layers
+            that are not run will have left the same, where a layer's tensor is freed after all layers.
         flops: Floating-point operations of matrix products, by PyTorch's own counting, and of attention.
         operations: How many were run.
         kind: What is counted now.
         phase: What is going on now.
         selected: Positions with a label: as many are scored where TRL selects them.
+        marks: Where each layer began, and all of them ended.
+        copies: Layer -> how many that are not run do the same.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.flops = self.operations = self.selected = 0
-        self.kinds = dict.fromkeys(KINDS, 0)
-        self.peaks: dict[str, Peak] = {}
+        self.events: list[tuple[str, str, int, int]] = []
         self.kind, self.phase = ACTIVATIONS, "forward"
-        self._known: dict[int, tuple[int, str]] = {}
+        self.marks: list[Mark] = []
+        self.copies: Mapping[int, int] = {}
+        self._known: dict[int, tuple[int, str, int]] = {}
+        self._references: dict[int, Any] = {}
         self._none: set[int] = set()  # storages that say whether there is any
+        self._layer: int | None = None
 
     def hold(self, tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor], kind: str) -> int:
-        """Counts tensors that are there already, and returns the bytes that are new."""
+        """Counts tensors that are there already and stay, and returns the bytes that are new."""
         before = self.live
         for tensor in tensors:
-            self._take(tensor, kind)
+            self._take(tensor, kind, stays=True)
         return self.live - before
 
     def change(self, kind: str, size: int) -> None:
         """Counts bytes that no tensor here stands for; negative ones are freed."""
-        self.live += size
-        self.kinds[kind] += size
-        self._note()
+        self._note(kind, size)
 
     def spike(self, size: int) -> None:
         """Bytes that an operation uses inside."""
@@ -82,44 +106,62 @@ class Memory(TorchDispatchMode):
     def rename(self, size: int, before: str, kind: str) -> None:
         """Storages of a size that turn out to be of another kind."""
         size = -(-size // GRAIN) * GRAIN
-        for key, (known, of) in self._known.items():
+        for key, (known, of, copies) in self._known.items():
             if (known, of) == (size, before):
-                self._known[key] = size, kind
-                self.kinds[before] -= size
-                self.kinds[kind] += size
+                self._known[key] = size, kind, copies
+                self._note(before, -size)
+                self._note(kind, size)
 
     def mark(self, tensor: torch.Tensor, kind: str) -> None:
         """What a tensor that was counted turns out to be."""
         key = tensor.untyped_storage()._cdata
-        size, before = self._known[key]
-        self._known[key] = size, kind
-        self.kinds[before] -= size
-        self.kinds[kind] += size
+        size, before, copies = self._known[key]
+        self._known[key] = size, kind, copies
+        self._note(before, -size)
+        self._note(kind, size)
 
-    def _take(self, tensor: torch.Tensor, kind: str) -> None:
+    def _take(self, tensor: torch.Tensor, kind: str, stays: bool = False) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
             return
         size = -(-storage.nbytes() // GRAIN) * GRAIN
-        self._known[key] = size, kind
-        self.live += size
-        self.kinds[kind] += size
-        weakref.finalize(storage, self._free, key)
-        self._note()
+        self._known[key] = size, kind, self.copies.get(-1 if self._layer is None else self._layer, 0)
+        # The reference is kept as long as the storage; that of one that stays as long as this.
+        self._references[key] = storage if stays else weakref.ref(storage, lambda _: self._free(key))
+        self._note(kind, size)
 
     def _free(self, key: int) -> None:
         self._none.discard(key)
-        size, kind = self._known.pop(key)
-        self.live -= size
-        self.kinds[kind] -= size
+        size, kind, copies = self._known.pop(key)
+        del self._references[key]
+        self._note(kind, -size, copies if self._layer is None else 0)
 
-    def _note(self) -> None:
-        peak = self.peaks.get(self.phase)
-        if peak is None:
-            peak = self.peaks[self.phase] = Peak()
-        if self.live > peak.total:
-            peak.total, peak.kinds = self.live, dict(self.kinds)
+    def _note(self, kind: str, size: int, left: int = 0) -> None:
+        self.live += size
+        self.events.append((self.phase, kind, size, left))
+
+    def find_peaks(self) -> dict[str, Peak]:
+        """Phase -> the most that was in use in it."""
+        most: dict[str, tuple[int, int]] = {}
+        live = 0
+        for place, (phase, _, size, _) in enumerate(self.events):
+            live += size
+            if phase not in most or live > most[phase][0]:
+                most[phase] = live, place
+        kinds = dict.fromkeys(KINDS, 0)
+        peaks, done = {}, 0
+        for phase, (live, place) in sorted(most.items(), key=lambda item: item[1][1]):
+            for _, kind, size, _ in self.events[done : place + 1]:
+                kinds[kind] += size
+            done = place + 1
+            peaks[phase] = Peak(live, dict(kinds))
+        return peaks
+
+    def begin_layer(self, number: int | None, backward: bool = False) -> None:
+        """A layer begins; None: all have ended."""
+        self.marks.append(Mark(len(self.events), self.flops, self.operations, number, backward))
+        self._layer = number
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, and counts what it makes."""
@@ -130,7 +172,7 @@ class Memory(TorchDispatchMode):
             rest = args[0].shape[args[1][-1].dim() :]
             made: Any = torch.empty((self.selected, *rest), dtype=args[0].dtype, device="meta")
         else:
-            made = func(*args, **(kwargs or {}))
+            made = _make(func, args, kwargs or {})
         packet = func._overloadpacket
         if packet is aten.any:
             self._none.add(made.untyped_storage()._cdata)
@@ -152,6 +194,41 @@ class Memory(TorchDispatchMode):
         self.flops += 2 * rows * math.prod(shape)
         if rows > DEQUANTIZED_FROM:
             self.spike(math.prod(shape) * (given.element_size() + 4 // args[4]))
+
+
+def _make(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation makes; where it makes new tensors, and made their like before, without asking it again.
+
+    Most operations find out in Python what they make, and layers do the same again and again.
+    """
+    if any(of.alias_info is not None for of in (*func._schema.arguments, *func._schema.returns)):
+        return func(*args, **kwargs)
+    key = (func, _describe(args), _describe(tuple(kwargs.items())))
+    known = _shapes.get(key)
+    if known is None:
+        made = func(*args, **kwargs)
+        found = made if isinstance(made, tuple) else (made,)
+        given = {one.untyped_storage()._cdata for one in args if isinstance(one, torch.Tensor)}
+        if all(type(one) is torch.Tensor and one.device.type == "meta" for one in found) and not any(
+            one.untyped_storage()._cdata in given
+            for one in found  # as of _unsafe_view, whose schema does not say so
+        ):
+            _shapes[key] = isinstance(made, tuple), [(one.shape, one.stride(), one.dtype) for one in found]
+        return made
+    several, shapes = known
+    again = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in shapes]
+    return tuple(again) if several else again[0]
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, tuple | list):
+        return tuple([_describe(one) for one in value])
+    return type(value), value
+
+
+_shapes: dict[Any, tuple[bool, list[Any]]] = {}
 
 
 class FusedAttention(torch.autograd.Function):

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.plan import optimizer
+from recipe_runner.plan.accuracy import kind_of
 from recipe_runner.plan.device import CPU, choose_device
 from recipe_runner.plan.disk import check_disk, measure_disk
-from recipe_runner.plan.estimate import kind_of, work_out
+from recipe_runner.plan.estimate import work_out
 from recipe_runner.plan.memory import optimizer_of
 from recipe_runner.plan.setting import choose_setting, find_config
 from recipe_runner.problems.errors import first_line
