@@ -1,7 +1,7 @@
 """What plans have been worth on this machine: runs keep what was planned for them, and what they took."""
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,13 +116,18 @@ def explain_run(run: Path) -> str:
         why = planned.get("failed") if isinstance(planned, dict) else None
         message = f"{run} keeps no plan" + (f": {why}" if why else "")
         raise user_error("no-plan", message, "name a completed run of this version")
-    parts: Mapping[str, Any] = measured.get("parts") or {}
     expected: dict[str, int] = planned["breakdown_bytes"]
+    parts = {**(measured.get("parts") or {})}
+    if not expected.get("gradients"):  # where the peak is planned there are none
+        parts.pop("gradients", None)
     rows = [["", "planned", "measured", "difference"]]
     for kind in parts:
         rows.append([kind, *_compare(expected.get(kind, 0), parts[kind])])
     rest = sum(size for kind, size in expected.items() if kind not in parts)
-    left = measured["peak_memory_bytes"] - sum(parts.values())
+    before = measured.get("before_bytes", 0)
+    left = measured["peak_memory_bytes"] - sum(parts.values()) - before
+    if before:
+        rows.append(["Python, libraries and data", "-", f"{before / GIB:.3f} GiB", ""])
     rows.append(["activations and the rest", *_compare(rest, left)])
     rows.append(["peak", *_compare(planned["allocated_bytes"], measured["peak_memory_bytes"])])
     lines = [f"{run}: {planned['kind']} on {planned['device']}; measured: {measured.get('of', '')}", *align(rows)]
@@ -147,7 +152,7 @@ def _is_whole(planned: Any, measured: Any) -> bool:
     times = planned.get("step_seconds") or (1.0, 1.0)
     if not isinstance(times, list | tuple) or [type(of) for of in times] not in ([float] * 2, [type(None)] * 2):
         return False
-    sizes = (planned.get("allocated_bytes"), measured.get("peak_memory_bytes"))
+    sizes = (planned.get("allocated_bytes"), measured.get("peak_memory_bytes"), measured.get("before_bytes", 1))
     return all(isinstance(size, int) and size > 0 for size in sizes) and {"kind", "device"} <= planned.keys()
 
 

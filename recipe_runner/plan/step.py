@@ -228,10 +228,12 @@ def _refer(step: Step, batch: Batch) -> torch.Tensor:
 
 
 def evaluate(step: Step, batch: Batch) -> None:
-    """A forward pass without gradients."""
+    """A forward pass without gradients and dropout."""
     step.memory.phase = EVALUATION
+    step.built.model.eval()
     with torch.no_grad():
         step.forward(step.built.model, batch)
+    step.built.model.train()
 
 
 def reinforce(step: Step, batch: Batch, answers: int, refers: bool) -> None:

@@ -6,6 +6,7 @@ things than PyTorch's operations do are put in their places: attention, dropout,
 
 import contextlib
 import math
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -322,16 +323,12 @@ class Kernels:
                     patch(owner, name, self._casting(getattr(owner, name)))
                 for owner, name in PRECISE:
                     patch(owner, name, self._in_full(getattr(owner, name)))
-            import bitsandbytes
-
-            patch(bitsandbytes, "matmul", _multiply_8bit)
-            if self.kept:
-                product = bitsandbytes.matmul_4bit
-                patch(
-                    bitsandbytes,
-                    "matmul_4bit",
-                    lambda given, *args, **more: _keep(product(given, *args, **more), given),
-                )
+            if bitsandbytes := sys.modules.get("bitsandbytes"):  # no model is quantized where it is not loaded
+                patch(bitsandbytes, "matmul", _multiply_8bit)
+                if self.kept:
+                    product = bitsandbytes.matmul_4bit
+                    keep = lambda given, *args, **more: _keep(product(given, *args, **more), given)  # noqa: E731
+                    patch(bitsandbytes, "matmul_4bit", keep)
             _select_learned(patch)
             if self.gpu:
                 patch(functional, "dropout", _drop)

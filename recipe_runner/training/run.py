@@ -79,6 +79,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
         if config.process_index == 0:
             write_json(folder / "environment.json", prepare.describe_run(recipe, prepared), shared=True)
         _say(config, summary.describe_start(recipe, prepared, folder))
+        before = measure_memory(config.device)
         trainer = trainers.build_trainer(recipe, prepared)
         initial = (
             keep_initial(trainer, folder, found is not None)
@@ -122,6 +123,8 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
         check_room(recipe, trainer, folder)
         _train(trainer, folder, interruption, found is not None, early)
         measured = measure_memory(config.device) | {"parts": measure_parts(trainer), **measure_speed(folder)}
+        if config.device.type == "cpu" and before:
+            measured["before_bytes"] = before["peak_memory_bytes"]
         result = _save(trainer, folder / run_folder.result_name(bool(recipe.peft)), recipe.stage, initial)
         if recipe.stage.scores:
             record_scores(trainer, folder, prepared.golden, room)

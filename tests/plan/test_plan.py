@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -198,8 +199,18 @@ def test_a_run_keeps_its_plan_and_the_next_plan_learns_from_it(planned, run_reci
     text = run_cli("plan", tmp_path / "tiny.yaml", "--gpu", "cpu").out
     assert "1 run here: the process took" in text
     explained = run_cli("plan", "--explain", folder).out
-    for word in ("weights", "optimizer", "activations and the rest", "peak", "s a step"):
+    for word in ("weights", "optimizer", "Python, libraries and data", "activations and the rest", "peak", "s a step"):
         assert word in explained
+
+
+def test_a_run_without_quantization_keeps_its_plan_in_a_process_of_its_own(write_recipe, tiny_phi3, tmp_path):
+    """Where bitsandbytes is not loaded at all."""
+    recipe = write_recipe(model={"name_or_path": str(tiny_phi3)}, peft=LORA)
+    subprocess.run([sys.executable, "-m", "recipe_runner", str(recipe)], check=True, capture_output=True)
+    (folder,) = tmp_path.glob("runs/tiny/*")
+    kept = status(folder)
+    assert kept["planned"]["allocated_bytes"] > 0
+    assert 0 < kept["measured"]["before_bytes"] <= kept["measured"]["peak_memory_bytes"]
 
 
 def test_a_run_without_room_on_the_disk_is_refused_before_its_first_step(run_recipe, monkeypatch):
@@ -409,3 +420,39 @@ def test_what_is_left_counts_evaluations_and_checkpoints_to_come():
     assert _count_to_come(state, "steps", 0.5) == 2
     assert _count_to_come(state, "epoch", None) == 3
     assert _count_to_come(state, "no", 20) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama31_8b_chat_qlora", ()),
+        ("gemma3_1b_chat_qlora", ()),  # layers of two kinds
+        ("qwen3_06b_math_partial", ()),  # the last layers alone are trained
+        ("llama32_1b_instruct_full", ()),
+        ("olmoe_text_lora", ()),
+        ("phi3_kto_qlora", ()),
+        ("phi3_grpo_qlora", ()),
+        ("smollm2_360m_instruct_adalora", ()),  # looks at all layers at once
+        ("llama32_1b_chat_lora", ("training.activation_checkpointing_kwargs={use_reentrant: true}",)),
+        ("llama32_1b_chat_lora", ("training.activation_offloading=true", "training.gradient_accumulation_steps=1")),
+    ],
+)
+@pytest.mark.parametrize("device", ["any", "cpu"])
+def test_layers_that_are_run_once_stand_for_all(name, changes, device):
+    from dataclasses import replace
+
+    from recipe_runner.plan.device import ANY_GPU, CPU
+    from recipe_runner.plan.memory import build_model, trace
+    from recipe_runner.plan.setting import choose_setting, find_config
+    from recipe_runner.recipe.resolve import load_recipe
+
+    recipe = load_recipe(name, changes)
+    config = find_config(recipe.model, None)
+    setting = choose_setting(recipe, config, CPU if device == "cpu" else ANY_GPU, {})
+    model = build_model(recipe, setting)
+    assert (model.repeated is None) == ("adalora" in name)
+    trace(recipe, setting, model)  # the first step of some models makes tables that stay
+    few, all_of_them = trace(recipe, setting, model), trace(recipe, setting, replace(model, repeated=None))
+    assert few.peaks == all_of_them.peaks
+    assert (few.flops, few.operations) == (all_of_them.flops, all_of_them.operations)
+    assert config.get_text_config().num_hidden_layers == len(model.built.base.base_model.layers)
