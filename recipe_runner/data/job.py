@@ -102,7 +102,7 @@ def drop_overlong(job: Job, lengths: np.ndarray, order: np.ndarray, tally: Tally
     if policy == "error" and long.any():
         first = int(np.argmax(long))
         source, row = order[first]
-        message = f"{job.sources[source].name}: row {row + 1} has {lengths[first]:,} tokens"
+        message = f"{job.sources[source].name}: {job.sources[source].call_row(row)} has {lengths[first]:,} tokens"
         fix = f"max_length is {limit:,}: raise it, or set on_overlong to truncate or drop"
         raise user_error("row-too-long", message, fix, path=("dataset", "on_overlong"))
     dropped = long & (policy == "drop")

@@ -96,7 +96,7 @@ def prepare_chunks(
     Raises:
         UserError: A row has the wrong shape, is refused by the template, or is too long; or masks are wrong.
     """
-    task = partial(_prepare_chunk, job, split, order)
+    task = partial(prepare_chunk, job, split, order)
     fix, path = "if memory ran out, set dataset.workers: 1", ("dataset", "workers")
     with work_in_order(task, range(0, len(order), CHUNK), workers, fix=fix, path=path) as results:
         tables = _count(results, tally)
@@ -124,8 +124,21 @@ def _pack_together(tables: Iterator[pa.Table], job: Job, tally: Tally) -> Iterat
             waiting = [together.slice(whole)]
 
 
-def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int) -> tuple[pa.Table, Tally]:
-    """The shape's columns and `document` of the rows of a chunk that are kept, and what became of all."""
+def prepare_chunk(
+    job: Job, split: str, order: np.ndarray, start: int, first: bool | None = None
+) -> tuple[pa.Table, Tally]:
+    """The shape's columns and `document` of the rows of a chunk that are kept, and what became of all.
+
+    Args:
+        job: Stage, sources, tokenizer, configuration.
+        split: `train` or `eval`.
+        order: Array `(rows, 2)` of source and row in it.
+        start: Of the chunk in it.
+        first: Whether its rows are the first of the data; without it, whether it starts at 0.
+
+    Raises:
+        UserError: See `prepare_chunks`.
+    """
     part, shape, tally = order[start : start + CHUNK], shape_of(job.stage), job.tally()
     rows, documents = read_rows(job, part), np.arange(len(part))
     if job.unpairs:  # mixed: the answers to a prompt should not meet in a batch
@@ -148,11 +161,11 @@ def _prepare_chunk(job: Job, split: str, order: np.ndarray, start: int) -> tuple
     usable = [rows[place] for place in places]
     table = _tokenize(job, usable, part[places])  # first: it finds the rows that the template refuses
     tally.special += count_special_tokens(usable, job.tokenizer)
-    names = [f"{job.sources[source].name}: row {row + 1}" for source, row in part[places]]
+    names = [f"{job.sources[source].name}: {job.sources[source].call_row(row)}" for source, row in part[places]]
     count_rendered_parts(usable, names, job, tally)
     if job.replaced:
         compare_templates(usable, job.tokenizer, job.replaced.own, tally)
-    if start == 0:
+    if first if first is not None else start == 0:
         for name in shape.LEARNED:
             tally.ends |= check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
             count_empty_thoughts(table[name].slice(0, CHECKED_ROWS), names, job.tokenizer, tally)
@@ -192,7 +205,7 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
                 opened = job.sources[source]
                 told, what, fix = first_line(error), "", "does the chat template come to an end?"
                 if isinstance(error, ImageError):
-                    message = f"{opened.name}: row {number + 1}: {told}"
+                    message = f"{opened.name}: {opened.call_row(number)}: {told}"
                     raise user_error("unreadable-image", message, "", path=opened.path) from error
                 if not isinstance(error, TooSlow):
                     what = find_refused(row, job.tokenizer, told)
@@ -200,7 +213,7 @@ def _tokenize(job: Job, rows: list[dict[str, Any]], order: np.ndarray) -> pa.Tab
                     fix = (
                         f"give the tool a '{lacks[1]}'" if lacks else _find_remedy(job, row) or "fix or remove the row"
                     )
-                message = f"{opened.name}: row {number + 1} can't be rendered: {what}{': ' * bool(what)}{told}"
+                message = f"{opened.name}: {opened.call_row(number)} can't be rendered: {what}{': ' * bool(what)}{told}"
                 raise user_error("row-refused", message, fix, path=opened.path) from error
         if isinstance(failure, TooSlow):
             return shape.tokenize(job, rows)  # long rows, each of which comes to an end

@@ -3,13 +3,14 @@
 import codecs
 import csv
 import glob
+import hashlib
 import itertools
 import json
 import sys
 import warnings
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from recipe_runner.data.formats import normalise_row
 from recipe_runner.data.images import locate
 from recipe_runner.data.look import iterate_rows, look_at
 from recipe_runner.data.pictures import keep_encoded
+from recipe_runner.data.place import store_folder
 from recipe_runner.data.turns import KNOWN_KEYS, RowError, describe_value, read_json, says_something
-from recipe_runner.files import FULL, disk_full
+from recipe_runner.files import FULL, disk_full, write_text
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
 from recipe_runner.problems.words import misspelt, nearest, suggest
@@ -66,6 +68,7 @@ from recipe_runner.stages import FORMATS, STAGES
 
 MOST_REPEATS = 100  # times all rows, that a mixture may have
 PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # how such files begin
+HEAD = 1_000  # rows of what is streamed that are looked at before the first step
 FEW_ROWS = 20  # that say what a column holds
 # What a file that can't be read raises, in the libraries that read it.
 UNREADABLE = (
@@ -102,16 +105,22 @@ class Source:
         filled: Columns whose objects have each other's keys, as null.
         guessed: What was guessed of how it is written, for people.
         doubt: What of its rows may not be as they were meant, for people.
+        numbered: What each row is called, where it is not its number.
     """
 
     section: SourceSection
-    rows: Dataset
+    rows: Any
     columns: dict[str, str]
     unused: tuple[str, ...] = ()
     names: frozenset[str] = frozenset()
     filled: frozenset[str] = frozenset()
     guessed: str = ""
     doubt: str = ""
+    numbered: Sequence[str] = ()
+
+    def call_row(self, row: int) -> str:
+        """What a row is called in messages."""
+        return self.numbered[row] if self.numbered else f"row {row + 1}"
 
     @property
     def name(self) -> str:
@@ -161,9 +170,89 @@ def open_sources(dataset: DatasetSection) -> list[Source]:
 
 
 def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
-    """Opens one source and chooses its columns for the format."""
+    """Opens one source and chooses its columns for the format; of one that is streamed, its first rows."""
+    if dataset.streaming and section in dataset.train:
+        return _open_stream(section, dataset)
+    name = section.source
+    return _open(section, dataset, list_files(name) if is_file_source(name) and not is_saved(Path(name)) else [])
+
+
+def _open_stream(section: SourceSection, dataset: DatasetSection) -> Source:
+    head = [row for _, row in itertools.islice(stream_rows(section), HEAD)]
+    if not head:
+        raise user_error("empty-dataset", f"{section.source} has no rows", path=(*section.path, "source"))
+    plain = replace(section, split="train", field=None, sample_by=None, delimiter=None, encoding=None)
+    if suffix_of(section.source) in TEXTS or (is_file_source(section.source) and not is_saved(Path(section.source))):
+        text = "".join(json.dumps(row, default=str) + "\n" for row in head)
+        file = store_folder() / f"head-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
+        made = _open(plain, dataset, [file])
+    else:
+        made = _open(plain, dataset, [], Dataset.from_list(head))
+    return replace(made, section=section)
+
+
+def stream_rows(
+    section: SourceSection, reader: int = 0, readers: int = 1, skip: int = 0
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a source, one after the other, none of which is kept: what each is called, and its cells.
+
+    Args:
+        section: The source.
+        reader: Which of the readers this is, from 0 on.
+        readers: Among how many the rows are shared: whole parts of the data where their number can be divided, else
+            one row after the other in turn.
+        skip: How many of its rows the reader had already.
+
+    Raises:
+        UserError: It can't be read.
+    """
+    name, suffix = section.source, ""
+    try:
+        if is_file_source(name) and not is_saved(Path(name)):
+            files = list_files(name)
+            suffix = suffix_of(files[0].name)
+            if suffix in TEXTS:
+                options = (section.field, section.delimiter, section.encoding)
+                rows: Any = itertools.chain.from_iterable(
+                    _iterate_lines(file) if suffix == ".txt" else iterate_rows(file, *options) for file in files
+                )
+                for number, row in itertools.islice(enumerate(rows), reader + skip * readers, None, readers):
+                    yield f"row {number + 1}", row
+                return
+            data_files = [glob.escape(str(file)) for file in files]
+            stream = load_dataset(BUILDERS[suffix], data_files=data_files, split=section.split, streaming=True)
+        elif is_saved(Path(name)):
+            stream = load_saved(section).to_iterable_dataset()
+        elif (suffix := suffix_of(name) if name.startswith(HUB) else "") in BUILDERS:
+            data = {"data_files": [name], "split": section.split, **_options(section)}
+            stream = load_dataset(BUILDERS[suffix], streaming=True, **data)
+        else:
+            stream = load_dataset(name, section.subset, split=section.split, revision=section.revision, streaming=True)
+        if readers > 1 and stream.num_shards % readers == 0:
+            part = f" of part {reader + 1} of {readers}"
+            for number, row in enumerate(stream.shard(readers, reader).skip(skip), skip):
+                yield f"row {number + 1}{part}", row
+            return
+        begin = reader + skip * readers
+        for number, row in itertools.islice(enumerate(stream.skip(begin), begin), 0, None, readers):
+            yield f"row {number + 1}", row
+    except (DatasetsError, *UNREADABLE) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _explain_load_error(error, section, suffix) from error
+
+
+def _iterate_lines(file: Path) -> Iterator[dict[str, Any]]:
+    with open_text(file) as stream:
+        yield from ({"text": line.rstrip("\r\n")} for line in stream)
+
+
+def _open(
+    section: SourceSection, dataset: DatasetSection, files: list[Path], streamed: Dataset | None = None
+) -> Source:
     name, place = section.source, (*section.path, "source")
-    files = list_files(name) if is_file_source(name) and not is_saved(Path(name)) else []
     suffix = suffix_of(files[0].name if files else name) if files or name.startswith(HUB) else ""
     parts: dict[Path, Dataset] = {}
     guesses: dict[str, None] = {}
@@ -174,7 +263,9 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
         guesses |= {guess: None} if guess else {}
         doubts += [doubt] if doubt else []
     try:
-        if files:
+        if streamed is not None:
+            rows = streamed
+        elif files:
             rows = _take(_join_parts(parts, section), section.split) if parts else Dataset.from_dict({})
         elif is_saved(Path(name)):
             rows = load_saved(section)
@@ -592,7 +683,7 @@ def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray)
         for place, *values in zip(places.tolist(), *cells.values(), strict=True):
             row = dict(zip(cells, values, strict=True))
             try:
-                rows[place] = normalise_row(row, dataset, f"{source.name}: row {order[place, 1] + 1}")
+                rows[place] = normalise_row(row, dataset, f"{source.name}: {source.call_row(order[place, 1])}")
                 if pictures := rows[place].get("images"):
                     rows[place]["images"] = locate(pictures, source.name, dataset.image_folder)
             except RowError as error:

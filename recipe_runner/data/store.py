@@ -32,14 +32,16 @@ from recipe_runner.data.job import Job
 from recipe_runner.data.pictures import find_files, processor_of
 from recipe_runner.data.place import KEYS, store_folder
 from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks, shape_of
+from recipe_runner.data.sources import Source
 from recipe_runner.data.tables import NUMBERS
 from recipe_runner.files import FULL, disk_full, hash_file, write_json
-from recipe_runner.recipe.local import is_file_source, list_files
+from recipe_runner.recipe.local import is_file_source, is_saved, list_files
 from recipe_runner.workers import count_workers
 
 CODE = Path(__file__).resolve().parent
 # Of `training`, what decides on tokens, labels and packing.
 MADE_BY = ("trl", "transformers", "tokenizers", "datasets", "recipe-runner")
+END = 2**20  # bytes of the end of a file that is streamed
 SLOW_SECONDS, SAY_SECONDS = 2, 10  # when progress is told: from then on; where there is no terminal, this often
 
 
@@ -104,8 +106,11 @@ def prepare_data(job: Job) -> PreparedData:
 def describe_origin(job: Job) -> dict[str, Any]:
     """Everything that prepared data is made from, as JSON values: any change of it gives another key."""
     files: dict[str, str] = {}
+    streamed = job.sources[: len(job.dataset.train)] if job.dataset.streaming else []
     for source in job.sources:
-        if is_file_source(source.name):
+        if source in streamed:
+            files[source.name] = _sign(source)
+        elif is_file_source(source.name):
             files |= {str(file): hash_file(file) for file in list_files(source.name)}
         else:
             files[source.name] = source.rows._fingerprint
@@ -124,6 +129,17 @@ def describe_origin(job: Job) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in MADE_BY},
         "code": {str(file.relative_to(CODE)): hashlib.sha256(file.read_bytes()).hexdigest() for file in code_files()},
     }
+
+
+def _sign(source: Source) -> str:
+    """A hash of what is known of data that is not read as a whole: its first rows, the sizes and ends of its files."""
+    digest = hashlib.sha256(json.dumps(source.rows[:], sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+    for file in list_files(source.name) if is_file_source(source.name) and not is_saved(Path(source.name)) else []:
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - END))
+            digest.update(f"{file.name} {size}".encode() + stream.read())
+    return digest.hexdigest()
 
 
 def code_files() -> list[Path]:

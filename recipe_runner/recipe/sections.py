@@ -97,6 +97,7 @@ class DatasetSection:
     on_overlong: str
     max_dropped: float
     workers: int | None = None
+    streaming: bool = False
     ignore: Sequence[str] = ()
     eval: tuple[SourceSection, ...] = ()
     fraction: float | None = None

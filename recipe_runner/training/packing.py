@@ -52,7 +52,7 @@ class PackingCheck(TrainerCallback):
             raise self._refusal(f"a document's logits change by up to {apart:.2g} when it is packed with another")
 
     def _two_documents(self) -> tuple[list[int], list[int]] | None:
-        for row in self.trainer.train_dataset.select(range(min(LOOKED_AT, len(self.trainer.train_dataset)))):
+        for row in self.trainer.first_rows.select(range(min(LOOKED_AT, len(self.trainer.first_rows)))):
             if len(row["seq_lengths"]) > 1:
                 border, end = row["seq_lengths"][0], sum(row["seq_lengths"][:2])
                 return row["input_ids"][:border][:TOKENS], row["input_ids"][border:end][:TOKENS]

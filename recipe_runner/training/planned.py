@@ -29,7 +29,7 @@ def check_room(recipe: Recipe, trainer: Any, folder: Path) -> None:
     needs = optimizer.measure(optimizer_of(recipe), model, trainer.args.device.type != "cpu")
     saved = (parameter for parameter in model.parameters() if parameter.requires_grad or not recipe.peft)
     size = sum(parameter.numel() * parameter.element_size() for parameter in saved)
-    steps = count_steps(trainer.args, len(trainer.train_dataset), trainer.args.world_size)
+    steps = count_steps(trainer.args, len(trainer.first_rows), trainer.args.world_size)
     check_disk(measure_disk(recipe, size, needs.states + needs.paged, 0, steps), folder)
 
 

@@ -64,6 +64,8 @@ class Prepared:
         warnings: What a person should know.
         golden: Prompts by which a served model is compared with the trained one.
         samples: Prompts that are answered while the model trains.
+        job: What rows are made with.
+        known: Tokens that the model has.
     """
 
     config: Any
@@ -80,10 +82,12 @@ class Prepared:
     warnings: tuple[Problem, ...]
     golden: list[Prompt]
     samples: list[Prompt]
+    job: Job
+    known: int
 
     @property
     def train(self) -> PreparedSplit:
-        """The training rows."""
+        """The training rows; of what is streamed the first ones."""
         return self.data.splits["train"]
 
     @property
@@ -168,6 +172,8 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         tuple(problems),
         choose_golden(job, orders, ROWS),
         choose_samples(recipe.run.samples or {}, job, orders),
+        job,
+        model.config.get_text_config().vocab_size,
     )
 
 

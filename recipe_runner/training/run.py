@@ -80,7 +80,7 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
             write_json(folder / "environment.json", prepare.describe_run(recipe, prepared), shared=True)
         _say(config, summary.describe_start(recipe, prepared, folder))
         before = measure_memory(config.device)
-        trainer = trainers.build_trainer(recipe, prepared)
+        trainer = trainers.build_trainer(recipe, prepared, run_folder.last_checkpoint(folder) if found else None)
         initial = (
             keep_initial(trainer, folder, found is not None)
             if alters_base(recipe.peft) and not prepared.adapter
@@ -98,7 +98,8 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
         interruption = Interruption(speaks=config.process_index == 0)
         trainer.add_callback(interruption)
         trainer.add_callback(Recorder(folder, config))
-        if recipe.run.longest_batch_first and not recipe.stage.generates:  # what is generated has no longest row
+        longest_known = not recipe.stage.generates and not recipe.dataset.streaming
+        if recipe.run.longest_batch_first and longest_known:
             sources = [source.source for source in recipe.dataset.sources]
             trainer.add_callback(LongestBatch(trainer, prepared.data.splits, sources))
         rows, longest = find_longest(prepared.data.splits["train"], config.per_device_train_batch_size)
@@ -237,7 +238,7 @@ def _save(trainer: Any, result: Path, stage: Stage, initial: Path | None) -> Pat
             model.generation_config.save_pretrained(partial)  # where it stops
         shutil.rmtree(result, ignore_errors=True)
         partial.rename(result)
-        tried = trainer.train_dataset.with_format(None).select(range(min(verify.ROWS, len(trainer.train_dataset))))
+        tried = trainer.first_rows.with_format(None).select(range(min(verify.ROWS, len(trainer.first_rows))))
         verify.verify_saved(trainer, result, [input_ids_of(stage, row) for row in tried], gathered, initial)
     return result
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import set_seed
 
+from recipe_runner.data.marks import mark_sources
 from recipe_runner.data.pictures import processor_of
 from recipe_runner.data.sources import name_sources
 from recipe_runner.files import share_path
@@ -27,9 +28,10 @@ from recipe_runner.recipe.rules.adapter import CHANGING_BASE, FROM_DATA, alters_
 from recipe_runner.recipe.sections import DatasetSection
 from recipe_runner.runs.folder import last_checkpoint
 from recipe_runner.stages import load_class
+from recipe_runner.training import streaming
 from recipe_runner.training.calibration import collect_batches, finish_initialisation, look_at_data
 from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
-from recipe_runner.training.mixture import mark_sources, watch_sources
+from recipe_runner.training.mixture import watch_sources
 from recipe_runner.training.packing import PackingCheck, split_attention
 from recipe_runner.training.prepare import Prepared
 from recipe_runner.training.rewards import Reward, build_rewards, find_trained, load_trained
@@ -37,8 +39,13 @@ from recipe_runner.training.rewards import Reward, build_rewards, find_trained, 
 REFERENCE = "ref"  # TRL's name of the frozen copy of an adapter that is trained further
 
 
-def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
+def build_trainer(recipe: Recipe, prepared: Prepared, checkpoint: Path | None = None) -> Any:
     """Hands everything to TRL, which loads the weights, quantizes them and puts the adapter on.
+
+    Args:
+        recipe: The recipe.
+        prepared: Everything but the weights.
+        checkpoint: From which the run goes on.
 
     Raises:
         UserError: The weights can't be loaded.
@@ -58,6 +65,10 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
     datasets = {
         split: mark_sources(of.dataset, of.order) if mixed else of.dataset for split, of in prepared.data.splits.items()
     }
+    first_rows = datasets["train"]
+    readers: list[Any] = []
+    if recipe.dataset.streaming:
+        datasets["train"], readers = streaming.open_stream(prepared, first_rows.features, checkpoint)
     try:
         with _taking_prepared(cls), base.refusing_other_weights(recipe.model, scores=recipe.stage.scores):
             model: Any = name
@@ -88,6 +99,9 @@ def build_trainer(recipe: Recipe, prepared: Prepared) -> Any:
             raise
         section = recipe.peft if peft_config and isinstance(error, TypeError) else recipe.training
         raise refused("peft" if section is recipe.peft else "training", section.said, error) from error
+    trainer.first_rows = first_rows
+    if readers:
+        streaming.follow_stream(trainer, readers, checkpoint)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if prepared.unfrozen and not peft_config:
         freeze_others(trained, prepared.unfrozen)
@@ -191,7 +205,7 @@ def _keep_length(trainer: Any) -> None:
 
     TRL 1.16 lists the columns that a trainer needs, without this one.
     """
-    if "length" in trainer.train_dataset.column_names:
+    if "length" in trainer.first_rows.column_names:
         trainer._set_signature_columns_if_needed()
         trainer._signature_columns.append("length")
 

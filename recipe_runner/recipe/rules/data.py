@@ -72,6 +72,44 @@ def image_use(stage: Stage, dataset: DatasetSection, training: UpstreamSection, 
         yield ("peft", "method"), f"the virtual tokens of {peft['method']} have no place beside images", "take lora"
 
 
+def streamed(stage: Stage, dataset: DatasetSection, training: UpstreamSection) -> Found:
+    """What is streamed has no end that is known, no row that can be asked for, and is read by one reader a process."""
+    if not dataset.streaming:
+        return
+    if training["max_steps"] <= 0:
+        yield ("training", "max_steps"), "data that is streamed has no end that is known", "set training.max_steps"
+    if dataset.fraction is not None:
+        fix = "name evaluation data of its own, which is not streamed, or remove streaming"
+        yield ("dataset", "eval", "fraction"), "a part can be held out of all rows only, which are not there", fix
+    if training["train_sampling_strategy"] != "random":
+        found = (
+            f"{training['train_sampling_strategy']}: rows that are streamed come as they are, mixed within a thousand"
+        )
+        yield ("training", "train_sampling_strategy"), found, "remove one of the two"
+    if stage.generates:
+        yield ("dataset", "streaming"), f"the stage {stage.name} asks for its prompts by number", "remove streaming"
+    if dataset.images:
+        yield ("dataset", "images"), "rows with images are not streamed: they are opened before", "remove streaming"
+    if training["precompute_ref_log_probs"]:
+        found = "the reference would look at all rows before the first step"
+        yield ("training", "precompute_ref_log_probs"), found, "remove one of the two"
+    if training["dataloader_num_workers"]:
+        yield ("training", "dataloader_num_workers"), "a stream has one reader a process, the process itself", "set 0"
+    for source in dataset.train:
+        for key in ("limit", "epochs"):
+            if getattr(source, key) is not None:
+                yield (*source.path, key), f"{key} counts rows, which are not known: max_steps is the end", "remove it"
+        if "[" in source.split:
+            yield (*source.path, "split"), f"{source.split} is a part of rows that are not known", "name a whole split"
+        if source.sample_by not in (None, "line"):
+            yield (*source.path, "sample_by"), "a text that is streamed is read line by line", "remove one of the two"
+        if source.field or suffix_of(source.source) == ".json":
+            found = "a .json file is read as a whole: it may be one list"
+            yield (*source.path, "source"), found, "write a row a line, as .jsonl (jq -c '.[]')"
+        if len(dataset.train) > 1 and source.weight is None:
+            yield source.path, "how many rows a source has is not known: a mixture needs weights", "add 'weight:'"
+
+
 def mixture_weights(dataset: DatasetSection) -> Found:
     """Weights are relative to each other: all sources of a training mixture have one, or none."""
     mixture = {source.path for source in dataset.train if len(source.path) > 2}  # written as a list
