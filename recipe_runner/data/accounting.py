@@ -55,6 +55,7 @@ class Accounting:
         rows_in_train: Of evaluation rows: those that are training rows, too, token by token.
         images: Images of the kept rows.
         image_tokens: Tokens that stand for parts of them.
+        streamed: Whether these are the first rows of data that is read while it is trained on.
     """
 
     rows_read: int = 0
@@ -88,6 +89,7 @@ class Accounting:
     rows_in_train: int = 0
     images: int = 0
     image_tokens: int = 0
+    streamed: bool = False
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
@@ -99,7 +101,8 @@ class Accounting:
         share = self.supervised_tokens / max(self.tokens, 1)
         tokens = f"{self.tokens:,} tokens, {self.supervised_tokens:,} supervised ({share:.0%})"
         seen = f"; {self.images:,} images, {self.image_tokens:,} of the tokens" if self.images else ""
-        return f"{self.rows_read:,} rows: {self.rows_kept:,} kept, {dropped}, {cut}{twice}; {tokens}{seen}"
+        first = "streamed; the first " if self.streamed else ""
+        return f"{first}{self.rows_read:,} rows: {self.rows_kept:,} kept, {dropped}, {cut}{twice}; {tokens}{seen}"
 
     def describe_lengths(self) -> str:
         """Lengths of rows against `max_length`, in a line."""

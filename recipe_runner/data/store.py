@@ -183,6 +183,7 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
             split: replace(tally.finish(), unused=unused, guessed=guessed, doubts=doubts)
             for split, tally in tallies.items()
         }
+        accounting["train"] = replace(accounting["train"], streamed=job.dataset.streaming)
         if "eval" in tallies:
             trained, held_out = (np.concatenate(tallies[split].columns["hash"]) for split in ("train", "eval"))
             seen = int(np.isin(held_out, trained).sum())

@@ -5,6 +5,7 @@ the trainer before the window that it is in. A run goes on from there, without p
 """
 
 import collections
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -141,9 +142,7 @@ class Reader:
         self.rows = [self._open(place, which) for which, place in enumerate(self.now.places)]
         while True:
             self.begun.append(self.now)
-            rows = self._prepare(self.now)
-            for row in range(skip, len(rows)):
-                yield rows[row]
+            yield from itertools.islice(self._prepare(self.now), skip, None)
             skip = 0
 
     def _prepare(self, position: Position) -> Dataset:

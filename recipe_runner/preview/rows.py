@@ -307,7 +307,9 @@ def account(opened: Opened) -> Facts:
     problems = find_data_problems(opened.model, job, data, opened.orders)
     size = sum(file.stat().st_size for file in data.folder.iterdir())
     made = f"made in {data.seconds:.1f} s" if data.made_now else f"found in {data.seconds:.1f} s"
-    steps = describe_steps(job.config, len(data.splits["train"].dataset), opened.processes)
+    steps = describe_steps(
+        job.config, len(data.splits["train"].dataset), opened.processes, data.splits["train"].accounting.streamed
+    )
     template = describe_template(job.replaced, accounts["train"])
     return Facts(accounts, problems, steps, template, f"{data.folder} ({size / 1e6:,.1f} MB, {made})")
 

@@ -44,7 +44,7 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "not used": accounting.describe_unused(),
         "read as": accounting.describe_guessed(),
         "eval data": "; ".join(filter(None, (str(held), held.describe_sources()))) if held else "none",
-        "steps": describe_steps(config, rows, config.world_size),
+        "steps": describe_steps(config, rows, config.world_size, accounting.streamed),
         "optimizer": f"{config.optim.value}, learning rate {config.learning_rate:g},"
         f" {config.lr_scheduler_type.value}{unpaged}",
         "answers": describe_answers(config),
@@ -97,8 +97,8 @@ def describe_samples(section: Mapping[str, Any] | None, prompts: int) -> str:
     return f"{prompts} prompts {when}, up to {most:,} tokens; a tenth of the time at most"
 
 
-def describe_steps(config: Any, rows: int, processes: int) -> str:
-    """Steps, epochs and batch size, in a line."""
+def describe_steps(config: Any, rows: int, processes: int, streamed: bool = False) -> str:
+    """Steps, epochs and batch size, in a line; of what is streamed no epochs, as its end is not known."""
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     steps = count_steps(config, rows, processes)
     if prompts := count_prompts(config, processes):
@@ -112,6 +112,12 @@ def describe_steps(config: Any, rows: int, processes: int) -> str:
             f"{steps:,} of {batch:,} answers: {told}; {config.per_device_train_batch_size} per device"
             f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(processes)};"
             f" {steps / steps_per_epoch(config, rows, processes):.3g} epochs"
+        )
+    if streamed:
+        return (
+            f"{steps:,} of {batch:,} rows: {config.per_device_train_batch_size} per device"
+            f" x {config.gradient_accumulation_steps} accumulated x {describe_processes(processes)};"
+            f" {steps * batch:,} rows of the stream in all"
         )
     size = f"{batch:,} rows" if batch <= rows else f"all {rows:,} rows" if rows > 1 else "the one row"
     return (

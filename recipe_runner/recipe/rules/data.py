@@ -81,10 +81,8 @@ def streamed(stage: Stage, dataset: DatasetSection, training: UpstreamSection) -
     if dataset.fraction is not None:
         fix = "name evaluation data of its own, which is not streamed, or remove streaming"
         yield ("dataset", "eval", "fraction"), "a part can be held out of all rows only, which are not there", fix
-    if training["train_sampling_strategy"] != "random":
-        found = (
-            f"{training['train_sampling_strategy']}: rows that are streamed come as they are, mixed within a thousand"
-        )
+    if training["train_sampling_strategy"] == "group_by_length":
+        found = "rows that are streamed come as they are, mixed within a thousand"
         yield ("training", "train_sampling_strategy"), found, "remove one of the two"
     if stage.generates:
         yield ("dataset", "streaming"), f"the stage {stage.name} asks for its prompts by number", "remove streaming"
