@@ -35,7 +35,9 @@ def check_rows(rows: int, held_out: int | None, config: Any) -> None:
         raise user_error("too-few-rows", message, "take fewer processes, or more data", path=("dataset", "train"))
 
 
-def check_resumed(folder: Path, files: Mapping[str, str], inputs: Mapping[str, str], config: Any) -> str:
+def check_resumed(
+    folder: Path, files: Mapping[str, str], inputs: Mapping[str, str], config: Any, streamed: bool = False
+) -> str:
     """Checks that a run goes on as it began: the same model, on the same rows, in global batches of the same size.
 
     Args:
@@ -43,6 +45,7 @@ def check_resumed(folder: Path, files: Mapping[str, str], inputs: Mapping[str, s
         files: Data file -> its hash.
         inputs: What else the run is made from, in words -> its hash.
         config: The trainer's configuration.
+        streamed: Whether its data is.
 
     Returns:
         What is different and does no harm; empty when nothing is.
@@ -76,6 +79,9 @@ def check_resumed(folder: Path, files: Mapping[str, str], inputs: Mapping[str, s
     grouped = config.train_sampling_strategy not in ("random", "sequential")
     if grouped and new["world_size"] != old["world_size"]:  # rows are ordered by the batches of a process
         message = f"the run began with {told}; now {now}: rows grouped by length would come in another order"
+        raise user_error("world-size-changed", message, "launch it as before, or start a new run", path=("run",))
+    if streamed:
+        message = f"the run began with {told}; now {now}: each process goes on with its own part of the stream"
         raise user_error("world-size-changed", message, "launch it as before, or start a new run", path=("run",))
     if new["engine"] != old["engine"] or (new["engine"] != "ddp" and new["world_size"] != old["world_size"]):
         message = f"the run began with {old['engine']} and {told}; now {new['engine']}, {now}: its shards don't fit"

@@ -64,7 +64,9 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
         for run in list_runs(recipe.home)[-1:]:
             if read_status(run) == "damaged":
                 print(f"warning[not-a-run] {run} is damaged: passed over, a new run is started", file=sys.stderr)
-    if found and (note := resume.check_resumed(found, prepared.data.files, prepared.inputs, config)):
+    if found and (
+        note := resume.check_resumed(found, prepared.data.files, prepared.inputs, config, recipe.dataset.streaming)
+    ):
         _say(config, note)
     for warning in prepared.warnings if config.process_index == 0 else ():
         print(recipe.place(warning), file=sys.stderr)

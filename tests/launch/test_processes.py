@@ -450,6 +450,30 @@ def test_resuming_on_more_processes_takes_the_same_steps_or_is_refused(launch, t
     }
 
 
+def test_a_stream_is_shared_by_the_processes_and_gone_on_with(launch, tmp_path):
+    """Each process reads its own rows; together they read what one would; resumed, each goes on where it was."""
+    rows = [{"instruction": f"say {n}", "output": f"it is {n}"} for n in range(60)]
+    dataset = {"format": "instruction", "streaming": True}
+    training = {"max_steps": 20, "save_steps": 10, "logging_steps": 1}
+    done, alone = launch(rows=rows, dataset=dataset, training=training)
+    assert done.returncode == 0, done.stderr
+    done = launch_several("ddp", ["tiny.yaml"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rows of the stream in all" in done.stdout
+    folder = max((tmp_path / "runs" / "tiny").iterdir())
+    assert folder != alone
+    whole, checkpoint = losses(folder), folder / "checkpoints" / "checkpoint-10"
+    at = [json.loads((checkpoint / f"stream-{n}.json").read_text()) for n in range(2)]
+    assert [place["skip"] + place["position"]["given"] for place in at] == [20, 20]
+    interrupted(folder, 10)
+    done, _ = launch("--resume", folder, rows=rows, dataset=dataset, training=training)
+    assert "error[world-size-changed]" in done.stderr
+    assert "each process goes on with its own part of the stream" in done.stderr
+    done = launch_several("ddp", [f"tiny.yaml --resume {folder}"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == whole
+
+
 def test_resuming_on_changed_data_is_refused(launch, tmp_path):
     rows = [{"instruction": f"say {n}", "output": f"it is {n}"} for n in range(40)]
     training = {"max_steps": 4, "save_steps": 2}
