@@ -24,12 +24,14 @@ class Repeated:
         layers: All of them.
         run: The numbers of those that are run: the first, three of each kind, and the last.
         copies: Place in `run` -> how many layers that are not run do what this one does; the next one does the same.
+        stands: Of each layer, the place in `run` of the one that stands for it: itself, where it is run.
     """
 
     base: Any
     layers: torch.nn.ModuleList
     run: Sequence[int]
     copies: Mapping[int, int]
+    stands: Sequence[int]
 
 
 def find_layers(base: Any) -> torch.nn.ModuleList | None:
@@ -55,13 +57,16 @@ def find_repeated(built: Built) -> Repeated | None:
         if 0 < number < len(layers) - 1:
             kinds.setdefault(f"{types[number]} {trained} {_describe(layer)}", []).append(number)
         trained = trained or any(parameter.requires_grad for parameter in layer.parameters())
-    run, copies = [0], {}
-    for numbers in sorted(kinds.values()):
+    run = [0, *(number for numbers in kinds.values() for number in numbers[:3]), len(layers) - 1]
+    stands, copies = [0] * len(layers), {}
+    for numbers in kinds.values():
+        middle = run.index(numbers[min(1, len(numbers) - 1)])  # the first is the last to need what its kind shares
+        for number in numbers:
+            stands[number] = run.index(number) if number in run else middle
         if len(numbers) > 3:
-            copies[len(run) + 1] = len(numbers) - 3  # the first is the last to need what its kind shares
-        run += numbers[:3]
-    run.append(len(layers) - 1)
-    return Repeated(built.base, layers, run, copies) if len(layers) > max(FEW, len(run)) else None
+            copies[middle] = len(numbers) - 3
+    stands[-1] = len(run) - 1
+    return Repeated(built.base, layers, run, copies, stands) if len(layers) > max(FEW, len(run)) else None
 
 
 def _describe(layer: torch.nn.Module) -> list[Any]:
@@ -118,29 +123,33 @@ def shortened(repeated: Repeated, memory: Memory) -> Iterator[None]:
 
 
 def repeat(memory: Memory, repeated: Repeated) -> bool:
-    """Puts what the layers would have done that were not run into the memory's events.
+    """Puts what the layers would have done that were not run into the memory's events, in the order of the layers.
 
     Returns:
         Whether two layers of a kind did the same each time; if not, nothing is changed.
     """
     marks, events = memory.marks, memory.events
-    if not _is_whole(marks, len(repeated.run)):
+    passes = _find_passes(marks, len(repeated.run))
+    if passes is None:
         return False
     made: list[Any] = []
     done = flops = operations = 0
-    for number, mark in enumerate(marks):
-        copies = repeated.copies.get(-1 if mark.layer is None else mark.layer, 0)
-        if not copies:
-            continue
-        end = marks[number + 1]
-        twin, after = (marks[number - 1], mark) if mark.backward else (end, marks[number + 2])
-        did = events[mark.position : end.position]
-        if did != events[twin.position : after.position]:
-            return False
-        made += events[done : end.position] + did * copies
-        done = end.position
-        flops += (end.flops - mark.flops) * copies
-        operations += (end.operations - mark.operations) * copies
+    for places in passes:
+        begins = {mark.layer: (mark, marks[number + 1]) for number in places if (mark := marks[number])}
+        did = {place: events[begin.position : end.position] for place, (begin, end) in begins.items()}
+        for place in repeated.copies:
+            if place in did and did[place] != did.get(place + 1):
+                return False
+        made += events[done : marks[places[0]].position]
+        order = range(len(repeated.layers))
+        for number in reversed(order) if marks[places[0]].backward else order:
+            place = repeated.stands[number]
+            made += did.get(place, [])
+            if place in did and number not in repeated.run:
+                begin, end = begins[place]
+                flops += end.flops - begin.flops
+                operations += end.operations - begin.operations
+        done = marks[places[-1] + 1].position
     made += events[done:]
     memory.events = [(phase, kind, size * (1 + left), left) for phase, kind, size, left in made]
     memory.flops += flops
@@ -148,17 +157,26 @@ def repeat(memory: Memory, repeated: Repeated) -> bool:
     return True
 
 
-def _is_whole(marks: Sequence[Mark], number: int) -> bool:
-    """Whether layers began one after the other: upwards from the first to the last, downwards from the last."""
-    passes: list[list[int | None]] = []
-    backward = False
-    for mark in marks:
-        if (mark.layer == 0 and not mark.backward) or (mark.backward and not backward):
+def _find_passes(marks: Sequence[Mark], number: int) -> list[list[int]] | None:
+    """Of each pass through the layers, the places of the marks of its layers; None where layers are left out.
+
+    Forward from the first to the last; backward from the last but one on, whose mark is the end of the last one's.
+    """
+    passes: list[list[int]] = []
+    open_pass = False
+    for place, mark in enumerate(marks):
+        if mark.layer is None:
+            open_pass = False
+            continue
+        if not open_pass or marks[place - 1].backward != mark.backward:
             passes.append([])
-        backward = mark.backward
-        passes[-1].append(mark.layer) if passes else None
+        passes[-1].append(place)
+        open_pass = True
+    up, down = list(range(number)), list(range(number - 2, -1, -1))
     for places in passes:
-        up, down = [*range(number), None], [*range(number - 2, -1, -1), None]
-        if places != up and (places[:-1] != down[: len(places) - 1] or places[-1] is not None):
-            return False
-    return bool(passes)
+        layers = [marks[place].layer for place in places]
+        if layers != (down[: len(layers)] if marks[places[0]].backward else up):
+            return None
+        if places[-1] + 1 == len(marks):
+            return None
+    return passes or None

@@ -157,7 +157,10 @@ def trace(recipe: Recipe, setting: Setting, model: Model | None = None) -> Trace
 def _watch(recipe: Recipe, setting: Setting, model: Model, batch: Batch, evaluating: bool) -> Memory:
     """What a batch takes: run with few layers, where it is known what the others do; else with all."""
     if model.repeated:
-        memory = _run(recipe, setting, model, batch, evaluating, model.repeated)
+        try:
+            memory = _run(recipe, setting, model, batch, evaluating, model.repeated)
+        except Exception:  # an architecture whose code needs all of its layers: what fails then is said
+            memory = Memory()
         if repeat(memory, model.repeated):
             return memory
     return _run(recipe, setting, model, batch, evaluating, None)
@@ -174,6 +177,8 @@ def _run(
     memory.change(OPTIMIZER, model.needs.states)
     _add_reference(recipe, built, memory)
     trained = built.trained
+    for parameter in trained:  # of a run before
+        parameter.grad = None
     if recipe.training["gradient_accumulation_steps"] > 1 and not evaluating:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -187,8 +192,6 @@ def _run(
         memory.phase = OPTIMIZING
         memory.change(OPTIMIZER, model.needs.scratch)
         memory.change(OPTIMIZER, -model.needs.scratch)
-    for parameter in trained:
-        parameter.grad = None
     return memory
 
 

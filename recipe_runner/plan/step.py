@@ -147,10 +147,12 @@ class Step:
         trained: list[Any] = self.built.trained
         hooks += [parameter.register_post_accumulate_grad_hook(note) for parameter in trained]
         moved = offload(self.built) if self.offloads else contextlib.nullcontext()
-        with self.kernels.in_place(), self.memory, moved:
-            yield
-        for hook in hooks:
-            hook.remove()
+        try:
+            with self.kernels.in_place(), self.memory, moved:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def offload(built: Built) -> Any:

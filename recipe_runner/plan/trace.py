@@ -244,7 +244,7 @@ class FusedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, memory: Any) -> Any:
         """The output `(batch, heads, queries, head size)`."""
         ctx.memory = memory
-        made = torch.empty_like(query)
+        made = query.new_empty((*query.shape[:3], value.shape[-1]))  # of which values may have less than queries
         sums = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, bias, made, sums)
         return made
@@ -253,13 +253,14 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Any) -> Any:
         """Gradients of query, key and value."""
         query, key, value, bias, _, sums = ctx.saved_tensors
-        ctx.memory.flops += 10 * query.numel() * key.shape[2]  # five products for the forward pass' two
+        sizes = 3 * query.shape[-1] + 2 * value.shape[-1]  # five products for the forward pass' two
+        ctx.memory.flops += 2 * query[..., 0].numel() * key.shape[2] * sizes
         kept = [torch.empty_like(sums)]
         if bias is None:
             kept.append(torch.empty(query.shape, dtype=torch.float32, device=query.device))
         if key.shape[1] != query.shape[1]:
-            shape = (*query.shape[:2], *key.shape[2:])
-            kept += [torch.empty(shape, dtype=key.dtype, device=key.device) for _ in range(2)]
+            shapes = [(*query.shape[:2], *of.shape[2:]) for of in (key, value)]
+            kept += [torch.empty(shape, dtype=key.dtype, device=key.device) for shape in shapes]
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
 
 
@@ -289,7 +290,7 @@ class Kernels:
         query, key, value = (self.cast(tensor) for tensor in (query, key, value))
         if self.math:
             return _attend_plainly(query, key, value)
-        self.memory.flops += 4 * query.numel() * key.shape[2]
+        self.memory.flops += 2 * query[..., 0].numel() * key.shape[2] * (query.shape[-1] + value.shape[-1])
         bias = attn_mask
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             bias = torch.empty(attn_mask.shape, dtype=query.dtype, device=query.device)
@@ -317,6 +318,7 @@ class Kernels:
 
             patch(torch, "is_autocast_enabled", lambda *args: self.autocast is not None)
             patch(torch, "get_autocast_dtype", lambda *args: self.autocast or torch.float32)
+            patch(torch, "autocast", lambda *args, **more: contextlib.nullcontext())  # unknown to the meta device
             patch(functional, "scaled_dot_product_attention", self.attend)
             if self.autocast:
                 for owner, name in PRODUCTS:
