@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -12,6 +13,8 @@ from recipe_runner.problems.errors import user_error
 # Parameters that are about answers -> their options.
 ANSWERING = {"few_shot": "--few-shot", "scorers": "--scorer", "tasks": "--tasks"}
 ANSWERING |= {"max_new_tokens": "--max-new-tokens", "batch_size": "--batch-size"}
+
+OF_DATA = {"data": "--data", "form": "--data-format", "columns": "--column", "output": "--output", "shown": "--format"}
 
 
 @click.command(name="evaluate")
@@ -27,6 +30,7 @@ ANSWERING |= {"max_new_tokens": "--max-new-tokens", "batch_size": "--batch-size"
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of an answer.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts at a time.")
 @seed_option
+@click.option("--rows", "every_row", is_flag=True, help="Judge every row of a run instead: its loss before and after.")
 @click.option("--tasks", metavar="NAMES", help="Also run these tasks of lm-eval, with commas between, or task files.")
 @click.option("--output", type=click.Path(path_type=Path), help="A new folder for the figures and the answers.")
 @click.option("--format", "shown", type=click.Choice(["text", "json"]), default="text", show_default=True)
@@ -43,6 +47,7 @@ def command(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    every_row: bool,
     tasks: str | None,
     output: Path | None,
     shown: str,
@@ -64,6 +69,9 @@ def command(
         raise click.UsageError("--column goes with --data")
     with explaining("lower --batch-size, or take a smaller --dtype", place=output):
         target = find_target(result)
+        if every_row:
+            _judge_rows(target, limit, dtype, quantized)
+            return
         recipe = evaluation_report.choose_recipe(target, data, form, columns)
         if recipe.stage.scores:
             _refuse_answering(target.name)
@@ -76,6 +84,28 @@ def command(
             )  # fmt: skip
     click.echo(evaluation_report.write_values(values, shown))
     click.echo(f"{folder} is written", err=True)
+
+
+def _judge_rows(target: Any, limit: int | None, dtype: str | None, quantized: bool) -> None:
+    """Writes the ledger of a run, and says what is in it."""
+    from recipe_runner.results.ledger import write_ledger
+    from recipe_runner.runs.ledger import summarize
+
+    source = click.get_current_context().get_parameter_source
+    for parameter, option in (ANSWERING | OF_DATA).items():
+        if source(parameter) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--rows judges the rows of a run, without answers: leave out {option}")
+    if target.recipe is None:
+        message = f"{target.name} is no run: which rows it was trained on is not known"
+        raise user_error("no-ledger", message, "name a completed run")
+    with target.recipe.placing_errors():
+        file, entries = write_ledger(
+            target, target.recipe, limit, dtype, quantized, lambda text: click.echo(text, err=True)
+        )
+    click.echo(summarize(entries))
+    click.echo(
+        f"{file} is written; show rows of it: recipe-run preview {target.recipe.file} --worst 20 --run {target.run}"
+    )
 
 
 def _refuse_answering(name: str) -> None:

@@ -32,6 +32,10 @@ UNREACHED = (*OF_HUB, "model-not-found")
 @click.option(
     "--row", type=click.IntRange(1), metavar="I", help="Show row I of the data, as it is in its files, instead."
 )
+@click.option(
+    "--worst", type=click.IntRange(1, 1000), metavar="N", help="Show the N rows that a run learned the least, instead."
+)
+@click.option("--run", "judged", metavar="RUN", help="The run of --worst, whose rows `evaluate --rows` has judged.")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--html", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to FILE.")
 @click.option("--rows-only", is_flag=True, help="Leave out the accounting, which reads all rows.")
@@ -51,6 +55,7 @@ def command(
     template: Path | None,
     launch_file: str | None,
     num_processes: int | None,
+    judged: str | None,
     **options: Any,
 ) -> None:
     """Show what the model will see, and which tokens it learns: rows, then what becomes of all rows. Loads no weights.
@@ -59,6 +64,12 @@ def command(
     """
     from recipe_runner.launch.process import without_collector
 
+    if (judged is None) != (options["worst"] is None) or (judged and options["row"]):
+        raise click.UsageError("--worst N and --run RUN go together, and without --row")
+    if judged:
+        from recipe_runner.runs.find import find_run
+
+        options["run"] = find_run(judged)
     try:
         resolved = load_to_run(recipe, overrides)
     except UserError as error:

@@ -66,12 +66,13 @@ def find_gpu(name: str) -> Device:
     wanted = re.sub(r"\b(nvidia|geforce|tesla)\b[- ]*", "", name.lower()).strip().replace(" ", "-")
     meant = [known for known in gpus if known.lower() == wanted]
     if not meant and (len(wanted) > 3 or (len(wanted) > 1 and not wanted.isdecimal())):
-        meant = [known for known in gpus if wanted in known.lower()]
+        meant = [known for known in gpus if f"-{wanted}-" in f"-{known.lower()}-"]
     if len(meant) == 1:
         return gpus[meant[0]]
     if meant and wanted:
         raise user_error("unknown-gpu", f"'{name}' stands for several GPUs", f"name one: {', '.join(meant)}")
-    alike = difflib.get_close_matches(wanted, [known.lower() for known in gpus], 1)
+    alike = difflib.get_close_matches(wanted, [known.lower() for known in gpus], 5, 0.4)
+    alike.sort(key=lambda known: -max(n for n in range(len(wanted) + 1) if known.startswith(wanted[:n])))
     near = next((known for known in gpus if alike and known.lower() == alike[0]), "")
     fix = f"did you mean '{near}'?" if near else f"known: {', '.join(gpus)}; or give its memory: --memory 24"
     raise user_error("unknown-gpu", f"there is no GPU '{name}' in the catalogue", fix)

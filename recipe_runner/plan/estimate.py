@@ -14,7 +14,7 @@ from recipe_runner.plan.history import Learned, learn
 from recipe_runner.plan.memory import Setting, Traced
 from recipe_runner.plan.time import Time, measure_time
 from recipe_runner.plan.trace import OVERHEAD, Peak
-from recipe_runner.problems.errors import first_line, user_error
+from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.recipe.recipe import Recipe
 
 # Bytes of a process on a GPU that PyTorch does not count: its context and the code of kernels. nvidia-smi shows 0.4 to
@@ -148,7 +148,9 @@ def work_out(
     device = setting.device
     try:
         traced = memory.trace(recipe, setting, model)
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of the code of any architecture, which was not written for tensors without data
         message = f"a step of {setting.config.model_type} can't be run without data: {first_line(error)}"
         fix = "nothing can be said of this model, method and stage together; train with run.longest_batch_first"
         raise user_error("not-planned", message, fix) from error

@@ -26,7 +26,17 @@ NF4 = {
 
 
 def find_largest(recipe: Recipe, made: Plan, known: Mapping[str, Any], launch: Launch | None) -> int:
-    """The largest `per_device_train_batch_size` with which a training step fits.
+    """The largest `per_device_train_batch_size` with which a step fits, and that a stage with rewards takes."""
+    most, training = _search_largest(recipe, made, known, launch), recipe.training
+    if not recipe.stage.rewarded or training["generation_batch_size"] or recipe.run.global_batch_size:
+        return most
+    times = int(training["steps_per_generation"] or training["gradient_accumulation_steps"] or 1)
+    times *= launch.processes if launch else 1
+    return next((number for number in range(most, 0, -1) if _answers_in_groups(recipe, number * times)), 0)
+
+
+def _search_largest(recipe: Recipe, made: Plan, known: Mapping[str, Any], launch: Launch | None) -> int:
+    """The largest batch with which a step fits.
 
     A step is traced for each that is tried. What it takes grows with the rows, some of it with their square (a packed
     mask), and some not at all: each try is where a line through what is known crosses the device's memory.
@@ -64,6 +74,11 @@ def find_largest(recipe: Recipe, made: Plan, known: Mapping[str, Any], launch: L
             number = (fits + above) // 2 if count % 3 == 2 else max(fits + 1, min(number, above - 1))
         take(number)
     return max((n for n, size in tried.items() if size <= room), default=0)
+
+
+def _answers_in_groups(recipe: Recipe, answers: int) -> bool:
+    """Whether so many answers are whole groups of those to one prompt."""
+    return not recipe.stage.rewarded or answers % int(recipe.training["num_generations"] or 1) == 0
 
 
 def find_changes(recipe: Recipe, made: Plan, known: Mapping[str, Any], launch: Launch | None) -> list[Change]:
@@ -140,8 +155,9 @@ def _propose(recipe: Recipe, setting: Setting) -> Iterator[tuple[str, dict[str, 
         yield f"training.max_completion_length: {answer}", {"training": {"max_completion_length": answer}}
         if rows > 1 and rows % 2 == 0 and not training["steps_per_generation"]:
             keys = {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * accumulated}
-            keys["steps_per_generation"] = 2 * accumulated
-            yield f"training.per_device_train_batch_size: {rows // 2}, accumulated twice as often", {"training": keys}
+            whole = _answers_in_groups(recipe, rows // 2 * accumulated)  # then as many are written at a time
+            keys["steps_per_generation"] = accumulated if whole else 2 * accumulated
+            yield ", ".join(f"{key}: {value}" for key, value in keys.items()), {"training": keys}
     if setting.train.length > LEAST and not recipe.stage.generates:
         half = setting.train.length // 2
         yield f"training.max_length: {half}", {"training": {"max_length": half}}

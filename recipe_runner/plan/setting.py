@@ -121,9 +121,11 @@ def _read_config(file: Path, model: ModelSection) -> PretrainedConfig:
         raise user_error("model-config", f"{file}: {named} is no language model that generates text", "")
     try:
         config = AutoConfig.for_model(**{"model_type": kind, **{k: v for k, v in values.items() if k != "model_type"}})
+        text = config.get_text_config()
+        for name in MOST:
+            getattr(text, name, None)  # some have a number for each layer, and say so
     except Exception as error:  # numbers of the user's file
         raise user_error("model-config", f"{file}: {first_line(error)}", "check it") from error
-    text = config.get_text_config()
     seeing = SEEING.get(kind) if text is not config else None
     if not seeing and text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise user_error("model-config", f"{file}: {kind} is no language model that generates text", "")

@@ -6,6 +6,7 @@ from recipe_runner.plan.device import GIB
 from recipe_runner.plan.estimate import Plan
 from recipe_runner.problems.words import write_facts
 
+GROUPS = 6  # of what is trained, that are named
 BAR = 24  # characters of the longest bar
 
 
@@ -28,7 +29,8 @@ def _describe_run(plan: Plan) -> Iterator[tuple[str, str]]:
     counted, batch = plan.traced.model.parameters, plan.setting.train
     share = counted["trainable"] / counted["total"]
     groups = [(key, value) for key, value in counted.items() if key not in ("total", "trainable")]
-    parts = ", ".join(f"{key} {value:,}" for key, value in sorted(groups, key=lambda item: -item[1])[:6])
+    parts = ", ".join(f"{key} {value:,}" for key, value in sorted(groups, key=lambda item: -item[1])[:GROUPS])
+    parts += f" and {len(groups) - GROUPS} more" if len(groups) > GROUPS else ""
     more = f": {parts}" if len(groups) > 1 else ""
     yield "parameters", f"{counted['total']:,}; {counted['trainable']:,} trained ({share:.2%}){more}"
     rows = f"{batch.rows} sequence{'s' * (batch.rows != 1)} of {batch.length:,} tokens"
@@ -54,6 +56,8 @@ def _describe_fit(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "fits", f"{'yes' if fits else 'no'}: {told}{sure}"
         if plan.largest:
             yield "batch", f"a training step fits up to per_device_train_batch_size: {plan.largest:,}"
+        elif plan.largest == 0:
+            yield "batch", "not even a batch of one fits"
     if plan.fits:
         yield "fits on", ", ".join(name for name, fit in plan.fits.items() if fit) or "none of the catalogue"
     yield from _describe_time(plan)
@@ -64,6 +68,9 @@ def _describe_changes(plan: Plan) -> Iterator[str]:
     for change in plan.changes:
         slower = f", {change.slower:+.0%} operations a token" if abs(change.slower) >= 0.005 else ""
         yield f"{change.what}: -{write_gib(change.saved)}{slower}{'; then it fits' if change.fits else ''}"
+    if plan.device.memory and plan.peak.total > plan.device.memory and not any(c.fits for c in plan.changes):
+        sharded = "several devices that share the weights (--accelerate-config with FSDP or ZeRO-3)"
+        yield f"none of these is enough, nor all together: take a larger device, a smaller model, or {sharded}"
 
 
 def _describe_time(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -73,12 +80,16 @@ def _describe_time(plan: Plan) -> Iterator[tuple[str, str]]:
     if time.low is None or time.high is None:
         yield "time", (steps + tokens or "the number of steps is known when the data is prepared")
         return
-    a_step = f"{time.low:.2g} to {time.high:.2g} s a step"
+    a_step = f"{_short(time.low)} to {_short(time.high)} s a step"
     if time.steps:
         whole = f"{write_seconds(time.low * time.steps)} to {write_seconds(time.high * time.steps)}"
         yield "time", f"{whole}: {steps}{tokens}, {a_step}"
     else:
         yield "time", f"{a_step}; the number of steps is known when the data is prepared"
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.2g}" if seconds < 10 else f"{seconds:,.0f}"
 
 
 def _describe_disk(plan: Plan) -> str:

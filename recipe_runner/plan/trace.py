@@ -244,7 +244,7 @@ class FusedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, memory: Any) -> Any:
         """The output `(batch, heads, queries, head size)`."""
         ctx.memory = memory
-        made = query.new_empty((*query.shape[:3], value.shape[-1]))  # of which values may have less than queries
+        made = torch.empty_like(query[..., : value.shape[-1]])  # of which values may have less; laid out as queries
         sums = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, bias, made, sums)
         return made

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ from recipe_runner.data.shapes.image_tokens import image_ids
 from recipe_runner.data.shapes.unpaired import take_side
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.data.turns import MARK, Turns
+from recipe_runner.files import read_object
 from recipe_runner.model import hub
 from recipe_runner.problems.errors import user_error
 from recipe_runner.problems.problem import Problem
 from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.recipe.sections import ModelSection
+from recipe_runner.runs.folder import find_changed
 from recipe_runner.training.config import build_config
 from recipe_runner.training.environment import choose_precision
 from recipe_runner.training.prepare import accumulate, find_data_problems, open_job
@@ -187,7 +190,37 @@ def take_row(opened: Opened, number: int) -> list[Row]:
         raise user_error("no-such-row", f"there is no row {number}", f"the data has rows 1 to {sum(sizes)}")
     ends = np.cumsum(sizes)
     source = int(np.searchsorted(ends, number))
-    order = np.array([[source, number - 1 - (ends[source] - sizes[source])]])
+    return _take_alone(opened, source, int(number - 1 - (ends[source] - sizes[source])))
+
+
+def take_place(opened: Opened, name: str, number: int, label: bool | None) -> Row:
+    """A row of a source by its number there, from 1; of a pair that is judged apart, the answer with a label.
+
+    Raises:
+        UserError: There is no such source or row.
+    """
+    names = [source.name for source in opened.job.sources]
+    if name not in names or not 1 <= number <= len(opened.job.sources[names.index(name)].rows):
+        raise user_error("no-such-row", f"there is no row {number} of {name}", "is it the recipe of the run?")
+    found = _take_alone(opened, names.index(name), number - 1)
+    return next((row for row in found if row.label == label), found[0])
+
+
+def check_unchanged(opened: Opened, run: Path) -> None:
+    """Checks that data is what a run was trained on.
+
+    Raises:
+        UserError: It has changed.
+    """
+    recorded = read_object(run / "environment.json").get("data_files")
+    files = store.describe_origin(opened.job)["files"]
+    if changed := find_changed(recorded if isinstance(recorded, dict) else {}, files):
+        message = f"{changed[0]} is not what the run in {run} was trained on: its rows can't be told"
+        raise user_error("data-changed", message, "revert the change, or train again", path=("dataset",))
+
+
+def _take_alone(opened: Opened, source: int, number: int) -> list[Row]:
+    order = np.array([[source, number]])
     job = opened.job
     if job.packing("train"):
         job = dataclasses.replace(job, config=dataclasses.replace(job.config, packing=False, eval_packing=False))

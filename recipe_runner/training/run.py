@@ -82,7 +82,8 @@ def run_recipe(recipe: Recipe, resuming: str, launch: Launch | None = None, watc
             write_json(folder / "environment.json", prepare.describe_run(recipe, prepared), shared=True)
         _say(config, summary.describe_start(recipe, prepared, folder))
         before = measure_memory(config.device)
-        trainer = trainers.build_trainer(recipe, prepared, run_folder.last_checkpoint(folder) if found else None)
+        checkpoint = run_folder.last_intact_checkpoint(folder)[0] if found and recipe.dataset.streaming else None
+        trainer = trainers.build_trainer(recipe, prepared, checkpoint)
         initial = (
             keep_initial(trainer, folder, found is not None)
             if alters_base(recipe.peft) and not prepared.adapter
