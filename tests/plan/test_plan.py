@@ -456,3 +456,90 @@ def test_layers_that_are_run_once_stand_for_all(name, changes, device):
     assert few.peaks == all_of_them.peaks
     assert (few.flops, few.operations) == (all_of_them.flops, all_of_them.operations)
     assert config.get_text_config().num_hidden_layers == len(model.built.base.base_model.layers)
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 500,
+}
+ODD = {
+    # layers of two kinds in turn, of which one has many more weights
+    "qwen2_moe": {
+        **SMALL, "num_hidden_layers": 24, "mlp_only_layers": [1, *range(6, 20)], "num_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+    },
+    # values narrower than queries
+    "deepseek_v2": {
+        **SMALL, "num_key_value_heads": 4, "num_hidden_layers": 9, "kv_lora_rank": 16, "q_lora_rank": None,
+        "head_dim": 8, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+    },
+    # each layer is looked up by its number
+    "zamba2": {
+        "hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "vocab_size": 500,
+        "layer_types": [*["mamba"] * 5, "hybrid"] * 2, "hybrid_layer_ids": [5, 11],
+    },
+    # one matrix for all layers
+    "gemma3n_text": {
+        **SMALL, "num_hidden_layers": 10, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 500,
+        "num_kv_shared_layers": 4, "laurel_rank": 8, "head_dim": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_layers_of_any_architecture_are_planned_as_all_of_them_are(write_recipe, tmp_path, kind):
+    from dataclasses import replace
+
+    from recipe_runner.plan.device import ANY_GPU
+    from recipe_runner.plan.memory import build_model, trace
+    from recipe_runner.plan.setting import choose_setting, find_config
+    from recipe_runner.recipe.resolve import load_recipe
+
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": kind, **ODD[kind]}))
+    training = {"activation_checkpointing": False, "max_length": 64}
+    recipe = load_recipe(str(write_recipe(model={"dtype": "bfloat16"}, training=training)))
+    config = find_config(recipe.model, file)
+    setting = choose_setting(recipe, config, ANY_GPU, {})
+    model = build_model(recipe, setting)
+    assert model.repeated is not None
+    trace(recipe, setting, model)
+    few, whole = trace(recipe, setting, model), trace(recipe, setting, replace(model, repeated=None))
+    assert few.peaks == whole.peaks
+    assert few.flops == whole.flops > 0
+
+
+def test_experts_with_an_adapter_are_planned(planned):
+    made = planned("olmoe_text_lora", "--set", "peft.target_modules=all-linear")
+    assert made["breakdown_bytes"]["adapters"] > planned("olmoe_text_lora")["breakdown_bytes"]["adapters"]
+
+
+def test_the_largest_batch_of_rewards_is_one_that_they_take(planned, run_cli):
+    made = planned("phi3_grpo_qlora", "--gpu", "RTX-4090")
+    largest = made["largest_batch"]
+    assert largest * 4 % 8 == 0
+    taken = f"training.per_device_train_batch_size={largest}"
+    assert planned("phi3_grpo_qlora", "--gpu", "RTX-4090", "--set", taken)["fits"]["RTX-4090"]
+    small = planned("phi3_grpo_qlora", "--gpu", "RTX-3060-12GB")
+    change = next(change for change in small["changes"] if change["fits"])
+    keys = [part for pair in change["what"].split(", ") for part in ("--set", "training." + pair.replace(": ", "="))]
+    changed = planned("phi3_grpo_qlora", "--gpu", "RTX-3060-12GB", *keys)
+    assert changed["fits"]["RTX-3060-12GB"]
+    assert changed["peak_bytes"] == small["peak_bytes"] - change["saved"]
+
+
+def test_what_never_fits_is_said(run_cli):
+    told = run_cli("plan", "llama33_70b_chat_qlora", "--gpu", "RTX-4090").out
+    assert "not even a batch of one fits" in told
+    assert "none of these is enough" in told
+
+
+@pytest.mark.parametrize(("name", "near"), [("RTX-409", "RTX-4090"), ("H10", "H100-80GB"), ("H100x", "H100-80GB")])
+def test_a_part_of_a_word_is_no_name_of_a_gpu(run_cli, name, near):
+    assert f"did you mean '{near}'?" in run_cli("plan", "phi3_chat_qlora", "--gpu", name).err
