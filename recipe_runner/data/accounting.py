@@ -53,6 +53,7 @@ class Accounting:
         changed_texts: Rows whose text is not what the model's own chat template makes of them.
         change: How the text of the first of them differs.
         rows_in_train: Of evaluation rows: those that are training rows, too, token by token.
+        leaked: The first of them, each with the training row that it is.
         images: Images of the kept rows.
         image_tokens: Tokens that stand for parts of them.
         streamed: Whether these are the first rows of data that is read while it is trained on.
@@ -87,6 +88,7 @@ class Accounting:
     changed_texts: int = 0
     change: str = ""
     rows_in_train: int = 0
+    leaked: list[str] = field(default_factory=list)
     images: int = 0
     image_tokens: int = 0
     streamed: bool = False
@@ -169,7 +171,9 @@ class Tally:
     looked_at: Counter[str] = field(default_factory=Counter)
     firsts: dict[str, str] = field(default_factory=dict)
     columns: dict[str, list[np.ndarray]] = field(
-        default_factory=lambda: {name: [] for name in ("length", "tokens", "lost", "supervised", "source", "hash")}
+        default_factory=lambda: {
+            name: [] for name in ("length", "tokens", "lost", "supervised", "source", "row", "hash")
+        }
     )
 
     def merge(self, later: "Tally") -> None:
@@ -190,7 +194,7 @@ class Tally:
 
         Args:
             columns: Arrays `(rows,)`: `length` of the whole row (of the longer answer's sequence, for a pair), `tokens`
-                that reach the model, tokens `lost` by cutting, `supervised` tokens, `source`, `hash`.
+                that reach the model, tokens `lost` by cutting, `supervised` tokens, `source`, `row` in it, `hash`.
         """
         for name, column in columns.items():
             self.columns[name].append(column)
@@ -202,7 +206,9 @@ class Tally:
 
     def finish(self) -> Accounting:
         """The accounting of all rows that went by, without `batches`."""
-        lengths, kept, lost, supervised, sources, hashes = (np.concatenate(column) for column in self.columns.values())
+        columns = {name: np.concatenate(arrays) for name, arrays in self.columns.items()}
+        lengths, kept, lost = columns["length"], columns["tokens"], columns["lost"]
+        supervised, sources, hashes = columns["supervised"], columns["source"], columns["hash"]
         least, most = int(lengths.min()), int(lengths.max())
         least = 0 if least < most / 2 else least - 1
         counts, edges = np.histogram(lengths, bins=min(BINS, most - least), range=(least, most))

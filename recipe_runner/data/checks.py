@@ -481,6 +481,7 @@ def find_problems(
             yield at("end-of-turn-is-no-end", found, f"train it by stage sft first, and {fix}", "model", "name_or_path")
     if counted.rows_in_train:
         found = f"{counted.rows_in_train:,} of {counted.rows_kept:,} {split} rows are training rows, too"
+        found += f" ({'; '.join(counted.leaked)}{'; ...' * (counted.rows_in_train > len(counted.leaked))})"
         fix = "remove them from one of the two: what was trained on can't be held against the model"
         yield as_warning(at("eval-rows-in-train", found, fix, "dataset", split))
     if counted.rows_with_two_bos:

@@ -41,6 +41,7 @@ from recipe_runner.workers import count_workers
 CODE = Path(__file__).resolve().parent
 # Of `training`, what decides on tokens, labels and packing.
 MADE_BY = ("trl", "transformers", "tokenizers", "datasets", "recipe-runner")
+NAMED = 5  # rows of a warning
 END = 2**20  # bytes of the end of a file that is streamed
 SLOW_SECONDS, SAY_SECONDS = 2, 10  # when progress is told: from then on; where there is no terminal, this often
 
@@ -185,9 +186,8 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
         }
         accounting["train"] = replace(accounting["train"], streamed=job.dataset.streaming)
         if "eval" in tallies:
-            trained, held_out = (np.concatenate(tallies[split].columns["hash"]) for split in ("train", "eval"))
-            seen = int(np.isin(held_out, trained).sum())
-            accounting["eval"] = replace(accounting["eval"], rows_in_train=seen)
+            seen, leaked = _find_leaks(job, tallies["train"], tallies["eval"])
+            accounting["eval"] = replace(accounting["eval"], rows_in_train=seen, leaked=leaked)
         write_json(partial / "accounting.json", {split: asdict(counted) for split, counted in accounting.items()})
         files = {file.name: hash_file(file) for file in sorted(partial.iterdir())}
         write_json(partial / "manifest.json", {"files": files, "made_from": made_from})
@@ -197,6 +197,26 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
         if isinstance(error, OSError) and error.errno in FULL:
             raise disk_full(error.errno, folder.parent, "prepared data is kept there (HF_HOME)") from error
         raise
+
+
+def _find_leaks(job: Job, trained: Tally, held_out: Tally) -> tuple[int, list[str]]:
+    """How many evaluation rows are training rows, token by token, and the first of them with the row that each is."""
+    train, held = (
+        {name: np.concatenate(tally.columns[name]) for name in ("hash", "source", "row")}
+        for tally in (trained, held_out)
+    )
+    known, firsts = np.unique(train["hash"], return_index=True)
+    leaks = np.flatnonzero(np.isin(held["hash"], known))
+
+    def call(rows: dict[str, np.ndarray], place: int) -> str:
+        source = job.sources[int(rows["source"][place])]
+        return f"{source.call_row(int(rows['row'][place]))} of {Path(source.name).name}"
+
+    told = [
+        f"{call(held, place)} is {call(train, firsts[np.searchsorted(known, held['hash'][place])])}"
+        for place in leaks[:NAMED]
+    ]
+    return len(leaks), told
 
 
 def _drop_leftovers(store: Path) -> None:

@@ -483,7 +483,7 @@ def test_evaluation_rows_that_are_trained_on_are_told(preview):
     rows = [{"instruction": f"say {n}", "output": f"it is {n}"} for n in range(6)]
     told = {"eval": {"source": "rows.jsonl"}}
     result, _ = preview(rows=rows, command="prepare", training={"eval_strategy": "steps"}, **told)
-    assert "warning[eval-rows-in-train] dataset.eval: 6 of 6 eval rows are training rows, too" in result.out
+    assert "warning[eval-rows-in-train] dataset.eval: 6 of 6 eval rows are training rows, too (row 1 of" in result.out
     twice = [*rows, *rows]  # a fraction holds some of them out
     result, _ = preview(rows=twice, command="prepare", training={"eval_strategy": "steps"}, eval={"fraction": 0.25})
     assert "eval rows are training rows, too" in result.out

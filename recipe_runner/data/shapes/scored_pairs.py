@@ -49,6 +49,7 @@ def keep(
         lost=np.zeros(keep.sum(), dtype=np.int64),
         supervised=(whole - _count_shared(table)).sum(axis=0)[keep],
         source=part[places[keep], 0],
+        row=part[places[keep], 1],
         hash=hash_rows(table, COLUMNS)[keep],
     )
     kept = make_table(table.filter(pa.array(keep)), COLUMNS, places[keep] + start)

@@ -131,6 +131,7 @@ def keep_columns(
         lost=lost,
         supervised=supervised[keep],
         source=part[places[keep], 0],
+        row=part[places[keep], 1],
         hash=hash_rows(table, numbers_of(columns))[keep],
     )
     if lost.any():
