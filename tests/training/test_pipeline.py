@@ -113,8 +113,8 @@ def fail_in(monkeypatch, stage, step):
 
     build = trainers.build_trainer
 
-    def build_failing(recipe, prepared):
-        trainer = build(recipe, prepared)
+    def build_failing(recipe, prepared, *more):
+        trainer = build(recipe, prepared, *more)
         if recipe.values["stage"] == stage:
             inner = trainer.training_step
 
