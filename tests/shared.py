@@ -42,6 +42,17 @@ SAMPLES = {
 GENERATING = {"max_completion_length": 12, "per_device_train_batch_size": 4, "num_generations": 2, "max_steps": 3}
 
 
+def break_off(whole, step):
+    """A copy of a completed run, newer than it, as one that failed after the checkpoint of a step."""
+    broken = whole.with_name("99999999-000000-aaaa")
+    shutil.copytree(whole, broken)
+    later = [path for path in (broken / "checkpoints").glob("checkpoint-*") if int(path.name.split("-")[1]) > step]
+    for path in [*later, *(broken / name for name in ("adapter", "model") if (broken / name).exists())]:
+        shutil.rmtree(path)
+    (broken / "status.json").write_text('{"status": "failed"}')
+    return broken
+
+
 # Launch configurations, and overrides of a recipe that suit some of them.
 DEEPSPEED = {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": {"zero_stage": 2}}
 ZERO3 = DEEPSPEED | {"deepspeed_config": {"zero_stage": 3, "zero3_save_16bit_model": True}}

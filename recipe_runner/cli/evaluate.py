@@ -95,17 +95,11 @@ def _judge_rows(target: Any, limit: int | None, dtype: str | None, quantized: bo
     for parameter, option in (ANSWERING | OF_DATA).items():
         if source(parameter) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--rows judges the rows of a run, without answers: leave out {option}")
-    if target.recipe is None:
-        message = f"{target.name} is no run: which rows it was trained on is not known"
-        raise user_error("no-ledger", message, "name a completed run")
-    with target.recipe.placing_errors():
-        file, entries = write_ledger(
-            target, target.recipe, limit, dtype, quantized, lambda text: click.echo(text, err=True)
-        )
+    with target.recipe.placing_errors() if target.recipe else contextlib.nullcontext():
+        file, entries = write_ledger(target, limit, dtype, quantized, lambda text: click.echo(text, err=True))
     click.echo(summarize(entries))
-    click.echo(
-        f"{file} is written; show rows of it: recipe-run preview {target.recipe.file} --worst 20 --run {target.run}"
-    )
+    shown = f"recipe-run preview {target.recipe.file} --worst 20 --run {target.run}"
+    click.echo(f"{file} is written; show rows of it: {shown}")
 
 
 def _refuse_answering(name: str) -> None:

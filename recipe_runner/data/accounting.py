@@ -1,6 +1,7 @@
 """What became of the rows of a split: what was lost and why, how long rows are, what batching wastes."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,11 @@ from recipe_runner.pages.frame import describe_batches
 
 BINS = 20  # of the length histogram
 SIMULATED = 10_000  # rows that batching is simulated on
+
+
+def list_reasons(dropped: Mapping[str, int]) -> str:
+    """Why rows can't be trained on, and how many, in a line."""
+    return "; ".join(f"{count:,} {reason}" for reason, count in dropped.items())
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Accounting:
     streamed: bool = False
 
     def __str__(self) -> str:
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        reasons = list_reasons(self.dropped)
         dropped = f"{sum(self.dropped.values()):,} dropped" + (f" ({reasons})" if reasons else "")
         cut = f"{self.rows_truncated:,} truncated" + (
             f" ({self.tokens_truncated:,} tokens lost)" if self.rows_truncated else ""

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import supports_tool_calling
 from trl.data_utils import common_prefix_length
 
-from recipe_runner.data.accounting import Accounting, Tally
+from recipe_runner.data.accounting import Accounting, Tally, list_reasons
 from recipe_runner.data.encode import apply_template
 from recipe_runner.data.formats import turns_of
 from recipe_runner.data.job import Job, Replaced
@@ -420,7 +420,7 @@ def find_problems(
 
     lost = sum(counted.dropped.values())
     if counted.rows_read and lost / counted.rows_read > dataset.max_dropped:
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in counted.dropped.items())
+        reasons = list_reasons(counted.dropped)
         found = f"{lost:,} of {counted.rows_read:,} {split} rows can't be used ({reasons})"
         fix = f"fix the data, or allow it: dataset.max_dropped is {dataset.max_dropped:g}"
         yield at("too-many-dropped", found, fix, "dataset", "max_dropped")

@@ -1,6 +1,6 @@
 """What is needed to make rows that the trainer is given."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,13 @@ class Job:
         """Whether a split is packed."""
         packing, of_eval = getattr(self.config, "packing", False), getattr(self.config, "eval_packing", None)
         return bool(packing if split == "train" or of_eval is None else of_eval)
+
+    def unpacked(self, split: str) -> "Job":
+        """The same, with the rows of a split as they are."""
+        if not self.packing(split):
+            return self
+        keys = {"packing": False} | ({"eval_packing": False} if hasattr(self.config, "eval_packing") else {})
+        return replace(self, config=replace(self.config, **keys))
 
     def cuts(self, split: str) -> bool:
         """Whether rows longer than `max_length` lose tokens, rather than being split between packed rows."""

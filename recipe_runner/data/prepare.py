@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recipe_runner.data import sources
-from recipe_runner.data.accounting import Tally
+from recipe_runner.data.accounting import Tally, list_reasons
 from recipe_runner.data.checks import (
     CHECKED_ROWS,
     REFUSALS,
@@ -243,7 +243,7 @@ def input_ids_of(stage: Stage, row: dict[str, Any]) -> list[int]:
 
 def nothing_left(split: str, reasons: dict[str, int], source: Source | None = None) -> UserError:
     """The error for a split, or for a source of it, of which no row is left."""
-    told = "; ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+    told = list_reasons(reasons)
     message = f"no row of the {split} data{f' of {source.name}' if source else ''} can be used: {told}"
     fix = "fix its rows, or leave the source out" if source else "fix them, or name other data"
     if any("max_length" in reason for reason in reasons):

@@ -52,10 +52,10 @@ from recipe_runner.recipe.local import (
     TEXTS,
     UNPACKED,
     Writing,
+    data_files,
     find_writing,
     is_file_source,
     is_saved,
-    list_files,
     open_bytes,
     open_text,
     split_line,
@@ -173,8 +173,7 @@ def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     """Opens one source and chooses its columns for the format; of one that is streamed, its first rows."""
     if dataset.streaming and section in dataset.train:
         return _open_stream(section, dataset)
-    name = section.source
-    return _open(section, dataset, list_files(name) if is_file_source(name) and not is_saved(Path(name)) else [])
+    return _open(section, dataset, data_files(section.source))
 
 
 def _open_stream(section: SourceSection, dataset: DatasetSection) -> Source:
@@ -182,7 +181,7 @@ def _open_stream(section: SourceSection, dataset: DatasetSection) -> Source:
     if not head:
         raise user_error("empty-dataset", f"{section.source} has no rows", path=(*section.path, "source"))
     plain = replace(section, split="train", field=None, sample_by=None, delimiter=None, encoding=None)
-    if suffix_of(section.source) in TEXTS or (is_file_source(section.source) and not is_saved(Path(section.source))):
+    if suffix_of(section.source) in TEXTS or data_files(section.source):
         text = "".join(json.dumps(row, default=str) + "\n" for row in head)
         file = store_folder() / f"head-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -210,8 +209,7 @@ def stream_rows(
     """
     name, suffix = section.source, ""
     try:
-        if is_file_source(name) and not is_saved(Path(name)):
-            files = list_files(name)
+        if files := data_files(name):
             suffix = suffix_of(files[0].name)
             if suffix in TEXTS:
                 options = (section.field, section.delimiter, section.encoding)
@@ -221,8 +219,8 @@ def stream_rows(
                 for number, row in itertools.islice(enumerate(rows), reader + skip * readers, None, readers):
                     yield f"row {number + 1}", row
                 return
-            data_files = [glob.escape(str(file)) for file in files]
-            stream = load_dataset(BUILDERS[suffix], data_files=data_files, split=section.split, streaming=True)
+            paths = [glob.escape(str(file)) for file in files]
+            stream = load_dataset(BUILDERS[suffix], data_files=paths, split=section.split, streaming=True)
         elif is_saved(Path(name)):
             stream = load_saved(section).to_iterable_dataset()
         elif (suffix := suffix_of(name) if name.startswith(HUB) else "") in BUILDERS:

@@ -35,7 +35,7 @@ from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks,
 from recipe_runner.data.sources import Source
 from recipe_runner.data.tables import NUMBERS
 from recipe_runner.files import FULL, disk_full, hash_file, write_json
-from recipe_runner.recipe.local import is_file_source, is_saved, list_files
+from recipe_runner.recipe.local import data_files, is_file_source, list_files
 from recipe_runner.workers import count_workers
 
 CODE = Path(__file__).resolve().parent
@@ -135,7 +135,7 @@ def describe_origin(job: Job) -> dict[str, Any]:
 def _sign(source: Source) -> str:
     """A hash of what is known of data that is not read as a whole: its first rows, the sizes and ends of its files."""
     digest = hashlib.sha256(json.dumps(source.rows[:], sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
-    for file in list_files(source.name) if is_file_source(source.name) and not is_saved(Path(source.name)) else []:
+    for file in data_files(source.name):
         with file.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - END))

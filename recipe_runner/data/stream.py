@@ -11,16 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 
-from recipe_runner.data.accounting import Tally
+from recipe_runner.data.accounting import Accounting, list_reasons
 from recipe_runner.data.job import Job
 from recipe_runner.data.marks import mark_sources
 from recipe_runner.data.prepare import prepare_chunk, shape_of
 from recipe_runner.data.sources import Source, stream_rows
-from recipe_runner.data.tables import pack
+from recipe_runner.data.tables import check_vocabulary, pack
 from recipe_runner.problems.errors import user_error
 
 WINDOW = 1_000  # rows that are read, mixed and packed at a time
@@ -77,7 +75,7 @@ class Position:
     def describe(self) -> str:
         """What was read, in a line."""
         counted, lost = self.counted, sum(self.dropped.values())
-        why = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        why = list_reasons(self.dropped)
         passes = max((place.passes for place in self.places), default=0)
         again = f"; read to the end {passes:,} times" if passes else ""
         dropped = f"{lost:,} dropped" + (f" ({why})" if why else "")
@@ -164,10 +162,12 @@ class Reader:
         if job.packing("train") and len(table):
             table = pack(table, job.config)
             tally.packed_rows = len(table)
-        self._check(table)
-        self.now = self._count(position, places, table, tally)
+        check_vocabulary(table, self.known, self.job.tokenizer.name_or_path)
+        some = any(map(len, tally.columns["length"]))
+        made = tally.finish() if some else Accounting(rows_read=tally.read, dropped=dict(tally.dropped))
+        self.now = self._count(position, places, made, len(table))
         rows = Dataset(table.combine_chunks())
-        rows = shape_of(job.stage).finish(rows, _Packed(tally.packed_rows), job.config)
+        rows = shape_of(job.stage).finish(rows, made, job.config)
         return mark_sources(rows, order) if self.marked else rows
 
     def _draw(self, which: int, source: Source, wanted: int, place: Place) -> tuple[Source, Place]:
@@ -190,42 +190,21 @@ class Reader:
         window = Window(found, list(dict.fromkeys(source.columns.values())))
         return replace(source, rows=window, numbered=names), place
 
-    def _count(self, position: Position, places: list[Place], table: pa.Table, tally: Tally) -> Position:
+    def _count(self, position: Position, places: list[Place], made: Accounting, given: int) -> Position:
         """Where the next window begins, and what became of all rows up to there.
 
         Raises:
             UserError: More rows were dropped than may be.
         """
-        made = asdict(tally.finish()) if any(map(len, tally.columns["length"])) else {"rows_read": tally.read}
-        counted = {key: position.counted.get(key, 0) + made.get(key, 0) for key in COUNTED}
-        dropped = dict(collections.Counter(position.dropped) + tally.dropped)
+        counted = {key: position.counted.get(key, 0) + getattr(made, key) for key in COUNTED}
+        dropped = dict(collections.Counter(position.dropped) + collections.Counter(made.dropped))
         lost, most = sum(dropped.values()), self.job.dataset.max_dropped
         if lost > most * counted["rows_read"]:
-            why = "; ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-            message = f"{lost:,} of the {counted['rows_read']:,} train rows up to here can't be used ({why})"
+            found = f"{lost:,} of the {counted['rows_read']:,} train rows up to here"
+            message = f"{found} can't be used ({list_reasons(dropped)})"
             fix = f"fix the data, or allow it: dataset.max_dropped is {most:g}"
             raise user_error("too-many-dropped", message, fix, path=("dataset", "max_dropped"))
-        return Position(position.window + 1, position.given + len(table), places, counted, dropped)
-
-    def _check(self, table: pa.Table) -> None:
-        """Checks that the model has an embedding for every token.
-
-        Raises:
-            UserError: It does not.
-        """
-        for column in (column for column in table.column_names if column.endswith("_ids")):
-            highest = pc.max(pc.list_flatten(table[column])).as_py()
-            if highest is not None and highest >= self.known:
-                message = f"the tokenizer made token {highest:,}, the model has the tokens 0 to {self.known - 1:,}"
-                fix = "take both of one model"
-                raise user_error("tokens-not-in-model", message, fix, path=("model", "name_or_path"))
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """Of an accounting, what a shape's `finish` looks at."""
-
-    packed_rows: int
+        return Position(position.window + 1, position.given + given, places, counted, dropped)
 
 
 def stream(readers: Sequence[Reader], features: Features) -> IterableDataset:

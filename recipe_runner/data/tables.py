@@ -5,9 +5,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
 from trl import pack_dataset
+
+from recipe_runner.problems.errors import user_error
 
 IGNORED = -100  # label of a token that is not in the loss (torch.nn.CrossEntropyLoss's ignore_index)
 NUMBERS = pa.list_(pa.int32())
@@ -94,3 +97,16 @@ def pack(table: pa.Table, config: Any) -> pa.Table:
     columns["documents"] = pa.ListArray.from_arrays(rows, owners[begins])
     columns["document_lengths"] = pa.ListArray.from_arrays(rows, lengths)
     return pa.table(columns)
+
+
+def check_vocabulary(table: pa.Table, known: int, name: str) -> None:
+    """Checks that a model (`name`) of `known` tokens has an embedding for every token of some rows.
+
+    Raises:
+        UserError: It does not.
+    """
+    for column in (column for column in table.column_names if column.endswith("_ids")):
+        highest = pc.max(pc.list_flatten(table.column(column))).as_py()
+        if highest is not None and highest >= known:
+            message = f"{name}: the tokenizer made token {highest:,}, the model has the tokens 0 to {known - 1:,}"
+            raise user_error("tokens-not-in-model", message, "take both of one model", path=("model", "name_or_path"))

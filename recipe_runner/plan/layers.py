@@ -1,13 +1,16 @@
 """Layers of a kind do the same: a step is run with three of each kind, and repeated for all others."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from recipe_runner.plan.build import Built
+from recipe_runner.plan.step import BACKWARD
 from recipe_runner.plan.trace import Mark, Memory
 
 FEW = 6  # layers: so many are all run
@@ -23,15 +26,18 @@ class Repeated:
         base: The model that they are in.
         layers: All of them.
         run: The numbers of those that are run: the first, three of each kind, and the last.
-        copies: Place in `run` -> how many layers that are not run do what this one does; the next one does the same.
         stands: Of each layer, the place in `run` of the one that stands for it: itself, where it is run.
     """
 
     base: Any
     layers: torch.nn.ModuleList
     run: Sequence[int]
-    copies: Mapping[int, int]
     stands: Sequence[int]
+
+    @cached_property
+    def copies(self) -> Mapping[int, int]:
+        """Place in `run` -> how many layers that are not run do what this one does; the next one does the same."""
+        return {place: count - 1 for place, count in Counter(self.stands).items() if count > 1}
 
 
 def find_layers(base: Any) -> torch.nn.ModuleList | None:
@@ -58,15 +64,13 @@ def find_repeated(built: Built) -> Repeated | None:
             kinds.setdefault(f"{types[number]} {trained} {_describe(layer)}", []).append(number)
         trained = trained or any(parameter.requires_grad for parameter in layer.parameters())
     run = [0, *(number for numbers in kinds.values() for number in numbers[:3]), len(layers) - 1]
-    stands, copies = [0] * len(layers), {}
+    stands = [0] * len(layers)
     for numbers in kinds.values():
         middle = run.index(numbers[min(1, len(numbers) - 1)])  # the first is the last to need what its kind shares
         for number in numbers:
             stands[number] = run.index(number) if number in run else middle
-        if len(numbers) > 3:
-            copies[middle] = len(numbers) - 3
     stands[-1] = len(run) - 1
-    return Repeated(built.base, layers, run, copies, stands) if len(layers) > max(FEW, len(run)) else None
+    return Repeated(built.base, layers, run, stands) if len(layers) > max(FEW, len(run)) else None
 
 
 def _describe(layer: torch.nn.Module) -> list[Any]:
@@ -90,7 +94,7 @@ def shortened(repeated: Repeated, memory: Memory) -> Iterator[None]:
 
     def watch(place: int, layer: Any) -> None:
         def begin(module: Any, args: Any, kwargs: Any) -> None:
-            if memory.phase == "backward":  # activations are computed again
+            if memory.phase == BACKWARD:  # activations are computed again
                 return
             memory.begin_layer(place)
             given = args[0] if args else kwargs["hidden_states"]
@@ -100,7 +104,7 @@ def shortened(repeated: Repeated, memory: Memory) -> Iterator[None]:
         hooks.append(layer.register_forward_pre_hook(begin, with_kwargs=True))
 
     def end(*args: Any) -> None:
-        if memory.phase != "backward":
+        if memory.phase != BACKWARD:
             memory.begin_layer(None)
 
     few = [repeated.layers[number] for number in repeated.run]
@@ -135,7 +139,7 @@ def repeat(memory: Memory, repeated: Repeated) -> bool:
     made: list[Any] = []
     done = flops = operations = 0
     for places in passes:
-        begins = {mark.layer: (mark, marks[number + 1]) for number in places if (mark := marks[number])}
+        begins = {marks[number].layer: (marks[number], marks[number + 1]) for number in places}
         did = {place: events[begin.position : end.position] for place, (begin, end) in begins.items()}
         for place in repeated.copies:
             if place in did and did[place] != did.get(place + 1):

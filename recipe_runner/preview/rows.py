@@ -221,9 +221,7 @@ def check_unchanged(opened: Opened, run: Path) -> None:
 
 def _take_alone(opened: Opened, source: int, number: int) -> list[Row]:
     order = np.array([[source, number]])
-    job = opened.job
-    if job.packing("train"):
-        job = dataclasses.replace(job, config=dataclasses.replace(job.config, packing=False, eval_packing=False))
+    job = opened.job.unpacked("train")
     tally = job.tally()
     with prepare_chunks(job, "train", order, tally) as tables:
         (table,) = tables

@@ -83,6 +83,11 @@ def list_files(name: str) -> list[Path]:
     return [path]
 
 
+def data_files(name: str) -> list[Path]:
+    """The files that hold a source's rows; none of what is on the hub, or a folder that datasets saved."""
+    return list_files(name) if is_file_source(name) and not is_saved(Path(name)) else []
+
+
 def open_bytes(file: Path) -> BinaryIO:
     """A file's bytes, unpacked.
 

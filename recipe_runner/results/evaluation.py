@@ -276,9 +276,7 @@ def read_evaluation(job: Job, orders: Mapping[str, np.ndarray], limit: int | Non
     if "eval" not in orders:
         fix = "name data that was not trained on: --data FILE"
         raise user_error("no-evaluation-data", "the recipe has no evaluation data", fix)
-    if job.packing("eval"):
-        unpacked = {"packing": False} | ({"eval_packing": False} if hasattr(job.config, "eval_packing") else {})
-        job = dataclasses.replace(job, config=dataclasses.replace(job.config, **unpacked))
+    job = job.unpacked("eval")
     order, tally, rows = choose_rows(orders["eval"], limit), job.tally(), []
     with prepare_chunks(job, "eval", order, tally) as tables:
         entries = [entry for table in tables for entry in table.to_pylist()]

@@ -24,7 +24,6 @@ from recipe_runner.files import write_text
 from recipe_runner.model.scores import Score, rate_sequences, score_sequences
 from recipe_runner.preview.rows import check_unchanged, open_preview
 from recipe_runner.problems.errors import user_error
-from recipe_runner.recipe.recipe import Recipe
 from recipe_runner.results.target import Opened, Target, open_target
 from recipe_runner.runs.ledger import FILE, KNOWN, Entry
 
@@ -58,13 +57,12 @@ class Judged:
 
 
 def write_ledger(
-    target: Target, recipe: Recipe, limit: int | None, dtype: str | None, quantized: bool, tell: Callable[[str], None]
+    target: Target, limit: int | None, dtype: str | None, quantized: bool, tell: Callable[[str], None]
 ) -> tuple[Path, list[Entry]]:
     """Judges every row of a run by the model before and after it, and writes the ledger into its folder.
 
     Args:
         target: A run.
-        recipe: Of the run.
         limit: The most rows of each split.
         dtype: Of the weights.
         quantized: Whether the base is quantized as in training.
@@ -73,7 +71,8 @@ def write_ledger(
     Raises:
         UserError: It is no run, its data has changed, or the stage has no rows that say what is to be learned.
     """
-    if target.run is None:
+    recipe = target.recipe
+    if target.run is None or recipe is None:
         message = f"{target.name} is no run: which rows it was trained on is not known"
         raise user_error("no-ledger", message, "name a completed run")
     if recipe.stage.generates:
@@ -101,22 +100,19 @@ def write_ledger(
 
 def read_judged(job: Job, split: str, order: np.ndarray, limit: int | None) -> Iterator[Judged]:
     """The rows of a split that can be used, each once, as the trainer would get them, unpacked."""
-    if job.packing(split):
-        unpacked = {"packing": False} | ({"eval_packing": False} if hasattr(job.config, "eval_packing") else {})
-        job = dataclasses.replace(job, config=dataclasses.replace(job.config, **unpacked))
-    order = np.unique(order, axis=0)[:limit]  # a mixture repeats rows
+    job, order = job.unpacked(split), np.unique(order, axis=0)[:limit]  # a mixture repeats rows
+    shape = shape_of(job.stage)
     with prepare_chunks(job, split, order, job.tally()) as tables:
         for table in tables:
-            for entry in table.to_pylist():
-                source, number = order[entry["documents"][0]]
-                (raw,) = (
-                    read_rows(job, order[entry["documents"][:1]]) if "label" in entry or job.dataset.images else [{}]
-                )
+            entries = table.to_pylist()
+            part = order[[entry["documents"][0] for entry in entries]]
+            reads = "label" in table.column_names or job.dataset.images
+            raws = read_rows(job, part) if reads else [{}] * len(entries)
+            for entry, (source, number), raw in zip(entries, part, raws, strict=True):
                 raw = take_side(raw, entry["label"] == [1]) if "label" in entry else raw
-                look = partial(shape_of(job.stage).inputs_of, entry, job) if raw.get("images") else None
-                sequences = shape_of(job.stage).as_trained(entry, job)
-                name = job.sources[source].name
-                yield Judged(split, name, int(number) + 1, sequences, raw.get("label"), look)
+                look = partial(shape.inputs_of, entry, job) if raw.get("images") else None
+                sequences = shape.as_trained(entry, job)
+                yield Judged(split, job.sources[source].name, int(number) + 1, sequences, raw.get("label"), look)
 
 
 def _measure(opened: Opened, rows: Sequence[Judged], scores: bool) -> list[dict[str, float]]:

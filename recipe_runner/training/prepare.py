@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from peft import AdaLoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +16,7 @@ from recipe_runner.data.prepare import order_rows
 from recipe_runner.data.prompts import Orders, Prompt, choose_golden, choose_prompts, find_split_prompts, pose
 from recipe_runner.data.sources import open_sources
 from recipe_runner.data.store import PreparedData, PreparedSplit, hash_tokenizer, prepare_data
+from recipe_runner.data.tables import check_vocabulary
 from recipe_runner.data.thinking import MARKS
 from recipe_runner.files import hash_file, hash_weights
 from recipe_runner.launch import processes
@@ -391,14 +391,7 @@ def _check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedD
             )
             raise user_error("tokens-not-in-model", message, fix, path=("model", "name_or_path"))
     for prepared in data.splits.values():
-        rows = prepared.dataset.data
-        for column in (column for column in rows.column_names if column.endswith("_ids")):
-            highest = pc.max(pc.list_flatten(rows.column(column))).as_py()
-            if highest is not None and highest >= known:
-                message = f"{name}: the tokenizer made token {highest:,}, the model has the tokens 0 to {known - 1:,}"
-                raise user_error(
-                    "tokens-not-in-model", message, "take both of one model", path=("model", "name_or_path")
-                )
+        check_vocabulary(prepared.dataset.data, known, name)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

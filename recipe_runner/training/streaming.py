@@ -75,8 +75,3 @@ class Follow(TrainerCallback):
         of = f" (process 0 of {args.world_size})" if args.world_size > 1 else ""
         if args.process_index == 0:
             print(f"  data: {self.reader.now.describe()}{of}", flush=True)
-
-
-def follow_stream(trainer: Any, readers: Sequence[Reader], checkpoint: Path | None) -> None:
-    """Has a trainer keep where its processes are in their data."""
-    trainer.add_callback(Follow(trainer, readers, checkpoint))

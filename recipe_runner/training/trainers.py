@@ -101,7 +101,7 @@ def build_trainer(recipe: Recipe, prepared: Prepared, checkpoint: Path | None = 
         raise refused("peft" if section is recipe.peft else "training", section.said, error) from error
     trainer.first_rows = first_rows
     if readers:
-        streaming.follow_stream(trainer, readers, checkpoint)
+        trainer.add_callback(streaming.Follow(trainer, readers, checkpoint))
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if prepared.unfrozen and not peft_config:
         freeze_others(trained, prepared.unfrozen)

@@ -5,7 +5,7 @@ import math
 import shutil
 
 import pytest
-from shared import CHAT, LORA, NF4, metrics
+from shared import CHAT, LORA, NF4, break_off, metrics
 
 
 @pytest.fixture
@@ -73,11 +73,7 @@ def test_a_resumed_dpo_from_an_adapter_equals_an_uninterrupted_one(stage, tmp_pa
     _, sft = stage("sft")
     options = {"adapter": sft, "training": {"max_steps": 6, "save_steps": 2}}
     _, whole = stage("dpo", **options)
-    broken = whole.with_name("99999999-000000-aaaa")
-    shutil.copytree(whole, broken)
-    for path in [broken / "adapter", *(broken / "checkpoints").glob("checkpoint-[46]")]:
-        shutil.rmtree(path)
-    (broken / "status.json").write_text('{"status": "failed"}')
+    broken = break_off(whole, 3)
     result, _ = stage("dpo", "--resume", "auto", **options)
     assert result.status == 0, result.err
     assert [entry["loss"] for entry in steps(broken)] == [entry["loss"] for entry in steps(whole)]

@@ -1,10 +1,9 @@
 """What a method needs beside its configuration: AdaLoRA's allocation of ranks, and PEFT's optimizers."""
 
 import json
-import shutil
 
 import pytest
-from shared import INT8, LORA, NF4, losses, metrics
+from shared import INT8, LORA, NF4, break_off, losses, metrics
 
 ADALORA = {"method": "adalora", "target_modules": "all-linear", "init_r": 6, "target_r": 2}
 TRAINING = {"max_steps": 8, "learning_rate": 5e-3, "lr_scheduler_type": "constant"}
@@ -56,11 +55,7 @@ def test_ranks_go_on_bit_for_bit_when_a_run_is_resumed(run_recipe, tmp_path):
     training = TRAINING | {"save_steps": 3}
     peft = ADALORA | {"tinit": 1, "tfinal": 3, "deltaT": 2, "lora_dropout": 0.1}
     _, whole = run_recipe(peft=peft, training=training)
-    killed = tmp_path / "runs" / "tiny" / "99999999-000000-aaaa"
-    shutil.copytree(whole, killed)
-    for path in [killed / "adapter", *(killed / "checkpoints").glob("checkpoint-[68]")]:
-        shutil.rmtree(path)
-    (killed / "status.json").write_text('{"status": "failed"}')
+    killed = break_off(whole, 5)
     result, run = run_recipe("--resume", "auto", peft=peft, training=training)
     assert (result.status, run) == (0, killed), result.err
     assert losses(killed) == losses(whole)
@@ -142,11 +137,7 @@ def test_an_optimizer_of_peft_trains_and_resumes(run_recipe, tmp_path, name):
         assert all((begun[n] == moved[n]).all() for n in moved if "lora_A" in n)
         count = sum(tensor.numel() for n, tensor in moved.items() if "lora_B" in n)
         assert f"trainable  {count:,} of" in result.out
-    killed = tmp_path / "runs" / "tiny" / "99999999-000000-aaaa"
-    shutil.copytree(whole, killed)
-    for path in (killed / "adapter", killed / "checkpoints" / "checkpoint-8"):
-        shutil.rmtree(path)
-    (killed / "status.json").write_text('{"status": "failed"}')
+    killed = break_off(whole, 7)
     result, run = run_recipe("--resume", "auto", peft=LORA, training=training)
     assert (result.status, run) == (0, killed), result.err
     assert losses(killed) == losses(whole)

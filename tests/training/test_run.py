@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import EXAMPLES, HF_HOME
-from shared import CHAT, INT8, LORA, NF4, SHAREGPT, TEXT, losses, metrics, status, write_rows
+from shared import CHAT, INT8, LORA, NF4, SHAREGPT, TEXT, break_off, losses, metrics, status, write_rows
 
 from recipe_runner.recipe.document import read_document
 
@@ -112,11 +112,7 @@ def test_resumed_run_equals_an_uninterrupted_one(run_recipe, tmp_path, quantizat
     sections = {"peft": LORA | {"lora_dropout": 0.1}, "quantization": quantization, "training": training}
     _, whole = run_recipe(**sections)
     expected = losses(whole)
-    broken = tmp_path / "runs" / "tiny" / "99999999-000000-aaaa"
-    shutil.copytree(whole, broken)
-    for path in [broken / "adapter", *(broken / "checkpoints").glob("checkpoint-[46]")]:
-        shutil.rmtree(path)
-    (broken / "status.json").write_text('{"status": "failed"}')
+    broken = break_off(whole, 3)
     result, folder = run_recipe("--resume", "auto", **sections)
     assert result.status == 0, result.err
     assert folder == broken

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from shared import LORA, SAMPLES, losses, status, write_rows
+from shared import LORA, SAMPLES, break_off, losses, status, write_rows
 
 ROWS = [{"instruction": f"say the number {n}", "output": f"it is the number {n}"} for n in range(2000)]
 STREAMED = {"format": "instruction", "streaming": True}
@@ -92,11 +92,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(run_recipe, tmp_path, packin
     assert "streamed; the first 1,000 rows" in result.out
     assert "1,000 rows read: 1,000 kept, 0 dropped" in result.out
     expected = losses(whole)
-    broken = tmp_path / "runs" / "tiny" / "99999999-000000-aaaa"
-    shutil.copytree(whole, broken)
-    for path in [broken / "adapter", *(broken / "checkpoints").glob("checkpoint-[46]")]:
-        shutil.rmtree(path)
-    (broken / "status.json").write_text('{"status": "failed"}')
+    broken = break_off(whole, 3)
     result, folder = run_recipe("--resume", "auto", **sections)
     assert result.status == 0, result.err
     assert folder == broken

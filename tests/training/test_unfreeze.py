@@ -1,7 +1,7 @@
 """Partial fine-tuning, and adapters beside parts of the base: what is chosen moves, and nothing else."""
 
 import pytest
-from shared import LORA, NF4, losses
+from shared import LORA, NF4, break_off, losses
 
 TRAINING = {"max_steps": 3, "learning_rate": 1e-3, "save_steps": 2}
 
@@ -74,15 +74,10 @@ def test_an_adapter_and_chosen_parts_load_as_one_piece(run_recipe, tiny_phi3, qu
 
 
 def test_a_partial_run_resumes_bit_for_bit(run_recipe, tmp_path):
-    import shutil
 
     sections = {"unfreeze": ["norms", "lm_head"], "training": TRAINING}
     _, whole = run_recipe(**sections)
-    killed = tmp_path / "runs" / "tiny" / "99999999-000000-aaaa"
-    shutil.copytree(whole, killed)
-    for path in (killed / "model", killed / "checkpoints" / "checkpoint-3"):
-        shutil.rmtree(path)
-    (killed / "status.json").write_text('{"status": "failed"}')
+    killed = break_off(whole, 2)
     result, folder = run_recipe("--resume", "auto", **sections)
     assert (result.status, folder) == (0, killed), result.err
     before, after = weights_of(whole / "model"), weights_of(killed / "model")

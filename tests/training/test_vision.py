@@ -1,11 +1,10 @@
 """Vision models, trained for real on pictures: small random ones of two architectures."""
 
 import json
-import shutil
 
 import pytest
 from seeing import COLOURS, draw, seeing_rows
-from shared import LORA, NF4, losses, status, write_rows
+from shared import LORA, NF4, break_off, losses, status, write_rows
 
 ARCHITECTURES = ("idefics3", "gemma3")
 
@@ -158,11 +157,7 @@ def test_answers_alone_are_learned(see):
 def test_a_resumed_run_equals_an_uninterrupted_one(see, tmp_path):
     sections = {"peft": LORA | {"lora_dropout": 0.1}, "training": {"max_steps": 4, "save_steps": 2}}
     _, whole = see(**sections)
-    broken = tmp_path / "runs" / "see" / "99999999-000000-aaaa"
-    shutil.copytree(whole, broken)
-    for path in [broken / "adapter", *(broken / "checkpoints").glob("checkpoint-4")]:
-        shutil.rmtree(path)
-    (broken / "status.json").write_text('{"status": "failed"}')
+    broken = break_off(whole, 3)
     result, folder = see("--resume", "auto", **sections)
     assert (result.status, folder) == (0, broken), result.err
     assert losses(broken) == losses(whole)
