@@ -154,7 +154,7 @@ class Tally:
         limit: Tokens of a row; None for no limit.
         source_names: The files or hub ids.
         short_names: What they are called in metrics.
-        columns: Arrays of what `add` was told of kept rows.
+        columns: What `add` takes of kept rows, in its order; the number of a source and of a row in place of `origin`.
     """
 
     limit: int | None
@@ -195,15 +195,29 @@ class Tally:
         for name, arrays in later.columns.items():
             self.columns[name] += arrays
 
-    def add(self, **columns: np.ndarray) -> None:
+    def add(
+        self,
+        *,
+        origin: np.ndarray,
+        length: np.ndarray,
+        tokens: np.ndarray,
+        lost: np.ndarray,
+        supervised: np.ndarray,
+        hash: np.ndarray,
+    ) -> None:
         """Adds kept rows.
 
         Args:
-            columns: Arrays `(rows,)`: `length` of the whole row (of the longer answer's sequence, for a pair), `tokens`
-                that reach the model, tokens `lost` by cutting, `supervised` tokens, `source`, `row` in it, `hash`.
+            origin: `(rows, 2)`: the source of each row, and its number there.
+            length: `(rows,)`: of the whole row (of the longer answer's sequence, for a pair).
+            tokens: `(rows,)`: those that reach the model.
+            lost: `(rows,)`: tokens that cutting took away.
+            supervised: `(rows,)`: tokens that are learned.
+            hash: `(rows,)`: equal for rows that are equal, token by token.
         """
-        for name, column in columns.items():
-            self.columns[name].append(column)
+        values = (length, tokens, lost, supervised, origin[:, 0], origin[:, 1], hash)
+        for column, added in zip(self.columns.values(), values, strict=True):
+            column.append(added)
 
     def drop(self, reason: str, rows: int) -> None:
         """Counts rows that can't be trained on."""

@@ -57,8 +57,7 @@ def keep_answers(
         tokens=fitted.sum(axis=0)[keep],
         lost=(whole - fitted).sum(axis=0)[keep],
         supervised=(fitted - prompt).sum(axis=0)[keep],
-        source=part[places[keep], 0],
-        row=part[places[keep], 1],
+        origin=part[places[keep]],
         hash=hash_rows(table, numbers_of(columns))[keep],
     )
     kept = make_table(table.filter(pa.array(keep)), columns, places[keep] + start)

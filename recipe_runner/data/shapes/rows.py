@@ -33,10 +33,10 @@ def keep(
     keep = ~drop_overlong(job, lengths, part[places], tally)
     none = np.zeros(keep.sum(), dtype=np.int64)
     hashes = hash_rows(table, FIRST)[keep]
-    source = part[places[keep], 0]
-    tally.add(length=lengths[keep], tokens=lengths[keep], lost=none, supervised=none, source=source, hash=hashes)
+    origin, lengths = part[places[keep]], lengths[keep]
+    tally.add(origin=origin, length=lengths, tokens=lengths, lost=none, supervised=none, hash=hashes)
     kept = make_table(table.filter(pa.array(keep)), COLUMNS, places[keep] + start)
-    return with_documents(kept, lengths[keep], packing=False)
+    return with_documents(kept, lengths, packing=False)
 
 
 def finish(dataset: Dataset, accounting: Accounting, config: Any) -> Dataset:

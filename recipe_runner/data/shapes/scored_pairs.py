@@ -48,8 +48,7 @@ def keep(
         tokens=whole.sum(axis=0)[keep],
         lost=np.zeros(keep.sum(), dtype=np.int64),
         supervised=(whole - _count_shared(table)).sum(axis=0)[keep],
-        source=part[places[keep], 0],
-        row=part[places[keep], 1],
+        origin=part[places[keep]],
         hash=hash_rows(table, COLUMNS)[keep],
     )
     kept = make_table(table.filter(pa.array(keep)), COLUMNS, places[keep] + start)

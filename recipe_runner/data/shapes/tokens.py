@@ -130,8 +130,7 @@ def keep_columns(
         tokens=lengths[keep] - lost,
         lost=lost,
         supervised=supervised[keep],
-        source=part[places[keep], 0],
-        row=part[places[keep], 1],
+        origin=part[places[keep]],
         hash=hash_rows(table, numbers_of(columns))[keep],
     )
     if lost.any():
