@@ -1,7 +1,7 @@
 """Training on a GPU: speed and memory of the shipped recipes with full-size random models, in Markdown.
 
     python benchmarks/gpu.py speed  [--steps 20] [--minutes 8]   # recipes, variants; a plain TRL script, in turn
-    python benchmarks/gpu.py memory [--steps 4]                  # peak memory of set-ups of a 1B model
+    python benchmarks/gpu.py memory [--steps 4] [--jobs 4]       # peak memory of set-ups, beside what is planned
     python benchmarks/gpu.py align  [--steps 4]                  # KTO, reward model, RLOO, GRPO, distillation
     python benchmarks/gpu.py first  [--steps 6]                  # the longest batch first: its time, memory and traces
 
@@ -15,6 +15,10 @@ Tokens are those of batches without padding. A step's time is the median after t
 input, and 2 for the gradient of the weight where it is trained; 2 more where DPO's reference passes. What activation
 checkpointing computes twice is not counted. Stops are the times a step that the host waits for the GPU, as PyTorch's
 sync debug mode counts them, in runs of their own with four batches a step, as counting takes time.
+
+With `memory` each set-up has a process of its own, `--jobs` of them at a time: what one allocates does not depend on
+the others, but its speed does. What is planned is what the run itself kept; `--json` keeps what is needed to plan it
+again (scripts/make_plan_accuracy.py).
 """
 
 import argparse
@@ -32,6 +36,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +85,7 @@ TINY = {
     "head_dim": 16,
     "vocab_size": 4000,
 }
-MODELS = {"Phi-3-mini": PHI3, "Llama-3.2-1B": LLAMA}
+MODELS = {"Phi-3-mini": PHI3, "Llama-3.2-1B": LLAMA}  # others are called as in recipes/models.json
 
 
 @dataclass(frozen=True)
@@ -113,27 +118,63 @@ NO_CHECKPOINTING = {"training.activation_checkpointing": False}
 
 
 BATCH, LENGTH, OPTIMIZER = "training.per_device_train_batch_size", "training.max_length", "training.optim"
+ADAMW = {OPTIMIZER: "adamw_torch"}
+PLAIN: dict[str, Any] = {"quantization": None}
+INT8 = {"quantization": {"load_in_8bit": True}}
+QWEN, GEMMA, SMOL = "Qwen/Qwen3-1.7B", "google/gemma-3-1b-it", "HuggingFaceTB/SmolLM2-360M-Instruct"
+DORA = PLAIN | {"peft.use_dora": True}
+PREFIX = PLAIN | NO_CHECKPOINTING | {"peft": {"method": "prefix_tuning", "num_virtual_tokens": 30}}
+FEW_TOKENS = {"training.max_completion_length": 64, BATCH: 8}
 MEMORY = tuple(
-    Setup(name, recipe, changes, "Llama-3.2-1B")
-    for name, recipe, changes in (
-        ("QLoRA r 64", "phi3_text_qlora", {}),
-        ("QLoRA, not double", "phi3_text_qlora", {"quantization.bnb_4bit_use_double_quant": False}),
-        ("QLoRA, length 512", "phi3_text_qlora", {LENGTH: 512}),
-        ("QLoRA, length 4096", "phi3_text_qlora", {LENGTH: 4096}),
-        ("QLoRA, batch 4", "phi3_text_qlora", {BATCH: 4}),
-        ("QLoRA, no checkpointing", "phi3_text_qlora", NO_CHECKPOINTING),
-        ("LoRA r 64", "phi3_text_qlora", {"quantization": None}),
-        ("LoRA, no checkpointing", "phi3_text_qlora", {"quantization": None, **NO_CHECKPOINTING}),
-        ("LoRA, batch 4, AdamW", "phi3_text_qlora", {"quantization": None, BATCH: 4, OPTIMIZER: "adamw_torch"}),
-        ("full bf16, AdamW", "phi3_text_qlora", FULL | {OPTIMIZER: "adamw_torch"}),
-        ("full bf16, 8-bit", "phi3_text_qlora", FULL | {OPTIMIZER: "adamw_8bit"}),
-        ("full bf16, Adafactor", "phi3_text_qlora", FULL | {OPTIMIZER: "adafactor"}),
-        ("full float32, AdamW", "phi3_text_qlora", FULL | {OPTIMIZER: "adamw_torch", "model.dtype": "float32"}),
-        ("full bf16, no checkpointing", "phi3_text_qlora", FULL | {OPTIMIZER: "adamw_torch"} | NO_CHECKPOINTING),
-        ("DPO QLoRA", "phi3_dpo_qlora", {}),
-        ("DPO LoRA", "phi3_dpo_qlora", {"quantization": None}),
-        ("DPO full", "phi3_dpo_qlora", FULL | {OPTIMIZER: "adamw_torch"}),
-        ("instruct QLoRA, not packed, batch 4", "phi3_instruct_qlora", {"training.packing": None, BATCH: 4}),
+    Setup(name, recipe, changes, model)
+    for name, recipe, changes, model in (
+        ("QLoRA r 64", "phi3_text_qlora", {}, "Llama-3.2-1B"),
+        ("QLoRA, not double", "phi3_text_qlora", {"quantization.bnb_4bit_use_double_quant": False}, "Llama-3.2-1B"),
+        ("QLoRA, length 512", "phi3_text_qlora", {LENGTH: 512}, "Llama-3.2-1B"),
+        ("QLoRA, length 4096", "phi3_text_qlora", {LENGTH: 4096}, "Llama-3.2-1B"),
+        ("QLoRA, batch 4", "phi3_text_qlora", {BATCH: 4}, "Llama-3.2-1B"),
+        ("QLoRA, no checkpointing", "phi3_text_qlora", NO_CHECKPOINTING, "Llama-3.2-1B"),
+        (
+            "QLoRA, instructions, not packed, batch 4",
+            "phi3_instruct_qlora",
+            {"training.packing": None, BATCH: 4},
+            "Llama-3.2-1B",
+        ),
+        ("QLoRA, Phi-3-mini", "phi3_text_qlora", {}, "Phi-3-mini"),
+        (
+            "QLoRA, Phi-3-mini, batch 2, no checkpointing",
+            "phi3_text_qlora",
+            NO_CHECKPOINTING | {BATCH: 2},
+            "Phi-3-mini",
+        ),
+        ("QLoRA, Qwen3-1.7B, batch 2", "phi3_text_qlora", {BATCH: 2}, QWEN),
+        ("QLoRA, Gemma 3 1B", "phi3_text_qlora", {}, GEMMA),
+        ("LoRA on 8 bits", "phi3_text_qlora", INT8, "Llama-3.2-1B"),
+        ("LoRA on 8 bits, no checkpointing", "phi3_text_qlora", INT8 | NO_CHECKPOINTING, "Llama-3.2-1B"),
+        ("LoRA r 64", "phi3_text_qlora", PLAIN, "Llama-3.2-1B"),
+        ("LoRA, no checkpointing", "phi3_text_qlora", PLAIN | NO_CHECKPOINTING, "Llama-3.2-1B"),
+        ("LoRA, batch 4, AdamW", "phi3_text_qlora", PLAIN | ADAMW | {BATCH: 4}, "Llama-3.2-1B"),
+        ("LoRA, Qwen3-1.7B, no checkpointing", "phi3_text_qlora", PLAIN | NO_CHECKPOINTING, QWEN),
+        ("LoRA, Gemma 3 1B, no checkpointing", "phi3_text_qlora", PLAIN | NO_CHECKPOINTING, GEMMA),
+        ("DoRA", "phi3_text_qlora", DORA, "Llama-3.2-1B"),
+        ("prefix of 30, SmolLM2-360M", "phi3_text_qlora", PREFIX | {"training.packing": None}, SMOL),
+        ("full bf16, AdamW", "phi3_text_qlora", FULL | ADAMW, "Llama-3.2-1B"),
+        ("full bf16, 8-bit", "phi3_text_qlora", FULL | {OPTIMIZER: "adamw_8bit"}, "Llama-3.2-1B"),
+        ("full bf16, Adafactor", "phi3_text_qlora", FULL | {OPTIMIZER: "adafactor"}, "Llama-3.2-1B"),
+        ("full float32, AdamW", "phi3_text_qlora", FULL | ADAMW | {"model.dtype": "float32"}, "Llama-3.2-1B"),
+        ("full bf16, no checkpointing", "phi3_text_qlora", FULL | ADAMW | NO_CHECKPOINTING, "Llama-3.2-1B"),
+        ("full bf16, Gemma 3 1B", "phi3_text_qlora", FULL | ADAMW, GEMMA),
+        ("full bf16, SmolLM2-360M, batch 8", "phi3_text_qlora", FULL | ADAMW | {BATCH: 8}, SMOL),
+        ("DPO QLoRA", "phi3_dpo_qlora", {}, "Llama-3.2-1B"),
+        ("DPO QLoRA, no checkpointing", "phi3_dpo_qlora", NO_CHECKPOINTING, "Llama-3.2-1B"),
+        ("DPO LoRA", "phi3_dpo_qlora", PLAIN, "Llama-3.2-1B"),
+        ("DPO full", "phi3_dpo_qlora", FULL | ADAMW, "Llama-3.2-1B"),
+        ("KTO QLoRA", "phi3_kto_qlora", {}, "Llama-3.2-1B"),
+        ("KTO LoRA, Qwen3-1.7B", "phi3_kto_qlora", PLAIN, QWEN),
+        ("reward QLoRA", "phi3_reward_qlora", {}, "Llama-3.2-1B"),
+        ("reward full", "phi3_reward_qlora", FULL | ADAMW, "Llama-3.2-1B"),
+        ("GRPO LoRA, 64 new tokens", "phi3_grpo_qlora", PLAIN | FEW_TOKENS, "Llama-3.2-1B"),
+        ("GRPO QLoRA, 64 new tokens", "phi3_grpo_qlora", FEW_TOKENS, "Llama-3.2-1B"),
     )
 )
 
@@ -152,7 +193,7 @@ STOPS = (
     Setup("stops: chat", "phi3_chat_qlora", {}, "Llama-3.2-1B", PAIR),
     Setup("stops: DPO, in random order", "phi3_dpo_qlora", RANDOM, "Llama-3.2-1B", PAIR),
 )
-PLAIN, BRIEF = {"quantization": None}, {"training.max_completion_length": 256}
+BRIEF = {"training.max_completion_length": 256}
 ALIGN = tuple(
     Setup(name, recipe, changes)
     for name, recipe, changes in (
@@ -178,6 +219,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int)
     arguments.add_argument("--minutes", type=float, default=8)
     arguments.add_argument("--only", default="", help="set-ups whose names hold this")
+    arguments.add_argument("--jobs", type=int, default=1, help="set-ups at a time, where only memory is measured")
     arguments.add_argument("--json", type=Path, help="a file for all that was measured, a line each")
     arguments.add_argument("--tiny", action="store_true", help="two narrow layers instead of the whole model")
     options = arguments.parse_args()
@@ -195,6 +237,9 @@ def main() -> None:
         if options.what == "align":
             build_judges(folder, options.tiny)
         print(f"{device_name()}; {steps} steps, {time.monotonic() - start:.0f} s to build the models\n")
+        if options.what == "memory":
+            compare_memory(setups, steps, folder, options.jobs, start + options.minutes * 60, options.json)
+            return
         print("| set-up | by | tokens/s | MFU | allocated, GiB | reserved, GiB | first and last loss | beside |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
         jobs = [(setup, side, write_job(setup, side, steps, folder)) for setup in setups for side in setup.sides]
@@ -207,8 +252,7 @@ def main() -> None:
             if time.monotonic() - start > options.minutes * 60:
                 print(f"| {group[0][0].name} | {group[0][1]} | left out: {options.minutes:g} minutes are over ||||||")
                 continue
-            command = [sys.executable, __file__, "worker", *(str(file) for _, _, file in group)]
-            answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+            answer = start_worker([file for _, _, file in group])
             for setup, side, file in group:
                 print(row(setup, side, file, weights[setup.model], answer), flush=True)
                 if options.json and file.with_suffix(".result").exists():
@@ -216,6 +260,55 @@ def main() -> None:
                     entry = {"set_up": setup.name, "by": side, "recipe": setup.recipe, "changes": setup.changes}
                     with options.json.open("a", encoding="utf-8") as stream:
                         stream.write(json.dumps(entry | {"device": device_name()} | found) + "\n")
+
+
+def start_worker(files: list[Path]) -> subprocess.CompletedProcess[str]:
+    """Trains what files say, in a process of its own."""
+    command = [sys.executable, __file__, "worker", *map(str, files)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+def compare_memory(setups: list[Setup], steps: int, folder: Path, jobs: int, end: float, kept: Path | None) -> None:
+    """Trains set-ups, several at a time, and prints what they took beside what was planned for them.
+
+    Args:
+        setups: The set-ups.
+        steps: Of each.
+        folder: Of the models and the rows.
+        jobs: How many are trained at a time.
+        end: When the last may start, by the clock.
+        kept: A file for all that is needed to plan them again, a line each.
+    """
+
+    def measure(setup: Setup) -> str:
+        if time.monotonic() > end:
+            return "left out: the time is over"
+        file = write_job(setup, "recipe", steps, folder)
+        answer, result = start_worker([file]), file.with_suffix(".result")
+        found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {"error": answer.stderr}
+        if "error" in found:
+            return f"failed: {' '.join(found['error'].split())[-600:]}"
+        if kept:
+            recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+            entry = {"set_up": setup.name, "model": setup.model, "device": device_name(), "recipe": recipe} | found
+            with kept.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+        planned, measured = found["planned"], found["memory"]
+        if "failed" in planned:
+            return (
+                f"{found['allocated'] / GIB:.2f} | {found['reserved'] / GIB:.2f} | not planned: {planned['failed']} |"
+            )
+        off = planned["allocated_bytes"] / measured["peak_memory_bytes"] - 1
+        cells = [found["allocated"], found["reserved"], planned["allocated_bytes"]]
+        return " | ".join([*(f"{size / GIB:.2f}" for size in cells), f"{off:+.1%}"])
+
+    print("| set-up | allocated, GiB | reserved, GiB | planned, GiB | error |")
+    print("|---|---:|---:|---:|---:|", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        mixed = random.Random(0).sample(setups, len(setups))  # so that those that take most are not trained together
+        found = {setup.name: pool.submit(measure, setup) for setup in mixed}
+        for setup in setups:
+            print(f"| {setup.name} | {found[setup.name].result()} |", flush=True)
 
 
 def row(setup: Setup, side: str, file: Path, weights: int, answer: subprocess.CompletedProcess[str]) -> str:
@@ -256,13 +349,26 @@ def build_model(model: str, folder: Path, tiny: bool) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    facts = MODELS[model] | (TINY | {"num_key_value_heads": 2} if tiny else {}) | {"eos_token_id": 0, "pad_token_id": 0}
+    facts = (
+        facts_of(model) | (TINY | {"num_key_value_heads": 2} if tiny else {}) | {"eos_token_id": 0, "pad_token_id": 0}
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts), dtype=torch.bfloat16)
     built.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return sum(layer.weight.numel() for layer in built.modules() if isinstance(layer, torch.nn.Linear))
+
+
+def facts_of(model: str) -> dict[str, Any]:
+    """The configuration of a model: one of `MODELS`, or one that the shelf has facts of."""
+    from recipe_runner.recipe.models import find_facts
+
+    if facts := MODELS.get(model):
+        return facts
+    found = find_facts(model)
+    assert found, model
+    return {"model_type": found.model_type, **found.config}
 
 
 def build_judges(folder: Path, tiny: bool) -> None:
@@ -397,6 +503,7 @@ def work(file: Path) -> None:
         with count_stops(wanted=file.stem.startswith("stops")) as stops:
             adapter = train(file)
         (metrics,) = file.with_suffix("").rglob("metrics.jsonl")
+        kept = [json.loads(status.read_text(encoding="utf-8")) for status in file.with_suffix("").rglob("status.json")]
         logged = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         steps = [entry for entry in logged if "loss" in entry]
         pairs = list(zip(steps[WARM_UP:], steps[WARM_UP + 1 :], strict=False)) or [(steps[0], steps[-1])]
@@ -413,6 +520,7 @@ def work(file: Path) -> None:
             "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
             "seconds": time.monotonic() - start,
             **tried,
+            **{name: kept[0][key] for name, key in (("planned", "planned"), ("memory", "measured")) if kept},
         }
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {error}"}

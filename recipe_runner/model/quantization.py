@@ -1,5 +1,6 @@
-"""Quantized base models, and what bitsandbytes needs on a CPU."""
+"""Quantized base models, and what bitsandbytes has to be kept from."""
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -56,3 +57,32 @@ def keep_4bit_weights_trainable(model: torch.nn.Module) -> int:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
+
+
+def forget_8bit_inputs() -> None:
+    """Stops bitsandbytes from keeping what 8-bit layers were given, which their backward pass does not read.
+
+    It keeps them beside what autograd saves, so that activation checkpointing frees none of them: LoRA on 8 bits of
+    Llama-3.2-1B took 2.98 GiB with 2,048 tokens where 2.01 are enough.
+    Source: bitsandbytes/autograd/_functions.py 0.50.2, MatMul8bitLt and MatMul8bitFp. `test_model.py` tells when it is
+    fixed.
+    """
+    from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
+
+    functions: tuple[Any, ...] = (MatMul8bitLt, MatMul8bitFp)
+    for function in functions:
+        if not hasattr(function.forward, "__wrapped__"):
+            function.forward = staticmethod(_forgetting(function.forward))
+
+
+def _forgetting(forward: Any) -> Any:
+    """A forward pass that keeps no inputs, where the weights are not trained."""
+
+    @functools.wraps(forward)
+    def wrapped(ctx: Any, *args: Any, **kwargs: Any) -> Any:
+        made = forward(ctx, *args, **kwargs)
+        if not ctx.needs_input_grad[1]:
+            ctx.tensors, ctx.A = (None, None, None), None
+        return made
+
+    return wrapped

@@ -37,14 +37,14 @@ UNKNOWN_PROMPT = 512  # tokens of a prompt, where no data is prepared
 
 
 def find_config(model: ModelSection, file: Path | None, scores: bool = False) -> PretrainedConfig:
-    """The configuration of a recipe's model, without the hub: from a file, the shelf's facts, a folder or the cache.
+    """The configuration of a recipe's model, without the hub: from a file, its folder, the shelf's facts or the cache.
 
     Raises:
         UserError: Nothing is known of it, or it needs code of its own.
     """
     if file:
         config = _read_config(file, model)
-    elif facts := find_facts(model.name_or_path):
+    elif not model.folder and (facts := find_facts(model.name_or_path)):
         config = build_config(model, facts)
     else:
         folder = model.folder or _find_cached(model)

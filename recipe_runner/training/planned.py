@@ -54,6 +54,7 @@ def record_plan(recipe: Recipe, prepared: Prepared, config: Any) -> dict[str, An
             "peak_bytes": made.peak.total,
             "breakdown_bytes": dict(made.peaks[made.phase].kinds),
             "phase": made.phase,
+            "batch": asdict(setting.train),
             "step_seconds": [made.time.low, made.time.high],
         }
     }

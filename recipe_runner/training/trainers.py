@@ -19,7 +19,7 @@ from recipe_runner.data.sources import name_sources
 from recipe_runner.files import share_path
 from recipe_runner.model import base, continuation
 from recipe_runner.model.adapter import saves_embeddings, train_in_full_precision
-from recipe_runner.model.quantization import build_quantization, keep_4bit_weights_trainable
+from recipe_runner.model.quantization import build_quantization, forget_8bit_inputs, keep_4bit_weights_trainable
 from recipe_runner.model.scoring import score_on_cpu
 from recipe_runner.model.unfreeze import freeze_others
 from recipe_runner.problems.errors import first_line, refused, user_error
@@ -130,6 +130,8 @@ def build_trainer(recipe: Recipe, prepared: Prepared, checkpoint: Path | None = 
         _put_images_first(trainer)
     trainer.create_model_card = lambda **kwargs: None
     keep_4bit_weights_trainable(trainer.model)
+    if recipe.quantization["load_in_8bit"]:
+        forget_8bit_inputs()
     _keep_length(trainer)
     if getattr(trainer, "aux_loss_enabled", False):  # TRL asks for them in each pass; answering can't do with them
         trained.config.get_text_config().output_router_logits = False

@@ -221,7 +221,7 @@ def test_quotes_that_change_rows_are_said(write_recipe, tmp_path, text, said, ma
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", gzip.compress(b"{}"), "is compressed; rename it to a.jsonl.gz"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "is compressed; rename it to a.jsonl.gz"),
         ("a.jsonl.gz", b"{}", "Not a gzipped file (b'{}'); its content is not packed: name it without .gz"),
         ("a.parquet", b"PAR1 and no end", "it is cut off, or no parquet file: get it again"),
         ("a.csv", b'instruction,output\n"a,b\n', "a quote is not closed: double the quotes of texts, or write"),

@@ -138,6 +138,47 @@ def test_bitsandbytes_still_needs_the_workaround(tiny_phi3):
     assert (after != before) == has_avx512bf16()
 
 
+@pytest.mark.parametrize("name", ["MatMul8bitLt", "MatMul8bitFp"])
+def test_inputs_of_8bit_layers_are_let_go(name):
+    """Fails when bitsandbytes is fixed, too: then `forget_8bit_inputs` can go."""
+    import gc
+    import weakref
+
+    import torch
+    from bitsandbytes.autograd import _functions
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    from recipe_runner.model.quantization import forget_8bit_inputs
+
+    forget_8bit_inputs()
+    torch.manual_seed(0)
+    weights = torch.randn(6, 8, dtype=torch.float16)
+    packed, scales, _ = int8_vectorwise_quant(weights)
+
+    def run(forward):
+        """Whether the input is alive while the output is, and the gradient of what it was made of."""
+        function = type("Copy", (getattr(_functions, name),), {"forward": staticmethod(forward)})
+        state = _functions.MatmulLtState()
+        state.CB, state.SCB, state.has_fp16_weights = packed, scales, False
+        torch.manual_seed(1)
+        leaf = torch.randn(3, 8, requires_grad=True)
+        given = leaf * 1.0
+        alive = weakref.ref(given)
+        made = function.apply(given, packed, None, None, state)
+        del given
+        gc.collect()
+        kept = alive() is not None
+        made.sum().backward()
+        return kept, leaf.grad
+
+    patched = getattr(_functions, name).forward
+    kept, gradient = run(patched)
+    kept_by_upstream, wanted = run(patched.__wrapped__)
+    assert (kept, kept_by_upstream) == (False, True)
+    assert gradient.abs().sum() > 0
+    assert torch.equal(gradient, wanted)
+
+
 def test_card_of_a_hub_model_names_its_base(write_recipe, tmp_path):
     from recipe_runner.data.accounting import Accounting
     from recipe_runner.training.card import write_card
