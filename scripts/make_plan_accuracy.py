@@ -5,7 +5,8 @@
 
 The second form prints the plan of one case as JSON, for other tables. What decides a published peak and is no part of a
 recipe are its options. Cases are in benchmarks/memory/published.json, each with its source; `fitted` ones were used to
-choose a constant or to guess a setting, and do not count; nor do those that are `left_out`, which say why.
+choose a constant or to guess a setting, and do not count; nor do those that are `left_out`, which say why. What
+benchmarks/gpu.py measured with this project's own stack, measured.json, has a table of its own.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from recipe_runner.plan.accuracy import ACCURACY, kind_of
 from recipe_runner.plan.device import ANY_GPU, choose_device
 from recipe_runner.plan.estimate import CONTEXT, SHARED_SLACK, SLACK, work_out
 from recipe_runner.plan.memory import Setting, Stack, trace
-from recipe_runner.plan.setting import build_config, find_config
+from recipe_runner.plan.setting import build_config, choose_setting, find_config
 from recipe_runner.plan.step import Batch
 from recipe_runner.recipe.document import dump_values
 from recipe_runner.recipe.models import find_facts
@@ -39,9 +40,12 @@ from recipe_runner.recipe.sections import ModelSection
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ROOT / "benchmarks" / "memory" / "published.json"
+MEASURED = ROOT / "benchmarks" / "memory" / "measured.json"
 PAGE = ROOT / "docs" / "plan-accuracy.md"
 GRID = re.compile(r"<!-- grid -->.*<!-- end of grid -->", re.DOTALL)
 GIB = 2**30
+FORMATS = {"dpo": "preference", "reward": "preference", "kto": "preference", "grpo": "prompt"}
+MODEL = "The model is of Llama-3.2-1B's sizes unless the line names another, a row has 2,048 tokens."
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
 
 
@@ -65,7 +69,9 @@ def main() -> None:
         print(json.dumps(plan_one(options), indent=1))
         return
     found = [compare(case) for case in json.loads(CASES.read_text(encoding="utf-8"))]
-    page, bars = write_page(found), json.dumps(write_bars(found), indent=1) + "\n"
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    table = "\n".join(write_measured(measured, compare_measured(measured)))
+    page, bars = write_page(found).replace("{measured}", table), json.dumps(write_bars(found), indent=1) + "\n"
     if options.check:
         if PAGE.read_text(encoding="utf-8") != page or ACCURACY.read_text(encoding="utf-8") != bars:
             sys.exit(f"{PAGE.name} or {ACCURACY.name} is not what the plans give now: run {sys.argv[0]}")
@@ -103,8 +109,6 @@ def read_options() -> argparse.Namespace:
 
 def plan_one(options: argparse.Namespace) -> dict[str, Any]:
     """The plan of a recipe, with the settings of the command line, as JSON values."""
-    from recipe_runner.plan.setting import choose_setting
-
     recipe = load_recipe(options.recipe, options.overrides)
     device = choose_device(options.gpu, None)
     config = find_config(recipe.model, options.model_config, recipe.stage.scores)
@@ -179,7 +183,7 @@ def read_config(case: dict[str, Any]) -> PretrainedConfig:
     """The configuration of a case's model: by the shelf's facts, or as it stands in the case."""
     if isinstance(case["config"], str):
         facts = find_facts(case["config"])
-        assert facts
+        assert facts, case["config"]
         config = build_config(ModelSection(case["config"], "main", True, False), facts)
         config.tie_word_embeddings = config.tie_word_embeddings and not case.get("untied", False)
         return config
@@ -215,10 +219,57 @@ def make_recipe(case: dict[str, Any]) -> Recipe:
         storage = {"llm_int8_skip_modules": []} if quantization.get("head") else {}
         storage |= {"bnb_4bit_quant_storage": quantization["storage"]} if "storage" in quantization else {}
         values["quantization"] = NF4 | double | storage
+    return load_values(values)
+
+
+def load_values(values: dict[str, Any]) -> Recipe:
+    """A recipe with these values."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "case.yaml"
         file.write_text(dump_values(values), encoding="utf-8")
         return load_recipe(str(file))
+
+
+def compare_measured(measured: dict[str, Any]) -> list[Compared]:
+    """Plans what was measured on a GPU with this stack, with the batches that were trained on."""
+    found = []
+    for case in measured["cases"]:
+        own = case["values"]
+        values = {
+            "schema_version": 1,
+            "name": "case",
+            "model": {"name_or_path": "someone/model", "dtype": case["dtype"]},
+            "dataset": {"format": FORMATS.get(own["stage"], "text"), "train": {"source": "someone/rows"}},
+            **own,
+        }
+        values["training"] = {"learning_rate": 1e-5, **own["training"]}
+        recipe = load_values(values)
+        described = case | {"config": measured["models"].get(case["config"], case["config"])}
+        setting = choose_setting(recipe, read_config(described), choose_device("H100-80GB", None), {})
+        made = work_out(recipe, replace(setting, train=Batch(**case["batch"])), {})
+        found.append(Compared(case | {"bytes": case["allocated"]}, kind_of(recipe), made.allocated))
+    return found
+
+
+def write_measured(measured: dict[str, Any], found: list[Compared]) -> Iterator[str]:
+    """The table of what was measured with this stack."""
+    errors = sorted(abs(one.error) for one in judged(found))
+    within = sum(error <= 0.05 for error in errors)
+    yield (
+        f"{len(errors)} set-ups of models of real sizes with random weights: median error "
+        f"{statistics.median(errors):.1%}, largest {errors[-1]:.1%}; {within} within 5 %. Nothing was fitted to them."
+    )
+    yield ""
+    yield f"`{measured['made_by']}`, one {measured['device']}, {measured['stack']}, {measured['date']}. {MODEL}"
+    yield ""
+    yield from (f"{one.case['id']} was {one.case['left_out']}." for one in found if one.case.get("left_out"))
+    yield ""
+    yield "| set-up | allocated, GiB | planned, GiB | error | reserved, GiB |"
+    yield "|---|---:|---:|---:|---:|"
+    for one in found:
+        mark = " (not counted)" if one.case.get("left_out") else ""
+        taken, planned, held = (size / GIB for size in (one.case["allocated"], one.planned, one.case["reserved"]))
+        yield f"| {one.case['id']}{mark} | {taken:.2f} | {planned:.2f} | {one.error:+.1%} | {held:.2f} |"
 
 
 def judged(found: list[Compared]) -> list[Compared]:

@@ -81,6 +81,18 @@ def test_what_was_measured_on_a_gpu_is_planned_within_four_percent():
         assert abs(found.error) < 0.04, (changes, found.error)
 
 
+def test_what_this_stack_took_on_a_gpu_is_planned_as_the_page_says():
+    """benchmarks/memory/measured.json: 4 of 5 within 2 %; the one that is furthest off is said."""
+    from make_plan_accuracy import MEASURED, PAGE, compare_measured, judged, write_measured
+
+    measured = json.loads(MEASURED.read_text())
+    found = compare_measured(measured)
+    assert "\n".join(write_measured(measured, found)) in PAGE.read_text()
+    errors = [abs(one.error) for one in judged(found)]
+    assert len(errors) >= 24
+    assert sum(error < 0.02 for error in errors) >= 0.8 * len(errors)
+
+
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_published_peaks_are_planned_as_the_page_says(part):
     """Some of the cases; `scripts/make_plan_accuracy.py --check` plans all of them again."""
@@ -400,6 +412,19 @@ def test_a_model_that_is_not_known_is_planned_by_its_config_file(run_cli, write_
     remote.write_text(json.dumps({"model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.Model"}}))
     result = run_cli("plan", recipe, "--model-config", remote)
     assert "it brings code of its own" in result.err
+
+
+def test_a_model_s_own_folder_comes_before_what_is_known_of_its_name(run_cli, write_recipe, tmp_path, tiny_phi3):
+    """A folder that is called as a model of the shelf, with other sizes in it."""
+    import shutil
+
+    folder = tmp_path / "Phi-3-mini-4k-instruct"
+    shutil.copytree(tiny_phi3, folder)
+    result = run_cli(
+        "plan", str(write_recipe(model={"name_or_path": str(folder)})), "--gpu", "H100", "--format", "json"
+    )
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["parameters"]["total"] < 1_000_000
 
 
 def test_list_shows_planned_memory_marked_as_planned(run_cli):
