@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTConfig, pack_dataset
 
-from recipe_runner.pages.frame import describe_batches
+from recipe_runner.pages.frame import describe_batches, describe_duplicates
 
 BINS = 20  # of the length histogram
 SIMULATED = 10_000  # rows that batching is simulated on
@@ -34,6 +34,7 @@ class Accounting:
         rows_truncated: Rows cut at `max_length`.
         tokens_truncated: Tokens cut off.
         duplicates: Kept rows with the same tokens and labels as an earlier one.
+        near_duplicates: Other kept rows that say nearly the same as an earlier one: see `data/similar.py`.
         tokens: Tokens of the kept rows that reach the model (of a pair: of both sequences).
         supervised_tokens: Those of them that are in the loss.
         lengths: Tokens of whole rows, before cutting: p50, p90, p99, max.
@@ -60,6 +61,8 @@ class Accounting:
         change: How the text of the first of them differs.
         rows_in_train: Of evaluation rows: those that are training rows, too, token by token.
         leaked: The first of them, each with the training row that it is.
+        rows_near_train: Of evaluation rows: others that say nearly the same as a training row.
+        nearly_leaked: The first of them, each with the training row that it is like.
         images: Images of the kept rows.
         image_tokens: Tokens that stand for parts of them.
         streamed: Whether these are the first rows of data that is read while it is trained on.
@@ -71,6 +74,7 @@ class Accounting:
     rows_truncated: int = 0
     tokens_truncated: int = 0
     duplicates: int = 0
+    near_duplicates: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     lengths: dict[str, int] = field(default_factory=dict)
@@ -95,6 +99,8 @@ class Accounting:
     change: str = ""
     rows_in_train: int = 0
     leaked: list[str] = field(default_factory=list)
+    rows_near_train: int = 0
+    nearly_leaked: list[str] = field(default_factory=list)
     images: int = 0
     image_tokens: int = 0
     streamed: bool = False
@@ -105,12 +111,13 @@ class Accounting:
         cut = f"{self.rows_truncated:,} truncated" + (
             f" ({self.tokens_truncated:,} tokens lost)" if self.rows_truncated else ""
         )
-        twice = f", {self.duplicates:,} duplicates" if self.duplicates else ""
+        twice = describe_duplicates(self.duplicates, self.near_duplicates)
         share = self.supervised_tokens / max(self.tokens, 1)
         tokens = f"{self.tokens:,} tokens, {self.supervised_tokens:,} supervised ({share:.0%})"
         seen = f"; {self.images:,} images, {self.image_tokens:,} of the tokens" if self.images else ""
         first = "streamed; the first " if self.streamed else ""
-        return f"{first}{self.rows_read:,} rows: {self.rows_kept:,} kept, {dropped}, {cut}{twice}; {tokens}{seen}"
+        lost = ", ".join(filter(None, (dropped, cut, twice)))
+        return f"{first}{self.rows_read:,} rows: {self.rows_kept:,} kept, {lost}; {tokens}{seen}"
 
     def describe_lengths(self) -> str:
         """Lengths of rows against `max_length`, in a line."""
@@ -154,6 +161,7 @@ class Tally:
         limit: Tokens of a row; None for no limit.
         source_names: The files or hub ids.
         short_names: What they are called in metrics.
+        sketches: Of the kept rows: what finds those that say nearly the same.
         columns: What `add` takes of kept rows, in its order; the number of a source and of a row in place of `origin`.
     """
 
@@ -176,6 +184,7 @@ class Tally:
     lost_parts: Counter[str] = field(default_factory=Counter)
     looked_at: Counter[str] = field(default_factory=Counter)
     firsts: dict[str, str] = field(default_factory=dict)
+    sketches: list[np.ndarray] = field(default_factory=list)
     columns: dict[str, list[np.ndarray]] = field(
         default_factory=lambda: {
             name: [] for name in ("length", "tokens", "lost", "supervised", "source", "row", "hash")
@@ -192,6 +201,7 @@ class Tally:
         self.firsts = later.firsts | self.firsts
         for name in ("dropped", "noted", "parts", "lost_parts", "looked_at"):
             getattr(self, name).update(getattr(later, name))
+        self.sketches += later.sketches
         for name, arrays in later.columns.items():
             self.columns[name] += arrays
 

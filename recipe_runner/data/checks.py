@@ -484,6 +484,15 @@ def find_problems(
         found += f" ({'; '.join(counted.leaked)}{'; ...' * (counted.rows_in_train > len(counted.leaked))})"
         fix = "remove them from one of the two: what was trained on can't be held against the model"
         yield as_warning(at("eval-rows-in-train", found, fix, "dataset", split))
+    if counted.rows_near_train:
+        found = (
+            f"{counted.rows_near_train:,} of {counted.rows_kept:,} {split} rows say nearly the same as training rows"
+        )
+        found += (
+            f" ({'; '.join(counted.nearly_leaked)}{'; ...' * (counted.rows_near_train > len(counted.nearly_leaked))})"
+        )
+        fix = "remove those that ask the same from one of the two: the model may know their answers by heart"
+        yield as_warning(at("eval-rows-near-train", found, fix, "dataset", split))
     if counted.rows_with_two_bos:
         found = f"{counted.rows_with_two_bos:,} {split} rows begin with two {tokenizer.bos_token} tokens"
         problem = at("doubled-bos", found, "the tokenizer adds one: take it out of the text", "dataset", split)

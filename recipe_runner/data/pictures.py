@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import xxhash
 from datasets import Dataset, Features, Image
 from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
@@ -49,6 +51,12 @@ def keep_encoded(rows: Dataset, column: str) -> Dataset:
 
     kept = {name: encoded(kind) if name == column else kind for name, kind in rows.features.items()}
     return rows if kept == dict(rows.features) else rows.cast(Features(kept))
+
+
+def hash_picture(picture: Picture) -> list[int]:
+    """A hash of an image's file, as two numbers."""
+    content = picture["bytes"] or Path(str(picture["path"])).read_bytes()
+    return np.frombuffer(xxhash.xxh3_64_digest(content), dtype=np.int32).tolist()
 
 
 def open_image(picture: Picture, number: int = 1) -> Pillow.Image:

@@ -28,6 +28,7 @@ from recipe_runner.data.checks import (
 )
 from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.pictures import ImageError
+from recipe_runner.data.similar import sketch
 from recipe_runner.data.sources import Source
 from recipe_runner.data.tables import PACKED_TOGETHER, flatten, make_table, pack, with_documents
 from recipe_runner.data.thinking import is_turns
@@ -125,7 +126,7 @@ def _pack_together(tables: Iterator[pa.Table], job: Job, tally: Tally) -> Iterat
 
 
 def prepare_chunk(
-    job: Job, split: str, order: np.ndarray, start: int, first: bool | None = None
+    job: Job, split: str, order: np.ndarray, start: int, first: bool | None = None, sketched: bool = True
 ) -> tuple[pa.Table, Tally]:
     """The shape's columns and `document` of the rows of a chunk that are kept, and what became of all.
 
@@ -135,6 +136,7 @@ def prepare_chunk(
         order: Array `(rows, 2)` of source and row in it.
         start: Of the chunk in it.
         first: Whether its rows are the first of the data; without it, whether it starts at 0.
+        sketched: Whether rows that say nearly the same are to be found.
 
     Raises:
         UserError: See `prepare_chunks`.
@@ -170,7 +172,20 @@ def prepare_chunk(
             tally.ends |= check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
             count_empty_thoughts(table[name].slice(0, CHECKED_ROWS), names, job.tokenizer, tally)
     table = shape.keep(job, split, table, part, places, tally, start)
+    if sketched:
+        tally.sketches.append(_sketch(job, rows, list_documents(table) - start))
     return (_renumber(table, documents, start) if job.unpairs else table), tally
+
+
+def list_documents(table: pa.Table) -> np.ndarray:
+    """The place in the order of rows that each row is of, where each is of one: array `(rows,)`."""
+    return table["document"].to_numpy() if "document" in table.column_names else flatten(table, "documents")[0]
+
+
+def _sketch(job: Job, rows: list[dict[str, Any]], places: np.ndarray) -> np.ndarray:
+    """What finds rows that say nearly the same; of pairs that are trained on one by one, the good answer has it."""
+    told = [{} if job.unpairs and not rows[place]["label"] else rows[place] for place in places]
+    return sketch(told)
 
 
 def _renumber(table: pa.Table, documents: np.ndarray, start: int) -> pa.Table:

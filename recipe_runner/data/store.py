@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from recipe_runner.data.job import Job
 from recipe_runner.data.pictures import find_files, processor_of
 from recipe_runner.data.place import KEYS, store_folder
 from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks, shape_of
+from recipe_runner.data.similar import find_similar, find_similar_among
 from recipe_runner.data.sources import Source
 from recipe_runner.data.tables import NUMBERS
 from recipe_runner.files import FULL, disk_full, hash_file, write_json
@@ -185,9 +186,8 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
             for split, tally in tallies.items()
         }
         accounting["train"] = replace(accounting["train"], streamed=job.dataset.streaming)
-        if "eval" in tallies:
-            seen, leaked = _find_leaks(job, tallies["train"], tallies["eval"])
-            accounting["eval"] = replace(accounting["eval"], rows_in_train=seen, leaked=leaked)
+        for split, found in find_twins(job, tallies).items():
+            accounting[split] = replace(accounting[split], **found)
         write_json(partial / "accounting.json", {split: asdict(counted) for split, counted in accounting.items()})
         files = {file.name: hash_file(file) for file in sorted(partial.iterdir())}
         write_json(partial / "manifest.json", {"files": files, "made_from": made_from})
@@ -199,24 +199,39 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
         raise
 
 
-def _find_leaks(job: Job, trained: Tally, held_out: Tally) -> tuple[int, list[str]]:
-    """How many evaluation rows are training rows, token by token, and the first of them with the row that each is."""
-    train, held = (
-        {name: np.concatenate(tally.columns[name]) for name in ("hash", "source", "row")}
-        for tally in (trained, held_out)
-    )
-    known, firsts = np.unique(train["hash"], return_index=True)
-    leaks = np.flatnonzero(np.isin(held["hash"], known))
+def find_twins(job: Job, tallies: Mapping[str, Tally]) -> dict[str, dict[str, Any]]:
+    """Split -> what `Accounting` has of rows that are there twice, or nearly: within a split, and between the two."""
+    names = ("hash", "source", "row")
+    rows = {split: {name: np.concatenate(tally.columns[name]) for name in names} for split, tally in tallies.items()}
+    sketches = {split: np.concatenate(tally.sketches) for split, tally in tallies.items()}
 
-    def call(rows: dict[str, np.ndarray], place: int) -> str:
-        source = job.sources[int(rows["source"][place])]
-        return f"{source.call_row(int(rows['row'][place]))} of {Path(source.name).name}"
+    def call(split: str, place: int) -> str:
+        source = job.sources[int(rows[split]["source"][place])]
+        return f"{source.call_row(int(rows[split]['row'][place]))} of {Path(source.name).name}"
 
-    told = [
-        f"{call(held, place)} is {call(train, firsts[np.searchsorted(known, held['hash'][place])])}"
-        for place in leaks[:NAMED]
-    ]
-    return len(leaks), told
+    found: dict[str, dict[str, Any]] = {}
+    for split, own in rows.items():
+        again = np.ones(len(own["hash"]), dtype=bool)
+        again[np.unique(own["hash"], return_index=True)[1]] = False
+        found[split] = {"near_duplicates": int(((find_similar(sketches[split]) >= 0) & ~again).sum())}
+    if "eval" in rows:
+        known, firsts = np.unique(rows["train"]["hash"], return_index=True)
+        leaks = np.isin(rows["eval"]["hash"], known)
+        like = find_similar_among(sketches["eval"], sketches["train"])
+        near = (like >= 0) & ~leaks
+        same = firsts[np.searchsorted(known, rows["eval"]["hash"][leaks][:NAMED])]
+        found["eval"] |= {
+            "rows_in_train": int(leaks.sum()),
+            "leaked": [
+                f"{call('eval', place)} is {call('train', other)}"
+                for place, other in zip(np.flatnonzero(leaks)[:NAMED], same, strict=True)
+            ],
+            "rows_near_train": int(near.sum()),
+            "nearly_leaked": [
+                f"{call('eval', place)} is like {call('train', like[place])}" for place in np.flatnonzero(near)[:NAMED]
+            ],
+        }
+    return found
 
 
 def _drop_leftovers(store: Path) -> None:

@@ -158,7 +158,7 @@ class Reader:
         )
         chance = np.random.default_rng([self.job.seed, self.number, position.window])
         order = order[chance.permutation(len(order))]
-        table, tally = prepare_chunk(job, "train", order, 0, position.window == 0)
+        table, tally = prepare_chunk(job, "train", order, 0, position.window == 0, sketched=False)
         if job.packing("train") and len(table):
             table = pack(table, job.config)
             tally.packed_rows = len(table)

@@ -185,20 +185,21 @@ def keep_to_language(peft_config: Any, empty: Any) -> None:
         return
     if isinstance(targets, str) and targets != "all-linear":
         return
-    if seeing := find_seeing(empty):
+    if seeing := [name.rpartition(".")[2] for name in find_seeing(empty)]:
         peft_config.exclude_modules = rf"(?:.*\.)?(?:{'|'.join(seeing)})(?:\..*)?"
 
 
 def find_seeing(empty: Any) -> list[str]:
-    """Names of the modules of a vision model that stand beside its language model: vision tower, projector."""
+    """Paths of the modules of a vision model that stand beside its language model: vision tower, projector."""
     if empty.config.get_text_config() is empty.config:
         return []
     language = empty.get_decoder()
     path = next((name for name, module in empty.named_modules() if module is language), "")
-    found, parent = [], empty
+    found, parent, above = [], empty, ""
     for part in path.split(".") if path else ():
-        found += [name for name, module in parent.named_children() if name != part and list(module.parameters())]
-        parent = getattr(parent, part)
+        beside = [(name, module) for name, module in parent.named_children() if name != part]
+        found += [f"{above}{name}" for name, module in beside if list(module.parameters())]
+        parent, above = getattr(parent, part), f"{above}{part}."
     head = empty.get_output_embeddings()
     return [name for name in found if getattr(empty, name, None) is not head or head is None]
 

@@ -72,16 +72,23 @@ def count_rows(account: Mapping[str, Any]) -> dict[str, str]:
     def count(name: str) -> int:
         return int(account.get(name) or 0)
 
-    tokens, learned, twice, packed = map(count, ("tokens", "supervised_tokens", "duplicates", "packed_rows"))
+    tokens, learned, packed = map(count, ("tokens", "supervised_tokens", "packed_rows"))
+    twice = describe_duplicates(count("duplicates"), count("near_duplicates"))
     dropped = account.get("dropped") or {}
     return {
         "read": f"{count('rows_read'):,} rows",
-        "kept": f"{count('rows_kept'):,} rows" + f", {twice:,} duplicates" * bool(twice),
+        "kept": f"{count('rows_kept'):,} rows" + f", {twice}" * bool(twice),
         "dropped": "; ".join(f"{rows:,} {reason}" for reason, rows in dropped.items()) or "none",
         "truncated": f"{count('rows_truncated'):,} rows, {count('tokens_truncated'):,} tokens lost",
         "tokens": f"{tokens:,}, of which {learned:,} ({learned / max(tokens, 1):.0%}) are in the loss",
         "packed": f"into {packed:,} rows" * bool(packed),
     }
+
+
+def describe_duplicates(same: int, near: int) -> str:
+    """How many rows there are twice, in words; empty where there are none."""
+    told = [f"{same:,} duplicates"] if same else []
+    return ", ".join([*told, *([f"{near:,} near duplicates"] if near else [])])
 
 
 def describe_batches(batches: Mapping[str, float], length: int | None) -> str:

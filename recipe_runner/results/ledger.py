@@ -19,6 +19,7 @@ import numpy as np
 from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.prepare import prepare_chunks, shape_of
 from recipe_runner.data.shapes.unpaired import take_side
+from recipe_runner.data.similar import NUMBERS, find_similar, find_similar_among
 from recipe_runner.data.tables import IGNORED
 from recipe_runner.files import write_text
 from recipe_runner.model.scores import Score, rate_sequences, score_sequences
@@ -40,6 +41,7 @@ class Judged:
         number: Its number there, from 1.
         sequences: Answer (`chosen`, ...; empty where there is one) -> tokens and labels.
         label: Of a judged answer: whether it is a good one.
+        sketch: What finds rows that say nearly the same.
         look: Makes what a vision model is given of the row with an answer; None where it shows no images.
     """
 
@@ -48,6 +50,7 @@ class Judged:
     number: int
     sequences: Sequences
     label: bool | None
+    sketch: np.ndarray
     look: Callable[[str], dict[str, Any]] | None
 
     @property
@@ -102,17 +105,20 @@ def read_judged(job: Job, split: str, order: np.ndarray, limit: int | None) -> I
     """The rows of a split that can be used, each once, as the trainer would get them, unpacked."""
     job, order = job.unpacked(split), np.unique(order, axis=0)[:limit]  # a mixture repeats rows
     shape = shape_of(job.stage)
-    with prepare_chunks(job, split, order, job.tally()) as tables:
+    tally = job.tally()
+    with prepare_chunks(job, split, order, tally) as tables:
         for table in tables:
             entries = table.to_pylist()
             part = order[[entry["documents"][0] for entry in entries]]
             reads = "label" in table.column_names or job.dataset.images
             raws = read_rows(job, part) if reads else [{}] * len(entries)
-            for entry, (source, number), raw in zip(entries, part, raws, strict=True):
+            places = zip(entries, part, raws, tally.sketches[-1], strict=True)
+            for entry, (source, number), raw, sketch in places:
                 raw = take_side(raw, entry["label"] == [1]) if "label" in entry else raw
                 look = partial(shape.inputs_of, entry, job) if raw.get("images") else None
                 sequences = shape.as_trained(entry, job)
-                yield Judged(split, job.sources[source].name, int(number) + 1, sequences, raw.get("label"), look)
+                place = (split, job.sources[source].name, int(number) + 1)
+                yield Judged(*place, sequences, raw.get("label"), sketch, look)
 
 
 def _measure(opened: Opened, rows: Sequence[Judged], scores: bool) -> list[dict[str, float]]:
@@ -138,7 +144,8 @@ def _compare(
 ) -> Iterator[Entry]:
     first: dict[str, Judged] = {}
     trained = {row.digest for row in rows if row.split == "train"}
-    for row, old, new in zip(rows, before, after, strict=True):
+    alike = _find_alike(rows)
+    for row, old, new, like in zip(rows, before, after, alike, strict=True):
         digest, flags = row.digest, []
         answers = list(row.sequences)
         margin = None
@@ -147,9 +154,13 @@ def _compare(
             margin = (new[chosen] - new[rejected]) - (old.get(chosen, 0.0) - old.get(rejected, 0.0))
         if digest in first and first[digest].split == row.split:
             flags.append(f"the same as row {first[digest].number} of {first[digest].source}")
+        elif like and like.split == row.split:
+            flags.append(f"nearly the same as row {like.number} of {like.source}")
         first.setdefault(digest, row)
         if row.split == "eval" and digest in trained:
             flags.append("trained on")
+        elif like and like.split != row.split:
+            flags.append(f"nearly the same as row {like.number} of {like.source}, which was trained on")
         ids, labels = row.sequences[answers[0]]
         supervised = sum(label != IGNORED for label in labels)
         was, now = _finite(old.get("loss")), _finite(new.get("loss"))
@@ -162,6 +173,23 @@ def _compare(
             flags.append("not learned")
         place = (row.split, row.source, row.number)
         yield Entry(*place, len(ids), supervised, was, now, _finite(margin), row.label, flags)
+
+
+def _find_alike(rows: Sequence[Judged]) -> list[Judged | None]:
+    """For each row one that says nearly the same: a training row, or else an earlier one of its split."""
+    found: list[Judged | None] = []
+    sketches = {
+        split: np.array([row.sketch for row in rows if row.split == split]).reshape(-1, NUMBERS)
+        for split in ("train", "eval")
+    }
+    for split, own in sketches.items():
+        among = [row for row in rows if row.split == split]
+        trained = [row for row in rows if row.split == "train"]
+        within = find_similar(own)
+        between = find_similar_among(own, sketches["train"]) if split == "eval" else np.full(len(own), -1)
+        for earlier, other in zip(within, between, strict=True):
+            found.append(trained[other] if other >= 0 else among[earlier] if earlier >= 0 else None)
+    return found
 
 
 def _finite(value: float | None) -> float | None:

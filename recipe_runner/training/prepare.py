@@ -58,6 +58,7 @@ class Prepared:
         published: How the base's weights were published quantized; empty when they were not.
         unfrozen: Pattern of `unfreeze` -> names of the base's parameters that it stands for.
         parameters: Numbers of parameters that are trained, and of all; 4-bit weights count as what they stand for.
+        seeing: Part of a vision model beside its language model -> as `parameters`, of it.
         data: All splits.
         replaced: The model's own chat template, where another is trained with.
         inputs: What else the run is made from, in words -> its hash.
@@ -76,6 +77,7 @@ class Prepared:
     published: str
     unfrozen: Mapping[str, list[str]]
     parameters: tuple[int, int]
+    seeing: Mapping[str, tuple[int, int]]
     data: PreparedData
     inputs: dict[str, str]
     replaced: Replaced | None
@@ -166,6 +168,7 @@ def prepare(recipe: Recipe, launch: Launch | None, before: PreTrainedTokenizerBa
         describe_published(published),
         unfrozen,
         parameters,
+        count_seeing(model),
         data,
         inputs,
         job.replaced,
@@ -399,7 +402,18 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     if isinstance(model, PeftModel):
         trained, total = model.get_nb_trainable_parameters()
         return int(trained), int(total)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return _count(model)
+
+
+def count_seeing(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Part of a vision model beside its language model -> numbers of parameters that are trained, and of all."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    named = dict(base.named_modules())
+    return {name.rpartition(".")[2]: _count(named[name]) for name in new_adapter.find_seeing(base)}
+
+
+def _count(module: torch.nn.Module) -> tuple[int, int]:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 

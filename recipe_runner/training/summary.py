@@ -35,6 +35,7 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         * (not prepared.adapter),
         "unfrozen": ", ".join(f"{name} ({len(of):,} tensors)" for name, of in prepared.unfrozen.items()),
         "trainable": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
+        "vision": describe_seeing(prepared.seeing),
         "data": f"{accounting}{packed}",
         "lengths": accounting.describe_lengths(),
         "batches": accounting.describe_batches(),
@@ -59,6 +60,15 @@ def describe_start(recipe: Recipe, prepared: Prepared, folder: Path) -> str:
         "run folder": str(folder),
     }
     return write_facts(lines)
+
+
+def describe_seeing(parts: Mapping[str, tuple[int, int]]) -> str:
+    """What of the parts of a vision model that see is trained."""
+    told = {
+        name: f"{trained:,} of {total:,} parameters trained" if trained else "frozen"
+        for name, (trained, total) in parts.items()
+    }
+    return ", ".join(f"{name} {what}" for name, what in told.items())
 
 
 def describe_continued(adapter: object, peft_config: Any) -> str:

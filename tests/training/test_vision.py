@@ -1,6 +1,7 @@
 """Vision models, trained for real on pictures: small random ones of two architectures."""
 
 import json
+import re
 
 import pytest
 from seeing import COLOURS, draw, seeing_rows
@@ -91,6 +92,10 @@ def test_what_sees_is_trained_only_where_the_recipe_says_so(see, sections, wante
         names = list(tensors.keys())
     found = {name.split("model.model.model.")[-1].split(".")[0] for name in names}
     assert {name for name in found if name in ("text_model", "vision_model", "connector")} == wanted
+    (said,) = (line for line in result.out.splitlines() if line.strip().startswith("vision "))
+    for name in ("vision_model", "connector"):
+        assert (f"{name} frozen" in said) == (name not in wanted)
+        assert bool(re.search(rf"{name} [\d,]+ of [\d,]+ parameters trained", said)) == (name in wanted)
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last", "all"])

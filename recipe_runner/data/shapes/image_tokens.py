@@ -5,20 +5,18 @@ gives for each row alone, for everything that counts and checks rows before.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.images import as_parts
 from recipe_runner.data.job import Job
-from recipe_runner.data.pictures import PICTURES, open_images, processor_of
+from recipe_runner.data.pictures import PICTURES, hash_picture, open_images, processor_of
 from recipe_runner.data.shapes import tokens
 from recipe_runner.data.tables import IGNORED, NUMBERS, flatten
 
@@ -75,17 +73,11 @@ def open_row(turns: dict[str, Any], pictures: list[Any]) -> dict[str, Any]:
 def add_shown(table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
     """A table with what the trainer is given of each row."""
     texts = [json.dumps(lay_out(row), ensure_ascii=False) for row in rows]
-    hashes = [[part for picture in row["images"] for part in _hash(picture)] for row in rows]
+    hashes = [[part for picture in row["images"] for part in hash_picture(picture)] for row in rows]
     columns = {"row": texts, "images": [row["images"] for row in rows], "image_hashes": hashes}
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values, SHOWN[name]))
     return table
-
-
-def _hash(picture: dict[str, Any]) -> list[int]:
-    """A hash of an image's file, as two numbers."""
-    content = picture["bytes"] or Path(picture["path"]).read_bytes()
-    return np.frombuffer(xxhash.xxh3_64_digest(content), dtype=np.int32).tolist()
 
 
 def keep(

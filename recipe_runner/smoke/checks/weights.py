@@ -87,8 +87,8 @@ def _check_named(done: Done, adapted: set[str]) -> Found:
             if isinstance(module, torch.nn.Linear) and module is not out and is_of_base(name)
             if "modules_to_save" not in name and "original_module" not in name
         ]
-        seeing = find_seeing(done.model)  # an adapter stays out of what sees
-        plain = [name for name in plain if not any(part in seeing for part in name.split("."))]
+        seeing = [f"{name.removeprefix(inside)}." for name in find_seeing(done.model)]  # an adapter stays out of it
+        plain = [name for name in plain if not name.startswith(tuple(seeing))]
         left = [name for name in plain if not name.endswith("base_layer")]
         if left:
             told = f"{len(left)} linear layers have no adapter: {list_names(left)}"
