@@ -82,8 +82,11 @@ def _cut(row: dict[str, Any]) -> list[str]:
     if not text.isascii():
         text = UNSPACED.sub(r" \g<0> ", text)
     words = text.split()
-    shown = "".join(f"{part} " for picture in row.get("images") or () for part in hash_picture(picture))
-    return [f"{shown}{' '.join(piece)}" for piece in zip(words, words[1:], words[2:], strict=False)]
+    pieces = list(map(" ".join, zip(words, words[1:], words[2:], strict=False)))
+    if not row.get("images"):
+        return pieces
+    shown = " ".join(str(hash_picture(picture)) for picture in row["images"])
+    return [f"{shown} {piece}" for piece in pieces]
 
 
 def _turns(answer: Any) -> Turns:
