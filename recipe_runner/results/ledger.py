@@ -179,7 +179,7 @@ def _find_alike(rows: Sequence[Judged]) -> list[Judged | None]:
     """For each row one that says nearly the same: a training row, or else an earlier one of its split."""
     found: list[Judged | None] = []
     sketches = {
-        split: np.array([row.sketch for row in rows if row.split == split]).reshape(-1, NUMBERS)
+        split: np.array([row.sketch for row in rows if row.split == split], dtype=np.uint8).reshape(-1, NUMBERS)
         for split in ("train", "eval")
     }
     for split, own in sketches.items():
