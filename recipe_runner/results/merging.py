@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from recipe_runner.data.pictures import processor_of
 from recipe_runner.files import refuse_existing, write_json, write_text
 from recipe_runner.methods import METHODS
 from recipe_runner.model.bottleneck import NO_MERGE
@@ -158,7 +159,7 @@ def _merge_into(
     if generation is not None:  # a reward model has none
         merged.generation_config = generation
     merged.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
+    (processor_of(tokenizer) or tokenizer).save_pretrained(str(folder))
     del model, merged
     gc.collect()
     again, _ = load_result(folder, dtype="float32")

@@ -156,6 +156,38 @@ def test_judged_rows_and_reward_models_are_the_same_on_two_processes(launch, tmp
             assert float((one[tensor].float() - two[tensor].float()).abs().max()) < 5e-3, (name, tensor)
 
 
+def test_vision_models_train_the_same_on_two_processes(seeing_recipe, run_cli, tmp_path, monkeypatch):
+    """Rows with an image, two, and none: a process may have none in a batch; also where what sees is trained."""
+    from safetensors.torch import load_file
+
+    settings = {
+        "idefics3_sft": ("idefics3", "sft", {}),
+        "idefics3_dpo": ("idefics3", "dpo", {}),
+        "gemma3_sft": ("gemma3", "sft", {}),
+        "connector": ("idefics3", "sft", {"unfreeze": ["model.connector.*"]}),
+    }
+    alone, recipes = {}, []
+    monkeypatch.chdir(tmp_path)
+    for name, (model_type, stage, more) in settings.items():
+        run = {"output_dir": str(tmp_path / "runs"), "global_batch_size": 2}
+        training = {"per_device_train_batch_size": 1, "learning_rate": 2e-3}
+        recipe = seeing_recipe(model_type, stage, name=name, peft=LORA, run=run, training=training, **more)
+        result = run_cli(recipe)
+        assert result.status == 0, result.err
+        alone[name] = max((tmp_path / "runs" / name).iterdir())
+        recipes.append(str(recipe))
+    done = launch_several("ddp", recipes, tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, before in alone.items():
+        folder = max((tmp_path / "runs" / name).iterdir())
+        assert folder != before, (name, done.stderr)
+        assert losses(folder) == pytest.approx(losses(before), rel=1e-3), name
+        one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (before, folder))
+        assert one.keys() == two.keys()
+        for tensor in one:
+            assert float((one[tensor].float() - two[tensor].float()).abs().max()) < 2e-3, (name, tensor)
+
+
 @pytest.mark.parametrize("stage", ["rloo", "grpo"])
 def test_prompts_reach_every_process_and_their_answers_are_judged_together(launch, small_recipe, tmp_path, stage):
     """The same prompts in each step as on one process; all answers are kept, in whole groups; the reward is of all."""

@@ -294,3 +294,17 @@ def test_a_text_model_sees_nothing(see, write_recipe, run_cli, tiny_phi3, tmp_pa
     assert result.status == 1
     assert "error[no-processor]" in result.err
     assert "is a text model: it sees no images" in result.err
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_an_adapter_is_merged_into_a_model_that_sees(see, run_cli, tmp_path, model_type):
+    """With its processor; the merged model gives the answers of base and adapter, also to images."""
+    result, folder = see(model_type=model_type, peft=LORA, training={"max_steps": 12, "per_device_train_batch_size": 4})
+    assert result.status == 0, result.err
+    merged = run_cli("merge", folder)
+    assert merged.status == 0, merged.err
+    question = ["--prompt", "Which colour?", "--image", str(tmp_path / "red.png"), "--max-new-tokens", "6"]
+    answers = [run_cli("generate", of, *question) for of in (folder, folder / "merged")]
+    assert [answer.status for answer in answers] == [0, 0], answers[1].err
+    assert answers[0].out == answers[1].out
+    assert answers[0].out.strip()
