@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 PIPELINE = "pipeline"  # the stage of a recipe that runs other recipes
+PRETRAIN, SFT, DPO, KTO, REWARD = "pretrain", "sft", "dpo", "kto", "reward"  # what other tools train, too
 
 
 @dataclass(frozen=True)

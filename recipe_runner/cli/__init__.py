@@ -18,7 +18,19 @@ from recipe_runner.problems.words import make_visible, suggest
 EXIT_USER_ERROR, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
 WORD_SECONDS = 15  # a busy machine needs some to end a process that has torch loaded
 COMMANDS = (
-    *("check-server", "compare", "copy", "evaluate", "explain", "generate", "list", "merge", "new", "prepare"),
+    *(
+        "check-server",
+        "compare",
+        "copy",
+        "evaluate",
+        "explain",
+        "generate",
+        "import",
+        "list",
+        "merge",
+        "new",
+        "prepare",
+    ),
     *("plan", "preview", "push", "report", "runs", "show", "smoke", "train", "validate"),
 )
 

@@ -26,6 +26,7 @@ ORDER = [
     "stages",
     "methods",
     "recipe",
+    "importing",
     "runs",
     "launch",
     "data",
@@ -38,7 +39,7 @@ ORDER = [
     "smoke",
     "cli",
 ]
-LIGHT = {"problems", "files", "pages", "stages", "methods", "recipe", "runs", "cli"}  # never the ML stack
+LIGHT = {"problems", "files", "pages", "stages", "methods", "recipe", "importing", "runs", "cli"}  # never the ML stack
 LIGHT_MODULES = {"launch/configuration.py", "launch/rules.py", "launch/process.py", "data/formats.py"}
 
 

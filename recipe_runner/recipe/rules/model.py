@@ -15,7 +15,10 @@ _FUSED = {
         "Phi-3",
         {**dict.fromkeys(_ATTENTION, "qkv_proj"), **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")},
     ),
-    r"pythia|neox|falcon|bloom": ("this architecture", dict.fromkeys(_ATTENTION, "query_key_value")),
+    r"pythia|neox|falcon(?![-_]?(h1|e-|mamba|3))|bloom": (
+        "this architecture",
+        dict.fromkeys(_ATTENTION, "query_key_value"),
+    ),
 }
 
 

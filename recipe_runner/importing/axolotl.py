@@ -1,0 +1,398 @@
+"""From axolotl's configuration to a recipe."""
+
+from typing import Any
+
+from recipe_runner.importing import common
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, every, show, true
+from recipe_runner.stages import DPO, KTO, PRETRAIN, REWARD, SFT
+
+ALPACA = "Below is an instruction that describes a task"
+BEGIN = {
+    "with_input": f"{ALPACA}, paired with an input that provides further context. Write a response that appropriately"
+    " completes the request.\n\n",
+    "without_input": f"{ALPACA}. Write a response that appropriately completes the request.\n\n",
+}
+BODY = {
+    "with_input": "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}",
+    "without_input": "### Instruction:\n{instruction}\n\n### Response:\n{output}",
+}
+TEMPLATES = {
+    **{"llama3": "llama3", "qwen_25": "qwen2_5", "qwen3": "qwen3", "gemma": "gemma", "gemma3": "gemma3"},
+    **{"phi_3": "phi3", "phi_35": "phi3_5", "cohere": "cohere", "qwen2_vl": "qwen2_5_vl"},
+}
+OWN = ("tokenizer_default", "jinja")
+# Layouts of pairs and judged answers, by the last part of their types: role -> column.
+PAIRS = {
+    "intel": {"system": "system", "prompt": "question", "chosen": "chosen", "rejected": "rejected"},
+    "argilla": {
+        "system": "system",
+        "prompt": "instruction",
+        "chosen": "chosen_response",
+        "rejected": "rejected_response",
+    },
+    "icr": {"system": "system", "prompt": "input", "chosen": "chosen", "rejected": "rejected"},
+    "prompt_pairs": {"system": "system", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+    "ultra": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+    "argilla_chat": {"chosen": "chosen", "rejected": "rejected"},
+}
+
+
+def convert(draft: Draft) -> None:
+    """Fills the draft's recipe with what its file says."""
+    _choose_stage(draft)
+    if isinstance(draft.get("base_model"), dict):
+        raise draft.refuse("base_model is a mapping", "name the model: base_model: OWNER/NAME")
+    for step in (_put_model, _put_adapter, _put_data, _put_training, _put_saving):
+        step(draft)
+    common.convert_sharding(draft)
+
+
+def _choose_stage(draft: Draft) -> None:
+    rl = draft.get("rl")
+    if why := draft.tool.no_stages.get(str(rl)):
+        raise draft.refuse(f"rl: {rl} can't be converted: {why}")
+    if rl and str(rl) not in draft.tool.stages:
+        raise draft.refuse(f"rl: {rl} is not known here")
+    for key in ("process_reward_model", "diffusion", "distill", "kd_trainer"):
+        if draft.get(key):
+            raise draft.refuse(f"{key}: there is no such stage here")
+    stage = REWARD if true(draft.get("reward_model")) else draft.tool.stages.get(str(rl), SFT)
+    if draft.get("pretraining_dataset"):
+        stage = PRETRAIN
+    draft.recipe |= {"stage": stage}
+    if rl == "ipo":
+        draft.put("training.loss_type", ["ipo"], "rl")
+    draft.note(CONVERTED, f"stage: {stage}", "rl", "reward_model")
+
+
+def _put_model(draft: Draft) -> None:
+    draft.recipe.setdefault("model", {})
+    if not draft.get("base_model"):
+        raise draft.refuse("it names no base_model")
+    draft.convert("model.name_or_path", draft.get("base_model"), "base_model")
+    if draft.get("revision_of_model"):
+        draft.convert("model.revision", str(draft.get("revision_of_model")), "revision_of_model")
+    common.convert_remote_code(draft)
+    keys = ("attn_implementation", "flash_attention", "sdp_attention", "eager_attention", "flex_attention")
+    names = dict(zip(keys[1:], ("flash_attention_2", "sdpa", "eager", "flex_attention"), strict=True))
+    chosen = next((name for key, name in names.items() if true(draft.get(key))), None)
+    common.convert_attention(draft, draft.get("attn_implementation") or chosen, *keys, "xformers_attention")
+    for name, token in every(draft.mapping("special_tokens")):
+        if name == "eos_token" and draft.recipe["stage"] in (SFT, PRETRAIN, REWARD):
+            draft.put(f"training.{name}", token, "special_tokens")
+    if isinstance(draft.get("tokens"), dict):
+        draft.note(IGNORED, "a mapping is of older versions: 0.18 takes a list", "tokens")
+    kept = {name: draft.recipe.get("training", {}).get(name) for name in ("eos_token",)}
+    told = ", ".join(f"training.{name}: {token}" for name, token in kept.items() if token)
+    left = [name for name in draft.mapping("special_tokens") if not kept.get(name)]
+    told += f"{'; ' * bool(told)}{', '.join(left)}: as the tokenizer has it" * bool(left)
+    draft.note(CONVERTED if any(kept.values()) else NONE, told or "none", "special_tokens")
+
+
+def _put_adapter(draft: Draft) -> None:
+    method = draft.get("adapter")
+    bits = 8 if true(draft.get("load_in_8bit")) else 4 if true(draft.get("load_in_4bit")) or method == "qlora" else 0
+    if method not in (None, "lora", "qlora"):
+        raise draft.refuse(f"adapter: {method} is not converted: see recipe-run explain method")
+    keys = ("load_in_8bit", "load_in_4bit", "bnb_config_kwargs")
+    if method and bits == 8:
+        draft.convert("quantization", {"load_in_8bit": True}, *keys)
+    elif method and bits:
+        made = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        made |= {key: value for key, value in draft.mapping("bnb_config_kwargs").items() if key.startswith("bnb_4bit")}
+        draft.convert("quantization", {**made, "bnb_4bit_compute_dtype": common.compute_dtype(draft)}, *keys)
+    draft.note(
+        IGNORED if bits else SAME, "without an adapter weights are trained as they are" if bits else "16 bits", *keys
+    )
+    if not method:
+        for key in draft.values:
+            if key.startswith(("lora_", "peft_")) and draft.get(key) is not None:
+                draft.note(IGNORED, "adapter is empty: all weights are trained", key)
+        draft.note(SAME, "all weights are trained", "adapter")
+        return
+    draft.convert("peft.method", "lora", "adapter")
+    targets = draft.get("lora_target_modules")
+    if true(draft.get("lora_target_linear")):
+        draft.convert("peft.target_modules", "all-linear", "lora_target_linear")
+        draft.note(
+            SAME if targets is None else IGNORED, "lora_target_linear takes all linear layers", "lora_target_modules"
+        )
+    elif targets is not None:
+        found = "all-linear" if targets in ("all-linear", ["all-linear"]) else targets
+        draft.convert("peft.target_modules", found, "lora_target_modules")
+    else:
+        draft.put("peft.target_modules", "all-linear", "")
+        draft.note(NONE, "no target is named: all-linear is written", "adapter")
+    draft.note(SAME, "off", "lora_target_linear", "lora_target_modules")
+
+
+def _put_data(draft: Draft) -> None:
+    training = draft.get("pretraining_dataset") or draft.get("datasets")
+    if not training:
+        raise draft.refuse("it names no datasets")
+    said = "pretraining_dataset" if draft.get("pretraining_dataset") else "datasets"
+    entries = [_open_entry(draft, said, entry) for entry in (training if isinstance(training, list) else [training])]
+    sections = [_read_dataset(draft, entry) for entry in entries]
+    first = sections[0]
+    for other in sections[1:]:
+        if any(other[key] != first[key] for key in ("format", "template")):
+            kinds = " and ".join(dict.fromkeys(show(entry.get("type", "text")) for entry in entries))
+            raise draft.refuse(
+                f"its datasets have rows of several layouts ({kinds})", "convert them into turns (format chat)"
+            )
+    if first["format"] == "text" and draft.recipe["stage"] == SFT:
+        draft.recipe["stage"] = PRETRAIN
+    sources = [section["source"] for section in sections]
+    draft.recipe["dataset"] = {"format": first["format"], "train": sources if len(sources) > 1 else sources[0]}
+    if first["template"]:
+        draft.put("dataset.template", first["template"], "datasets.type")
+    if said == "pretraining_dataset":
+        draft.put("dataset.streaming", True, said)
+    draft.note(CONVERTED, f"dataset: format {first['format']}, {len(sources)} source(s)", said)
+    draft.note(NONE, "pretraining_dataset goes before it", "datasets")
+    if draft.get("test_datasets"):
+        tests = draft.get("test_datasets")
+        tests = [
+            _open_entry(draft, "test_datasets", entry) for entry in (tests if isinstance(tests, list) else [tests])
+        ]
+        held = [_read_dataset(draft, entry)["source"] for entry in tests]
+        draft.convert("dataset.eval", held[0] if len(held) == 1 else held, "test_datasets")
+    elif said != "pretraining_dataset":
+        common.hold_out(draft, "val_set_size")
+    draft.note(SAME if not draft.number("val_set_size") else IGNORED, "nothing is held out", "val_set_size")
+    if draft.get("processor_type"):
+        draft.put("dataset.images", "marked", "processor_type")
+        draft.note(CONVERTED, "dataset.images: marked", "processor_type")
+    _put_masks(draft, entries, first["format"])
+    _put_template(draft, entries)
+
+
+def _open_entry(draft: Draft, key: str, entry: Any) -> dict[str, Any]:
+    if isinstance(entry, str):
+        return {"path": entry}
+    if isinstance(entry, dict):
+        return entry
+    raise draft.refuse(f"{key} is {show(entry)}, no list of datasets", "write a list: - path: OWNER/NAME")
+
+
+def _read_dataset(draft: Draft, entry: dict[str, Any]) -> dict[str, Any]:
+    """The layout and the source of a dataset."""
+    path = entry.get("path")
+    if not isinstance(path, str):
+        raise draft.refuse(f"a dataset has no path: {show(entry)}")
+    files = entry.get("data_files")
+    if path in ("json", "csv", "parquet", "text") and files:
+        path = files if isinstance(files, str) else files[0]
+    elif files:
+        path = f"hf://datasets/{path}/{files if isinstance(files, str) else files[0]}"
+    source: dict[str, Any] = {"source": path}
+    names = {"name": "subset", "split": "split", "revision": "revision"}
+    source |= {ours: str(entry[theirs]) for theirs, ours in names.items() if entry.get(theirs)}
+    if "://" in path and not path.startswith("hf://"):
+        raise draft.refuse(f"the dataset {path} is at an address that is not read from", "copy it, and name the file")
+    form, columns, template = _read_layout(draft, entry)
+    if columns:
+        source["columns"] = columns
+    return {"source": source, "format": form, "template": template}
+
+
+def _read_layout(draft: Draft, entry: dict[str, Any]) -> tuple[str, dict[str, str], Any]:
+    """Format, columns and plain-text template of a dataset's type."""
+    kind, stage = entry.get("type"), draft.recipe["stage"]
+    if stage == PRETRAIN:
+        field = entry.get("text_column") or entry.get("field") or "text"
+        return "text", {"text": field}, None
+    if stage in (DPO, REWARD, KTO):
+        return _read_preference(draft, entry, stage)
+    if isinstance(kind, dict):
+        return _read_own_prompt(draft, kind)
+    name = str(kind or "").partition(":")[0].partition(".")[0]
+    if name in ("chat_template", "sharegpt", ""):
+        default = "conversations" if name == "sharegpt" else "messages"
+        return "chat", {"messages": str(entry.get("field_messages") or default)}, None
+    if name == "completion":
+        return "text", {"text": str(entry.get("field") or "text")}, None
+    if name == "alpaca":
+        template = {part: BEGIN[part] + BODY[part] for part in BODY}
+        return "instruction", {"instruction": "instruction", "input": "input", "output": "output"}, template
+    if name == "input_output":
+        raise draft.refuse(
+            "rows of type input_output are segments with a mark each, for which there is no format",
+            "make turns of them (format chat)",
+        )
+    raise draft.refuse(
+        f"the dataset type {show(kind)} is a prompt written in Python there",
+        "write its rows as turns (format chat), or as instruction, input and output",
+    )
+
+
+def _read_own_prompt(draft: Draft, kind: dict[str, Any]) -> tuple[str, dict[str, str], Any]:
+    """A prompt that the file itself describes."""
+    columns = {
+        "instruction": str(kind.get("field_instruction") or "instruction"),
+        "input": str(kind.get("field_input") or "input"),
+        "output": str(kind.get("field_output") or "output"),
+    }
+    form = str(kind.get("format") or "{instruction} {input} ")
+    plain = str(kind.get("no_input_format") or "{instruction} ")
+    begin = str(kind.get("system_format") or "{system}").replace("{system}", str(kind.get("system_prompt") or ""))
+    if "{input}" not in form:
+        return "instruction", {key: columns[key] for key in ("instruction", "output")}, f"{begin}{form}{{output}}"
+    return (
+        "instruction",
+        columns,
+        {"with_input": f"{begin}{form}{{output}}", "without_input": f"{begin}{plain}{{output}}"},
+    )
+
+
+def _read_preference(draft: Draft, entry: dict[str, Any], stage: str) -> tuple[str, dict[str, str], Any]:
+    """Pairs, and judged answers."""
+    kind = entry.get("type")
+    form = "unpaired_preference" if stage == KTO else "preference"
+    if isinstance(kind, dict):
+        roles = ("prompt", "completion", "label") if stage == KTO else ("prompt", "chosen", "rejected")
+        return form, {role: str(kind.get(f"field_{role}") or role) for role in roles}, None
+    last = str(kind or "").rpartition(".")[2]
+    if stage == KTO:
+        prompt = "instruction" if last == "argilla" else "prompt"
+        return form, {"prompt": prompt, "completion": "completion", "label": "label"}, None
+    if str(kind).startswith("chat_template"):
+        columns = {"chosen": entry.get("field_chosen"), "rejected": entry.get("field_rejected")}
+        columns["prompt"] = entry.get("field_messages")
+        return form, {role: str(name) for role, name in columns.items() if name}, None
+    return form, dict(PAIRS.get(last, {})), None
+
+
+def _put_masks(draft: Draft, entries: list[dict[str, Any]], form: str) -> None:
+    if draft.recipe["stage"] != SFT:
+        draft.note(SAME, "the stage decides", "train_on_inputs", "roles_to_train")
+        return
+    roles = {tuple(entry.get("roles_to_train") or ("assistant",)) for entry in entries}
+    if form == "instruction":
+        chosen = "all" if true(draft.get("train_on_inputs")) else "completion"
+    else:
+        chosen = "all" if len(next(iter(roles))) > 1 or next(iter(roles)) == ("all",) else "assistant"
+        if true(draft.get("train_on_inputs")):
+            draft.note(IGNORED, "rows of type chat_template are masked by roles_to_train", "train_on_inputs")
+    draft.convert("dataset.train_on", chosen, "train_on_inputs", "roles_to_train")
+    if "train_on_inputs" not in draft.values:
+        draft.origins["dataset.train_on"] = "axolotl's default"
+
+
+def _put_template(draft: Draft, entries: list[dict[str, Any]]) -> None:
+    name = next((entry["chat_template"] for entry in entries if entry.get("chat_template")), draft.get("chat_template"))
+    text = draft.get("chat_template_jinja") or next(
+        (e["chat_template_jinja"] for e in entries if e.get("chat_template_jinja")), None
+    )
+    if draft.recipe["dataset"]["format"] == "text" or draft.recipe["dataset"].get("template"):
+        draft.note(
+            IGNORED, "rows of this layout are not written by a chat template", "chat_template", "chat_template_jinja"
+        )
+    elif text and "{" in str(text):
+        draft.template = str(text)
+        draft.put("training.chat_template_path", "NAME.jinja", "chat_template_jinja")
+        draft.note(CONVERTED, "NAME.jinja, beside the recipe", "chat_template_jinja", "chat_template")
+    elif text:
+        draft.convert("training.chat_template_path", str(text), "chat_template_jinja", "chat_template")
+    elif name in TEMPLATES:
+        note = "compare rows by recipe-run preview"
+        draft.convert(
+            "training.chat_template_path", f"trl/{TEMPLATES[str(name)]}_training.jinja", "chat_template", note=note
+        )
+    elif name and not str(name).startswith("tokenizer_default") and name not in OWN:
+        told = (
+            "the model's own is used: compare rows by recipe-run preview, or name a file: training.chat_template_path"
+        )
+        draft.note(NONE, told, "chat_template")
+    draft.note(SAME, "the model's own", "chat_template", "chat_template_jinja")
+    draft.note(SAME, "where generation stops is the end of a turn", "eot_tokens")
+
+
+def _put_training(draft: Draft) -> None:
+    packs = true(draft.get("sample_packing"))
+    if draft.recipe["stage"] in (SFT, PRETRAIN):
+        draft.convert("training.packing", packs, "sample_packing")
+        if draft.get("eval_sample_packing") is not None and draft.recipe["dataset"].get("eval"):
+            draft.convert("training.eval_packing", true(draft.get("eval_sample_packing")), "eval_sample_packing")
+    draft.note(IGNORED, "of training, and with held-out rows, only", "eval_sample_packing")
+    draft.note(IGNORED, "rows of this stage are not packed", "sample_packing")
+    strategy = draft.get("excess_length_strategy") or "drop"
+    whole = draft.recipe["dataset"]["format"] == "text"
+    if not whole:
+        ours = {"drop": "drop", "truncate": "truncate", "raise": "error"}.get(str(strategy), "drop")
+        draft.convert("dataset.on_overlong", ours, "excess_length_strategy")
+        draft.origins.setdefault("dataset.on_overlong", "axolotl's default")
+    draft.note(SAME, "texts are cut into pieces of max_length", "excess_length_strategy")
+    if true(draft.get("group_by_length")) and not packs:
+        draft.convert("training.train_sampling_strategy", "group_by_length", "group_by_length")
+    draft.note(SAME if not packs else IGNORED, "packed rows are all as long" if packs else "off", "group_by_length")
+    common.convert_optimizer(draft, "optimizer", "adamw_torch_fused")
+    schedule = str(draft.get("lr_scheduler") or "cosine")
+    if draft.get("cosine_min_lr_ratio") is not None and schedule == "cosine":
+        draft.convert("training.lr_scheduler_type", "cosine_with_min_lr", "lr_scheduler")
+        ratio = {"min_lr_rate": draft.number("cosine_min_lr_ratio")}
+        draft.convert("training.lr_scheduler_kwargs", ratio, "cosine_min_lr_ratio")
+    elif schedule in ("one_cycle", "rex", "log_sweep"):
+        draft.convert("training.lr_scheduler_type", "cosine", "lr_scheduler", note=f"transformers has no {schedule}")
+    else:
+        draft.convert("training.lr_scheduler_type", schedule, "lr_scheduler")
+        draft.origins.setdefault("training.lr_scheduler_type", "axolotl's default")
+    draft.note(IGNORED, "read with the schedule cosine only", "cosine_min_lr_ratio")
+    common.convert_warm_up(draft, 0.03)
+    common.convert_precision(draft)
+    common.convert_tf32(draft)
+    said = draft.get("gradient_checkpointing")
+    common.convert_checkpointing(draft, said not in (None, False, "false"), "gradient_checkpointing")
+    offloads = said in ("offload", "offload_disk") or draft.get("activation_offloading")
+    if offloads and draft.recipe["stage"] in (SFT, PRETRAIN, DPO):
+        draft.convert("training.activation_offloading", True, "activation_offloading")
+    told = "use_reentrant: false, as TRL has it: true loses gradients beside an adapter"
+    draft.note(SAME, told, "gradient_checkpointing_kwargs")
+    draft.note(SAME, "off", "activation_offloading")
+    common.convert_batches(draft)
+    _put_simple(draft)
+
+
+def _put_simple(draft: Draft) -> None:
+    """The plugins, and trackers."""
+    known = ("liger", "cut_cross_entropy", "kernels", "spectrum")
+    told = "kernels for the same result: TRL makes the loss without all logits at once"
+    plugins = draft.get("plugins") or []
+    names = [str(name) for name in (plugins if isinstance(plugins, list) else [plugins])]
+    other = [name for name in names if not any(part in name for part in known)]
+    draft.note(NONE, f"{', '.join(other)}: no plugins here" if other else told, "plugins")
+    if draft.get("wandb_project") or true(draft.get("use_wandb")):
+        draft.put("training.report_to", ["wandb"], "wandb_project")
+        draft.note(CONVERTED, "training.report_to: [wandb]; set WANDB_PROJECT", "wandb_project", "use_wandb")
+    elif true(draft.get("use_tensorboard")):
+        draft.convert("training.report_to", ["tensorboard"], "use_tensorboard")
+    draft.note(SAME, "off", "wandb_project", "use_wandb", "use_tensorboard", "plugins")
+
+
+def _put_saving(draft: Draft) -> None:
+    epochs = float(draft.number("num_epochs") or 1)
+    each = draft.number("saves_per_epoch")
+    strategy = draft.get("save_strategy")
+    if strategy in ("no", "epoch"):
+        draft.convert("training.save_strategy", strategy, "save_strategy")
+    elif each:
+        if each * epochs <= 1:
+            draft.convert("training.save_strategy", "epoch", "saves_per_epoch", note="at the end of each")
+        else:
+            share = round(1 / (each * epochs), 6)
+            draft.convert("training.save_steps", share, "saves_per_epoch", note="a share of all steps")
+    elif draft.get("save_steps"):
+        draft.convert("training.save_steps", draft.number("save_steps"), "save_steps")
+    draft.note(IGNORED, "another key says when is saved", "save_steps", "saves_per_epoch", "save_strategy")
+    each, steps = draft.number("evals_per_epoch"), draft.number("eval_steps")
+    strategy = draft.get("eval_strategy") or draft.get("evaluation_strategy")
+    if each and not strategy:
+        strategy, steps = ("epoch", None) if each * epochs <= 1 else ("steps", round(1 / (each * epochs), 6))
+    strategy = strategy or ("steps" if steps else "epoch")
+    keys = ("evals_per_epoch", "eval_steps", "eval_strategy", "evaluation_strategy")
+    common.evaluate_as_said(draft, strategy, steps, *keys)
+    if (patience := draft.number("early_stopping_patience")) and draft.recipe["dataset"].get("eval"):
+        draft.convert("run.early_stopping", {"patience": int(patience)}, "early_stopping_patience")
+        best = true(draft.get("load_best_model_at_end"))
+        draft.convert("training.load_best_model_at_end", best, "load_best_model_at_end")
+    draft.note(SAME, "off, or nothing is evaluated", "early_stopping_patience")

@@ -1,0 +1,213 @@
+"""What the tools share: schedules, precision, attention, checkpointing, saving, launch configurations."""
+
+from pathlib import Path
+from typing import Any
+
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, show, true
+from recipe_runner.recipe import schema
+from recipe_runner.stages import KTO
+
+COMMIT = 40  # letters of a full commit hash
+OPTIMIZERS = {
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw_bnb_8bit": "paged_adamw_8bit",
+    "adamw_torch_npu_fused": "adamw_torch_fused",
+    "adamw_hf": "adamw_torch",
+    "adamw_apex_fused": "adamw_torch_fused",
+    "lion_pytorch": "lion_32bit",
+    "paged_adamw": "paged_adamw_32bit",
+}
+NO_OPTIMIZERS = (
+    *("muon", "dion", "optimi_adamw", "ao_adamw_4bit", "ao_adamw_8bit", "ao_adamw_fp8", "adopt_adamw", "came_pytorch"),
+    *("q_galore_adamw8bit", "flash_adamw", "schedule_free_radam"),
+)
+ATTENTION = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "disabled": "eager", "flash": "flash_attention_2"}
+
+
+def convert_remote_code(draft: Draft) -> None:
+    """Code of the model's own runs only with a pinned revision."""
+    if not true(draft.get("trust_remote_code")):
+        draft.note(SAME, "no code of the model's runs", "trust_remote_code")
+    elif len(str(draft.recipe.get("model", {}).get("revision", ""))) == COMMIT:
+        draft.convert("model.trust_remote_code", True, "trust_remote_code")
+    else:
+        told = "most models need no code of their own; else set it, and model.revision to a commit that you have read"
+        draft.note(NONE, told, "trust_remote_code")
+
+
+def convert_warm_up(draft: Draft, default: float | None = None) -> None:
+    """TRL 1 has one key: steps, or below 1 a share of all."""
+    steps, ratio = draft.number("warmup_steps"), draft.number("warmup_ratio")
+    if steps is not None and (steps or ratio is None):
+        draft.convert("training.warmup_steps", steps, "warmup_steps")
+        draft.note(IGNORED, "warmup_steps goes before it", "warmup_ratio")
+    elif ratio is not None:
+        draft.convert("training.warmup_steps", ratio, "warmup_ratio", note="a share of all steps" if ratio else "")
+        draft.note(IGNORED, "0 steps: warmup_ratio holds", "warmup_steps")
+    elif default is not None:
+        draft.put("training.warmup_steps", default, f"{draft.tool.name}'s default")
+
+
+def convert_precision(draft: Draft) -> None:
+    """What the file says of bfloat16 and float16; `auto` is what the runner does."""
+    if draft.get("bf16") == "auto" or str(draft.get("bf16")).lower() == "auto":
+        draft.note(SAME, "bfloat16 where the device has it", "bf16")
+    elif draft.get("bf16") is not None and (true(draft.get("bf16")) or draft.get("bf16") == "full"):
+        draft.convert("training.bf16", True, "bf16")
+    elif true(draft.get("fp16")):
+        draft.convert("training.fp16", True, "fp16")
+    for key in ("bfloat16", "pure_bf16"):
+        if true(draft.get(key)):
+            draft.convert("model.dtype", "bfloat16", key)
+    if true(draft.get("float16")):
+        draft.convert("model.dtype", "float16", "float16")
+    draft.note(SAME, "another precision is chosen", *("bf16", "fp16", "bfloat16", "float16", "float32", "pure_bf16"))
+
+
+def convert_tf32(draft: Draft) -> None:
+    """Only a yes is worth a key: training on a CPU refuses it."""
+    if true(draft.get("tf32")):
+        draft.note(NONE, "set training.tf32: true on a GPU (Ampere or newer): of float32 products only", "tf32")
+    draft.note(SAME, "off", "tf32")
+
+
+def convert_attention(draft: Draft, name: Any, *keys: str) -> None:
+    """How attention is computed; `auto` leaves it to transformers."""
+    name = ATTENTION.get(str(name), name)
+    if name in (None, "auto", False):
+        draft.note(SAME, "transformers chooses", *keys)
+    else:
+        draft.convert("model.attn_implementation", str(name), *keys)
+
+
+def convert_optimizer(draft: Draft, key: str, default: str) -> None:
+    """The optimizer by TRL's name for it; one that transformers does not have becomes AdamW."""
+    name = str(draft.get(key) or default)
+    if name in NO_OPTIMIZERS:
+        draft.put("training.optim", "adamw_torch_fused", key)
+        draft.note(
+            NONE, f"transformers has no {name}: adamw_torch_fused is written, which wants another learning rate", key
+        )
+        return
+    made = OPTIMIZERS.get(name, name)
+    draft.convert("training.optim", made, key)
+    if key not in draft.values:
+        draft.origins["training.optim"] = f"{draft.tool.name}'s default"
+
+
+def convert_report_to(draft: Draft) -> None:
+    """Where losses go to beside the run folder."""
+    said = draft.get("report_to")
+    names = [said] if isinstance(said, str) else list(said or [])
+    if not names or names == ["none"]:
+        draft.note(SAME, "the run folder holds all of it", "report_to")
+    elif names == ["all"]:
+        draft.note(NONE, "name them: training.report_to: [tensorboard]", "report_to")
+    else:
+        draft.convert("training.report_to", names, "report_to")
+
+
+def convert_sharding(draft: Draft) -> None:
+    """DeepSpeed and FSDP are the launcher's: a configuration for it is written beside the recipe."""
+    deepspeed, fsdp = draft.get("deepspeed"), draft.get("fsdp") or draft.get("fsdp_config")
+    if deepspeed:
+        stage, offloads = _read_zero(draft, deepspeed)
+        draft.launch = {
+            "compute_environment": "LOCAL_MACHINE",
+            "distributed_type": "DEEPSPEED",
+            "mixed_precision": "bf16",
+            "num_machines": 1,
+            "num_processes": 2,
+            "machine_rank": 0,
+            "deepspeed_config": {"zero_stage": stage}
+            | ({"zero3_init_flag": True, "zero3_save_16bit_model": True} if stage == 3 else {})
+            | offloads,
+        }
+        told = f"NAME.accelerate.yaml, beside the recipe: ZeRO stage {stage}{', offloaded' * bool(offloads)}"
+        draft.note(CONVERTED, told, "deepspeed")
+    elif fsdp:
+        said = draft.get("fsdp_config") if isinstance(draft.get("fsdp_config"), dict) else {}
+        short = {key.removeprefix("fsdp_"): value for key, value in (said or {}).items()}
+        options: dict[str, Any] = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+        options |= {"fsdp_reshard_after_forward": True, "fsdp_state_dict_type": "FULL_STATE_DICT"}
+        if true(short.get("offload_params")) or "offload" in str(draft.get("fsdp")):
+            options["fsdp_offload_params"] = True
+        if wrapped := short.get("transformer_layer_cls_to_wrap"):
+            options["fsdp_transformer_layer_cls_to_wrap"] = wrapped
+        draft.launch = {
+            "compute_environment": "LOCAL_MACHINE",
+            "distributed_type": "FSDP",
+            "mixed_precision": "bf16",
+            "num_machines": 1,
+            "num_processes": 2,
+            "machine_rank": 0,
+            "fsdp_config": options,
+        }
+        told = "NAME.accelerate.yaml, beside the recipe, as FSDP2"
+        draft.note(CONVERTED, told, "fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type")
+    draft.note(
+        SAME, "one process, or DDP", "deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type"
+    )
+
+
+def _read_zero(draft: Draft, said: Any) -> tuple[int, dict[str, str]]:
+    """The stage of a DeepSpeed configuration, by its values or by its file's name, and what is offloaded."""
+    text = show(said) if isinstance(said, dict) else Path(str(said)).name.lower()
+    zero = said.get("zero_optimization", {}) if isinstance(said, dict) else {}
+    stage = zero.get("stage") or next(
+        (int(mark) for mark in ("3", "2", "1") if f"z{mark}" in text or f"zero{mark}" in text), 2
+    )
+    offloads = "offload" in text or "offload_optimizer" in zero
+    devices = {"offload_optimizer_device": "cpu"} | ({"offload_param_device": "cpu"} if stage == 3 else {})
+    return int(stage), devices if offloads else {}
+
+
+def hold_out(draft: Draft, key: str) -> None:
+    """A share of the training rows that is held out."""
+    size = draft.number(key)
+    if not size:
+        draft.note(SAME, "nothing is held out", key)
+    elif isinstance(size, float) and size < 1:
+        draft.convert("dataset.eval", {"fraction": size}, key, note="other rows: the seeds draw otherwise")
+    else:
+        told = "name a share: dataset.eval: {fraction: 0.05}, with training.eval_strategy: steps"
+        draft.note(NONE, f"{size} rows; {told}", key)
+
+
+def evaluate_as_said(draft: Draft, strategy: Any, steps: Any, *keys: str) -> None:
+    """When is evaluated, where the recipe has rows for it."""
+    if not draft.recipe.get("dataset", {}).get("eval") or strategy in ("no", False):
+        draft.recipe.get("dataset", {}).pop("eval", None)
+        draft.note(IGNORED if strategy not in (None, "no", False) else SAME, "nothing is evaluated", *keys)
+        return
+    draft.put("training.eval_strategy", strategy or "steps", keys[0])
+    if steps is not None and (strategy or "steps") == "steps":
+        draft.put("training.eval_steps", steps, keys[0])
+    told = {"eval_strategy": strategy or "steps"} | ({"eval_steps": steps} if steps is not None else {})
+    draft.note(CONVERTED, f"training: {show(told)}", *keys)
+
+
+def convert_checkpointing(draft: Draft, on: bool, *keys: str) -> None:
+    """Whether activations are computed again: by either of TRL's names for it, whichever the stage has."""
+    known = schema.section_keys("training", draft.recipe["stage"])
+    path = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
+    draft.convert(f"training.{path}", on, *keys)
+    draft.origins.setdefault(f"training.{path}", f"{draft.tool.name}'s default")
+
+
+def compute_dtype(draft: Draft) -> str:
+    """What 4-bit weights are computed in: what training is in."""
+    half = true(draft.get("fp16")) and not draft.get("bf16")
+    return "float16" if half else "bfloat16"
+
+
+def convert_batches(draft: Draft) -> None:
+    """KTO compares within a batch: with one row in it, TRL refuses."""
+    key = "micro_batch_size" if draft.tool.name == "axolotl" else "per_device_train_batch_size"
+    if draft.recipe["stage"] == KTO and draft.get(key) == 1:
+        steps = int(draft.number("gradient_accumulation_steps") or 1)
+        draft.convert("training.per_device_train_batch_size", 2, key, note="KTO compares rows of a batch")
+        told = "half as many of twice the rows"
+        draft.convert(
+            "training.gradient_accumulation_steps", max(1, steps // 2), "gradient_accumulation_steps", note=told
+        )

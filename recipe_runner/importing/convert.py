@@ -1,0 +1,177 @@
+"""A file of another tool, converted: the recipe, what stands beside it, and what became of each key."""
+
+import importlib
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, number, show
+from recipe_runner.importing.tools import NAMES, Tool, read_configuration, read_tool, recognise
+from recipe_runner.recipe import schema
+from recipe_runner.recipe.document import dump_values
+
+MODULES = {"axolotl": "axolotl", "llamafactory": "llamafactory", "trl": "trl", "handbook": "trl"}
+ORDER = (
+    "schema_version",
+    "name",
+    "description",
+    "stage",
+    "model",
+    "quantization",
+    "peft",
+    "unfreeze",
+    "dataset",
+    "training",
+    "run",
+)
+COMMENTED = 40  # columns before a comment
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was made of a file.
+
+    Attributes:
+        tool: Whose it was.
+        recipe: Its text.
+        launch: The text of a launch configuration; empty where the file holds none.
+        template: A chat template; empty where the file holds none.
+        lines: What became of each key.
+    """
+
+    tool: Tool
+    recipe: str
+    launch: str
+    template: str
+    lines: tuple[Line, ...]
+
+
+def convert_file(file: Path, name: str, tool_name: str | None = None) -> Imported:
+    """Converts a file.
+
+    Args:
+        file: Of another tool.
+        name: Of the recipe.
+        tool_name: One of `NAMES`; by its keys where there is none.
+
+    Raises:
+        UserError: It is of no tool, of two, or nothing here does what it does.
+    """
+    values = {
+        key: number(value) if isinstance(value, str) else value for key, value in read_configuration(file).items()
+    }
+    tool = read_tool(tool_name) if tool_name else recognise(values, file)
+    draft = Draft(tool, file, values)
+    module: Any = importlib.import_module(f"recipe_runner.importing.{MODULES[tool.name]}")
+    module.convert(draft)
+    _put_plain_keys(draft)
+    _drop_unfit(draft)
+    recipe: dict[str, Any] = {
+        "schema_version": 1,
+        "name": name,
+        "description": f"Converted from {file.name} ({tool.name}).",
+    }
+    recipe |= {key: value for key, value in draft.recipe.items() if value not in ({}, None)}
+    recipe = {key: recipe[key] for key in ORDER if key in recipe}
+    if draft.template:
+        recipe["training"]["chat_template_path"] = f"{name}.jinja"
+    launch = dump_values(draft.launch) if draft.launch else ""
+    order = {key: place for place, key in enumerate(values)}
+    lines = sorted(draft.lines, key=lambda line: order.get(line.key.partition(".")[0], len(order)))
+    told = tuple(Line(line.key, line.kind, line.text.replace("NAME.", f"{name}.")) for line in lines)
+    return Imported(tool, _write(recipe, draft, file), launch, draft.template, told)
+
+
+def _put_plain_keys(draft: Draft) -> None:
+    """What each key that no other was needed for becomes, by the tool's file; and its defaults."""
+    for key, value in draft.values.items():
+        if draft.said(key):
+            continue
+        entry = draft.tool.keys.get(key)
+        if entry is None:
+            _put_unknown(draft, key, value)
+        elif draft.get(key) is None:
+            draft.note(SAME, "empty", key)
+        elif "to" in entry:
+            draft.convert(entry["to"], value, key, note=entry.get("note", ""))
+        elif "ignored" in entry:
+            draft.note(IGNORED, f"{draft.tool.name} {draft.tool.version}: {entry['ignored']}", key)
+        elif "none" in entry:
+            draft.note(NONE, entry["none"], key)
+        elif "same" in entry:
+            draft.note(SAME, entry["same"], key)
+        else:
+            draft.note(SAME, "read with other keys", key)
+    for key, entry in draft.tool.keys.items():
+        if "default" in entry and "to" in entry and draft.get(key) is None:
+            section, _, rest = entry["to"].partition(".")
+            if section == "peft" and not draft.recipe.get("peft"):
+                continue
+            if rest not in draft.recipe.get(section, {}):
+                draft.put(entry["to"], entry["default"], f"{draft.tool.name}'s default")
+
+
+def _put_unknown(draft: Draft, key: str, value: Any) -> None:
+    """A key that the tool's file does not name: of TRL, a field of the stage's configuration."""
+    known = schema.section_keys("training", draft.recipe["stage"])
+    if draft.tool.name in ("trl", "handbook", "llamafactory") and key in known:
+        if value is None:
+            draft.note(SAME, "empty", key)
+        else:
+            draft.convert(f"training.{key}", value, key)
+    elif draft.tool.unknown:
+        draft.note(IGNORED if value is not None else SAME, draft.tool.unknown, key)
+    else:
+        fix = schema.bounds_of("training", draft.recipe["stage"]).get(key, {}).get("x-replaced-by", "")
+        draft.note(NONE, fix or f"no key of {draft.tool.name} {draft.tool.version} that is known here", key)
+
+
+def _drop_unfit(draft: Draft) -> None:
+    """Leaves out what the stage's configuration, or the adapter's, has no field for."""
+    for section, kind in (
+        ("training", draft.recipe["stage"]),
+        ("peft", draft.recipe.get("peft", {}).get("method", "")),
+    ):
+        known = schema.section_keys(section, kind) if draft.recipe.get(section) else {}
+        for key in list(draft.recipe.get(section, {})):
+            if key not in known and key != "method":
+                del draft.recipe[section][key]
+                origin = draft.origins.pop(f"{section}.{key}", "")
+                draft.lines = [line for line in draft.lines if line.key != origin]
+                draft.note(NONE, f"stage {kind} has no {section}.{key}", origin)
+
+
+def _write(recipe: dict[str, Any], draft: Draft, file: Path) -> str:
+    """The recipe's text, each key with where it comes from."""
+    head = [
+        f"# Converted from {file.name} ({draft.tool.name} {draft.tool.version}) by recipe-run import.",
+        f"# Look at its rows: recipe-run preview {recipe['name']}.yaml",
+    ]
+    lines, section = [], ""
+    for line in dump_values(recipe).splitlines():
+        indent = len(line) - len(line.lstrip())
+        key = line.strip().partition(":")[0]
+        if indent == 0 and key in recipe:
+            section = key
+        path = f"{section}.{key}" if indent else key
+        origin = draft.origins.get(path) if indent in (0, 2) else None
+        plain = origin and not line.rstrip().endswith(("|", "|-", ">", ":"))
+        lines.append(f"{line.ljust(COMMENTED)} # {origin}" if plain else line)
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def summarize(lines: tuple[Line, ...]) -> Iterator[str]:
+    """The report, kind by kind."""
+    for kind in (CONVERTED, NONE, IGNORED, SAME):
+        own = [line for line in lines if line.kind == kind]
+        if own:
+            yield f"{kind} ({len(own)})"
+            width = min(30, max(len(line.key) for line in own))
+            for line in own:
+                begin = f"  {line.key:<{width}}  "
+                yield from textwrap.wrap(line.text, 79, initial_indent=begin, subsequent_indent=" " * len(begin))
+
+
+__all__ = ["NAMES", "Imported", "convert_file", "show", "summarize"]

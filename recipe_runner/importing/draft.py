@@ -1,0 +1,129 @@
+"""A recipe while it is made from another tool's values, with what became of each key."""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipe_runner.importing.tools import Tool
+from recipe_runner.problems.errors import UserError, user_error
+
+CONVERTED, NONE, IGNORED, SAME = "converted", "no counterpart", "had no effect there", "same by default"
+KINDS = (CONVERTED, NONE, IGNORED, SAME)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of a key: which it was, which of `KINDS`, and to what or why."""
+
+    key: str
+    kind: str
+    text: str
+
+
+@dataclass
+class Draft:
+    """What is made of a file.
+
+    Attributes:
+        tool: Whose it is.
+        file: It.
+        values: Its values.
+        recipe: What is made of them.
+        launch: A launch configuration, where the file holds one.
+        template: A chat template, where the file holds one.
+        lines: What became of its keys.
+        origins: Path in the recipe -> the key that it comes from, for comments.
+    """
+
+    tool: Tool
+    file: Path
+    values: dict[str, Any]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    launch: dict[str, Any] = field(default_factory=dict)
+    template: str = ""
+    lines: list[Line] = field(default_factory=list)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def get(self, key: str) -> Any:
+        """A value of the file: None for what it leaves out, or empty."""
+        value = self.values.get(key)
+        return None if value == "" or value == [] or value == {} else value
+
+    def number(self, key: str) -> Any:
+        """A number of the file; None for what it leaves out.
+
+        Raises:
+            UserError: It is none.
+        """
+        value = number(self.get(key))
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            return value
+        raise self.refuse(f"{key} is {show(value)}, no number")
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A mapping of the file; an empty one for what it leaves out.
+
+        Raises:
+            UserError: It is none.
+        """
+        value = self.get(key)
+        if value is None or isinstance(value, dict):
+            return value or {}
+        raise self.refuse(f"{key} is {show(value)}, no mapping of keys")
+
+    def put(self, path: str, value: Any, key: str = "") -> None:
+        """Sets a key of the recipe, and remembers of which key of the file it comes."""
+        section, _, rest = path.partition(".")
+        if rest:
+            self.recipe.setdefault(section, {})[rest] = copy.deepcopy(value)
+        else:
+            self.recipe[section] = copy.deepcopy(value)
+        if key:
+            self.origins[path] = key
+
+    def note(self, kind: str, text: str, *keys: str) -> None:
+        """Says what became of keys, of those that the file has."""
+        self.lines += [Line(key, kind, text) for key in keys if key in self.values and not self.said(key)]
+
+    def said(self, key: str) -> bool:
+        """Whether it was said what became of a key."""
+        return any(line.key == key for line in self.lines)
+
+    def convert(self, path: str, value: Any, *keys: str, note: str = "") -> None:
+        """Sets a key of the recipe, and says that keys of the file became it."""
+        self.put(path, value, next((key for key in keys if key in self.values), ""))
+        self.note(CONVERTED, f"{path}: {show(value)}" + f" ({note})" * bool(note), *keys)
+
+    def refuse(self, message: str, fix: str = "") -> UserError:
+        """The error of a file that no recipe can be made of."""
+        return user_error("import-no-counterpart", f"{self.file}: {message}", fix)
+
+
+def show(value: Any) -> str:
+    """A value in a line."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def number(value: Any) -> Any:
+    """A number that YAML 1.1 reads as a text: 2e-4."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def true(value: Any) -> bool:
+    """Whether a value says yes, as the tools read it."""
+    return value is True or (isinstance(value, str) and value.strip().lower() in ("true", "yes", "1"))
+
+
+def every(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values that say something."""
+    yield from ((key, value) for key, value in values.items() if value not in (None, "", [], {}))
