@@ -120,9 +120,6 @@ def _put_adapter(draft: Draft) -> None:
     elif targets is not None:
         found = "all-linear" if targets in ("all-linear", ["all-linear"]) else targets
         draft.convert("peft.target_modules", found, "lora_target_modules")
-    else:
-        draft.put("peft.target_modules", "all-linear", "")
-        draft.note(NONE, "no target is named: all-linear is written", "adapter")
     draft.note(SAME, "off", "lora_target_linear", "lora_target_modules")
 
 

@@ -65,7 +65,7 @@ def _put_adapter(draft: Draft) -> None:
         draft.note(IGNORED, "without an adapter weights are trained as they are", *bits)
         return
     draft.convert("peft.method", "lora", "use_peft")
-    defaults = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_target_modules": "all-linear"}
+    defaults = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
     for key, ours in names.items():
         value = draft.get(key) if draft.get(key) is not None else defaults.get(key)
         if value in (None, False):
