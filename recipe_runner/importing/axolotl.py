@@ -337,6 +337,8 @@ def _put_training(draft: Draft) -> None:
     draft.note(IGNORED, "read with the schedule cosine only", "cosine_min_lr_ratio")
     common.convert_warm_up(draft, 0.03)
     common.convert_precision(draft)
+    if str(draft.get("bf16")).lower() in ("true", "full", "auto") and "dtype" not in draft.recipe["model"]:
+        draft.put("model.dtype", "bfloat16", "bf16")  # as weights are loaded there, also those that are trained
     common.convert_tf32(draft)
     said = draft.get("gradient_checkpointing")
     common.convert_checkpointing(draft, said not in (None, False, "false"), "gradient_checkpointing")

@@ -1,6 +1,8 @@
 """From LLaMA-Factory's configuration to a recipe."""
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +162,44 @@ def _put_data(draft: Draft) -> None:
         chosen = "all" if all_of_it else "last" if last or made[0]["format"] == "instruction" else "assistant"
         draft.convert("dataset.train_on", chosen, "train_on_prompt", "mask_history")
         draft.origins.setdefault("dataset.train_on", "llamafactory's default")
-    told = (
-        "the model's own chat template is used: compare rows by recipe-run preview, or set training.chat_template_path"
-    )
-    draft.note(NONE if draft.recipe["stage"] != PRETRAIN else IGNORED, told, "template")
+    _put_template(draft)
     draft.note(NONE, "name weights: dataset.train: [{source: ..., weight: 1}]", "mix_strategy", "interleave_probs")
+
+
+def _put_template(draft: Draft) -> None:
+    """LLaMA-Factory's own text of the turns, as a chat template beside the recipe."""
+    stage, name = draft.recipe["stage"], str(draft.get("template"))
+    parts = draft.tool.templates.get(name)
+    if stage == PRETRAIN:
+        draft.note(IGNORED, "texts are not written by a chat template", "template")
+    elif parts and stage == SFT and not draft.recipe["dataset"].get("images"):
+        draft.template = write_template(parts)
+        draft.put("training.chat_template_path", "NAME.jinja", "template")
+        draft.note(CONVERTED, f"NAME.jinja, beside the recipe: {name}, as LLaMA-Factory writes it", "template")
+    told = "the model's own chat template is used: compare rows by recipe-run preview"
+    draft.note(NONE, told, "template")
+
+
+def write_template(parts: Mapping[str, str]) -> str:
+    """A chat template that writes turns as a template of LLaMA-Factory's does; it marks what the assistant says."""
+
+    def write(name: str, content: str) -> str:
+        values = {"{content}": content, "{bos}": "bos_token", "{eos}": "eos_token"}
+        pieces = re.split(r"(\{content\}|\{bos\}|\{eos\})", parts.get(name, ""))
+        return "".join(f"{{{{ {values.get(piece) or json.dumps(piece)} }}}}" for piece in pieces if piece)
+
+    said = "message['content']"
+    return (
+        f"{{%- set begin = messages[0]['content'] if messages[0]['role'] == 'system'"
+        f" else {json.dumps(parts.get('default_system', ''))} -%}}\n"
+        f"{write('prefix', '')}{{%- if begin %}}{write('system', 'begin')}{{% endif -%}}\n"
+        "{%- for message in messages -%}\n"
+        f"{{%- if message['role'] == 'user' %}}{write('user', said)}\n"
+        "{%- elif message['role'] == 'assistant' %}"
+        f"{{% generation %}}{write('assistant', said)}{{% endgeneration %}}\n"
+        "{%- endif -%}\n"
+        "{%- endfor -%}"
+    )
 
 
 def _find_info(draft: Draft) -> tuple[dict[str, Any], Path]:
@@ -248,6 +283,8 @@ def _put_training(draft: Draft) -> None:
     common.convert_batches(draft)
     common.convert_warm_up(draft)
     common.convert_precision(draft)
+    if draft.recipe.get("peft") and draft.recipe["training"].get("bf16"):
+        draft.put("model.dtype", "bfloat16", "bf16")  # as its base is loaded; what is trained is in float32
     common.convert_tf32(draft)
     common.convert_optimizer(draft, "optim", "adamw_torch")
     common.convert_report_to(draft)

@@ -32,6 +32,7 @@ class Tool:
         marks: Keys by which a file of it is recognised.
         stages: What it calls a way to train -> our stage.
         no_stages: What it calls one that is not here -> why.
+        templates: Name of a chat template that is the tool's own -> its parts.
         keys: Key -> what it becomes (see axolotl.yaml).
     """
 
@@ -42,6 +43,7 @@ class Tool:
     marks: tuple[str, ...]
     stages: Mapping[str, str]
     no_stages: Mapping[str, str]
+    templates: Mapping[str, Mapping[str, str]]
     keys: Mapping[str, Mapping[str, Any]]
 
 
@@ -52,7 +54,7 @@ def read_tool(name: str) -> Tool:
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     unknown = "" if values["unknown"] == "none" else values["unknown"]
     told = (values["version"], values["source"], unknown, tuple(values["marks"]))
-    return Tool(name, *told, values["stages"], values["no_stages"], values["keys"])
+    return Tool(name, *told, values["stages"], values["no_stages"], values.get("templates", {}), values["keys"])
 
 
 def read_configuration(file: Path) -> dict[str, Any]:

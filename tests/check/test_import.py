@@ -108,6 +108,7 @@ def test_axolotl_s_file_becomes_a_recipe_that_trains_the_same(convert, tmp_path)
     assert {key: recipe.training[key] for key in wanted} == wanted
     assert recipe.dataset.train_on == "completion"
     assert recipe.dataset.on_overlong == "drop"
+    assert recipe.model.dtype == "bfloat16"
     assert recipe.model.attn_implementation == "flash_attention_2"
     text = (tmp_path / "made.yaml").read_text()
     assert "max_length: 4096" in text
@@ -182,6 +183,9 @@ def test_llama_factory_s_file_with_its_datasets(convert, tmp_path):
     wanted = {"learning_rate": 1e-4, "warmup_steps": 0.1, "num_train_epochs": 3.0, "packing": False, "bf16": True}
     assert {key: recipe.training[key] for key in wanted} == wanted
     assert recipe.training["max_length"] == 1024
+    template = (tmp_path / "made.jinja").read_text()
+    assert "You are Qwen, created by Alibaba Cloud. You are a helpful assistant." in template
+    assert "{% generation %}" in template
     assert recipe.dataset.train_on == "assistant"
     assert recipe.dataset.train[0].columns["messages"] == "conversations"
     assert "overwrite_output_dir" in result.out.partition("had no effect there")[2]
