@@ -5,10 +5,11 @@ from pathlib import Path
 
 import click
 
-from recipe_runner.files import write_text
+from recipe_runner.files import refuse_existing, write_new
 from recipe_runner.importing.convert import convert_file, summarize
-from recipe_runner.problems.errors import UserError, user_error
+from recipe_runner.problems.errors import UserError
 from recipe_runner.recipe.resolve import examine_recipe
+from recipe_runner.recipe.schema import is_name
 
 
 def import_file(file: Path, tool: str | None, output: Path | None) -> None:
@@ -17,17 +18,18 @@ def import_file(file: Path, tool: str | None, output: Path | None) -> None:
     Raises:
         UserError: Nothing can be made of it, a file is there already, or the recipe is not valid yet.
     """
-    output = output or Path(re.sub(r"[^\w.-]+", "_", file.stem) + ".yaml")
-    if output.suffix != ".yaml":
-        raise user_error("bad-name", f"a recipe is NAME.yaml, not {output.name}", "name it so: --output NAME.yaml")
+    output = output or Path(re.sub(r"[^\w.-]+", "_", file.stem, flags=re.ASCII).lstrip("._-") + ".yaml")
+    if output.suffix != ".yaml" or not is_name(output.stem):
+        hint = "NAME.yaml, where NAME has letters, digits, '.', '_' and '-', a letter or digit first"
+        raise click.BadParameter(hint, param_hint="--output")
     made = convert_file(file, output.stem, tool)
     beside = {output: made.recipe}
     beside |= {output.with_suffix(".jinja"): made.template} if made.template else {}
     beside |= {output.with_name(f"{output.stem}.accelerate.yaml"): made.launch} if made.launch else {}
-    if there := [path for path in beside if path.exists()]:
-        raise user_error("file-exists", f"{there[0]} is there already", "name another: --output NAME.yaml")
+    for path in beside:
+        refuse_existing(path, "name another: --output NAME.yaml")
     for path, text in beside.items():
-        write_text(path, text)
+        write_new(path, text)
     click.echo("\n".join(summarize(made.lines)))
     click.echo(f"written: {', '.join(map(str, beside))} (from {made.tool.name} {made.tool.version})")
     _, problems = examine_recipe(output)

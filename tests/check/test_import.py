@@ -275,7 +275,7 @@ def test_a_binary_and_a_file_that_is_there_are_refused(run_cli, convert, tmp_pat
     assert "is no text in UTF-8" in run_cli("import", tmp_path / "latin.yml").err
     (tmp_path / "made.yaml").write_text("mine")
     result, _ = convert(AXOLOTL)
-    assert "made.yaml is there already" in result.err
+    assert "made.yaml: error[file-exists] the file is there already" in result.err
     assert (tmp_path / "made.yaml").read_text() == "mine"
     assert "no such file" in run_cli("import", tmp_path / "none.yml").err.lower()
 
