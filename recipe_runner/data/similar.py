@@ -51,27 +51,37 @@ def _sketch(pieces: list[str]) -> list[int]:
 
 def find_similar(sketches: np.ndarray) -> np.ndarray:
     """For each row the place of an earlier one that says nearly the same; -1 where there is none: array `(rows,)`."""
+    return _find(sketches, len(sketches), 0)
+
+
+def find_similar_among(sketches: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """For each row the place of one of `others` that says nearly the same; -1 where there is none: array `(rows,)`."""
+    return _find(np.concatenate([others, sketches]), len(others), len(others))[len(others) :]
+
+
+def _find(sketches: np.ndarray, among: int, since: int) -> np.ndarray:
+    """As `find_similar`: of the rows from `since` on, each one of the first `among` rows.
+
+    In each band a row is compared with the first and with the last of the rows before it that have the same.
+    """
     found = np.full(len(sketches), -1)
     known = np.flatnonzero(sketches.any(axis=1))
     for band in np.split(sketches[known], BANDS, axis=1) if len(known) else ():
         keys = np.ascontiguousarray(band).view(np.uint32)[:, 0]
         order = np.argsort(keys, kind="stable")
+        rows, places = known[order], np.arange(len(order))
         begins = np.concatenate([[True], np.diff(keys[order]) != 0])
-        firsts = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
-        for earlier in (firsts, np.roll(order, 1)):
-            later = ~begins & (found[known[order]] < 0)
-            for pairs in np.array_split(
-                np.stack([known[order], known[earlier]], axis=1)[later], later.sum() // AT_ONCE + 1
-            ):
-                near = (sketches[pairs[:, 0]] == sketches[pairs[:, 1]]).mean(axis=1) >= SIMILAR
-                found[pairs[near, 0]] = pairs[near, 1]
+        firsts = np.maximum.accumulate(np.where(begins, places, 0))
+        before = np.maximum.accumulate(np.where(rows < among, places, -1))
+        lasts = np.concatenate([[-1], before[:-1]])
+        for earlier in (firsts, lasts):
+            wanted = (rows >= since) & (found[rows] < 0) & (earlier >= firsts) & (earlier < places)
+            wanted &= rows[earlier] < among
+            pairs = np.stack([rows, rows[earlier]], axis=1)[wanted]
+            for part in np.array_split(pairs, len(pairs) // AT_ONCE + 1):
+                near = (sketches[part[:, 0]] == sketches[part[:, 1]]).mean(axis=1) >= SIMILAR
+                found[part[near, 0]] = part[near, 1]
     return found
-
-
-def find_similar_among(sketches: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """For each row the place of one of `others` that says nearly the same; -1 where there is none: array `(rows,)`."""
-    found = find_similar(np.concatenate([others, sketches]))[len(others) :]
-    return np.where(found < len(others), found, -1)
 
 
 def _cut(row: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def open_sources(dataset: DatasetSection) -> list[Source]:
         if name in used:
             message = f"the column '{name}' is used, for the role '{used[name]}'"
             raise user_error("wrong-column-role", message, path=place)
-        if name not in there:
+        if name not in there and not dataset.streaming:  # of what is streamed, it may come later
             message = f"no source has a column or a key of a turn '{name}'"
             raise user_error("missing-column", message, suggest(name, there) or "remove it", path=place)
     return sources
@@ -208,14 +208,12 @@ def stream_rows(
         UserError: It can't be read.
     """
     name, suffix = section.source, ""
+    reading: list[Path] = []
     try:
         if files := data_files(name):
             suffix = suffix_of(files[0].name)
             if suffix in TEXTS:
-                options = (section.field, section.delimiter, section.encoding)
-                rows: Any = itertools.chain.from_iterable(
-                    _iterate_lines(file) if suffix == ".txt" else iterate_rows(file, *options) for file in files
-                )
+                rows: Any = itertools.chain.from_iterable(_iterate_files(section, suffix, files, reading))
                 for number, row in itertools.islice(enumerate(rows), reader + skip * readers, None, readers):
                     yield f"row {number + 1}", row
                 return
@@ -239,7 +237,17 @@ def stream_rows(
     except (DatasetsError, *UNREADABLE) as error:
         if isinstance(error, UserError):
             raise
-        raise _explain_load_error(error, section, suffix) from error
+        raise _explain_load_error(error, section, suffix, reading[-1] if reading else None) from error
+
+
+def _iterate_files(
+    section: SourceSection, suffix: str, files: list[Path], reading: list[Path]
+) -> Iterator[Iterator[dict[str, Any]]]:
+    """The rows of each file; adds the file that is read to `reading`."""
+    options = (section.field, section.delimiter, section.encoding)
+    for file in files:
+        reading.append(file)
+        yield _iterate_lines(file) if suffix == ".txt" else iterate_rows(file, *options)
 
 
 def _iterate_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -810,6 +818,31 @@ def _refuse_lost_columns(section: SourceSection, form: str, unused: Dataset) -> 
                 fix = "set dataset.images: marked (or first) to train on them, or"
             path = (*section.path, "columns") if section.columns else (*section.path, "source")
             raise user_error("unused-column", message, f"{fix} list it in dataset.ignore: [{name}]", path=path)
+
+
+def check_streamed_row(dataset: DatasetSection, source: Source, known: frozenset[str], row: Mapping[str, Any]) -> str:
+    """What is wrong with the columns of a row that came after those by which the source's columns were chosen.
+
+    Args:
+        dataset: The section.
+        source: The source, with its first rows.
+        known: The columns of these.
+        row: The row, by column.
+
+    Returns:
+        What was found, without the row's name; empty where all is well.
+    """
+    roles = FORMATS[dataset.format].roles
+    for role in FORMATS[dataset.format].required:
+        if source.columns.get(role) not in (None, *row):
+            return f"has no column '{source.columns[role]}'; its columns: {', '.join(row)}"
+    for name in row.keys() - known:
+        meant = name in MEANINGS or any(name in (role, *OTHER_NAMES.get(role, ())) for role in roles)
+        given = source.section.columns
+        left_out = name in dataset.ignore or (name in given and given[name] is None)
+        if meant and not left_out and says_something(row[name]):
+            return f"has a column '{name}', which none of the first rows has: it would be lost"
+    return ""
 
 
 def _explain_load_error(error: Exception, section: SourceSection, suffix: str, file: Path | None = None) -> UserError:

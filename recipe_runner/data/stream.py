@@ -17,7 +17,7 @@ from recipe_runner.data.accounting import Accounting, list_reasons
 from recipe_runner.data.job import Job
 from recipe_runner.data.marks import mark_sources
 from recipe_runner.data.prepare import prepare_chunk, shape_of
-from recipe_runner.data.sources import Source, stream_rows
+from recipe_runner.data.sources import Source, check_streamed_row, stream_rows
 from recipe_runner.data.tables import check_vocabulary, pack
 from recipe_runner.problems.errors import user_error
 
@@ -77,7 +77,7 @@ class Position:
         counted, lost = self.counted, sum(self.dropped.values())
         why = list_reasons(self.dropped)
         passes = max((place.passes for place in self.places), default=0)
-        again = f"; read to the end {passes:,} times" if passes else ""
+        again = f"; read to the end {'once' if passes == 1 else f'{passes:,} times'}" if passes else ""
         dropped = f"{lost:,} dropped" + (f" ({why})" if why else "")
         rows = f"{counted.get('rows_read', 0):,} rows read: {counted.get('rows_kept', 0):,} kept, {dropped}"
         cut = f"{counted.get('rows_truncated', 0):,} truncated ({counted.get('tokens_truncated', 0):,} tokens lost)"
@@ -124,6 +124,7 @@ class Reader:
         weights = [source.section.weight or 1.0 for source in sources]
         self.shares = np.array(weights) / sum(weights)
         self.rows: list[Iterator[tuple[str, dict[str, Any]]]] = []
+        self.columns = [frozenset([*source.rows.column_names, *source.unused]) for source in sources]
 
     def _open(self, place: Place, which: int) -> Iterator[tuple[str, dict[str, Any]]]:
         return stream_rows(self.sources[which].section, self.number, self.count, place.rows)
@@ -138,10 +139,24 @@ class Reader:
         self.now, skip = self.begin, self.skip
         self.begun.clear()
         self.rows = [self._open(place, which) for which, place in enumerate(self.now.places)]
+        empty_since = self._count_passes()
         while True:
             self.begun.append(self.now)
+            given = self.now.given
             yield from itertools.islice(self._prepare(self.now), skip, None)
             skip = 0
+            if self.now.given > given:
+                empty_since = self._count_passes()
+            elif self._count_passes() > empty_since + 1:  # a whole pass, and the rest of the one before
+                which = f" for reader {self.number + 1} of {self.count}" if self.count > 1 else ""
+                message = f"no row of the train data can be used{which}: {list_reasons(self.now.dropped)}"
+                raise user_error(
+                    "empty-dataset", message, "fix the data, or take fewer processes", path=("dataset", "train")
+                )
+
+    def _count_passes(self) -> int:
+        """How often the source that was read the most often was read to its end."""
+        return max(place.passes for place in self.now.places)
 
     def _prepare(self, position: Position) -> Dataset:
         """The rows of a window as the trainer takes them."""
@@ -176,6 +191,11 @@ class Reader:
         while len(found) < wanted:
             before = len(found)
             for name, row in self.rows[which]:
+                if wrong := check_streamed_row(self.job.dataset, source, self.columns[which], row):
+                    fix = "bring such rows among the first 1,000, or list the column in dataset.ignore"
+                    fix = fix if "would be lost" in wrong else "fix the file, or leave it out"
+                    code = "unused-column" if "would be lost" in wrong else "missing-column"
+                    raise user_error(code, f"{source.name}: {name} {wrong}", fix, path=source.path)
                 found.append(row)
                 names.append(name)
                 if len(found) == wanted:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from recipe_runner.data.accounting import list_reasons
 from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.prepare import prepare_chunks, shape_of
 from recipe_runner.data.shapes.unpaired import take_side
@@ -83,7 +85,11 @@ def write_ledger(
         raise user_error("no-ledger", message, "see completions.jsonl, which has every answer with its rewards")
     opened = open_preview(recipe, 1)
     check_unchanged(opened, target.run)
-    rows = [row for split, order in opened.orders.items() for row in read_judged(opened.job, split, order, limit)]
+    rows, dropped = [], Counter[str]()
+    for split, order in opened.orders.items():
+        rows += list(read_judged(opened.job, split, order, limit, dropped))
+    if dropped:
+        tell(f"not in it: {sum(dropped.values()):,} rows that can't be used ({list_reasons(dropped)})")
     model = open_target(target, dtype, quantized, scores=recipe.stage.scores)
     after = _measure(model, rows, recipe.stage.scores)
     tell(f"after: {len(rows):,} rows")
@@ -101,8 +107,8 @@ def write_ledger(
     return file, entries
 
 
-def read_judged(job: Job, split: str, order: np.ndarray, limit: int | None) -> Iterator[Judged]:
-    """The rows of a split that can be used, each once, as the trainer would get them, unpacked."""
+def read_judged(job: Job, split: str, order: np.ndarray, limit: int | None, dropped: Counter[str]) -> Iterator[Judged]:
+    """The rows of a split that can be used, each once, as the trainer would get them, unpacked; counts the others."""
     job, order = job.unpacked(split), np.unique(order, axis=0)[:limit]  # a mixture repeats rows
     shape = shape_of(job.stage)
     tally = job.tally()
@@ -119,6 +125,7 @@ def read_judged(job: Job, split: str, order: np.ndarray, limit: int | None) -> I
                 sequences = shape.as_trained(entry, job)
                 place = (split, job.sources[source].name, int(number) + 1)
                 yield Judged(*place, sequences, raw.get("label"), sketch, look)
+    dropped.update(tally.dropped)
 
 
 def _measure(opened: Opened, rows: Sequence[Judged], scores: bool) -> list[dict[str, float]]:

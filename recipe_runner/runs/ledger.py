@@ -1,6 +1,7 @@
 """The row ledger of a run: `rows.jsonl`, a line a row, with its loss before the training and after it."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,21 @@ def find_worst(entries: Sequence[Entry], number: int) -> list[Entry]:
     return sorted((entry for entry in entries if entry.split == "train"), key=lambda entry: entry.learned)[:number]
 
 
+TOLD = (
+    *("not learned", "known before", "the same as another", "nearly the same as another"),
+    *("trained on, too", "nearly the same as one that was trained on"),
+)
+
+
+def _shorten(flag: str) -> str:
+    """A flag without which row it names."""
+    if flag.endswith("which was trained on"):
+        return TOLD[5]
+    if flag.startswith(("the same as", "nearly the same as")):
+        return TOLD[3] if flag.startswith("nearly") else TOLD[2]
+    return TOLD[4] if flag == "trained on" else flag
+
+
 def summarize(entries: Sequence[Entry]) -> str:
     """What the ledger says of all rows, in lines."""
     lines = []
@@ -93,11 +109,7 @@ def summarize(entries: Sequence[Entry]) -> str:
             for values in ([entry.before for entry in rows], [entry.after for entry in rows])
         ]
         told = f"mean loss {means[0]:.3f} before, {means[1]:.3f} after" if None not in means else ""
-        counts = {
-            flag: sum(flag in " ".join(entry.flags) for entry in rows)
-            for flag in ("not learned", "known before", "the same as", "trained on")
-        }
-        words = {"the same as": "the same as another", "trained on": "trained on, too"}
-        flags = "; ".join(f"{count:,} {words.get(flag, flag)}" for flag, count in counts.items() if count)
+        counts = Counter(_shorten(flag) for entry in rows for flag in entry.flags)
+        flags = "; ".join(f"{counts[told]:,} {told}" for told in TOLD if counts[told])
         lines.append(f"{split}: {len(rows):,} rows" + "".join(f"; {part}" for part in (told, flags) if part))
     return "\n".join(lines)

@@ -67,6 +67,21 @@ def test_what_is_found_is_what_the_sets_of_pieces_say():
     assert np.array_equal(among, found[300:])
 
 
+def test_rows_that_are_like_each_other_are_found_among_others_all_the_same():
+    chance = random.Random(3)
+
+    def vary(words):
+        return {"text": " ".join(change(words, chance.randrange(60)))}
+
+    train = [{"text": " ".join(write(seed))} for seed in range(200)]
+    held = [vary(write(seed)) for seed in range(200) for _ in range(3)]
+    found = find_similar_among(sketch(held), sketch(train))
+    assert all(place in (-1, number // 3) for number, place in enumerate(found))
+    alone = find_similar_among(sketch(held[2::3]), sketch(train))
+    assert (found[2::3] == alone).all()
+    assert (found >= 0).mean() > 0.9
+
+
 def test_a_system_prompt_that_rows_share_makes_none_alike():
     system = {"role": "system", "content": " ".join(write(99, 200))}
 

@@ -37,6 +37,21 @@ def test_rows_that_contradict_the_others_are_the_worst(run_recipe, run_cli, tmp_
     assert "rows.jsonl row 7:" in text
 
 
+def test_rows_that_are_not_in_it_and_those_that_are_there_twice_are_counted_apart(run_recipe, run_cli, tmp_path):
+    words = [f"word{number}" for number in range(40)]
+    near = [*words[:20], "other", *words[21:]]
+    rows = [{"instruction": "say", "output": " ".join(of)} for of in (words, near, words)] + [
+        {"instruction": "x", "output": ""}
+    ]
+    dataset = {"format": "instruction", "max_dropped": 0.5}
+    _, folder = run_recipe(rows=rows, dataset=dataset, training={"max_steps": 1, "max_length": 512}, peft=LORA)
+    judged = run_cli("evaluate", folder, "--rows")
+    assert judged.status == 0, judged.err
+    assert "not in it: 1 rows that can't be used (1 with an empty output)" in judged.out + judged.err
+    assert "train: 3 rows" in judged.out
+    assert "1 the same as another; 1 nearly the same as another" in judged.out
+
+
 def test_losses_are_those_of_the_model_before_and_after(run_recipe, run_cli):
     import torch
     from transformers import AutoModelForCausalLM

@@ -189,3 +189,52 @@ def test_data_that_changed_is_not_gone_on_with(run_recipe, tmp_path):
     (folder / "status.json").write_text('{"status": "failed"}')
     result, _ = run_recipe("--resume", "auto", rows=[*ROWS, ROWS[0]], **sections)
     assert "error[data-changed]" in result.err
+
+
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [
+        ({"input": "three"}, "row 1201 has a column 'input', which none of the first rows has: it would be lost"),
+        ({"tools": [{"name": "look"}]}, "row 1201 has a column 'tools'"),
+        ({"images": ["map.png"]}, "row 1201 has a column 'images'"),
+        ("question", "row 1201 has no column 'instruction'; its columns: question, output"),
+    ],
+)
+def test_a_column_that_comes_late_is_named_with_its_row(run_recipe, late, said):
+    rows = [dict(row) for row in ROWS]
+    if late == "question":
+        rows[1200] = {"question": "what?", "output": "this"}
+    else:
+        rows[1200] |= late
+    training = {"max_steps": 500, "per_device_train_batch_size": 8, "save_strategy": "no"}
+    result, folder = run_recipe(rows=rows, dataset=STREAMED, training=training, peft=LORA)
+    assert result.status == 1
+    assert said in result.err
+    assert status(folder)["status"] == "failed"
+
+
+def test_a_column_that_comes_late_may_be_left_out_knowingly(prepared):
+    rows = [*ROWS[:1200], *({**row, "score": 3, "tools": "none"} for row in ROWS[1200:])]
+    assert len(read(prepared(rows=rows, dataset={"ignore": ["tools"]}))) == 2000
+
+
+def test_a_reader_that_has_rows_of_no_use_alone_says_so(prepared):
+    rows = [{**row, "output": "" if number % 2 else row["output"]} for number, row in enumerate(ROWS)]
+    made = prepared(rows=rows, dataset={"max_dropped": 1.0})
+    assert len(read(made, count=2, number=0, rows=10)) == 10
+    with pytest.raises(
+        Exception, match=r"no row of the train data can be used for reader 2 of 2: .* with an empty output"
+    ):
+        read(made, count=2, number=1, rows=10)
+
+
+def test_a_line_that_is_broken_late_is_named(run_recipe, small_recipe, tmp_path):
+    lines = [json.dumps(row) for row in ROWS]
+    lines[1500] = lines[1500][:20]
+    small_recipe(rows=ROWS)
+    training = {"max_steps": 500, "per_device_train_batch_size": 8, "save_strategy": "no"}
+    (tmp_path / "broken.jsonl").write_text("\n".join(lines) + "\n")
+    dataset = STREAMED | {"train": {"source": "broken.jsonl"}}
+    result, _ = run_recipe(rows=ROWS, dataset=dataset, training=training, peft=LORA)
+    assert result.status == 1
+    assert "broken.jsonl: line 1501, column" in result.err
