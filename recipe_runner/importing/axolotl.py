@@ -139,7 +139,7 @@ def _put_data(draft: Draft) -> None:
             )
     if first["format"] == "text" and draft.recipe["stage"] == SFT:
         draft.recipe["stage"] = PRETRAIN
-    sources = [section["source"] for section in sections]
+    sources = [source for section in sections for source in section["sources"]]
     draft.recipe["dataset"] = {"format": first["format"], "train": sources if len(sources) > 1 else sources[0]}
     if first["template"]:
         draft.put("dataset.template", first["template"], "datasets.type")
@@ -152,7 +152,7 @@ def _put_data(draft: Draft) -> None:
         tests = [
             _open_entry(draft, "test_datasets", entry) for entry in (tests if isinstance(tests, list) else [tests])
         ]
-        held = [_read_dataset(draft, entry)["source"] for entry in tests]
+        held = [source for entry in tests for source in _read_dataset(draft, entry)["sources"]]
         draft.convert("dataset.eval", held[0] if len(held) == 1 else held, "test_datasets")
     elif said != "pretraining_dataset":
         common.hold_out(draft, "val_set_size")
@@ -172,17 +172,21 @@ def _open_entry(draft: Draft, key: str, entry: Any) -> dict[str, Any]:
     raise draft.refuse(f"{key} is {show(entry)}, no list of datasets", "write a list: - path: OWNER/NAME")
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def _read_dataset(draft: Draft, entry: dict[str, Any]) -> dict[str, Any]:
-    """The layout and the source of a dataset."""
+    """The layout of a dataset, and its sources: one for each file."""
     path = entry.get("path")
     if not isinstance(path, str):
         raise draft.refuse(f"a dataset has no path: {show(entry)}")
-    files = entry.get("data_files")
-    if path in ("json", "csv", "parquet", "text") and files:
-        path = files if isinstance(files, str) else files[0]
-    elif files:
-        path = f"hf://datasets/{path}/{files if isinstance(files, str) else files[0]}"
-    source: dict[str, Any] = {"source": path}
+    files = _list(entry.get("data_files"))
+    paths = [path]
+    if files:
+        local = path in ("json", "csv", "parquet", "text")
+        paths = [str(file) if local else f"hf://datasets/{path}/{file}" for file in files]
+    source: dict[str, Any] = {}
     names = {"name": "subset", "split": "split", "revision": "revision"}
     source |= {ours: str(entry[theirs]) for theirs, ours in names.items() if entry.get(theirs)}
     if "://" in path and not path.startswith("hf://"):
@@ -190,7 +194,7 @@ def _read_dataset(draft: Draft, entry: dict[str, Any]) -> dict[str, Any]:
     form, columns, template = _read_layout(draft, entry)
     if columns:
         source["columns"] = columns
-    return {"source": source, "format": form, "template": template}
+    return {"sources": [{"source": each, **source} for each in paths], "format": form, "template": template}
 
 
 def _read_layout(draft: Draft, entry: dict[str, Any]) -> tuple[str, dict[str, str], Any]:
@@ -264,7 +268,7 @@ def _put_masks(draft: Draft, entries: list[dict[str, Any]], form: str) -> None:
     if draft.recipe["stage"] != SFT:
         draft.note(SAME, "the stage decides", "train_on_inputs", "roles_to_train")
         return
-    roles = {tuple(entry.get("roles_to_train") or ("assistant",)) for entry in entries}
+    roles = {tuple(map(str, _list(entry.get("roles_to_train")) or ("assistant",))) for entry in entries}
     if form == "instruction":
         chosen = "all" if true(draft.get("train_on_inputs")) else "completion"
     else:
@@ -291,12 +295,12 @@ def _put_template(draft: Draft, entries: list[dict[str, Any]]) -> None:
         draft.note(CONVERTED, "NAME.jinja, beside the recipe", "chat_template_jinja", "chat_template")
     elif text:
         draft.convert("training.chat_template_path", str(text), "chat_template_jinja", "chat_template")
-    elif name in TEMPLATES:
+    elif str(name) in TEMPLATES:
         note = "compare rows by recipe-run preview"
         draft.convert(
             "training.chat_template_path", f"trl/{TEMPLATES[str(name)]}_training.jinja", "chat_template", note=note
         )
-    elif name and not str(name).startswith("tokenizer_default") and name not in OWN:
+    elif name and not str(name).startswith("tokenizer_default") and str(name) not in OWN:
         told = (
             "the model's own is used: compare rows by recipe-run preview, or name a file: training.chat_template_path"
         )

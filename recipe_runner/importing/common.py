@@ -97,8 +97,7 @@ def convert_optimizer(draft: Draft, key: str, default: str) -> None:
 
 def convert_report_to(draft: Draft) -> None:
     """Where losses go to beside the run folder."""
-    said = draft.get("report_to")
-    names = [said] if isinstance(said, str) else list(said or [])
+    names = draft.names("report_to")
     if not names or names == ["none"]:
         draft.note(SAME, "the run folder holds all of it", "report_to")
     elif names == ["all"]:

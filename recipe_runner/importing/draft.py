@@ -74,6 +74,18 @@ class Draft:
             return value or {}
         raise self.refuse(f"{key} is {show(value)}, no mapping of keys")
 
+    def names(self, key: str) -> list[str]:
+        """Names of the file: a list, or a text with commas; none for what it leaves out.
+
+        Raises:
+            UserError: It is neither.
+        """
+        value = self.get(key)
+        found = [name.strip() for name in value.split(",")] if isinstance(value, str) else value or []
+        if isinstance(found, list) and all(isinstance(name, str) for name in found):
+            return found
+        raise self.refuse(f"{key} is {show(value)}, no list of names")
+
     def put(self, path: str, value: Any, key: str = "") -> None:
         """Sets a key of the recipe, and remembers of which key of the file it comes."""
         section, _, rest = path.partition(".")

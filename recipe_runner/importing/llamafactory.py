@@ -49,8 +49,7 @@ def _put_model(draft: Draft) -> None:
     common.convert_remote_code(draft)
     common.convert_attention(draft, draft.get("flash_attn"), "flash_attn")
     for key in ("add_tokens", "add_special_tokens"):
-        if said := draft.get(key):
-            tokens = [token.strip() for token in said.split(",")] if isinstance(said, str) else list(said)
+        if tokens := draft.names(key):
             draft.convert(f"model.{key}", tokens, key)
     bits, keys = draft.get("quantization_bit"), ("quantization_bit", "quantization_type", "double_quantization")
     method = draft.get("quantization_method") or "bnb"
@@ -81,8 +80,7 @@ def _put_adapter(draft: Draft) -> None:
     elif kind == "freeze":
         layers = int(draft.number("freeze_trainable_layers") or 2)
         patterns = [f"layers[{-layers}:]" if layers > 0 else f"layers[:{-layers}]"]
-        extra = draft.get("freeze_extra_modules")
-        patterns += [name.strip() for name in extra.split(",")] if isinstance(extra, str) else list(extra or [])
+        patterns += draft.names("freeze_extra_modules")
         keys = ("freeze_trainable_layers", "freeze_extra_modules", "finetuning_type")
         draft.convert("unfreeze", patterns, *keys)
         if str(draft.get("freeze_trainable_modules") or "all") != "all":
@@ -113,23 +111,20 @@ def _put_adapter(draft: Draft) -> None:
             draft.convert("peft.init_lora_weights", name, "pissa_init", "pissa_iter")
     else:
         raise draft.refuse(f"finetuning_type: {kind} is not known here")
-    if extra := draft.get("additional_target"):
-        names = [name.strip() for name in extra.split(",")] if isinstance(extra, str) else list(extra)
+    if names := draft.names("additional_target"):
         draft.convert("peft.modules_to_save", names, "additional_target")
 
 
 def _put_targets(draft: Draft, key: str) -> None:
-    said = draft.get(key) or "all"
-    names = [name.strip() for name in said.split(",")] if isinstance(said, str) else list(said)
+    names = draft.names(key) or ["all"]
     draft.convert("peft.target_modules", "all-linear" if "all" in names else names, key)
     draft.origins.setdefault("peft.target_modules", "llamafactory's default")
 
 
 def _put_data(draft: Draft) -> None:
-    said = draft.get("dataset")
-    if not said:
+    names = draft.names("dataset")
+    if not names:
         raise draft.refuse("it names no dataset")
-    names = [name.strip() for name in said.split(",")] if isinstance(said, str) else list(said)
     info, folder = _find_info(draft)
     made = [_read_entry(draft, name, info, folder) for name in names]
     forms = {section["format"] for section in made}
@@ -151,8 +146,7 @@ def _put_data(draft: Draft) -> None:
         draft.put("dataset.images", "marked", "dataset")
         if not draft.get("media_dir"):
             draft.put("dataset.image_folder", str(folder), "dataset_dir")
-    if held := draft.get("eval_dataset"):
-        names = [name.strip() for name in held.split(",")] if isinstance(held, str) else list(held)
+    if names := draft.names("eval_dataset"):
         sources = [_read_entry(draft, name, info, folder)["source"] for name in names]
         draft.convert("dataset.eval", sources if len(sources) > 1 else sources[0], "eval_dataset")
     else:

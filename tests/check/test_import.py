@@ -1,6 +1,7 @@
 """`recipe-run import`: other tools' files become recipes, and each of their keys is accounted for."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -168,6 +169,26 @@ def test_axolotl_s_preferences(convert, dataset, rl, columns):
     assert recipe.training["beta"] == 0.2
     assert rl != "ipo" or recipe.training["loss_type"] == ["ipo"]
     assert {key: value for key, value in recipe.dataset.train[0].columns.items() if value} == columns
+
+
+def test_each_file_of_a_dataset_is_a_source(convert, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("")
+    dataset = {"path": "json", "data_files": ["one.jsonl", "two.jsonl"], "type": "chat_template"}
+    result, recipe = convert(AXOLOTL | {"datasets": [dataset]})
+    assert result.status == 0, result.err
+    assert [Path(source.source).name for source in recipe.dataset.train] == ["one.jsonl", "two.jsonl"]
+    assert {source.columns["messages"] for source in recipe.dataset.train} == {"messages"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("dataset", 3), ("lora_target", True), ("report_to", 1.5), ("lora_rank", [1])]
+)
+def test_values_of_another_kind_are_said(convert, tmp_path, key, value):
+    (tmp_path / "dataset_info.json").write_text(json.dumps(INFO))
+    result, _ = convert(FACTORY | {key: value})
+    assert result.status == 1
+    assert f"{key} is " in result.err
 
 
 def test_llama_factory_s_file_with_its_datasets(convert, tmp_path):
