@@ -340,8 +340,12 @@ def _put_training(draft: Draft) -> None:
         draft.origins.setdefault("training.lr_scheduler_type", "axolotl's default")
     draft.note(IGNORED, "read with the schedule cosine only", "cosine_min_lr_ratio")
     common.convert_warm_up(draft, 0.03)
+    if str(draft.get("bf16")).lower() == "auto":
+        draft.convert(
+            "model.dtype", "bfloat16", "bf16", note="as weights are loaded there, also those that are trained"
+        )
     common.convert_precision(draft)
-    if str(draft.get("bf16")).lower() in ("true", "full", "auto") and "dtype" not in draft.recipe["model"]:
+    if str(draft.get("bf16")).lower() in ("true", "full"):
         draft.put("model.dtype", "bfloat16", "bf16")  # as weights are loaded there, also those that are trained
     common.convert_tf32(draft)
     said = draft.get("gradient_checkpointing")
