@@ -18,7 +18,6 @@ from rensa import RMinHash
 
 from recipe_runner.data.formats import turns_of
 from recipe_runner.data.pictures import hash_picture
-from recipe_runner.data.turns import Turns
 
 SIMILAR = 0.8  # share of pieces from which rows are nearly the same
 WORDS = 3  # of a piece
@@ -86,7 +85,7 @@ def _find(sketches: np.ndarray, among: int, since: int) -> np.ndarray:
 
 def _cut(row: dict[str, Any]) -> list[str]:
     """The pieces of a row's texts."""
-    turns = [turn for turn in [*turns_of(row), *_turns(row.get("rejected"))] if turn["role"] != "system"]
+    turns = [turn for turn in [*turns_of(row), *row.get("rejected", ())] if turn["role"] != "system"]
     text = " ".join(map(_say, turns) if turns else (value for value in row.values() if isinstance(value, str))).lower()
     if not text.isascii():
         text = UNSPACED.sub(r" \g<0> ", text)
@@ -96,10 +95,6 @@ def _cut(row: dict[str, Any]) -> list[str]:
         return pieces
     shown = " ".join(str(hash_picture(picture)) for picture in row["images"])
     return [f"{shown} {piece}" for piece in pieces]
-
-
-def _turns(answer: Any) -> Turns:
-    return answer if isinstance(answer, list) else []
 
 
 def _say(turn: Mapping[str, Any]) -> str:

@@ -820,29 +820,36 @@ def _refuse_lost_columns(section: SourceSection, form: str, unused: Dataset) -> 
             raise user_error("unused-column", message, f"{fix} list it in dataset.ignore: [{name}]", path=path)
 
 
-def check_streamed_row(dataset: DatasetSection, source: Source, known: frozenset[str], row: Mapping[str, Any]) -> str:
-    """What is wrong with the columns of a row that came after those by which the source's columns were chosen.
+def check_streamed_row(
+    dataset: DatasetSection, source: Source, known: frozenset[str], row: Mapping[str, Any], called: str
+) -> None:
+    """Checks the columns of a row that came after those by which the source's columns were chosen.
 
     Args:
         dataset: The section.
         source: The source, with its first rows.
         known: The columns of these.
         row: The row, by column.
+        called: What the row is called.
 
-    Returns:
-        What was found, without the row's name; empty where all is well.
+    Raises:
+        UserError: It lacks a column that is needed, or has one that says something and would be lost.
     """
     roles = FORMATS[dataset.format].roles
     for role in FORMATS[dataset.format].required:
         if source.columns.get(role) not in (None, *row):
-            return f"has no column '{source.columns[role]}'; its columns: {', '.join(row)}"
+            message = f"{source.name}: {called} has no column '{source.columns[role]}'; its columns: {', '.join(row)}"
+            raise user_error("missing-column", message, "fix the file, or leave it out", path=source.path)
     for name in row.keys() - known:
         meant = name in MEANINGS or any(name in (role, *OTHER_NAMES.get(role, ())) for role in roles)
         given = source.section.columns
         left_out = name in dataset.ignore or (name in given and given[name] is None)
         if meant and not left_out and says_something(row[name]):
-            return f"has a column '{name}', which none of the first rows has: it would be lost"
-    return ""
+            message = (
+                f"{source.name}: {called} has a column '{name}', which none of the first rows has: it would be lost"
+            )
+            fix = "bring such rows among the first 1,000, or list the column in dataset.ignore"
+            raise user_error("unused-column", message, fix, path=source.path)
 
 
 def _explain_load_error(error: Exception, section: SourceSection, suffix: str, file: Path | None = None) -> UserError:

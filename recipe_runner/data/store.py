@@ -186,7 +186,7 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
             for split, tally in tallies.items()
         }
         accounting["train"] = replace(accounting["train"], streamed=job.dataset.streaming)
-        for split, found in find_twins(job, tallies).items():
+        for split, found in _find_twins(job, tallies).items():
             accounting[split] = replace(accounting[split], **found)
         write_json(partial / "accounting.json", {split: asdict(counted) for split, counted in accounting.items()})
         files = {file.name: hash_file(file) for file in sorted(partial.iterdir())}
@@ -199,7 +199,7 @@ def _make(folder: Path, made_from: dict[str, Any], job: Job) -> None:
         raise
 
 
-def find_twins(job: Job, tallies: Mapping[str, Tally]) -> dict[str, dict[str, Any]]:
+def _find_twins(job: Job, tallies: Mapping[str, Tally]) -> dict[str, dict[str, Any]]:
     """Split -> what `Accounting` has of rows that are there twice, or nearly: within a split, and between the two."""
     names = ("hash", "source", "row")
     rows = {split: {name: np.concatenate(tally.columns[name]) for name in names} for split, tally in tallies.items()}

@@ -191,11 +191,7 @@ class Reader:
         while len(found) < wanted:
             before = len(found)
             for name, row in self.rows[which]:
-                if wrong := check_streamed_row(self.job.dataset, source, self.columns[which], row):
-                    fix = "bring such rows among the first 1,000, or list the column in dataset.ignore"
-                    fix = fix if "would be lost" in wrong else "fix the file, or leave it out"
-                    code = "unused-column" if "would be lost" in wrong else "missing-column"
-                    raise user_error(code, f"{source.name}: {name} {wrong}", fix, path=source.path)
+                check_streamed_row(self.job.dataset, source, self.columns[which], row, name)
                 found.append(row)
                 names.append(name)
                 if len(found) == wanted:

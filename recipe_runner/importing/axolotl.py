@@ -3,7 +3,7 @@
 from typing import Any
 
 from recipe_runner.importing import common
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, every, show, true
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, show, true
 from recipe_runner.stages import DPO, KTO, PRETRAIN, REWARD, SFT
 
 ALPACA = "Below is an instruction that describes a task"
@@ -66,27 +66,21 @@ def _choose_stage(draft: Draft) -> None:
 
 
 def _put_model(draft: Draft) -> None:
-    draft.recipe.setdefault("model", {})
-    if not draft.get("base_model"):
-        raise draft.refuse("it names no base_model")
-    draft.convert("model.name_or_path", draft.get("base_model"), "base_model")
-    if draft.get("revision_of_model"):
-        draft.convert("model.revision", str(draft.get("revision_of_model")), "revision_of_model")
-    common.convert_remote_code(draft)
+    common.convert_model(draft, "base_model", "revision_of_model")
     keys = ("attn_implementation", "flash_attention", "sdp_attention", "eager_attention", "flex_attention")
     names = dict(zip(keys[1:], ("flash_attention_2", "sdpa", "eager", "flex_attention"), strict=True))
     chosen = next((name for key, name in names.items() if true(draft.get(key))), None)
     common.convert_attention(draft, draft.get("attn_implementation") or chosen, *keys, "xformers_attention")
-    for name, token in every(draft.mapping("special_tokens")):
-        if name == "eos_token" and draft.recipe["stage"] in (SFT, PRETRAIN, REWARD):
-            draft.put(f"training.{name}", token, "special_tokens")
+    special = draft.mapping("special_tokens")
+    end = special.get("eos_token") if draft.recipe["stage"] in (SFT, PRETRAIN, REWARD) else None
+    if end:
+        draft.put("training.eos_token", end, "special_tokens")
     if isinstance(draft.get("tokens"), dict):
         draft.note(IGNORED, "a mapping is of older versions: 0.18 takes a list", "tokens")
-    kept = {name: draft.recipe.get("training", {}).get(name) for name in ("eos_token",)}
-    told = ", ".join(f"training.{name}: {token}" for name, token in kept.items() if token)
-    left = [name for name in draft.mapping("special_tokens") if not kept.get(name)]
-    told += f"{'; ' * bool(told)}{', '.join(left)}: as the tokenizer has it" * bool(left)
-    draft.note(CONVERTED if any(kept.values()) else NONE, told or "none", "special_tokens")
+    left = ", ".join(name for name in special if not (end and name == "eos_token"))
+    said = [f"training.eos_token: {end}"] if end else []
+    said += [f"{left}: as the tokenizer has it"] if left else []
+    draft.note(CONVERTED if end else NONE, "; ".join(said) or "none", "special_tokens")
 
 
 def _put_adapter(draft: Draft) -> None:
@@ -128,7 +122,7 @@ def _put_data(draft: Draft) -> None:
     if not training:
         raise draft.refuse("it names no datasets")
     said = "pretraining_dataset" if draft.get("pretraining_dataset") else "datasets"
-    entries = [_open_entry(draft, said, entry) for entry in (training if isinstance(training, list) else [training])]
+    entries = [_open_entry(draft, said, entry) for entry in _list(training)]
     sections = [_read_dataset(draft, entry) for entry in entries]
     first = sections[0]
     for other in sections[1:]:
@@ -140,7 +134,7 @@ def _put_data(draft: Draft) -> None:
     if first["format"] == "text" and draft.recipe["stage"] == SFT:
         draft.recipe["stage"] = PRETRAIN
     sources = [source for section in sections for source in section["sources"]]
-    draft.recipe["dataset"] = {"format": first["format"], "train": sources if len(sources) > 1 else sources[0]}
+    draft.recipe["dataset"] = {"format": first["format"], "train": common.one_or_all(sources)}
     if first["template"]:
         draft.put("dataset.template", first["template"], "datasets.type")
     if said == "pretraining_dataset":
@@ -148,12 +142,9 @@ def _put_data(draft: Draft) -> None:
     draft.note(CONVERTED, f"dataset: format {first['format']}, {len(sources)} source(s)", said)
     draft.note(NONE, "pretraining_dataset goes before it", "datasets")
     if draft.get("test_datasets"):
-        tests = draft.get("test_datasets")
-        tests = [
-            _open_entry(draft, "test_datasets", entry) for entry in (tests if isinstance(tests, list) else [tests])
-        ]
+        tests = [_open_entry(draft, "test_datasets", entry) for entry in _list(draft.get("test_datasets"))]
         held = [source for entry in tests for source in _read_dataset(draft, entry)["sources"]]
-        draft.convert("dataset.eval", held[0] if len(held) == 1 else held, "test_datasets")
+        draft.convert("dataset.eval", common.one_or_all(held), "test_datasets")
     elif said != "pretraining_dataset":
         common.hold_out(draft, "val_set_size")
     draft.note(SAME if not draft.number("val_set_size") else IGNORED, "nothing is held out", "val_set_size")
@@ -364,8 +355,7 @@ def _put_simple(draft: Draft) -> None:
     """The plugins, and trackers."""
     known = ("liger", "cut_cross_entropy", "kernels", "spectrum")
     told = "kernels for the same result: TRL makes the loss without all logits at once"
-    plugins = draft.get("plugins") or []
-    names = [str(name) for name in (plugins if isinstance(plugins, list) else [plugins])]
+    names = [str(name) for name in _list(draft.get("plugins"))]
     other = [name for name in names if not any(part in name for part in known)]
     draft.note(NONE, f"{', '.join(other)}: no plugins here" if other else told, "plugins")
     if draft.get("wandb_project") or true(draft.get("use_wandb")):

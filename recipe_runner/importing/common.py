@@ -7,6 +7,14 @@ from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft,
 from recipe_runner.recipe import schema
 from recipe_runner.stages import KTO
 
+LAUNCH = {
+    "compute_environment": "LOCAL_MACHINE",
+    "mixed_precision": "bf16",
+    "num_machines": 1,
+    "num_processes": 2,
+    "machine_rank": 0,
+}
+FSDP = ("fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type")
 COMMIT = 40  # letters of a full commit hash
 OPTIMIZERS = {
     "adamw_bnb_8bit": "adamw_8bit",
@@ -22,6 +30,26 @@ NO_OPTIMIZERS = (
     *("q_galore_adamw8bit", "flash_adamw", "schedule_free_radam"),
 )
 ATTENTION = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "disabled": "eager", "flash": "flash_attention_2"}
+
+
+def convert_model(draft: Draft, name: str, revision: str) -> None:
+    """The model, by the tool's keys of its name and its revision.
+
+    Raises:
+        UserError: The file names none.
+    """
+    draft.recipe["model"] = {}
+    if not draft.get(name):
+        raise draft.refuse(f"it names no {name}")
+    draft.convert("model.name_or_path", draft.get(name), name)
+    if draft.get(revision):
+        draft.convert("model.revision", str(draft.get(revision)), revision)
+    convert_remote_code(draft)
+
+
+def one_or_all(sources: list[dict[str, Any]]) -> Any:
+    """Sources as a recipe has them: one alone, several as a list."""
+    return sources if len(sources) > 1 else sources[0]
 
 
 def convert_remote_code(draft: Draft) -> None:
@@ -50,9 +78,9 @@ def convert_warm_up(draft: Draft, default: float | None = None) -> None:
 
 def convert_precision(draft: Draft) -> None:
     """What the file says of bfloat16 and float16; `auto` is what the runner does."""
-    if draft.get("bf16") == "auto" or str(draft.get("bf16")).lower() == "auto":
+    if str(draft.get("bf16")).lower() == "auto":
         draft.note(SAME, "bfloat16 where the device has it", "bf16")
-    elif draft.get("bf16") is not None and (true(draft.get("bf16")) or draft.get("bf16") == "full"):
+    elif true(draft.get("bf16")) or draft.get("bf16") == "full":
         draft.convert("training.bf16", True, "bf16")
     elif true(draft.get("fp16")):
         draft.convert("training.fp16", True, "fp16")
@@ -112,12 +140,8 @@ def convert_sharding(draft: Draft) -> None:
     if deepspeed:
         stage, offloads = _read_zero(draft, deepspeed)
         draft.launch = {
-            "compute_environment": "LOCAL_MACHINE",
+            **LAUNCH,
             "distributed_type": "DEEPSPEED",
-            "mixed_precision": "bf16",
-            "num_machines": 1,
-            "num_processes": 2,
-            "machine_rank": 0,
             "deepspeed_config": {"zero_stage": stage}
             | ({"zero3_init_flag": True, "zero3_save_16bit_model": True} if stage == 3 else {})
             | offloads,
@@ -133,20 +157,10 @@ def convert_sharding(draft: Draft) -> None:
             options["fsdp_offload_params"] = True
         if wrapped := short.get("transformer_layer_cls_to_wrap"):
             options["fsdp_transformer_layer_cls_to_wrap"] = wrapped
-        draft.launch = {
-            "compute_environment": "LOCAL_MACHINE",
-            "distributed_type": "FSDP",
-            "mixed_precision": "bf16",
-            "num_machines": 1,
-            "num_processes": 2,
-            "machine_rank": 0,
-            "fsdp_config": options,
-        }
+        draft.launch = {**LAUNCH, "distributed_type": "FSDP", "fsdp_config": options}
         told = "NAME.accelerate.yaml, beside the recipe, as FSDP2"
-        draft.note(CONVERTED, told, "fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type")
-    draft.note(
-        SAME, "one process, or DDP", "deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type"
-    )
+        draft.note(CONVERTED, told, *FSDP)
+    draft.note(SAME, "one process, or DDP", "deepspeed", *FSDP)
 
 
 def _read_zero(draft: Draft, said: Any) -> tuple[int, dict[str, str]]:

@@ -7,25 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, number, show
-from recipe_runner.importing.tools import NAMES, Tool, read_configuration, read_tool, recognise
+from recipe_runner.importing.draft import IGNORED, KINDS, NONE, SAME, Draft, Line, number
+from recipe_runner.importing.tools import Tool, read_configuration, read_tool, recognise
 from recipe_runner.recipe import schema
 from recipe_runner.recipe.document import dump_values
 
 MODULES = {"axolotl": "axolotl", "llamafactory": "llamafactory", "trl": "trl", "handbook": "trl"}
-ORDER = (
-    "schema_version",
-    "name",
-    "description",
-    "stage",
-    "model",
-    "quantization",
-    "peft",
-    "unfreeze",
-    "dataset",
-    "training",
-    "run",
-)
 COMMENTED = 40  # columns before a comment
 
 
@@ -54,7 +41,7 @@ def convert_file(file: Path, name: str, tool_name: str | None = None) -> Importe
     Args:
         file: Of another tool.
         name: Of the recipe.
-        tool_name: One of `NAMES`; by its keys where there is none.
+        tool_name: One of `tools.NAMES`; by its keys where there is none.
 
     Raises:
         UserError: It is of no tool, of two, or nothing here does what it does.
@@ -74,7 +61,7 @@ def convert_file(file: Path, name: str, tool_name: str | None = None) -> Importe
         "description": f"Converted from {file.name} ({tool.name}).",
     }
     recipe |= {key: value for key, value in draft.recipe.items() if value not in ({}, None)}
-    recipe = {key: recipe[key] for key in ORDER if key in recipe}
+    recipe = {key: recipe[key] for key in schema.load()["properties"] if key in recipe}
     if draft.template:
         recipe["training"]["chat_template_path"] = f"{name}.jinja"
     launch = dump_values(draft.launch) if draft.launch else ""
@@ -164,7 +151,7 @@ def _write(recipe: dict[str, Any], draft: Draft, file: Path) -> str:
 
 def summarize(lines: tuple[Line, ...]) -> Iterator[str]:
     """The report, kind by kind."""
-    for kind in (CONVERTED, NONE, IGNORED, SAME):
+    for kind in KINDS:
         own = [line for line in lines if line.kind == kind]
         if own:
             yield f"{kind} ({len(own)})"
@@ -172,6 +159,3 @@ def summarize(lines: tuple[Line, ...]) -> Iterator[str]:
             for line in own:
                 begin = f"  {line.key:<{width}}  "
                 yield from textwrap.wrap(line.text, 79, initial_indent=begin, subsequent_indent=" " * len(begin))
-
-
-__all__ = ["NAMES", "Imported", "convert_file", "show", "summarize"]

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,8 +133,3 @@ def number(value: Any) -> Any:
 def true(value: Any) -> bool:
     """Whether a value says yes, as the tools read it."""
     return value is True or (isinstance(value, str) and value.strip().lower() in ("true", "yes", "1"))
-
-
-def every(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys and values that say something."""
-    yield from ((key, value) for key, value in values.items() if value not in (None, "", [], {}))

@@ -15,7 +15,7 @@ INFO = "dataset_info.json"
 # Roles of columns: LLaMA-Factory's name -> ours, by layout.
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
 SHAREGPT = {"messages": "messages", "system": "system", "tools": "tools", "images": "images"}
-LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo"}
+LOSSES = ("sigmoid", "hinge", "ipo")
 OFT = {"oft_block_size": "oft_block_size", "oft_rank": "r"}
 
 
@@ -40,13 +40,7 @@ def convert(draft: Draft) -> None:
 
 
 def _put_model(draft: Draft) -> None:
-    draft.recipe["model"] = {}
-    if not draft.get("model_name_or_path"):
-        raise draft.refuse("it names no model_name_or_path")
-    draft.convert("model.name_or_path", draft.get("model_name_or_path"), "model_name_or_path")
-    if draft.get("model_revision"):
-        draft.convert("model.revision", str(draft.get("model_revision")), "model_revision")
-    common.convert_remote_code(draft)
+    common.convert_model(draft, "model_name_or_path", "model_revision")
     common.convert_attention(draft, draft.get("flash_attn"), "flash_attn")
     for key in ("add_tokens", "add_special_tokens"):
         if tokens := draft.names(key):
@@ -137,7 +131,7 @@ def _put_data(draft: Draft) -> None:
         if most:
             section["source"]["limit"] = int(most)
     sources = [section["source"] for section in made]
-    draft.recipe["dataset"] = {"format": made[0]["format"], "train": sources if len(sources) > 1 else sources[0]}
+    draft.recipe["dataset"] = {"format": made[0]["format"], "train": common.one_or_all(sources)}
     draft.note(
         CONVERTED, f"dataset: format {made[0]['format']}, {len(sources)} source(s), by {INFO}", "dataset", "dataset_dir"
     )
@@ -148,7 +142,7 @@ def _put_data(draft: Draft) -> None:
             draft.put("dataset.image_folder", str(folder), "dataset_dir")
     if names := draft.names("eval_dataset"):
         sources = [_read_entry(draft, name, info, folder)["source"] for name in names]
-        draft.convert("dataset.eval", sources if len(sources) > 1 else sources[0], "eval_dataset")
+        draft.convert("dataset.eval", common.one_or_all(sources), "eval_dataset")
     else:
         common.hold_out(draft, "val_size")
     if draft.recipe["stage"] == SFT:
@@ -226,9 +220,7 @@ def _read_entry(draft: Draft, name: str, info: dict[str, Any], folder: Path) -> 
         raise draft.refuse(
             f"the dataset {name} is on no hub that is read from, nor a file", "copy it, and name the file"
         )
-    source |= {
-        ours: str(entry[theirs]) for theirs, ours in (("subset", "subset"), ("split", "split")) if entry.get(theirs)
-    }
+    source |= {key: str(entry[key]) for key in ("subset", "split") if entry.get(key)}
     said, stage = dict(entry.get("columns") or {}), draft.recipe["stage"]
     turns = entry.get("formatting") == "sharegpt"
     if any(said.get(kind) for kind in ("videos", "audios")):
@@ -268,7 +260,7 @@ def _put_training(draft: Draft) -> None:
         draft.convert("training.beta", draft.number("pref_beta") or 0.1, "pref_beta")
         loss = str(draft.get("pref_loss") or "sigmoid")
         if stage == DPO and loss in LOSSES:
-            draft.convert("training.loss_type", [LOSSES[loss]], "pref_loss")
+            draft.convert("training.loss_type", [loss], "pref_loss")
         if draft.number("pref_ftx"):
             draft.note(NONE, "see training.loss_type: [sigmoid, sft], with training.loss_weights", "pref_ftx")
     draft.note(IGNORED, "of preferences only", "pref_beta", "pref_loss", "pref_ftx")

@@ -21,13 +21,8 @@ COLUMNS = {
 def convert(draft: Draft) -> None:
     """Fills the draft's recipe with what its file says."""
     stage = _choose_stage(draft)
-    draft.recipe = {"stage": stage, "model": {}}
-    if not draft.get("model_name_or_path"):
-        raise draft.refuse("it names no model_name_or_path")
-    draft.convert("model.name_or_path", draft.get("model_name_or_path"), "model_name_or_path")
-    if draft.get("model_revision"):
-        draft.convert("model.revision", str(draft.get("model_revision")), "model_revision")
-    common.convert_remote_code(draft)
+    draft.recipe = {"stage": stage}
+    common.convert_model(draft, "model_name_or_path", "model_revision")
     common.convert_attention(draft, draft.get("attn_implementation"), "attn_implementation")
     dtype = draft.get("dtype") or draft.get("torch_dtype")
     if dtype:
@@ -93,7 +88,7 @@ def _put_data(draft: Draft) -> None:
         form, draft.recipe["stage"] = "text", PRETRAIN
         for source in sources:
             source["columns"] = {"text": str(text or "text")}
-    draft.recipe["dataset"] = {"format": form, "train": sources if len(sources) > 1 else sources[0]}
+    draft.recipe["dataset"] = {"format": form, "train": common.one_or_all(sources)}
     draft.note(
         CONVERTED,
         f"dataset: format {form}, {len(sources)} source(s)",

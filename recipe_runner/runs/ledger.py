@@ -84,19 +84,16 @@ def find_worst(entries: Sequence[Entry], number: int) -> list[Entry]:
     return sorted((entry for entry in entries if entry.split == "train"), key=lambda entry: entry.learned)[:number]
 
 
-TOLD = (
-    *("not learned", "known before", "the same as another", "nearly the same as another"),
-    *("trained on, too", "nearly the same as one that was trained on"),
-)
+SAME, NEAR = "the same as another", "nearly the same as another"
+TRAINED, NEAR_TRAINED = "trained on, too", "nearly the same as one that was trained on"
+SHORT = ("not learned", "known before", SAME, NEAR, TRAINED, NEAR_TRAINED)  # as they are counted, in this order
 
 
 def _shorten(flag: str) -> str:
     """A flag without which row it names."""
-    if flag.endswith("which was trained on"):
-        return TOLD[5]
-    if flag.startswith(("the same as", "nearly the same as")):
-        return TOLD[3] if flag.startswith("nearly") else TOLD[2]
-    return TOLD[4] if flag == "trained on" else flag
+    if flag.startswith("nearly the same as"):
+        return NEAR_TRAINED if flag.endswith("which was trained on") else NEAR
+    return SAME if flag.startswith("the same as") else TRAINED if flag == "trained on" else flag
 
 
 def summarize(entries: Sequence[Entry]) -> str:
@@ -110,6 +107,6 @@ def summarize(entries: Sequence[Entry]) -> str:
         ]
         told = f"mean loss {means[0]:.3f} before, {means[1]:.3f} after" if None not in means else ""
         counts = Counter(_shorten(flag) for entry in rows for flag in entry.flags)
-        flags = "; ".join(f"{counts[told]:,} {told}" for told in TOLD if counts[told])
+        flags = "; ".join(f"{counts[told]:,} {told}" for told in SHORT if counts[told])
         lines.append(f"{split}: {len(rows):,} rows" + "".join(f"; {part}" for part in (told, flags) if part))
     return "\n".join(lines)
