@@ -44,7 +44,7 @@ def find_config(model: ModelSection, file: Path | None, scores: bool = False) ->
     """
     if file:
         config = _read_config(file, model)
-    elif not model.folder and (facts := find_facts(model.name_or_path)):
+    elif not _is_here(model) and (facts := find_facts(model.name_or_path)):
         config = build_config(model, facts)
     else:
         folder = model.folder or _find_cached(model)
@@ -59,6 +59,11 @@ def find_config(model: ModelSection, file: Path | None, scores: bool = False) ->
     if model.attn_implementation == "eager":
         config.get_text_config()._attn_implementation = "eager"
     return config  # any other attention is a fused kernel, for which PyTorch's own stands
+
+
+def _is_here(model: ModelSection) -> bool:
+    """Whether the model is a local folder with a configuration, which comes before what the shelf says of its name."""
+    return bool(model.folder and (model.folder / "config.json").is_file())
 
 
 def build_config(model: ModelSection, facts: ModelFacts) -> PretrainedConfig:

@@ -425,6 +425,12 @@ def test_a_model_s_own_folder_comes_before_what_is_known_of_its_name(run_cli, wr
     )
     assert result.status == 0, result.err
     assert json.loads(result.out)["parameters"]["total"] < 1_000_000
+    shutil.rmtree(folder)  # a model that is still to come is planned by its name
+    result = run_cli(
+        "plan", str(write_recipe(model={"name_or_path": str(folder)})), "--gpu", "H100", "--format", "json"
+    )
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["parameters"]["total"] > 3_000_000_000
 
 
 def test_list_shows_planned_memory_marked_as_planned(run_cli):
