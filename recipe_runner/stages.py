@@ -273,6 +273,11 @@ FORMATS: dict[str, Format] = {
         note="  train_on: assistant              # the loss is on every assistant turn\n",
     ),
     "text": Format("raw text; an end-of-sequence token after each document", ("text",)),
+    "segments": Format(
+        "texts of segments {text, label}, written by no template",
+        ("segments",),
+        note="  train_on: labelled               # the loss is on the segments whose label is true\n",
+    ),
     "preference": Format(
         "pairs of a chosen and a rejected answer to a prompt",
         ("chosen", "rejected"),

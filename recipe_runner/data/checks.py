@@ -55,6 +55,7 @@ LOOKED_AT = 20  # of each part of rows that are looked for in the rendered text
 # Parts of rows beside the turns of each role.
 CALLS, TOOLS, BESIDE, THINKING = "calls of tools", "declared tools", "text beside a call", "thinking"
 EMPTY_THINKING = "empty thinking"
+ENDLESS = f"of the first {CHECKED_ROWS} whose learned text has no end"
 
 
 def check_ends(sample: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -69,21 +70,42 @@ def check_ends(sample: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> s
     Raises:
         UserError: A supervised span ends with content.
     """
-    stops = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    stops = _ending_tokens(tokenizer)
     found: set[str] = set()
     for number, labels in enumerate(sample.to_pylist(), 1):
-        last: int | None = None
-        ends: list[int] = []
-        for token in [*labels, IGNORED]:
-            if token != IGNORED and (last is None or str(tokenizer.decode([token])).strip()):
-                ends = [*ends, token] if token in stops else []
-                last = token  # white space after the end of a turn belongs to the template
-            elif token == IGNORED and last is not None:
-                if last not in stops:
-                    raise _masked_end(number, str(tokenizer.decode([t for t in labels if t != IGNORED])), tokenizer)
-                last = None
-        found.update(str(text) for text in tokenizer.convert_ids_to_tokens(ends))
+        ends = list(_find_ends(labels, tokenizer, stops))
+        if not all(ends):
+            raise _masked_end(number, str(tokenizer.decode([t for t in labels if t != IGNORED])), tokenizer)
+        found.update(str(text) for text in tokenizer.convert_ids_to_tokens(ends[-1] if ends else []))
     return found
+
+
+def _find_ends(labels: list[int], tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> Iterator[list[int]]:
+    """Of each supervised span, the tokens at its end that end a turn or a text; none where it ends with content."""
+    last: int | None = None
+    ends: list[int] = []
+    for token in [*labels, IGNORED]:
+        if token != IGNORED and (last is None or str(tokenizer.decode([token])).strip()):
+            ends = [*ends, token] if token in stops else []
+            last = token  # white space after the end of a turn belongs to the template
+        elif token == IGNORED and last is not None:
+            yield ends
+            last = None
+
+
+def _ending_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+
+
+def count_endless(sample: pa.ChunkedArray, names: list[str], tokenizer: PreTrainedTokenizerBase, tally: Tally) -> None:
+    """As `check_ends`, of texts as they are written: rows whose last learned text has no end are counted."""
+    stops = _ending_tokens(tokenizer)
+    for name, labels in zip(names, sample.to_pylist(), strict=False):
+        last = [*_find_ends(labels, tokenizer, stops)][-1:]
+        tally.ends.update(str(text) for text in tokenizer.convert_ids_to_tokens(last[0] if last else []))
+        if last == [[]]:
+            tally.noted[ENDLESS] += 1
+            tally.firsts.setdefault(ENDLESS, name)
 
 
 def _masked_end(number: int, learned: str, tokenizer: PreTrainedTokenizerBase) -> UserError:
@@ -472,6 +494,11 @@ def find_problems(
         found = f"{counted.rows_with_special_tokens:,} {split} rows spell special tokens of the tokenizer in their text"
         fix = "the model reads them as the real ones; look at them, and fix or remove the rows"
         yield as_warning(at("special-tokens-in-data", found, fix, "dataset", split))
+    if endless := counted.noted.get(ENDLESS):
+        found = f"{endless:,} of the first {CHECKED_ROWS} {split} rows don't end with a token that ends a text"
+        found += f" ({counted.firsts[ENDLESS]}), and none is added to segments: the model would not learn to stop"
+        fix = f"end the last segment that is learned with {tokenizer.eos_token}"
+        yield as_warning(at("segments-without-end", found, fix, "dataset", split))
     if counted.ends and not stops.intersection(counted.ends):
         found = f"turns end with {' '.join(counted.ends)}, but generation stops at {' '.join(sorted(stops))} only"
         fix = f"set training.eos_token: '{counted.ends[0]}', or the trained model will not stop"

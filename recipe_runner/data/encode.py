@@ -93,6 +93,28 @@ def encode(
     return ids, masks if marks else None
 
 
+def encode_segments(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> tuple[Ids, Ids]:
+    """Rows of segments in tokens, each segment by itself and without tokens that the tokenizer would add.
+
+    So no token is of two segments, and what is in the row is what is written there. TRL has no such layout; axolotl has
+    (`input_output`), and does the same: RawInputOutputStrategy in axolotl/prompt_strategies/input_output.py.
+
+    Returns:
+        The tokens of each row; and of each token 1 or 0, whether its segment is labelled.
+    """
+    segments = [segment for row in rows for segment in row["segments"]]
+    pieces = iter(
+        tokenizer([segment["text"] for segment in segments], add_special_tokens=False, **ONLY_IDS)["input_ids"]
+    )
+    ids: Ids = []
+    masks: Ids = []
+    for row in rows:
+        parts = [(next(pieces), int(segment["label"])) for segment in row["segments"]]
+        ids.append([token for part, _ in parts for token in part])
+        masks.append([label for part, label in parts for _ in part])
+    return ids, masks
+
+
 def encode_answers(
     tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], answers: tuple[str, ...]
 ) -> tuple[list[int], dict[str, Ids]]:

@@ -2,7 +2,8 @@
 
 The layouts are TRL's: `messages: list[{role, content}]`; `prompt` and `completion` (both strings, or both lists of
 messages), with `label` (true or false) where one answer is judged; `text`; or `prompt`, `chosen` and `rejected` (lists
-of messages). Each row also says why it can't be trained on, in `dropped` ('' when it can).
+of messages). TRL has no layout for `segments: list[{text, label}]`, of which some are learned. Each row also says why
+it can't be trained on, in `dropped` ('' when it can).
 """
 
 import json
@@ -14,7 +15,9 @@ from typing import Any
 
 from recipe_runner.data.images import place_images
 from recipe_runner.data.turns import (
+    KNOWN_KEYS,
     LISTED,
+    SEGMENT_KEYS,
     SPELLING,
     UNDECLARED,
     RowError,
@@ -26,6 +29,7 @@ from recipe_runner.data.turns import (
     lists_tools,
     read_tools,
     read_turns,
+    says_something,
 )
 from recipe_runner.recipe.sections import DatasetSection
 
@@ -45,7 +49,7 @@ def normalise_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> d
         RowError: The row has the wrong shape.
     """
     layouts = {"instruction": _instruction_row, "chat": _chat_row, "text": _text_row, "preference": _preference_row}
-    layouts |= {"unpaired_preference": _unpaired_row, "prompt": _prompt_row}
+    layouts |= {"unpaired_preference": _unpaired_row, "prompt": _prompt_row, "segments": _segments_row}
     made = layouts[dataset.format](row, dataset, where)
     tools = read_tools(row.get("tools"), f"{where}: column 'tools'")
     if tools:
@@ -304,6 +308,27 @@ def _is_blank(text: str) -> bool:
 def _text_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
     text = _text(row["text"], f"{where}: column 'text'")
     return {"text": text, "dropped": "with an empty text" if _is_blank(text) else ""}
+
+
+def _segments_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:
+    """Pieces of a text as they are, with what each says of itself: whether it is learned."""
+    segments, where = row["segments"], f"{where}: column 'segments'"
+    if not isinstance(segments, list):
+        raise RowError(f"{where}: expected a list of segments {{text, label}}, found {describe_value(segments)}")
+    for number, segment in enumerate(segments, 1):
+        at = f"{where}, segment {number}"
+        if not isinstance(segment, dict) or not isinstance(segment.get("text"), str):
+            raise RowError(f"{at}: expected {{text: a text, label: true or false}}, found {describe_value(segment)}")
+        if not isinstance(segment.get("label"), bool):
+            raise RowError(f"{at}: label: expected true or false, found {describe_value(segment.get('label'))}")
+        for key in sorted((segment.keys() & KNOWN_KEYS) - {*SEGMENT_KEYS, *dataset.ignore}):
+            if says_something(segment[key]):
+                fix = f"take it out, or list it in dataset.ignore: [{key}]"
+                raise RowError(f"{at} has a key '{key}', which segments do not have: it would be lost; {fix}")
+    made = [{"text": segment["text"], "label": segment["label"]} for segment in segments]
+    learns = any(segment["text"] and (segment["label"] or dataset.train_on == "all") for segment in made)
+    dropped = "" if learns else "without a segment that is learned"
+    return {"segments": made, "dropped": dropped}
 
 
 def _text(value: Any, where: str) -> str:

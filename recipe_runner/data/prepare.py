@@ -22,6 +22,7 @@ from recipe_runner.data.checks import (
     check_ends,
     compare_templates,
     count_empty_thoughts,
+    count_endless,
     count_rendered_parts,
     count_special_tokens,
     find_refused,
@@ -169,8 +170,12 @@ def prepare_chunk(
         compare_templates(usable, job.tokenizer, job.replaced.own, tally)
     if first if first is not None else start == 0:
         for name in shape.LEARNED:
-            tally.ends |= check_ends(table[name].slice(0, CHECKED_ROWS), job.tokenizer)
-            count_empty_thoughts(table[name].slice(0, CHECKED_ROWS), names, job.tokenizer, tally)
+            looked_at = table[name].slice(0, CHECKED_ROWS)
+            if job.dataset.format == "segments":
+                count_endless(looked_at, names, job.tokenizer, tally)
+            else:
+                tally.ends |= check_ends(looked_at, job.tokenizer)
+            count_empty_thoughts(looked_at, names, job.tokenizer, tally)
     table = shape.keep(job, split, table, part, places, tally, start)
     if sketched:
         tally.sketches.append(_sketch(job, rows, list_documents(table) - start))

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,8 @@ def _split_turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, column
     tools = row.get("tools")
     if isinstance(row.get("prompt"), str):
         return Prompt(row["prompt"], row["completion"].strip())
+    if "segments" in row:
+        return _split_segments(row["segments"], tokenizer)
     if "messages" in row:
         turns = row["messages"]
         last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
@@ -79,6 +82,21 @@ def _split_turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, column
     return Prompt(row["prompt"], wanted, tools=tools)
 
 
+def _split_segments(segments: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
+    """What stands before the last segments that are labelled, and these without their special tokens."""
+    runs = [(label, list(run)) for label, run in groupby(segments, key=lambda segment: segment["label"])]
+    texts = ["".join(segment["text"] for segment in run) for _, run in runs]
+    last = max((place for place, (label, _) in enumerate(runs) if label), default=0)
+    content = "".join(texts[:last])
+    begin = str(tokenizer.bos_token or "")
+    if begin and list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]:
+        content = content.removeprefix(begin)  # the tokenizer adds it, here and on a server
+    if not content:
+        return None
+    ids = tokenizer(texts[last], add_special_tokens=False)["input_ids"]
+    return Prompt(content, str(tokenizer.decode(ids, skip_special_tokens=True)).strip())
+
+
 def _say(answer: dict[str, Any], before: Turns, tools: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     """What a model says that gives an answer: its text, or of calls what the chat template makes of them."""
     if not answer.get("tool_calls"):
@@ -91,7 +109,7 @@ def _say(answer: dict[str, Any], before: Turns, tools: Any, tokenizer: PreTraine
 
 def pose(text: str, dataset: DatasetSection) -> Prompt:
     """What a person asks, as the recipe renders it: with its system prompt, or in its plain-text template."""
-    if dataset.format == "text":
+    if dataset.format in ("text", "segments"):
         return Prompt(text)
     if dataset.template is not None:
         row = {"instruction": text, "output": "."}

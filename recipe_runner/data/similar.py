@@ -86,7 +86,8 @@ def _find(sketches: np.ndarray, among: int, since: int) -> np.ndarray:
 def _cut(row: dict[str, Any]) -> list[str]:
     """The pieces of a row's texts."""
     turns = [turn for turn in [*turns_of(row), *row.get("rejected", ())] if turn["role"] != "system"]
-    text = " ".join(map(_say, turns) if turns else (value for value in row.values() if isinstance(value, str))).lower()
+    texts = map(_say, turns) if turns else (value for value in row.values() if isinstance(value, str))
+    text = ("".join(segment["text"] for segment in row["segments"]) if "segments" in row else " ".join(texts)).lower()
     if not text.isascii():
         text = UNSPACED.sub(r" \g<0> ", text)
     words = text.split()

@@ -38,7 +38,7 @@ from recipe_runner.data.images import locate
 from recipe_runner.data.look import iterate_rows, look_at
 from recipe_runner.data.pictures import keep_encoded
 from recipe_runner.data.place import store_folder
-from recipe_runner.data.turns import KNOWN_KEYS, RowError, describe_value, read_json, says_something
+from recipe_runner.data.turns import KNOWN_KEYS, SEGMENT_KEYS, RowError, describe_value, read_json, says_something
 from recipe_runner.files import FULL, disk_full, write_text
 from recipe_runner.problems.errors import UserError, first_line, user_error
 from recipe_runner.problems.problem import KeyPath
@@ -312,7 +312,7 @@ def _open(
         for column in keys
         for key in keys[column]
         if column not in (columns.get("tools"), columns.get("images"), *dataset.reward_columns)
-        and key not in (*KNOWN_KEYS, *dataset.ignore)
+        and key not in (*KNOWN_KEYS, *(SEGMENT_KEYS if column == columns.get("segments") else ()), *dataset.ignore)
     ]
     names = frozenset((*rows.column_names, *(key for column in keys.values() for key in column)))
     is_json = suffix in (".json", ".jsonl")  # which datasets 5.2 reads without giving an object keys that it has not

@@ -47,6 +47,7 @@ ASSISTANT_KEYS, TOOL_KEYS = ("tool_calls", "function_call", *THOUGHTS), ("tool_c
 USUAL_KEYS = frozenset(TURN_KEYS[:4])
 READ_KEYS = (*TURN_KEYS, *ASSISTANT_KEYS, *TOOL_KEYS)
 IMAGE_KEYS = ("image", "path", "url")  # of a part that is an image: which
+SEGMENT_KEYS = ("text", "label")  # of a piece of text
 KNOWN_KEYS = frozenset(READ_KEYS + LOST_KEYS)
 NESTED_KEYS = frozenset(("tool_calls", "function_call"))  # whose values are objects
 # How a call begins that is spelt in the text of an answer: Hermes and Qwen, Llama, Mistral, LFM; and without tokens

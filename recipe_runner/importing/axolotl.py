@@ -3,7 +3,7 @@
 from typing import Any
 
 from recipe_runner.importing import common
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, show, true
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, show, true
 from recipe_runner.stages import DPO, KTO, PRETRAIN, REWARD, SFT
 
 ALPACA = "Below is an instruction that describes a task"
@@ -16,10 +16,7 @@ BODY = {
     "with_input": "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}",
     "without_input": "### Instruction:\n{instruction}\n\n### Response:\n{output}",
 }
-TEMPLATES = {
-    **{"llama3": "llama3", "qwen_25": "qwen2_5", "qwen3": "qwen3", "gemma": "gemma", "gemma3": "gemma3"},
-    **{"phi_3": "phi3", "phi_35": "phi3_5", "cohere": "cohere", "qwen2_vl": "qwen2_5_vl"},
-}
+BECOMES = {"to": CONVERTED, "ignored": IGNORED, "none": NONE, "same": SAME}
 OWN = ("tokenizer_default", "jinja")
 # Layouts of pairs and judged answers, by the last part of their types: role -> column.
 PAIRS = {
@@ -152,7 +149,25 @@ def _put_data(draft: Draft) -> None:
         draft.put("dataset.images", "marked", "processor_type")
         draft.note(CONVERTED, "dataset.images: marked", "processor_type")
     _put_masks(draft, entries, first["format"])
+    _report_entries(draft, said, entries)
     _put_template(draft, entries)
+
+
+def _report_entries(draft: Draft, said: str, entries: list[dict[str, Any]]) -> None:
+    """Says what became of the keys of datasets."""
+    for key in dict.fromkeys(key for entry in entries for key in entry):
+        known = draft.tool.keys.get(f"datasets.{key}", {"ignored": draft.tool.unknown})
+        values = [entry[key] for entry in entries if entry.get(key) is not None]
+        kind, text = next((kind, known[name]) for name, kind in BECOMES.items() if name in known)
+        if not values or all(value in known.get("holds", ()) for value in values):
+            kind, text = SAME, "as it is here" if values else "empty"
+        elif key.startswith("chat_template") and "chat_template_path" not in draft.recipe.get("training", {}):
+            own = str(values[0]).startswith(OWN)
+            kind = IGNORED if draft.recipe["dataset"]["format"] != "chat" else SAME if own else NONE
+            text = "rows of this layout are not written by it" if kind == IGNORED else "the model's own is used"
+        elif key == "roles_to_train" and draft.recipe["dataset"].get("train_on") == "all":
+            text = "dataset.train_on: all: what stands around turns, and the turns of other roles, are learned as well"
+        draft.lines.append(Line(f"{said}.{key}", kind, text))
 
 
 def _open_entry(draft: Draft, key: str, entry: Any) -> dict[str, Any]:
@@ -201,17 +216,15 @@ def _read_layout(draft: Draft, entry: dict[str, Any]) -> tuple[str, dict[str, st
     name = str(kind or "").partition(":")[0].partition(".")[0]
     if name in ("chat_template", "sharegpt", ""):
         default = "conversations" if name == "sharegpt" else "messages"
-        return "chat", {"messages": str(entry.get("field_messages") or default)}, None
+        columns = {"messages": str(entry.get("field_messages") or default)}
+        return "chat", columns | ({"tools": str(entry["field_tools"])} if entry.get("field_tools") else {}), None
     if name == "completion":
         return "text", {"text": str(entry.get("field") or "text")}, None
     if name == "alpaca":
         template = {part: BEGIN[part] + BODY[part] for part in BODY}
         return "instruction", {"instruction": "instruction", "input": "input", "output": "output"}, template
     if name == "input_output":
-        raise draft.refuse(
-            "rows of type input_output are segments with a mark each, for which there is no format",
-            "make turns of them (format chat)",
-        )
+        return "segments", {"segments": "segments"}, None
     raise draft.refuse(
         f"the dataset type {show(kind)} is a prompt written in Python there",
         "write its rows as turns (format chat), or as instruction, input and output",
@@ -257,16 +270,17 @@ def _read_preference(draft: Draft, entry: dict[str, Any], stage: str) -> tuple[s
 
 def _put_masks(draft: Draft, entries: list[dict[str, Any]], form: str) -> None:
     if draft.recipe["stage"] != SFT:
-        draft.note(SAME, "the stage decides", "train_on_inputs", "roles_to_train")
+        draft.note(SAME, "the stage decides", "train_on_inputs")
         return
-    roles = {tuple(map(str, _list(entry.get("roles_to_train")) or ("assistant",))) for entry in entries}
-    if form == "instruction":
-        chosen = "all" if true(draft.get("train_on_inputs")) else "completion"
+    if form in ("instruction", "segments"):
+        own = "labelled" if form == "segments" else "completion"
+        chosen = "all" if true(draft.get("train_on_inputs")) else own
     else:
-        chosen = "all" if len(next(iter(roles))) > 1 or next(iter(roles)) == ("all",) else "assistant"
+        roles = {str(role) for entry in entries for role in _list(entry.get("roles_to_train"))}
+        chosen = "assistant" if roles <= {"assistant", "gpt"} else "all"
         if true(draft.get("train_on_inputs")):
             draft.note(IGNORED, "rows of type chat_template are masked by roles_to_train", "train_on_inputs")
-    draft.convert("dataset.train_on", chosen, "train_on_inputs", "roles_to_train")
+    draft.convert("dataset.train_on", chosen, "train_on_inputs")
     if "train_on_inputs" not in draft.values:
         draft.origins["dataset.train_on"] = "axolotl's default"
 
@@ -276,7 +290,7 @@ def _put_template(draft: Draft, entries: list[dict[str, Any]]) -> None:
     text = draft.get("chat_template_jinja") or next(
         (e["chat_template_jinja"] for e in entries if e.get("chat_template_jinja")), None
     )
-    if draft.recipe["dataset"]["format"] == "text" or draft.recipe["dataset"].get("template"):
+    if draft.recipe["dataset"]["format"] in ("text", "segments") or draft.recipe["dataset"].get("template"):
         draft.note(
             IGNORED, "rows of this layout are not written by a chat template", "chat_template", "chat_template_jinja"
         )
@@ -286,12 +300,16 @@ def _put_template(draft: Draft, entries: list[dict[str, Any]]) -> None:
         draft.note(CONVERTED, "NAME.jinja, beside the recipe", "chat_template_jinja", "chat_template")
     elif text:
         draft.convert("training.chat_template_path", str(text), "chat_template_jinja", "chat_template")
-    elif str(name) in TEMPLATES:
+    elif isinstance(known := draft.tool.templates.get(str(name)), str):
         note = "compare rows by recipe-run preview"
-        draft.convert(
-            "training.chat_template_path", f"trl/{TEMPLATES[str(name)]}_training.jinja", "chat_template", note=note
-        )
-    elif name and not str(name).startswith("tokenizer_default") and str(name) not in OWN:
+        if name == "qwen3":
+            note = "writes an empty block of thinking before each answer: dataset.thinking: mask, if rows have none"
+        draft.convert("training.chat_template_path", known, "chat_template", note=note)
+    elif known:
+        draft.template = common.write_template(known)
+        draft.put("training.chat_template_path", "NAME.jinja", "chat_template")
+        draft.note(CONVERTED, f"NAME.jinja, beside the recipe: {name}, as axolotl writes it", "chat_template")
+    elif name and not str(name).startswith(OWN):
         told = (
             "the model's own is used: compare rows by recipe-run preview, or name a file: training.chat_template_path"
         )

@@ -1,5 +1,8 @@
 """What the tools share: schedules, precision, attention, checkpointing, saving, launch configurations."""
 
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +227,30 @@ def convert_batches(draft: Draft) -> None:
         draft.convert(
             "training.gradient_accumulation_steps", max(1, steps // 2), "gradient_accumulation_steps", note=told
         )
+
+
+def write_template(parts: Mapping[str, str]) -> str:
+    """A chat template that writes turns as a tool's own template does; it marks what the assistant says.
+
+    Args:
+        parts: What stands around the turns of each role, by `{content}`; `prefix`, before all; `default_system`, of
+            rows without one; and `after`, what follows an answer and is not learned.
+    """
+
+    def write(name: str, content: str) -> str:
+        values = {"{content}": content, "{bos}": "bos_token", "{eos}": "eos_token"}
+        pieces = re.split(r"(\{content\}|\{bos\}|\{eos\})", parts.get(name, ""))
+        return "".join(f"{{{{ {values.get(piece) or json.dumps(piece)} }}}}" for piece in pieces if piece)
+
+    said = "message['content']"
+    return (
+        f"{{%- set begin = messages[0]['content'] if messages[0]['role'] == 'system'"
+        f" else {json.dumps(parts.get('default_system', ''))} -%}}\n"
+        f"{write('prefix', '')}{{%- if begin %}}{write('system', 'begin')}{{% endif -%}}\n"
+        "{%- for message in messages -%}\n"
+        f"{{%- if message['role'] == 'user' %}}{write('user', said)}\n"
+        "{%- elif message['role'] == 'assistant' %}"
+        f"{{% generation %}}{write('assistant', said)}{{% endgeneration %}}{write('after', '')}\n"
+        "{%- endif -%}\n"
+        "{%- endfor -%}"
+    )

@@ -54,6 +54,7 @@ def convert_file(file: Path, name: str, tool_name: str | None = None) -> Importe
     module: Any = importlib.import_module(f"recipe_runner.importing.{MODULES[tool.name]}")
     module.convert(draft)
     _put_plain_keys(draft)
+    _drop_epochs(draft)
     _drop_unfit(draft)
     recipe: dict[str, Any] = {
         "schema_version": 1,
@@ -62,13 +63,14 @@ def convert_file(file: Path, name: str, tool_name: str | None = None) -> Importe
     }
     recipe |= {key: value for key, value in draft.recipe.items() if value not in ({}, None)}
     recipe = {key: recipe[key] for key in schema.load()["properties"] if key in recipe}
-    if draft.template:
+    template = draft.template if "chat_template_path" in draft.recipe.get("training", {}) else ""
+    if template:
         recipe["training"]["chat_template_path"] = f"{name}.jinja"
     launch = dump_values(draft.launch) if draft.launch else ""
     order = {key: place for place, key in enumerate(values)}
     lines = sorted(draft.lines, key=lambda line: order.get(line.key.partition(".")[0], len(order)))
     told = tuple(Line(line.key, line.kind, line.text.replace("NAME.", f"{name}.")) for line in lines)
-    return Imported(tool, _write(recipe, draft, file), launch, draft.template, told)
+    return Imported(tool, _write(recipe, draft, file), launch, template, told)
 
 
 def _put_plain_keys(draft: Draft) -> None:
@@ -115,6 +117,15 @@ def _put_unknown(draft: Draft, key: str, value: Any) -> None:
         draft.note(NONE, fix or f"no key of {draft.tool.name} {draft.tool.version} that is known here", key)
 
 
+def _drop_epochs(draft: Draft) -> None:
+    """Leaves epochs out where steps are counted: these go before them."""
+    training = draft.recipe.get("training", {})
+    if (training.get("max_steps") or 0) > 0 and training.pop("num_train_epochs", None) is not None:
+        origin = draft.origins.pop("training.num_train_epochs", "")
+        draft.lines = [line for line in draft.lines if line.key != origin]
+        draft.note(IGNORED, "max_steps goes before it", origin)
+
+
 def _drop_unfit(draft: Draft) -> None:
     """Leaves out what the stage's configuration, or the adapter's, has no field for."""
     for section, kind in (
@@ -155,7 +166,7 @@ def summarize(lines: tuple[Line, ...]) -> Iterator[str]:
         own = [line for line in lines if line.kind == kind]
         if own:
             yield f"{kind} ({len(own)})"
-            width = min(30, max(len(line.key) for line in own))
+            width = min(34, max(len(line.key) for line in own))
             for line in own:
                 begin = f"  {line.key:<{width}}  "
                 yield from textwrap.wrap(line.text, 79, initial_indent=begin, subsequent_indent=" " * len(begin))

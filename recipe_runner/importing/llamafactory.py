@@ -1,7 +1,6 @@
 """From LLaMA-Factory's configuration to a recipe."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -160,34 +159,12 @@ def _put_template(draft: Draft) -> None:
     parts = draft.tool.templates.get(name)
     if stage == PRETRAIN:
         draft.note(IGNORED, "texts are not written by a chat template", "template")
-    elif parts and stage == SFT and not draft.recipe["dataset"].get("images"):
-        draft.template = write_template(parts)
+    elif isinstance(parts, Mapping) and stage == SFT and not draft.recipe["dataset"].get("images"):
+        draft.template = common.write_template(parts)
         draft.put("training.chat_template_path", "NAME.jinja", "template")
         draft.note(CONVERTED, f"NAME.jinja, beside the recipe: {name}, as LLaMA-Factory writes it", "template")
     told = "the model's own chat template is used: compare rows by recipe-run preview"
     draft.note(NONE, told, "template")
-
-
-def write_template(parts: Mapping[str, str]) -> str:
-    """A chat template that writes turns as a template of LLaMA-Factory's does; it marks what the assistant says."""
-
-    def write(name: str, content: str) -> str:
-        values = {"{content}": content, "{bos}": "bos_token", "{eos}": "eos_token"}
-        pieces = re.split(r"(\{content\}|\{bos\}|\{eos\})", parts.get(name, ""))
-        return "".join(f"{{{{ {values.get(piece) or json.dumps(piece)} }}}}" for piece in pieces if piece)
-
-    said = "message['content']"
-    return (
-        f"{{%- set begin = messages[0]['content'] if messages[0]['role'] == 'system'"
-        f" else {json.dumps(parts.get('default_system', ''))} -%}}\n"
-        f"{write('prefix', '')}{{%- if begin %}}{write('system', 'begin')}{{% endif -%}}\n"
-        "{%- for message in messages -%}\n"
-        f"{{%- if message['role'] == 'user' %}}{write('user', said)}\n"
-        "{%- elif message['role'] == 'assistant' %}"
-        f"{{% generation %}}{write('assistant', said)}{{% endgeneration %}}\n"
-        "{%- endif -%}\n"
-        "{%- endfor -%}"
-    )
 
 
 def _find_info(draft: Draft) -> tuple[dict[str, Any], Path]:

@@ -32,7 +32,7 @@ class Tool:
         marks: Keys by which a file of it is recognised.
         stages: What it calls a way to train -> our stage.
         no_stages: What it calls one that is not here -> why.
-        templates: Name of a chat template that is the tool's own -> its parts.
+        templates: Name of a chat template that is the tool's own -> its parts, or a file of TRL that writes the same.
         keys: Key -> what it becomes (see axolotl.yaml).
     """
 
@@ -43,7 +43,7 @@ class Tool:
     marks: tuple[str, ...]
     stages: Mapping[str, str]
     no_stages: Mapping[str, str]
-    templates: Mapping[str, Mapping[str, str]]
+    templates: Mapping[str, Mapping[str, str] | str]
     keys: Mapping[str, Mapping[str, Any]]
 
 
@@ -166,7 +166,8 @@ def describe_entry(entry: Mapping[str, Any]) -> str:
     if "ignored" in entry:
         return f"had no effect there: {entry['ignored']}"
     if "none" in entry:
-        return f"no counterpart: {entry['none']}"
+        unless = f" (nothing to do for {' or '.join(map(str, entry['holds']))})" if "holds" in entry else ""
+        return f"no counterpart: {entry['none']}{unless}"
     if "same" in entry:
         return f"the same by default: {entry['same']}"
     return f"is converted together with others: {entry['by'].replace('_', ' ')}"

@@ -76,7 +76,7 @@ def stage_for(form: str) -> str:
 
 def guess_format(look: Columns) -> str | None:
     """The first format whose columns are there: pairs may have turns beside them, and turns plain texts."""
-    order = ("preference", "unpaired_preference", "chat", "instruction", "text")
+    order = ("preference", "unpaired_preference", "segments", "chat", "instruction", "text")
     return next((form for form in order if not find_columns(form, look, {})[1]), None)
 
 
@@ -114,6 +114,9 @@ def _suits(role: str, cells: Sequence[Any]) -> bool:
     cells = [cell for cell in cells if cell is not None]
     if role == "messages":
         return bool(cells) and all(isinstance(cell, list) for cell in cells)
+    if role == "segments":
+        parts = [part for cell in cells if isinstance(cell, list) for part in cell]
+        return bool(parts) and all(isinstance(part, dict) and {"text", "label"} <= part.keys() for part in parts)
     if role == "label":
         return bool(cells) and all(isinstance(cell, bool) or str(cell).lower() in ("true", "false") for cell in cells)
     return not any(isinstance(cell, list) for cell in cells) or role in MAY_BE_LISTS

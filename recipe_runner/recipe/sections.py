@@ -125,7 +125,7 @@ class DatasetSection:
     @property
     def is_plain_text(self) -> bool:
         """Whether rows are rendered without the chat template."""
-        return self.format == "text" or self.template is not None
+        return self.format in ("text", "segments") or self.template is not None
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def lengthen(source: SourceSection, form: str, rows: Rows, least: int) -> Rows:
     if is_local(source):
         return rows
     last = dict(rows.entries[-1])
-    for role in ("text", "output", "completion", "messages", "chosen", "rejected"):
+    for role in ("text", "output", "completion", "messages", "segments", "chosen", "rejected"):
         column = source.columns.get(role) or ("conversations" if role == "messages" and role not in last else role)
         if role in FORMATS[form].roles and last.get(column):
             last[column] = _repeat(last[column], least)
@@ -83,7 +83,7 @@ def _repeat(cell: Any, least: int) -> Any:
     if isinstance(cell, list):
         return [*cell[:-1], _repeat(cell[-1], least)]
     if isinstance(cell, dict):
-        key = "content" if "content" in cell else "value"
+        key = next(key for key in ("content", "value", "text") if key in cell)
         return {**cell, key: _repeat(cell[key], least)}
     return "\n".join([cell] * (least // len(cell) + 1)) if isinstance(cell, str) else cell
 
@@ -171,6 +171,7 @@ def make_row(dataset: DatasetSection, source: SourceSection, number: int) -> dic
             {"role": "assistant", "content": words("Reply", 4)},
         ],
         "text": words("Document", 20 + number % 9),
+        "segments": [{"text": f"{question}\n", "label": False}, {"text": answer, "label": True}],
         "prompt": question,
         "completion": answer,
         "chosen": answer,
@@ -240,6 +241,10 @@ def work_out(
                 learned.update(answers[-1:] if dataset.train_on in ("completion", "last") else answers)
                 last = max((place for place, turn in enumerate(turns) if _role(turn) == "assistant"), default=0)
                 asked.append([_said(turn) for turn in turns[:last] if _role(turn) in ("system", "user")])
+            case "segments":
+                segments = cells["segments"] or []
+                learned.update(_join_segments(segments, labelled=True))
+                asked.append(_join_segments(segments, labelled=False))
             case "preference":
                 learned.add(_last(cells["chosen"]))
                 rejected.add(_last(cells["rejected"]))
@@ -290,6 +295,8 @@ def _lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any
     match dataset.format:
         case "text":
             return {"text": text["text"]}
+        case "segments":
+            return {"segments": cells["segments"]}
         case "instruction" if dataset.template:
             return (
                 _fill(dataset.template, text)
@@ -324,6 +331,12 @@ def _lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any
                 answers[name] = turns[len(shared) :] if turns[: len(shared)] == shared else turns
             label = {"label": cells["label"]} if "label" in cells else {}
             return {"prompt": _begin(dataset, text.get("system", ""), [*history, *shared]), **answers, **label}
+
+
+def _join_segments(segments: Sequence[Mapping[str, Any]], labelled: bool) -> list[str]:
+    """The texts of those that are labelled, or that are not; such as stand beside each other are one text."""
+    runs = itertools.groupby(segments, key=lambda segment: segment["label"])
+    return ["".join(segment["text"] for segment in run) for label, run in runs if label == labelled]
 
 
 def _is_muted(turn: Mapping[str, Any]) -> bool:

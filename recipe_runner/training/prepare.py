@@ -199,7 +199,12 @@ def compare_prompts(job: Job, orders: Orders) -> list[Problem]:
     message = f"in {found} of {looked} rows the prompt alone, which a server asks, is not what is before the answer"
     message += f": {change}" * bool(change)
     fix = "end the prompt of dataset.template with a line break"
-    if job.dataset.template is None:
+    if job.dataset.format == "segments":
+        fix = (
+            f"begin rows with {job.tokenizer.bos_token or 'what the tokenizer adds'}, and let a segment that is learned"
+        )
+        fix += " begin where the text before it ends a line or a word"
+    elif job.dataset.template is None:
         fix = "take a chat template that renders both alike (training.chat_template_path)"
     if any(begin in change for begin, _ in MARKS):
         fix = (

@@ -274,3 +274,45 @@ def test_a_judged_conversation_without_a_prompt_ends_with_what_is_judged():
     assert alone["dropped"] == "with an empty prompt"
     asked = normalise_row({"completion": turns, "label": True}, {"format": "unpaired_preference"}, "row 1")
     assert asked["dropped"] == "whose answer does not continue its prompt"
+
+
+SEGMENTS = {"format": "segments", "train_on": "labelled"}
+
+
+def test_segments_are_as_they_are_written():
+    parts = [{"text": "Ask: ", "label": False, "id": 7}, {"text": "answer\n", "label": True}]
+    found = normalise_row({"segments": parts}, SEGMENTS, "row 1")
+    bare = [{"text": "Ask: ", "label": False}, {"text": "answer\n", "label": True}]
+    assert found == {"segments": bare, "dropped": ""}
+
+
+@pytest.mark.parametrize(
+    ("parts", "train_on", "dropped"),
+    [
+        ([], "labelled", True),
+        ([{"text": "seen", "label": False}], "labelled", True),
+        ([{"text": "seen", "label": False}], "all", False),
+        ([{"text": "", "label": True}, {"text": "seen", "label": False}], "labelled", True),
+        ([{"text": "\n", "label": True}], "labelled", False),
+    ],
+)
+def test_segments_of_which_nothing_is_learned_are_dropped(parts, train_on, dropped):
+    found = normalise_row({"segments": parts}, SEGMENTS | {"train_on": train_on}, "row 1")
+    assert bool(found["dropped"]) == dropped
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ("a text", "row 1: column 'segments': expected a list of segments {text, label}, found str 'a text'"),
+        (["a text"], "row 1: column 'segments', segment 1: expected {text: a text, label: true or false}, found"),
+        ([{"text": "a", "label": True}, {"label": True}], "segment 2: expected {text: a text"),
+        ([{"text": "a"}], "segment 1: label: expected true or false, found nothing"),
+        ([{"text": "a", "label": 1}], "segment 1: label: expected true or false, found int '1'"),
+        ([{"text": "a", "label": True, "weight": 0}], "segment 1 has a key 'weight', which segments do not have"),
+    ],
+)
+def test_segments_in_another_shape_are_refused(parts, said):
+    with pytest.raises(RowError) as refused:
+        normalise_row({"segments": parts}, SEGMENTS, "row 1")
+    assert said in str(refused.value)

@@ -122,7 +122,7 @@ def test_axolotl_s_file_becomes_a_recipe_that_trains_the_same(convert, tmp_path)
 def test_every_key_is_told_once(convert):
     result, _ = convert(AXOLOTL)
     told = [line.split()[0] for line in result.out.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert sorted(told) == sorted(AXOLOTL)
+    assert sorted(told) == sorted([*AXOLOTL, *(f"datasets.{key}" for key in AXOLOTL["datasets"][0])])
     assert max(map(len, result.out.splitlines())) <= 80
 
 
@@ -132,6 +132,7 @@ def test_every_key_is_told_once(convert):
         ({"type": "chat_template", "field_messages": "talk"}, "chat", {"messages": "talk"}),
         ({"type": "sharegpt"}, "chat", {"messages": "conversations"}),
         ({"type": "completion", "field": "body"}, "text", {"text": "body"}),
+        ({"type": "input_output"}, "segments", {"segments": "segments"}),
         (
             {"type": {"field_instruction": "q", "field_output": "a", "format": "Q: {instruction} A:"}},
             "instruction",
@@ -169,6 +170,76 @@ def test_axolotl_s_preferences(convert, dataset, rl, columns):
     assert recipe.training["beta"] == 0.2
     assert rl != "ipo" or recipe.training["loss_type"] == ["ipo"]
     assert {key: value for key, value in recipe.dataset.train[0].columns.items() if value} == columns
+
+
+def test_axolotl_s_keys_of_datasets_are_told(convert):
+    dataset = {
+        "path": "someone/talks",
+        "type": "chat_template",
+        "split": "train",
+        "roles_to_train": ["user", "assistant"],
+        "train_on_eos": "turn",
+        "train_on_eot": "all",
+        "message_property_mappings": {"role": "from", "content": "value"},
+        "field_tools": "functions",
+        "conversion": "oops",
+    }
+    result, recipe = convert(AXOLOTL | {"datasets": [dataset]})
+    assert result.status == 0, result.err
+    kinds, kind = {}, ""
+    for line in result.out.splitlines():
+        kind = line if line[:1].strip() else kind
+        if line.startswith("  datasets."):
+            kinds[line.split()[0].removeprefix("datasets.")] = kind.partition(" (")[0]
+    assert kinds == {
+        **dict.fromkeys(("path", "type", "split", "roles_to_train", "field_tools"), "converted"),
+        **dict.fromkeys(("train_on_eos", "message_property_mappings"), "same by default"),
+        "train_on_eot": "no counterpart",
+        "conversion": "had no effect there",
+    }
+    assert recipe.dataset.train_on == "all"
+    assert recipe.dataset.train[0].columns["tools"] == "functions"
+
+
+def test_steps_go_before_epochs(convert):
+    result, recipe = convert(AXOLOTL | {"max_steps": 7})
+    assert (recipe.training["max_steps"], "num_train_epochs" in recipe.training.said) == (7, False)
+    assert "num_epochs" in result.out.partition("had no effect there")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "learned"),
+    [
+        ("chatml", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n", "yes<|im_end|>"),
+        ("phi_3", "<s><|user|>\nhi<|end|>\n<|assistant|>\nyes<|end|>\n", "yes<|end|>"),
+        ("deepseek_v2", "<s><｜User｜>hi<｜Assistant｜>yes</s>", "yes</s>"),
+    ],
+)
+def test_axolotl_s_own_templates_are_written(convert, tmp_path, name, text, learned):
+    """As axolotl 0.18's files write them (utils/chat_templates/templates), and learned up to the end of the turn."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    result, recipe = convert(AXOLOTL | {"chat_template": name, "datasets": [{"path": "a/b", "type": "chat_template"}]})
+    assert result.status == 0, result.err
+    assert recipe.training["chat_template_path"] == str(tmp_path / "made.jinja")
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    (made,), ((span,),) = render_jinja_template(
+        [talk],
+        chat_template=(tmp_path / "made.jinja").read_text(),
+        return_assistant_tokens_mask=True,
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    assert (made, made[slice(*span)]) == (text, learned)
+
+
+def test_a_template_is_not_written_where_the_stage_takes_none(convert, tmp_path):
+    values = {key: value for key, value in AXOLOTL.items() if key not in ("sample_packing", "load_in_4bit")}
+    values |= {"adapter": "lora", "rl": "dpo", "chat_template": "chatml"}
+    result, _ = convert(values | {"datasets": [{"path": "a/b", "type": "chat_template.default"}]})
+    assert result.status == 0, result.err
+    assert not (tmp_path / "made.jinja").exists()
+    assert "chat_template" in result.out.partition("no counterpart")[2]
 
 
 def test_each_file_of_a_dataset_is_a_source(convert, tmp_path):
@@ -272,7 +343,7 @@ def test_sharding_becomes_a_launch_configuration(convert, tmp_path, run_cli, sai
         ("a: [1\n", "is no YAML"),
         ("compute_environment: LOCAL_MACHINE\n", "is a launch configuration"),
         ("base_model: a/b\nrl: orpo\ndatasets: [{path: a/b}]\n", "rl: orpo can't be converted"),
-        ("base_model: a/b\nnum_epochs: 1\ndatasets: [{path: a/b, type: input_output}]\n", "segments with a mark each"),
+        ("base_model: a/b\nnum_epochs: 1\ndatasets: [{path: a/b, type: jeopardy}]\n", "is a prompt written in Python"),
         ("base_model: a/b\nnum_epochs: 1\ndatasets: [{path: a/b, type: my.strategy}]\n", "a prompt written in Python"),
         ("base_model: a/b\nnum_epochs: many\ndatasets: [{path: a/b, type: alpaca}]\n", "num_epochs"),
         ("base_model: a/b\nnum_epochs: 1\ndatasets: 3\n", "datasets"),
@@ -323,6 +394,7 @@ def test_each_entry_of_a_tool_s_file_is_whole(name):
     paths |= {f"peft.{key}" for method in ("lora", "oft") for key in schema.section_keys("peft", method)}
     for section in ("model", "dataset", "run"):
         paths |= {f"{section}.{key}" for key in schema.resolve(f"#/$defs/{section}")["properties"]}
+    paths |= {f"dataset.train.{key}" for key in schema.resolve("#/$defs/source")["properties"]}
     for key, entry in tool.keys.items():
         assert len(entry.keys() & {"to", "by", "ignored", "none", "same"}) == 1, key
         assert entry["at"], key

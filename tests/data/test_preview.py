@@ -21,6 +21,16 @@ CHAT = [
     for n in range(1, 13)
 ]
 TEXT = [{"text": f"document {n} " * n} for n in range(1, 13)]
+SEGMENTS = [
+    {
+        "segments": [
+            {"text": f"question {n} " * n, "label": False},
+            {"text": f"answer {n}", "label": True},
+            {"text": "<|endoftext|>", "label": n % 3 > 0},
+        ]
+    }
+    for n in range(1, 13)
+]
 PACKED = {"packing": True, "max_length": 64}
 CHATML = {"chat_template_path": "trl/qwen3_training.jinja", "max_length": 1024}
 CALL = {"type": "function", "function": {"name": "count", "arguments": {"to": 3}}}
@@ -72,6 +82,8 @@ def preview(run_recipe):
         (CHAT, {"format": "chat", "train_on": "all"}, {}),
         (CHAT, {"format": "chat", "train_on": "assistant"}, {**PACKED, "max_length": 128}),
         (TEXT, {"format": "text"}, {}),
+        (SEGMENTS, {"format": "segments"}, {}),
+        (SEGMENTS, {"format": "segments"}, {**PACKED, "max_length": 64}),
         (TEXT, {"format": "text"}, {**PACKED, "packing_strategy": "bfd_split"}),
         (TEXT, {"format": "text"}, {**PACKED, "packing_strategy": "wrapped"}),
         (TOOLED, {"format": "chat"}, CHATML),

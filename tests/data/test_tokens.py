@@ -89,6 +89,54 @@ def test_text_learns_everything_and_ends_each_document(prepare):
     assert texts == [("first document<|endoftext|>",) * 2, ("second<|endoftext|>",) * 2]
 
 
+PARTS = [
+    {"text": "<|user|>Ask", "label": False},
+    {"text": "ing: ", "label": False},
+    {"text": " yes", "label": True},
+    {"text": "<|end|>", "label": True},
+    {"text": " and ", "label": False},
+    {"text": "no<|endoftext|>", "label": True},
+]
+
+
+@pytest.mark.parametrize("train_on", ["labelled", "all"])
+def test_segments_are_learned_by_their_labels(prepare, train_on):
+    """As axolotl 0.18 makes tokens of them: `RawInputOutputStrategy` in axolotl/prompt_strategies/input_output.py."""
+    split, tokenizer, _ = prepare([{"segments": PARTS}], format="segments", train_on=train_on)
+    ids, labels = [], []
+    for part in PARTS:
+        tokens = tokenizer(part["text"], add_special_tokens=False)["input_ids"]
+        ids += tokens
+        labels += tokens if part["label"] or train_on == "all" else [-100] * len(tokens)
+    assert (split.dataset[0]["input_ids"], split.dataset[0]["labels"]) == (ids, labels)
+
+
+def test_segments_without_an_end_are_counted(prepare, open_data):
+    from recipe_runner.data.checks import find_problems
+
+    rows = [{"segments": PARTS}] * 3 + [{"segments": [{"text": "No end", "label": True}]}]
+    split, tokenizer, _ = prepare(rows, format="segments")
+    recipe, _ = open_data(rows, format="segments")
+    found = list(find_problems(recipe.dataset, tokenizer, {"<|endoftext|>"}, split.accounting, "train"))
+    assert [problem.code for problem in found] == ["segments-without-end"]
+    assert found[0].severity == "warning"
+    assert found[0].message.startswith("1 of the first 100 train rows don't end with a token that ends a text")
+    assert "row 4" in found[0].message
+
+
+def test_what_is_asked_before_segments(open_data):
+    """The last labelled ones are the answer; what the tokenizer adds itself is not asked twice."""
+    from recipe_runner.data.prompts import split_row
+
+    _, job = open_data([{"segments": PARTS}], format="segments")
+    asked = split_row({"segments": PARTS}, job.tokenizer)
+    assert (asked.content, asked.wanted) == ("<|user|>Asking:  yes<|end|> and ", "no")
+    assert split_row({"segments": PARTS[2:3]}, job.tokenizer) is None
+    job.tokenizer.bos_token = "<|user|>"
+    job.tokenizer.add_bos_token = True
+    assert split_row({"segments": PARTS[:4]}, job.tokenizer).content == "Asking: "
+
+
 def test_masks_equal_those_of_a_real_trainer(prepare, tiny_phi3, tmp_path):
     """The stand-in for `self` in `SFTTrainer._prepare_dataset` must give what a whole trainer gives."""
     from datasets import Dataset

@@ -126,6 +126,13 @@ def test_rows_are_made_up_where_none_are_named(run_cli, recipe):
     assert "rows: made-up rows" in result.out
 
 
+@pytest.mark.parametrize("training", [{}, {"packing": True, "max_length": 256}])
+def test_segments_are_learned_by_their_labels(run_cli, recipe, training):
+    dataset = {"format": "segments", "train": {"source": "someone/pieces"}, "eval": None}
+    result = run_cli("smoke", recipe(metadata=None, dataset=dataset, training=training | {"eval_strategy": "no"}))
+    assert result.status == 0, result.out + result.err
+
+
 @pytest.mark.parametrize("facts", read_models().values(), ids=lambda facts: facts.name)
 def test_a_model_has_as_many_parameters_as_were_published(facts):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES

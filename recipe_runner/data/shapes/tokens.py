@@ -10,7 +10,7 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from recipe_runner.data.accounting import Accounting, Tally
-from recipe_runner.data.encode import encode, encode_answers, join, label, tools_of
+from recipe_runner.data.encode import encode, encode_answers, encode_segments, join, label, tools_of
 from recipe_runner.data.formats import turns_of
 from recipe_runner.data.job import Job, drop_overlong
 from recipe_runner.data.tables import (
@@ -39,6 +39,9 @@ def tokenize(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
 
 def _label(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
     tokenizer, train_on = job.tokenizer, job.dataset.train_on
+    if "segments" in rows[0]:
+        ids, masks = encode_segments(tokenizer, rows)
+        return label(ids, None if train_on == "all" else masks)
     if "prompt" in rows[0] and train_on != "all":
         shared, wholes = encode_answers(tokenizer, rows, ("completion",))
         return label(wholes["completion"], begins=shared)

@@ -187,8 +187,9 @@ def _check_documents(done: Done, documents: Sequence[Document], tokenizer: Any) 
     wanted, training = done.small.wanted, done.recipe.training
     ends = set(tokenizer.convert_tokens_to_ids(sorted(done.small.stand_in.stops)))
     limit = training["max_length"]
-    texts = frozenset(text for of in wanted for text in of.learned) | _render_answers(done, tokenizer)
-    asked = [texts for of in wanted for texts in of.asked]
+    texts = frozenset(_bare(text, tokenizer) for of in wanted for text in of.learned) | _render_answers(done, tokenizer)
+    asked = [[_bare(text, tokenizer) for text in texts] for of in wanted for texts in of.asked]
+    writes = done.recipe.dataset.format == "segments"  # which hold their ends themselves, or have none
     splits = training["packing"] and training["packing_strategy"] in SPLITTING
     ended = 0
     for tokens, marks in documents:
@@ -213,7 +214,7 @@ def _check_documents(done: Done, documents: Sequence[Document], tokenizer: Any) 
             if text not in texts and not part:
                 yield f"what is learned is no answer of the data: {tokenizer.decode(run)[:100]!r}"
                 return
-            if not part and not any(token in ends for token in run):
+            if not part and not writes and not any(token in ends for token in run):
                 yield f"an answer is learned without a token at which the model stops: {tokenizer.decode(run)[-100:]!r}"
                 return
         if splits or cut:
@@ -225,7 +226,9 @@ def _check_documents(done: Done, documents: Sequence[Document], tokenizer: Any) 
         if lost := [text for text in texts if len(text) > LONG and text in row and text not in "".join(said)]:
             yield f"an answer of the data is not learned: {lost[0][:100]!r}"
             return
-    if not ended and any(not limit or len(tokens) < limit for tokens, _ in documents):  # else: parts of long documents
+    if (
+        not ended and not writes and any(not limit or len(tokens) < limit for tokens, _ in documents)
+    ):  # else: parts of long documents
         yield f"no token is learned at which the model stops ({', '.join(sorted(done.small.stand_in.stops))})"
     text = squeeze(tokenizer.decode([t for tokens, _ in documents for t in tokens], skip_special_tokens=True))
     if done.recipe.dataset.system and squeeze(done.recipe.dataset.system) not in text:
@@ -244,6 +247,13 @@ def _render_answers(done: Done, tokenizer: Any) -> frozenset[str]:
             ids, labels, *_ = work_out_sequences(row, done.recipe.dataset.train_on, tokenizer)
             found |= {squeeze(tokenizer.decode(run, skip_special_tokens=True)) for run in _find_runs(ids, labels)}
     return frozenset(found)
+
+
+def _bare(text: str, tokenizer: Any) -> str:
+    """A text of the data without the special tokens that it spells."""
+    for special in tokenizer.all_special_tokens:
+        text = text.replace(special, "")
+    return text
 
 
 def _find_runs(tokens: Sequence[int], labels: Sequence[int]) -> list[list[int]]:

@@ -199,6 +199,11 @@ def _work_out_whole(row: Mapping[str, Any], train_on: str | None, tokenizer: Any
     if "text" in row:
         ids = _encode(tokenizer, row["text"], False, None) if row["text"].strip() else []
         return (tuple(ids), tuple(ids)) if ids else ()
+    if "segments" in row:
+        parts = [(tokenizer.encode(of["text"], add_special_tokens=False), of["label"]) for of in row["segments"]]
+        ids = [token for part, _ in parts for token in part]
+        labels = [token if learns or train_on == "all" else IGNORED for part, learns in parts for token in part]
+        return (tuple(ids), tuple(labels)) if set(labels) - {IGNORED} else ()
     marks = train_on == "assistant"
     answers = [turn for turn in row["messages"] if turn["role"] == "assistant"]
     if not row["messages"] or (marks and not answers) or not all(_says([turn]) for turn in answers):
