@@ -83,7 +83,7 @@ def preview(run_recipe):
         (CHAT, {"format": "chat", "train_on": "assistant"}, {**PACKED, "max_length": 128}),
         (TEXT, {"format": "text"}, {}),
         (SEGMENTS, {"format": "segments"}, {}),
-        (SEGMENTS, {"format": "segments"}, {**PACKED, "max_length": 64}),
+        (SEGMENTS, {"format": "segments"}, {**PACKED, "max_length": 256}),
         (TEXT, {"format": "text"}, {**PACKED, "packing_strategy": "bfd_split"}),
         (TEXT, {"format": "text"}, {**PACKED, "packing_strategy": "wrapped"}),
         (TOOLED, {"format": "chat"}, CHATML),
