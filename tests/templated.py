@@ -57,11 +57,11 @@ def job_of(small_recipe, monkeypatch):
 
 def prepare(job, workers=1, split="train"):
     """Rows and accounting, by our preparation."""
+    from recipe_runner.data.order import arrange_rows
     from recipe_runner.data.prepare import prepare_chunks, shape_of
-    from recipe_runner.data.sources import order_rows
 
     tally = job.tally()
-    with prepare_chunks(job, split, order_rows(job.dataset, job.sources, job.seed)[split], tally, workers) as tables:
+    with prepare_chunks(job, split, arrange_rows(job.dataset, job.sources, job.seed)[split], tally, workers) as tables:
         rows = [row for table in tables for row in table.to_pylist()]
     return [{name: row[name] for name in shape_of(job.stage).COLUMNS} for row in rows], tally
 

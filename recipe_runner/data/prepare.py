@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recipe_runner.data import sources
 from recipe_runner.data.accounting import Tally, list_reasons
 from recipe_runner.data.checks import (
     CHECKED_ROWS,
@@ -28,6 +27,7 @@ from recipe_runner.data.checks import (
     find_refused,
 )
 from recipe_runner.data.job import Job, read_rows
+from recipe_runner.data.order import arrange_rows
 from recipe_runner.data.pictures import ImageError
 from recipe_runner.data.similar import sketch
 from recipe_runner.data.sources import Source
@@ -51,7 +51,7 @@ def shape_of(stage: Stage) -> Any:
 
 
 def order_rows(job: Job) -> dict[str, np.ndarray]:
-    """Which rows are trained on and which are held out, in which order: see `sources.order_rows`.
+    """Which rows are trained on and which are held out, in which order: see `order.arrange_rows`.
 
     Raises:
         UserError: A source is too small to be split, or its first rows can't be used.
@@ -59,7 +59,7 @@ def order_rows(job: Job) -> dict[str, np.ndarray]:
     section, lengths = job.dataset, []
     if section.weight_by == "tokens":
         lengths = [_measure(job, number) for number in range(len(section.train))]
-    return sources.order_rows(section, job.sources, job.seed, lengths)
+    return arrange_rows(section, job.sources, job.seed, lengths)
 
 
 def _measure(job: Job, number: int) -> float:

@@ -23,7 +23,7 @@ from recipe_runner.data.turns import MARK, Turns
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.recipe.sections import DatasetSection
 
-Orders = Mapping[str, np.ndarray]  # of `sources.order_rows`
+Orders = Mapping[str, np.ndarray]  # of `order.arrange_rows`
 COMPARED = 20  # rows whose prompts are compared
 LOOKED_AT = 200  # rows from which prompts are chosen
 SYSTEM = "You are a helpful assistant."  # where the data has no system prompt of its own

@@ -14,10 +14,12 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset
 
 from recipe_runner.data.accounting import Accounting, list_reasons
+from recipe_runner.data.columns import check_streamed_row
 from recipe_runner.data.job import Job
 from recipe_runner.data.marks import mark_sources
 from recipe_runner.data.prepare import prepare_chunk, shape_of
-from recipe_runner.data.sources import Source, check_streamed_row, stream_rows
+from recipe_runner.data.reading import stream_rows
+from recipe_runner.data.sources import Source
 from recipe_runner.data.tables import check_vocabulary, pack
 from recipe_runner.problems.errors import user_error
 
@@ -191,7 +193,7 @@ class Reader:
         while len(found) < wanted:
             before = len(found)
             for name, row in self.rows[which]:
-                check_streamed_row(self.job.dataset, source, self.columns[which], row, name)
+                check_streamed_row(self.job.dataset, source.section, source.columns, self.columns[which], row, name)
                 found.append(row)
                 names.append(name)
                 if len(found) == wanted:

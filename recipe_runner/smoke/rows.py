@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipe_runner.data.columns import choose_columns
 from recipe_runner.data.images import WRITTEN
 from recipe_runner.data.look import iterate_rows
-from recipe_runner.data.sources import choose_columns
 from recipe_runner.data.turns import CALLS, SHAREGPT_ROLES, SWITCHES, THOUGHTS
 from recipe_runner.files import read_text, write_text
 from recipe_runner.problems.errors import UserError, first_line, user_error
@@ -107,7 +107,7 @@ def read_files(source: SourceSection) -> list[dict[str, Any]]:
         UserError: It can't be read, or has no rows.
     """
     if is_saved(Path(source.source)):
-        from recipe_runner.data.sources import load_saved
+        from recipe_runner.data.reading import load_saved
 
         return [dict(row) for row in itertools.islice(load_saved(source), MOST)]
     return [row for file in list_files(source.source) for row in read_file(file, source)][:MOST]

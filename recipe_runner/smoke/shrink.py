@@ -14,8 +14,8 @@ from unittest import mock
 import datasets
 
 from recipe_runner.data import store
+from recipe_runner.data.columns import choose_columns
 from recipe_runner.data.look import texts_of
-from recipe_runner.data.sources import choose_columns
 from recipe_runner.problems.problem import KeyPath, join_path
 from recipe_runner.recipe.local import is_file_source
 from recipe_runner.recipe.recipe import Recipe

@@ -12,7 +12,8 @@ ROWS = [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range
 @pytest.fixture
 def load(write_recipe, tmp_path):
     """The answers of a source, and what was guessed of how it is written."""
-    from recipe_runner.data.sources import open_sources, order_rows, read_rows
+    from recipe_runner.data.order import arrange_rows
+    from recipe_runner.data.sources import open_sources, read_rows
     from recipe_runner.recipe.resolve import load_recipe
 
     def load(name, **source):
@@ -20,7 +21,7 @@ def load(write_recipe, tmp_path):
         recipe = load_recipe(str(write_recipe(dataset={"format": "instruction", "train": train})))
         with recipe.placing_errors():
             (opened,) = sources = open_sources(recipe.dataset)
-            order = order_rows(recipe.dataset, sources, 42)["train"]
+            order = arrange_rows(recipe.dataset, sources, 42)["train"]
             rows = read_rows(recipe.dataset, sources, order)
         return [row["completion"][0]["content"] for row in rows], opened.guessed
 
@@ -278,7 +279,7 @@ def test_compressed_files_that_are_damaged_are_said(refused, tmp_path, monkeypat
 def test_a_file_on_the_hub_is_read_by_its_kind(load, refused, monkeypatch):
     from datasets import Dataset
 
-    from recipe_runner.data import sources
+    from recipe_runner.data import reading
 
     asked = []
 
@@ -286,7 +287,7 @@ def test_a_file_on_the_hub_is_read_by_its_kind(load, refused, monkeypatch):
         asked.append((args, options))
         return Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(reading, "load_dataset", load_dataset)
     assert load("hf://datasets/someone/rows/a.jsonl")[0] == WANTED
     assert asked == [(("json",), {"data_files": ["hf://datasets/someone/rows/a.jsonl"], "split": "train"})]
     assert "is no file of data; name one" in refused("hf://datasets/someone/rows")

@@ -14,7 +14,8 @@ ROWS = [{"instruction": f"question {n}", "output": f"answer {n}", "note": n} for
 
 @pytest.fixture
 def load(write_recipe, tmp_path):
-    from recipe_runner.data.sources import open_sources, order_rows, read_rows
+    from recipe_runner.data.order import arrange_rows
+    from recipe_runner.data.sources import open_sources, read_rows
 
     def load(rows=None, file="rows.jsonl", text=None, stage="sft", **dataset):
         path = tmp_path / file
@@ -25,7 +26,7 @@ def load(write_recipe, tmp_path):
         dataset = recipe.dataset
         with recipe.placing_errors():
             sources = open_sources(dataset)
-            orders = order_rows(dataset, sources, recipe.run.seed)
+            orders = arrange_rows(dataset, sources, recipe.run.seed)
             splits = {split: read_rows(dataset, sources, order) for split, order in orders.items()}
         return splits["train"], splits.get("eval")
 
@@ -107,7 +108,7 @@ def test_hub_datasets_are_asked_for_by_subset_split_and_revision(load, monkeypat
     """The hub itself can't be here: what it would be asked for, and what becomes of the answer."""
     from datasets import Dataset
 
-    from recipe_runner.data import sources
+    from recipe_runner.data import reading
 
     asked = []
 
@@ -115,7 +116,7 @@ def test_hub_datasets_are_asked_for_by_subset_split_and_revision(load, monkeypat
         asked.append((arguments, options))
         return Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(reading, "load_dataset", load_dataset)
     train, _ = load(ROWS, train={"source": "a/b", "subset": "en", "split": "train[:5%]", "revision": "abc"})
     assert asked == [(("a/b", "en"), {"split": "train[:5%]", "revision": "abc"})]
     assert len(train) == 10
