@@ -17,18 +17,17 @@ import pyarrow.compute as pc
 from recipe_runner.data.accounting import Tally, list_reasons
 from recipe_runner.data.checks import (
     CHECKED_ROWS,
-    REFUSALS,
     check_ends,
     compare_templates,
     count_empty_thoughts,
     count_endless,
     count_rendered_parts,
     count_special_tokens,
-    find_refused,
 )
 from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.order import arrange_rows
 from recipe_runner.data.pictures import ImageError
+from recipe_runner.data.rendering import REFUSALS, find_refused
 from recipe_runner.data.similar import sketch
 from recipe_runner.data.sources import Source
 from recipe_runner.data.tables import PACKED_TOGETHER, flatten, make_table, pack, with_documents

@@ -11,13 +11,13 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from recipe_runner.data.checks import shorten_middle
 from recipe_runner.data.encode import apply_template
 from recipe_runner.data.formats import normalise_row
 from recipe_runner.data.images import Picture
 from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.pictures import see
 from recipe_runner.data.prepare import read_answers, shape_of
+from recipe_runner.data.rendering import shorten_middle
 from recipe_runner.data.thinking import without_thought
 from recipe_runner.data.turns import MARK, Turns
 from recipe_runner.problems.errors import first_line, user_error

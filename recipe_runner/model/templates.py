@@ -7,8 +7,8 @@ from typing import Any
 import trl
 from transformers import PreTrainedTokenizerBase
 
-from recipe_runner.data.checks import SPELT
 from recipe_runner.data.encode import apply_template
+from recipe_runner.data.rendering import SPELT
 
 PROBE = [
     {"role": "user", "content": "Wie geht es?"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recipe_runner.data import checks, store
+from recipe_runner.data import store
 from recipe_runner.data.accounting import Accounting, Tally
 from recipe_runner.data.encode import apply_template
 from recipe_runner.data.formats import turns_of
@@ -17,6 +17,7 @@ from recipe_runner.data.images import Picture
 from recipe_runner.data.job import Job, read_rows
 from recipe_runner.data.pictures import open_images, see
 from recipe_runner.data.prepare import nothing_left, order_rows, prepare_chunks, shape_of
+from recipe_runner.data.rendering import find_turn
 from recipe_runner.data.shapes.image_tokens import image_ids
 from recipe_runner.data.shapes.unpaired import take_side
 from recipe_runner.data.tables import IGNORED
@@ -280,7 +281,7 @@ def _find_turns(job: Job, turns: Turns, tools: Any, input_ids: list[int], start:
     """Where each turn begins."""
     found = []
     for count in range(len(turns)):
-        begins = 0 if not count else checks.find_turn(turns, count, input_ids, job.tokenizer, tools)
+        begins = 0 if not count else find_turn(turns, count, input_ids, job.tokenizer, tools)
         if begins is None or begins >= len(input_ids):
             break  # the template does not render a part of this conversation, or it is cut before
         found.append((turns[count]["role"], start + begins))

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import set_seed
 
-from recipe_runner.data.checks import find_special_tokens
 from recipe_runner.data.images import WRITTEN, Picture, locate, read_picture
 from recipe_runner.data.pictures import processor_of
 from recipe_runner.data.prompts import Prompt, pose, render
+from recipe_runner.data.rendering import find_special_tokens
 from recipe_runner.data.turns import MARK, RowError
 from recipe_runner.files import read_text, refuse_existing, write_text
 from recipe_runner.model.answers import GREEDY, answer_all, answer_prompts, check_prompt, count_context

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from recipe_runner.data.checks import count_common
+from recipe_runner.data.rendering import count_common
 from recipe_runner.data.turns import Turns
 from recipe_runner.files import read_object, write_text
 from recipe_runner.model.tokenizer import stop_ids

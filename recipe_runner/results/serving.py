@@ -18,8 +18,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from recipe_runner.data.checks import find_special_tokens
 from recipe_runner.data.prompts import render_prompt
+from recipe_runner.data.rendering import find_special_tokens
 from recipe_runner.problems.errors import UserError, user_error
 from recipe_runner.problems.problem import Problem
 from recipe_runner.recipe.recipe import Recipe

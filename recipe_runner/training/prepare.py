@@ -10,7 +10,7 @@ import torch
 from peft import AdaLoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from recipe_runner.data.checks import check_labels, find_problems
+from recipe_runner.data.findings import check_labels, find_problems
 from recipe_runner.data.job import Job, Replaced
 from recipe_runner.data.prepare import order_rows
 from recipe_runner.data.prompts import Orders, Prompt, choose_golden, choose_prompts, find_split_prompts, pose

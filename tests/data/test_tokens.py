@@ -112,7 +112,7 @@ def test_segments_are_learned_by_their_labels(prepare, train_on):
 
 
 def test_segments_without_an_end_are_counted(prepare, open_data):
-    from recipe_runner.data.checks import find_problems
+    from recipe_runner.data.findings import find_problems
 
     rows = [{"segments": PARTS}] * 3 + [{"segments": [{"text": "No end", "label": True}]}]
     split, tokenizer, _ = prepare(rows, format="segments")

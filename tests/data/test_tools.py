@@ -282,7 +282,7 @@ def test_text_and_key_give_the_same_tokens(tokenizer_of, job_of):
 
 @pytest.fixture
 def problems_of(job_of):
-    from recipe_runner.data.checks import find_problems
+    from recipe_runner.data.findings import find_problems
 
     def problems_of(rows, tokenizer, **dataset):
         job = job_of("sft", rows, tokenizer, {"max_length": None}, **{"format": "chat"} | dataset)
@@ -318,7 +318,7 @@ def test_a_template_with_tools_is_named(tokenizer_of, problems_of):
 
 def test_pairs_are_told_which_template_to_train_with_before(tokenizer_of, job_of):
     """TRL has no key for a template of pairs: it comes with a model of stage sft."""
-    from recipe_runner.data.checks import find_problems
+    from recipe_runner.data.findings import find_problems
 
     chatml = tokenizer_of(next(file for file in TEMPLATES if file.stem == "qwen2_5_vl_training"))
     chatml.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
