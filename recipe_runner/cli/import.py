@@ -6,7 +6,7 @@ import click
 
 
 @click.command(name="import")
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--from",
     "tool",
@@ -14,8 +14,9 @@ import click
     help="Whose file it is; by its keys without it.",
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The recipe: NAME.yaml.")
-def command(file: Path, tool: str | None, output: Path | None) -> None:
+@click.option("--force", is_flag=True, help="Overwrite what is there.")
+def command(file: Path, tool: str | None, output: Path | None, force: bool) -> None:
     """Convert FILE of another tool into a recipe, and say what became of each of its keys."""
     from recipe_runner.importing.write import import_file
 
-    import_file(file, tool, output)
+    import_file(file, tool, output, force)

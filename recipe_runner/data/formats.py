@@ -80,7 +80,7 @@ def _instruction_row(row: dict[str, Any], dataset: DatasetSection, where: str) -
             raise RowError(f"{where} has a system prompt or a history, but dataset.template has no place for them")
         text, completion = _fill_template(dataset.template, values, where)
         return {"prompt": text, "completion": completion, "dropped": dropped}
-    question = {"role": "user", "content": _join(values["instruction"], values["input"])}
+    question = {"role": "user", "content": _join(values["instruction"], values["input"], dataset)}
     answer = {"role": "assistant", "content": values["output"]}
     prompt, noted = _fold([*before, question], dataset, where)
     if dataset.train_on == "assistant":
@@ -121,8 +121,8 @@ def _with_context(prompt: Turns, row: dict[str, Any], dataset: DatasetSection, w
     return [*prompt[:own_system], *before, *prompt[own_system:]]
 
 
-def _join(text: str, more: str) -> str:
-    return "\n\n".join(part for part in (text, more) if part.strip())
+def _join(text: str, more: str, dataset: DatasetSection) -> str:
+    return dataset.input_separator.join(part for part in (text, more) if part.strip())
 
 
 def _fill_template(template: str | Mapping[str, str], values: dict[str, str], where: str) -> tuple[str, str]:
@@ -233,7 +233,7 @@ def _prompt_turns(row: dict[str, Any], dataset: DatasetSection, where: str) -> T
         raise RowError(f"{where} has an input, and no prompt; name the column of the prompt: columns: {{prompt: NAME}}")
     if not isinstance(row["prompt"], str):
         raise RowError(f"{where} has an input, but its prompt is no text that it could follow: it would be lost")
-    return [{"role": "user", "content": _join(row["prompt"], more)}]
+    return [{"role": "user", "content": _join(row["prompt"], more, dataset)}]
 
 
 def _unpaired_row(row: dict[str, Any], dataset: DatasetSection, where: str) -> dict[str, Any]:

@@ -1,44 +1,66 @@
 """From axolotl's configuration to a recipe."""
 
+import re
+from pathlib import Path
 from typing import Any
 
+from recipe_runner.data.look import look_at
 from recipe_runner.importing import common
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, show, true
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, number, show, true
+from recipe_runner.recipe.local import is_file_source, is_saved
 from recipe_runner.stages import DPO, KTO, PRETRAIN, REWARD, SFT
 
 ALPACA = "Below is an instruction that describes a task"
 BEGIN = {
     "with_input": f"{ALPACA}, paired with an input that provides further context. Write a response that appropriately"
-    " completes the request.\n\n",
-    "without_input": f"{ALPACA}. Write a response that appropriately completes the request.\n\n",
+    " completes the request.",
+    "without_input": f"{ALPACA}. Write a response that appropriately completes the request.",
 }
-BODY = {
-    "with_input": "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}",
-    "without_input": "### Instruction:\n{instruction}\n\n### Response:\n{output}",
+# AlpacaPrompter in axolotl/prompters.py: what stands around a row, by the part of a type after its colon.
+STYLES = {
+    "instruct": {
+        "system": "{system}\n\n",
+        "with_input": "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}",
+        "without_input": "### Instruction:\n{instruction}\n\n### Response:\n{output}",
+    },
+    "chat": {
+        "system": "SYSTEM: {system}\n",
+        "with_input": "USER: {instruction}\n{input}\nASSISTANT:{output}",
+        "without_input": "USER: {instruction}\nASSISTANT:{output}",
+    },
+    "chatml": {
+        "system": "<|im_start|>system\n{system}<|im_end|>\n",
+        "with_input": "<|im_start|>user\n{instruction}\n{input}<|im_end|>\n<|im_start|>assistant\n{output}",
+        "without_input": "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n{output}",
+    },
+    "phi": {
+        "system": "<|system|>\n{system}<|end|>\n",
+        "with_input": "<|user|>\n{instruction}<|end|>{input}<|assistant|>{output}",
+        "without_input": "<|user|>\n{instruction}<|end|>\n<|assistant|>\n{output}",
+    },
 }
 BECOMES = {"to": CONVERTED, "ignored": IGNORED, "none": NONE, "same": SAME}
 OWN = ("tokenizer_default", "jinja")
-# Layouts of pairs and judged answers, by the last part of their types: role -> column.
+# Layouts by the last part of a type: role -> column; `system` is found by itself. Source: prompt_strategies/
 PAIRS = {
-    "intel": {"system": "system", "prompt": "question", "chosen": "chosen", "rejected": "rejected"},
-    "argilla": {
-        "system": "system",
-        "prompt": "instruction",
-        "chosen": "chosen_response",
-        "rejected": "rejected_response",
-    },
-    "icr": {"system": "system", "prompt": "input", "chosen": "chosen", "rejected": "rejected"},
-    "prompt_pairs": {"system": "system", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+    "intel": {"prompt": "question", "chosen": "chosen", "rejected": "rejected"},
+    "icr": {"prompt": "input", "chosen": "chosen", "rejected": "rejected"},
+    "prompt_pairs": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
     "ultra": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
     "argilla_chat": {"chosen": "chosen", "rejected": "rejected"},
+}
+JUDGED = {
+    "argilla": {"prompt": "instruction", "completion": "completion", "label": "label"},
+    "argilla_chat": {"completion": "completion", "label": "label"},
+    "intel": {"prompt": "question", "completion": "completion", "label": "label"},
+    "prompt_pairs": {"prompt": "prompt", "completion": "completion", "label": "label"},
+    "ultra": {"prompt": "prompt", "completion": "completion", "label": "label"},
 }
 
 
 def convert(draft: Draft) -> None:
     """Fills the draft's recipe with what its file says."""
     _choose_stage(draft)
-    if isinstance(draft.get("base_model"), dict):
-        raise draft.refuse("base_model is a mapping", "name the model: base_model: OWNER/NAME")
     for step in (_put_model, _put_adapter, _put_data, _put_training, _put_saving):
         step(draft)
     common.convert_sharding(draft)
@@ -57,6 +79,17 @@ def _choose_stage(draft: Draft) -> None:
     if draft.get("pretraining_dataset"):
         stage = PRETRAIN
     draft.recipe |= {"stage": stage}
+    nested = draft.mapping("trl")
+    betas = {
+        "trl": number(nested.get("beta")),
+        "rl_beta": draft.number("rl_beta"),
+        "dpo_beta": draft.number("dpo_beta"),
+    }
+    if stage in (DPO, KTO) and (key := next((key for key, beta in betas.items() if beta is not None), "")):
+        draft.convert("training.beta", betas[key], key)
+        draft.note(IGNORED, f"{key} goes before it", "rl_beta", "dpo_beta")
+    left = ", ".join(str(name) for name in nested if name != "beta")
+    draft.note(NONE if left else IGNORED, f"{left}: of stages that generate" if left else "of preferences only", "trl")
     if rl == "ipo":
         draft.put("training.loss_type", ["ipo"], "rl")
     draft.note(CONVERTED, f"stage: {stage}", "rl", "reward_model")
@@ -64,6 +97,9 @@ def _choose_stage(draft: Draft) -> None:
 
 def _put_model(draft: Draft) -> None:
     common.convert_model(draft, "base_model", "revision_of_model")
+    if isinstance(adapter := draft.get("lora_model_dir"), str):
+        local = adapter.startswith((".", "/")) or Path(adapter).is_dir()
+        draft.convert("model.adapter", draft.place(adapter) if local else adapter, "lora_model_dir")
     keys = ("attn_implementation", "flash_attention", "sdp_attention", "eager_attention", "flex_attention")
     names = dict(zip(keys[1:], ("flash_attention_2", "sdpa", "eager", "flex_attention"), strict=True))
     chosen = next((name for key, name in names.items() if true(draft.get(key))), None)
@@ -74,7 +110,7 @@ def _put_model(draft: Draft) -> None:
         draft.put("training.eos_token", end, "special_tokens")
     if isinstance(draft.get("tokens"), dict):
         draft.note(IGNORED, "a mapping is of older versions: 0.18 takes a list", "tokens")
-    left = ", ".join(name for name in special if not (end and name == "eos_token"))
+    left = ", ".join(str(name) for name in special if not (end and name == "eos_token"))
     said = [f"training.eos_token: {end}"] if end else []
     said += [f"{left}: as the tokenizer has it"] if left else []
     draft.note(CONVERTED if end else NONE, "; ".join(said) or "none", "special_tokens")
@@ -95,9 +131,10 @@ def _put_adapter(draft: Draft) -> None:
     draft.note(
         IGNORED if bits else SAME, "without an adapter weights are trained as they are" if bits else "16 bits", *keys
     )
+    _put_unfreeze(draft)
     if not method:
         for key in draft.values:
-            if key.startswith(("lora_", "peft_")) and draft.get(key) is not None:
+            if key.startswith(("lora_", "peft_")) and draft.get(key) is not None and key != "lora_model_dir":
                 draft.note(IGNORED, "adapter is empty: all weights are trained", key)
         draft.note(SAME, "all weights are trained", "adapter")
         return
@@ -112,6 +149,17 @@ def _put_adapter(draft: Draft) -> None:
         found = "all-linear" if targets in ("all-linear", ["all-linear"]) else targets
         draft.convert("peft.target_modules", found, "lora_target_modules")
     draft.note(SAME, "off", "lora_target_linear", "lora_target_modules")
+
+
+def _put_unfreeze(draft: Draft) -> None:
+    """Patterns that must match from the begin of a name on, where ours are looked for anywhere."""
+    patterns = [str(pattern) for pattern in _list(draft.get("unfrozen_parameters"))]
+    if any(re.search(r"\[\d*(:\d*)?\]$", pattern) for pattern in patterns):
+        told = "a part of the rows of a matrix can't be trained alone: leave [...] out, and write unfreeze"
+        draft.note(NONE, told, "unfrozen_parameters")
+    elif patterns:
+        begun = [pattern if pattern.startswith("^") else f"^{pattern}" for pattern in patterns]
+        draft.convert("unfreeze", begun, "unfrozen_parameters")
 
 
 def _put_data(draft: Draft) -> None:
@@ -149,13 +197,15 @@ def _put_data(draft: Draft) -> None:
         draft.put("dataset.images", "marked", "processor_type")
         draft.note(CONVERTED, "dataset.images: marked", "processor_type")
     _put_masks(draft, entries, first["format"])
-    _report_entries(draft, said, entries)
     _put_template(draft, entries)
+    _report_entries(draft, said, entries)
 
 
 def _report_entries(draft: Draft, said: str, entries: list[dict[str, Any]]) -> None:
     """Says what became of the keys of datasets."""
     for key in dict.fromkeys(key for entry in entries for key in entry):
+        if draft.said(f"{said}.{key}"):
+            continue
         known = draft.tool.keys.get(f"datasets.{key}", {"ignored": draft.tool.unknown})
         values = [entry[key] for entry in entries if entry.get(key) is not None]
         kind, text = next((kind, known[name]) for name, kind in BECOMES.items() if name in known)
@@ -191,7 +241,9 @@ def _read_dataset(draft: Draft, entry: dict[str, Any]) -> dict[str, Any]:
     paths = [path]
     if files:
         local = path in ("json", "csv", "parquet", "text")
-        paths = [str(file) if local else f"hf://datasets/{path}/{file}" for file in files]
+        paths = [draft.place(str(file)) if local else f"hf://datasets/{path}/{file}" for file in files]
+    elif is_file_source(path) or Path(path).exists():
+        paths = [draft.place(path) + "/" * (Path(path).is_dir() and not is_saved(Path(path)))]
     source: dict[str, Any] = {}
     names = {"name": "subset", "split": "split", "revision": "revision"}
     source |= {ours: str(entry[theirs]) for theirs, ours in names.items() if entry.get(theirs)}
@@ -213,22 +265,35 @@ def _read_layout(draft: Draft, entry: dict[str, Any]) -> tuple[str, dict[str, st
         return _read_preference(draft, entry, stage)
     if isinstance(kind, dict):
         return _read_own_prompt(draft, kind)
-    name = str(kind or "").partition(":")[0].partition(".")[0]
+    name, _, style = str(kind or "").partition(":")
+    name, _, loader = name.partition(".")
     if name in ("chat_template", "sharegpt", ""):
         default = "conversations" if name == "sharegpt" else "messages"
         columns = {"messages": str(entry.get("field_messages") or default)}
         return "chat", columns | ({"tools": str(entry["field_tools"])} if entry.get("field_tools") else {}), None
     if name == "completion":
         return "text", {"text": str(entry.get("field") or "text")}, None
-    if name == "alpaca":
-        template = {part: BEGIN[part] + BODY[part] for part in BODY}
-        return "instruction", {"instruction": "instruction", "input": "input", "output": "output"}, template
     if name == "input_output":
         return "segments", {"segments": "segments"}, None
+    own = STYLES.get(style or "instruct") if name in ("alpaca", "alpaca_instruct") else None
+    if own and loader in ("", "load", "load_no_prompt"):
+        begin = dict.fromkeys(BEGIN, "") if loader == "load_no_prompt" else BEGIN
+        template = {
+            part: own["system"].replace("{system}", begin[part]) * bool(begin[part]) + own[part] for part in BEGIN
+        }
+        return "instruction", {"instruction": "instruction", "input": "input", "output": "output"}, template
     raise draft.refuse(
-        f"the dataset type {show(kind)} is a prompt written in Python there",
+        f"the dataset type {show(kind)} is a prompt written in Python there{_name_columns(draft, entry)}",
         "write its rows as turns (format chat), or as instruction, input and output",
     )
+
+
+def _name_columns(draft: Draft, entry: dict[str, Any]) -> str:
+    """The columns of rows that are here, for a message."""
+    files = [str(file) for file in _list(entry.get("data_files")) or [entry.get("path")]]
+    here = [place for place in (Path(files[0]), draft.file.parent / files[0]) if place.is_file()]
+    look = look_at(here[:1]) if here else None
+    return f"; its rows have the columns {', '.join(look.columns)}" if look else ""
 
 
 def _read_own_prompt(draft: Draft, kind: dict[str, Any]) -> tuple[str, dict[str, str], Any]:
@@ -253,19 +318,50 @@ def _read_own_prompt(draft: Draft, kind: dict[str, Any]) -> tuple[str, dict[str,
 def _read_preference(draft: Draft, entry: dict[str, Any], stage: str) -> tuple[str, dict[str, str], Any]:
     """Pairs, and judged answers."""
     kind = entry.get("type")
-    form = "unpaired_preference" if stage == KTO else "preference"
+    form, known = ("unpaired_preference", JUDGED) if stage == KTO else ("preference", PAIRS)
     if isinstance(kind, dict):
         roles = ("prompt", "completion", "label") if stage == KTO else ("prompt", "chosen", "rejected")
-        return form, {role: str(kind.get(f"field_{role}") or role) for role in roles}, None
-    last = str(kind or "").rpartition(".")[2]
-    if stage == KTO:
-        prompt = "instruction" if last == "argilla" else "prompt"
-        return form, {"prompt": prompt, "completion": "completion", "label": "label"}, None
-    if str(kind).startswith("chat_template"):
-        columns = {"chosen": entry.get("field_chosen"), "rejected": entry.get("field_rejected")}
-        columns["prompt"] = entry.get("field_messages")
-        return form, {role: str(name) for role, name in columns.items() if name}, None
-    return form, dict(PAIRS.get(last, {})), None
+        columns = {role: str(kind.get(f"field_{role}") or role) for role in roles}
+        if "{system}" in str(kind.get("prompt_format")) and kind.get("field_system") not in (None, "system"):
+            columns["system"] = str(kind["field_system"])
+        written = [
+            key for key in ("prompt_format", "chosen_format", "rejected_format", "completion_format") if kind.get(key)
+        ]
+        if written:
+            told = "the model's chat template writes prompt and answers: take the marks of turns out"
+            draft.lines.append(Line(f"datasets.type.{written[0]}", NONE, told))
+        return form, columns, None
+    family, _, last = str(kind or "").rpartition(".")
+    if str(kind).startswith(("chat_template", "bradley_terry.chat_template")):
+        if stage == REWARD:
+            return form, dict(PAIRS["icr"]), None
+        fields = {"chosen": "field_chosen", "rejected": "field_rejected", "prompt": "field_messages"}
+        return form, {role: str(entry[key]) for role, key in fields.items() if entry.get(key)}, None
+    if kind in (None, "passthrough", "passthrough.default", "user_defined.default"):
+        return form, {}, None
+    if last in known and family in ("chatml", "llama3", "bradley_terry.llama3"):
+        told = (
+            f"columns {', '.join(known[last].values())}; the model's own chat template writes the turns, not {family}"
+        )
+        draft.lines.append(Line("datasets.type", CONVERTED, told))
+        return form, dict(known[last]), None
+    if last in ("chatml", "llama3", "default", "argilla") and (family in ("", "chatml", "llama3")):
+        return form, _guess_pairs(draft, entry, form), None
+    raise draft.refuse(
+        f"the dataset type {show(kind)} is written in Python there{_name_columns(draft, entry)}",
+        "write rows of prompt, chosen and rejected" if form == "preference" else "write prompt, completion and label",
+    )
+
+
+def _guess_pairs(draft: Draft, entry: dict[str, Any], form: str) -> dict[str, str]:
+    """The columns that axolotl finds by their names, of rows that are here; none of others: look at them."""
+    names = {"prompt": ("prompt", "input", "question", "instruction"), "chosen": ("chosen", "chosen_response")}
+    names |= {"rejected": ("rejected", "rejected_response")}
+    there = _name_columns(draft, entry).rpartition("columns ")[2].split(", ")
+    found = {role: next((name for name in of if name in there), "") for role, of in names.items()}
+    told = "the model's own chat template writes the turns; columns are found by their names: see dataset.train.columns"
+    draft.lines.append(Line("datasets.type", CONVERTED, told))
+    return {role: name for role, name in found.items() if name} if form == "preference" else {}
 
 
 def _put_masks(draft: Draft, entries: list[dict[str, Any]], form: str) -> None:
@@ -277,16 +373,18 @@ def _put_masks(draft: Draft, entries: list[dict[str, Any]], form: str) -> None:
         chosen = "all" if true(draft.get("train_on_inputs")) else own
     else:
         roles = {str(role) for entry in entries for role in _list(entry.get("roles_to_train"))}
-        chosen = "assistant" if roles <= {"assistant", "gpt"} else "all"
-        if true(draft.get("train_on_inputs")):
-            draft.note(IGNORED, "rows of type chat_template are masked by roles_to_train", "train_on_inputs")
-    draft.convert("dataset.train_on", chosen, "train_on_inputs")
+        chosen = "all" if true(draft.get("train_on_inputs")) or not roles <= {"assistant", "gpt"} else "assistant"
+    told = "what stands around turns is learned as well" if chosen == "all" and form == "chat" else ""
+    draft.convert("dataset.train_on", chosen, "train_on_inputs", note=told)
     if "train_on_inputs" not in draft.values:
         draft.origins["dataset.train_on"] = "axolotl's default"
 
 
 def _put_template(draft: Draft, entries: list[dict[str, Any]]) -> None:
-    name = next((entry["chat_template"] for entry in entries if entry.get("chat_template")), draft.get("chat_template"))
+    names = {str(entry["chat_template"]): None for entry in entries if entry.get("chat_template")}
+    if len(names) > 1:
+        raise draft.refuse(f"its datasets have several chat templates ({', '.join(names)})", "a recipe has one")
+    name = next(iter(names), draft.get("chat_template"))
     text = draft.get("chat_template_jinja") or next(
         (e["chat_template_jinja"] for e in entries if e.get("chat_template_jinja")), None
     )
@@ -299,7 +397,7 @@ def _put_template(draft: Draft, entries: list[dict[str, Any]]) -> None:
         draft.put("training.chat_template_path", "NAME.jinja", "chat_template_jinja")
         draft.note(CONVERTED, "NAME.jinja, beside the recipe", "chat_template_jinja", "chat_template")
     elif text:
-        draft.convert("training.chat_template_path", str(text), "chat_template_jinja", "chat_template")
+        draft.convert("training.chat_template_path", draft.place(str(text)), "chat_template_jinja", "chat_template")
     elif isinstance(known := draft.tool.templates.get(str(name)), str):
         note = "compare rows by recipe-run preview"
         if name == "qwen3":
@@ -348,14 +446,22 @@ def _put_training(draft: Draft) -> None:
         draft.convert("training.lr_scheduler_type", schedule, "lr_scheduler")
         draft.origins.setdefault("training.lr_scheduler_type", "axolotl's default")
     draft.note(IGNORED, "read with the schedule cosine only", "cosine_min_lr_ratio")
-    common.convert_warm_up(draft, 0.03)
-    if str(draft.get("bf16")).lower() == "auto":
+    steps = draft.number("max_steps")
+    common.convert_warm_up(draft, min(int(0.03 * steps), 100) if isinstance(steps, int) and steps > 0 else 0.03)
+    if draft.origins.get("training.warmup_steps") == "axolotl's default":
+        draft.origins["training.warmup_steps"] = "axolotl's default; there 100 steps at most"
+    said = str(draft.values.get("bf16", "auto")).lower()
+    half = said in ("auto", "true", "full", "none")
+    if half and (said != "none" or not true(draft.get("fp16"))):
         draft.convert(
             "model.dtype", "bfloat16", "bf16", note="as weights are loaded there, also those that are trained"
         )
+        draft.origins.setdefault("model.dtype", "axolotl's default: bf16: auto")
+    elif true(draft.get("fp16")) and draft.recipe.get("peft"):
+        draft.put("model.dtype", "float16", "fp16")
     common.convert_precision(draft)
-    if str(draft.get("bf16")).lower() in ("true", "full"):
-        draft.put("model.dtype", "bfloat16", "bf16")  # as weights are loaded there, also those that are trained
+    if said in ("true", "full"):
+        draft.put("training.bf16", True, "bf16")
     common.convert_tf32(draft)
     said = draft.get("gradient_checkpointing")
     common.convert_checkpointing(draft, said not in (None, False, "false"), "gradient_checkpointing")
@@ -366,6 +472,11 @@ def _put_training(draft: Draft) -> None:
     draft.note(SAME, told, "gradient_checkpointing_kwargs")
     draft.note(SAME, "off", "activation_offloading")
     common.convert_batches(draft)
+    if draft.recipe["dataset"].get("eval"):
+        size = draft.number("eval_batch_size") or draft.number("micro_batch_size") or 1
+        draft.convert("training.per_device_eval_batch_size", size, "eval_batch_size")
+        draft.origins.setdefault("training.per_device_eval_batch_size", "axolotl's default: micro_batch_size")
+    draft.note(IGNORED, "nothing is evaluated", "eval_batch_size")
     _put_simple(draft)
 
 

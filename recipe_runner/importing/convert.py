@@ -35,25 +35,25 @@ class Imported:
     lines: tuple[Line, ...]
 
 
-def convert_file(file: Path, name: str, tool_name: str | None = None) -> Imported:
+def convert_file(file: Path, name: str, tool_name: str | None = None, folder: Path = Path()) -> Imported:
     """Converts a file.
 
     Args:
         file: Of another tool.
         name: Of the recipe.
         tool_name: One of `tools.NAMES`; by its keys where there is none.
+        folder: Where the recipe will be.
 
     Raises:
         UserError: It is of no tool, of two, or nothing here does what it does.
     """
-    values = {
-        key: number(value) if isinstance(value, str) else value for key, value in read_configuration(file).items()
-    }
+    values = read_configuration(file)
     tool = read_tool(tool_name) if tool_name else recognise(values, file)
-    draft = Draft(tool, file, values)
+    draft = Draft(tool, file, values, folder=folder)
     module: Any = importlib.import_module(f"recipe_runner.importing.{MODULES[tool.name]}")
     module.convert(draft)
     _put_plain_keys(draft)
+    _read_numbers(draft)
     _drop_epochs(draft)
     _drop_unfit(draft)
     recipe: dict[str, Any] = {
@@ -83,6 +83,8 @@ def _put_plain_keys(draft: Draft) -> None:
             _put_unknown(draft, key, value)
         elif draft.get(key) is None:
             draft.note(SAME, "empty", key)
+        elif value in entry.get("holds", ()):
+            draft.note(SAME, "as it is here", key)
         elif "to" in entry:
             draft.convert(entry["to"], value, key, note=entry.get("note", ""))
         elif "ignored" in entry:
@@ -92,7 +94,7 @@ def _put_plain_keys(draft: Draft) -> None:
         elif "same" in entry:
             draft.note(SAME, entry["same"], key)
         else:
-            draft.note(SAME, "read with other keys", key)
+            draft.note(IGNORED, "with the other keys of this file nothing reads it", key)
     for key, entry in draft.tool.keys.items():
         if "default" in entry and "to" in entry and draft.get(key) is None:
             section, _, rest = entry["to"].partition(".")
@@ -117,17 +119,33 @@ def _put_unknown(draft: Draft, key: str, value: Any) -> None:
         draft.note(NONE, fix or f"no key of {draft.tool.name} {draft.tool.version} that is known here", key)
 
 
+def _read_numbers(draft: Draft) -> None:
+    """Numbers that were written as texts, where the recipe's key is a number: `2e-4` is a text in YAML 1.1."""
+    stage, method = draft.recipe["stage"], draft.recipe.get("peft", {}).get("method", "")
+    for section, kind in (("training", stage), ("peft", method), ("run", stage)):
+        known = schema.section_keys(section, kind) if draft.recipe.get(section) else {}
+        for key, value in draft.recipe.get(section, {}).items():
+            types = known.get(key, {}).get("type", ())
+            types = [types] if isinstance(types, str) else types
+            if isinstance(value, str) and "string" not in types and {"number", "integer"} & {*types}:
+                draft.recipe[section][key] = number(value)
+
+
 def _drop_epochs(draft: Draft) -> None:
     """Leaves epochs out where steps are counted: these go before them."""
     training = draft.recipe.get("training", {})
-    if (training.get("max_steps") or 0) > 0 and training.pop("num_train_epochs", None) is not None:
+    steps = training.get("max_steps")
+    if isinstance(steps, int | float) and steps > 0 and training.pop("num_train_epochs", None) is not None:
         origin = draft.origins.pop("training.num_train_epochs", "")
         draft.lines = [line for line in draft.lines if line.key != origin]
         draft.note(IGNORED, "max_steps goes before it", origin)
 
 
 def _drop_unfit(draft: Draft) -> None:
-    """Leaves out what the stage's configuration, or the adapter's, has no field for."""
+    """Leaves out what the stage's configuration, or the adapter's, has no field for, or a stream has no use for."""
+    if draft.recipe.get("dataset", {}).get("streaming"):
+        for key in ("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"):
+            _drop(draft, "training", key, "a stream has one reader a process, the process itself")
     for section, kind in (
         ("training", draft.recipe["stage"]),
         ("peft", draft.recipe.get("peft", {}).get("method", "")),
@@ -135,10 +153,15 @@ def _drop_unfit(draft: Draft) -> None:
         known = schema.section_keys(section, kind) if draft.recipe.get(section) else {}
         for key in list(draft.recipe.get(section, {})):
             if key not in known and key != "method":
-                del draft.recipe[section][key]
-                origin = draft.origins.pop(f"{section}.{key}", "")
-                draft.lines = [line for line in draft.lines if line.key != origin]
-                draft.note(NONE, f"stage {kind} has no {section}.{key}", origin)
+                _drop(draft, section, key, f"stage {kind} has no {section}.{key}")
+
+
+def _drop(draft: Draft, section: str, key: str, why: str) -> None:
+    """Takes a key out of the recipe again, and says so of the key that it comes from."""
+    if draft.recipe[section].pop(key, None) is not None:
+        origin = draft.origins.pop(f"{section}.{key}", "")
+        draft.lines = [line for line in draft.lines if line.key != origin]
+        draft.note(NONE, why, origin)
 
 
 def _write(recipe: dict[str, Any], draft: Draft, file: Path) -> str:
@@ -166,7 +189,7 @@ def summarize(lines: tuple[Line, ...]) -> Iterator[str]:
         own = [line for line in lines if line.kind == kind]
         if own:
             yield f"{kind} ({len(own)})"
-            width = min(34, max(len(line.key) for line in own))
+            width = min(38, max(len(line.key) for line in own))
             for line in own:
                 begin = f"  {line.key:<{width}}  "
                 yield from textwrap.wrap(line.text, 79, initial_indent=begin, subsequent_indent=" " * len(begin))

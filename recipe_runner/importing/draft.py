@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ class Draft:
         recipe: What is made of them.
         launch: A launch configuration, where the file holds one.
         template: A chat template, where the file holds one.
+        folder: Where the recipe will be: its paths are relative to it.
         lines: What became of its keys.
         origins: Path in the recipe -> the key that it comes from, for comments.
     """
@@ -43,6 +46,7 @@ class Draft:
     recipe: dict[str, Any] = field(default_factory=dict)
     launch: dict[str, Any] = field(default_factory=dict)
     template: str = ""
+    folder: Path = Path()
     lines: list[Line] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
 
@@ -58,9 +62,18 @@ class Draft:
             UserError: It is none.
         """
         value = number(self.get(key))
-        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)):
             return value
         raise self.refuse(f"{key} is {show(value)}, no number")
+
+    def place(self, name: str) -> str:
+        """A path of the file as the recipe has it: in the current folder or beside the file, seen from the recipe's."""
+        if Path(name).is_absolute() or "://" in name:
+            return name
+        here = any(Path().glob(name)) or not any(self.file.parent.glob(name))
+        found = Path(name) if here else self.file.parent / name
+        moved = os.path.relpath(found, self.folder)
+        return name if moved == os.path.normpath(name) else moved
 
     def mapping(self, key: str) -> dict[str, Any]:
         """A mapping of the file; an empty one for what it leaves out.
@@ -123,10 +136,11 @@ def show(value: Any) -> str:
 def number(value: Any) -> Any:
     """A number that YAML 1.1 reads as a text: 2e-4."""
     if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
     return value
 
 

@@ -6,14 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.importing import common
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, Draft, true
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, number, show, true
 from recipe_runner.problems.words import suggest
-from recipe_runner.stages import DPO, KTO, PRETRAIN, REWARD, SFT
+from recipe_runner.stages import DPO, FORMATS, KTO, PRETRAIN, REWARD, SFT
 
 INFO = "dataset_info.json"
+DEFAULTS = {"prompt": "instruction", "query": "input", "response": "output"}  # columns that a dataset need not name
 # Roles of columns: LLaMA-Factory's name -> ours, by layout.
-ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
-SHAREGPT = {"messages": "messages", "system": "system", "tools": "tools", "images": "images"}
+ALPACA = {
+    "instruction": {"prompt": "instruction", "query": "input", "response": "output"},
+    "preference": {"prompt": "prompt", "query": "input"},
+    "unpaired_preference": {"prompt": "prompt", "query": "input", "response": "completion"},
+}
+CONTEXT = ("system", "history", "tools", "images")
+# Keys and roles of turns: LLaMA-Factory's name of them -> how they may be called.
+TAGS = {
+    "role_tag": ("from", "role"),
+    "content_tag": ("value", "content"),
+    "user_tag": ("human", "user"),
+    "assistant_tag": ("gpt", "assistant"),
+    "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call", "tool_call"),
+    "system_tag": ("system",),
+}
 LOSSES = ("sigmoid", "hinge", "ipo")
 OFT = {"oft_block_size": "oft_block_size", "oft_rank": "r"}
 
@@ -29,7 +44,7 @@ def convert(draft: Draft) -> None:
     if stage not in draft.tool.stages:
         why = draft.tool.no_stages.get(stage, "it is not known here")
         raise draft.refuse(f"stage: {stage} can't be converted: {why}")
-    if draft.get("pref_loss") in ("orpo", "simpo"):
+    if draft.get("pref_loss") in ("orpo", "simpo") and draft.tool.stages[stage] == DPO:
         raise draft.refuse(f"pref_loss: {draft.get('pref_loss')} can't be converted: TRL 1 has no such stage")
     draft.recipe = {"stage": draft.tool.stages[stage]}
     draft.note(CONVERTED, f"stage: {draft.tool.stages[stage]}", "stage")
@@ -67,10 +82,9 @@ def _put_adapter(draft: Draft) -> None:
     kind = draft.get("finetuning_type") or "lora"
     if kind == "full":
         draft.note(CONVERTED, "no section peft: all weights are trained", "finetuning_type")
-        for key in draft.values:
-            if key.startswith(("lora_", "oft_", "freeze_trainable", "freeze_extra")):
-                draft.note(IGNORED, "all weights are trained", key)
+        _ignore_others(draft, "lora_", "oft_", "pissa_", "freeze_trainable", "freeze_extra")
     elif kind == "freeze":
+        _ignore_others(draft, "lora_", "oft_", "pissa_")
         layers = int(draft.number("freeze_trainable_layers") or 2)
         patterns = [f"layers[{-layers}:]" if layers > 0 else f"layers[:{-layers}]"]
         patterns += draft.names("freeze_extra_modules")
@@ -78,7 +92,9 @@ def _put_adapter(draft: Draft) -> None:
         draft.convert("unfreeze", patterns, *keys)
         if str(draft.get("freeze_trainable_modules") or "all") != "all":
             draft.note(NONE, "whole layers are trained: see unfreeze for patterns of names", "freeze_trainable_modules")
+        draft.note(SAME, "whole layers are trained", "freeze_trainable_modules")
     elif kind == "oft":
+        _ignore_others(draft, "lora_", "freeze_trainable", "freeze_extra", "pissa_")
         draft.convert("peft.method", "oft", "finetuning_type")
         for theirs, ours in OFT.items():
             if draft.get(theirs):
@@ -87,6 +103,7 @@ def _put_adapter(draft: Draft) -> None:
             draft.put("peft.oft_block_size", 32, "llamafactory's default")
         _put_targets(draft, "oft_target")
     elif kind == "lora":
+        _ignore_others(draft, "oft_", "freeze_trainable", "freeze_extra")
         draft.convert("peft.method", "lora", "finetuning_type")
         rank = int(draft.number("lora_rank") or 8)
         draft.convert("peft.r", rank, "lora_rank")
@@ -108,6 +125,13 @@ def _put_adapter(draft: Draft) -> None:
         draft.convert("peft.modules_to_save", names, "additional_target")
 
 
+def _ignore_others(draft: Draft, *begins: str) -> None:
+    """Keys of other ways of tuning than the file's."""
+    kind = draft.get("finetuning_type") or "lora"
+    for key in [key for key in draft.values if key.startswith(begins)]:
+        draft.note(IGNORED, f"finetuning_type: {kind} does not read it", key)
+
+
 def _put_targets(draft: Draft, key: str) -> None:
     names = draft.names(key) or ["all"]
     draft.convert("peft.target_modules", "all-linear" if "all" in names else names, key)
@@ -118,6 +142,8 @@ def _put_data(draft: Draft) -> None:
     names = draft.names("dataset")
     if not names:
         raise draft.refuse("it names no dataset")
+    if len(draft.names("adapter_name_or_path")) > 1:
+        raise draft.refuse("adapter_name_or_path names several adapters", "merge all but the last: recipe-run merge")
     info, folder = _find_info(draft)
     made = [_read_entry(draft, name, info, folder) for name in names]
     forms = {section["format"] for section in made}
@@ -128,17 +154,19 @@ def _put_data(draft: Draft) -> None:
     most = draft.number("max_samples")
     for section in made:
         if most:
-            section["source"]["limit"] = int(most)
+            section["source"]["limit"] = min(int(most), section["source"].get("limit", int(most)))
     sources = [section["source"] for section in made]
     draft.recipe["dataset"] = {"format": made[0]["format"], "train": common.one_or_all(sources)}
+    if any(source["columns"].get("input") for source in sources):
+        draft.put("dataset.input_separator", "\n", "llamafactory's own")
     draft.note(
         CONVERTED, f"dataset: format {made[0]['format']}, {len(sources)} source(s), by {INFO}", "dataset", "dataset_dir"
     )
     draft.note(CONVERTED, f"limit: {most}, of each source, drawn by the seed", "max_samples")
     if any(section["images"] for section in made):
         draft.put("dataset.images", "marked", "dataset")
-        if not draft.get("media_dir"):
-            draft.put("dataset.image_folder", str(folder), "dataset_dir")
+        where = str(draft.get("media_dir") or folder)
+        draft.put("dataset.image_folder", draft.place(where), "media_dir" if draft.get("media_dir") else "dataset_dir")
     if names := draft.names("eval_dataset"):
         sources = [_read_entry(draft, name, info, folder)["source"] for name in names]
         draft.convert("dataset.eval", common.one_or_all(sources), "eval_dataset")
@@ -146,11 +174,18 @@ def _put_data(draft: Draft) -> None:
         common.hold_out(draft, "val_size")
     if draft.recipe["stage"] == SFT:
         last, all_of_it = true(draft.get("mask_history")), true(draft.get("train_on_prompt"))
-        chosen = "all" if all_of_it else "last" if last or made[0]["format"] == "instruction" else "assistant"
+        chosen = "all" if all_of_it else "last" if last else "assistant"
         draft.convert("dataset.train_on", chosen, "train_on_prompt", "mask_history")
         draft.origins.setdefault("dataset.train_on", "llamafactory's default")
     _put_template(draft)
-    draft.note(NONE, "name weights: dataset.train: [{source: ..., weight: 1}]", "mix_strategy", "interleave_probs")
+    probabilities = [number(part) for part in draft.names("interleave_probs")]
+    mixes = str(draft.get("mix_strategy") or "concat").startswith("interleave")
+    if mixes and len(probabilities) == len(made) > 1 and all(isinstance(part, int | float) for part in probabilities):
+        for section, share in zip(made, probabilities, strict=True):
+            section["source"]["weight"] = share
+        note = "" if draft.get("mix_strategy") == "interleave_over" else ", rows are drawn until all were seen"
+        draft.note(CONVERTED, f"dataset.train.weight{note}", "interleave_probs", "mix_strategy")
+    draft.note(IGNORED if not mixes else NONE, "datasets are joined, not interleaved", "interleave_probs")
 
 
 def _put_template(draft: Draft) -> None:
@@ -190,38 +225,64 @@ def _read_entry(draft: Draft, name: str, info: dict[str, Any], folder: Path) -> 
     if not isinstance(entry, dict):
         raise draft.refuse(f"{folder / INFO} has no dataset '{name}'", suggest(name, list(info)))
     if entry.get("file_name"):
-        source: dict[str, Any] = {"source": str(folder / str(entry["file_name"]))}
+        file = folder / str(entry["file_name"])
+        source: dict[str, Any] = {"source": draft.place(f"{file}{'/' if file.is_dir() else ''}")}
+        source["source"] += "/" * (file.is_dir() and not source["source"].endswith("/"))
     elif entry.get("hf_hub_url"):
         source = {"source": str(entry["hf_hub_url"])}
     else:
         raise draft.refuse(
             f"the dataset {name} is on no hub that is read from, nor a file", "copy it, and name the file"
         )
+    if entry.get("folder"):
+        raise draft.refuse(f"the dataset {name} is a folder of a hub dataset", "copy it, and name its files")
     source |= {key: str(entry[key]) for key in ("subset", "split") if entry.get(key)}
-    said, stage = dict(entry.get("columns") or {}), draft.recipe["stage"]
-    turns = entry.get("formatting") == "sharegpt"
+    if isinstance(entry.get("num_samples"), int):
+        source["limit"] = entry["num_samples"]
+    form = entry.get("formatting", "alpaca")
+    if form not in ("alpaca", "sharegpt", "openai"):
+        raise draft.refuse(f"the dataset {name} has the formatting {show(form)}, which is not known here")
+    if form == "sharegpt":
+        _check_tags(draft, name, entry.get("tags"))
+    said, stage = entry.get("columns"), draft.recipe["stage"]
+    if said is not None and not isinstance(said, dict):
+        raise draft.refuse(f"the dataset {name}: columns is {show(said)}, no mapping")
+    said = DEFAULTS if said is None else {theirs: column for theirs, column in said.items() if column}
     if any(said.get(kind) for kind in ("videos", "audios")):
         raise draft.refuse(f"the dataset {name} has videos or sounds, which are not trained on")
+    turns = form != "alpaca"
     if stage == PRETRAIN:
         return {"format": "text", "source": source | {"columns": {"text": said.get("prompt", "text")}}, "images": False}
+    layout, columns = "chat" if turns else "instruction", dict[str, Any]()
     if entry.get("ranking") or stage in (DPO, REWARD):
-        prompt = said.get("messages" if turns else "prompt", "conversations" if turns else "instruction")
-        columns = {"prompt": prompt} | {role: said.get(role, role) for role in ("chosen", "rejected")}
-        return {"format": "preference", "source": source | {"columns": columns}, "images": "images" in said}
-    if stage == KTO:
-        columns = {"label": said.get("kto_tag", "label")}
-        if turns:
-            columns["completion"] = said.get("messages", "conversations")
-        else:
-            columns |= {"prompt": said.get("prompt", "instruction"), "completion": said.get("response", "output")}
-        return {"format": "unpaired_preference", "source": source | {"columns": columns}, "images": False}
+        layout = "preference"
+        columns = {role: said.get(role, role) for role in ("chosen", "rejected")}
+    elif stage == KTO:
+        layout, columns = "unpaired_preference", {"label": said.get("kto_tag", "label")}
     if turns:
-        said = {"messages": "conversations"} | said
-        columns = {ours: said[theirs] for theirs, ours in SHAREGPT.items() if theirs in said}
-        return {"format": "chat", "source": source | {"columns": columns}, "images": "images" in said}
-    said = said or {"prompt": "instruction", "query": "input", "response": "output"}
-    columns = {ours: said[theirs] for theirs, ours in ALPACA.items() if theirs in said}
-    return {"format": "instruction", "source": source | {"columns": columns}, "images": "images" in said}
+        role = {"preference": "prompt", "unpaired_preference": "completion"}.get(layout, "messages")
+        columns[role] = said.get("messages", "messages" if form == "openai" else "conversations")
+    else:
+        columns |= {ours: said[theirs] for theirs, ours in ALPACA[layout].items() if theirs in said}
+    # a column that it does not name is not read there, whatever it is called
+    columns |= {role: said.get(role) for role in FORMATS[layout].roles if role in CONTEXT and role not in columns}
+    if layout != "chat" and not turns:
+        columns.setdefault("input", None)
+    if "images" not in said:
+        columns.pop("images", None)
+    return {"format": layout, "source": source | {"columns": columns}, "images": "images" in said}
+
+
+def _check_tags(draft: Draft, name: str, tags: Any) -> None:
+    """The names of keys and roles in turns, which are found by themselves where they are the usual ones.
+
+    Raises:
+        UserError: They are others.
+    """
+    for tag, value in tags.items() if isinstance(tags, dict) else ():
+        if tag in TAGS and value not in TAGS[tag]:
+            message = f"the dataset {name}: {tag} is {show(value)}, which turns are not read by here"
+            raise draft.refuse(message, f"rename it in the rows: {' or '.join(TAGS[tag])}")
 
 
 def _put_training(draft: Draft) -> None:
@@ -238,6 +299,10 @@ def _put_training(draft: Draft) -> None:
         loss = str(draft.get("pref_loss") or "sigmoid")
         if stage == DPO and loss in LOSSES:
             draft.convert("training.loss_type", [loss], "pref_loss")
+        elif stage == DPO:
+            told = f"TRL 1 has no {loss} in DPO: sigmoid is written; stage kto takes the answers of pairs one by one"
+            draft.note(NONE, told, "pref_loss")
+        draft.note(IGNORED, "of DPO only", "pref_loss")
         if draft.number("pref_ftx"):
             draft.note(NONE, "see training.loss_type: [sigmoid, sft], with training.loss_weights", "pref_ftx")
     draft.note(IGNORED, "of preferences only", "pref_beta", "pref_loss", "pref_ftx")
@@ -249,7 +314,7 @@ def _put_training(draft: Draft) -> None:
     if draft.recipe.get("peft") and draft.recipe["training"].get("bf16"):
         draft.put("model.dtype", "bfloat16", "bf16")  # as its base is loaded; what is trained is in float32
     common.convert_tf32(draft)
-    common.convert_optimizer(draft, "optim", "adamw_torch")
+    common.convert_optimizer(draft, "optim", "adamw_torch_fused")
     common.convert_report_to(draft)
     off = true(draft.get("disable_gradient_checkpointing"))
     common.convert_checkpointing(draft, not off, "disable_gradient_checkpointing", "gradient_checkpointing")
@@ -257,3 +322,7 @@ def _put_training(draft: Draft) -> None:
     common.evaluate_as_said(
         draft, strategy or ("steps" if steps else "epoch"), steps, "eval_strategy", "eval_steps", "do_eval"
     )
+    patience = draft.number("early_stopping_steps")
+    if patience and draft.recipe["dataset"].get("eval"):
+        draft.convert("run.early_stopping", {"patience": int(patience)}, "early_stopping_steps")
+    draft.note(IGNORED, "nothing is evaluated", "early_stopping_steps")

@@ -11,13 +11,61 @@ import yaml
 
 from recipe_runner.problems.errors import first_line, user_error
 from recipe_runner.problems.words import suggest
+from recipe_runner.recipe import schema
+from recipe_runner.stages import STAGES
 
 FOLDER = Path(__file__).parent
 NAMES = ("axolotl", "llamafactory", "trl", "handbook")  # the handbook's keys are in TRL's file
 MOST_BYTES = 2**20
 MIXTURES = ("dataset_mixture", "dataset_mixer")  # of the handbook's
 # Of values, not of templates: what a program would fill in before a tool reads the file.
-VARIABLE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\$\{\w+\}|\$[A-Z_]{3,}")
+VARIABLE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\$\{\w+\}|^\$[A-Z_]{3,}(?![^/])|(?<=/)\$[A-Z_]{3,}(?![^/])")
+
+
+# What keys become that are read together, by the name of what they are about.
+BECOMES = {
+    "adapter": "the section peft (or unfreeze)",
+    "attention": "model.attn_implementation",
+    "beta": "training.beta",
+    "by_length": "training.train_sampling_strategy",
+    "checkpointing": "training.activation_checkpointing",
+    "completion_length": "training.max_length",
+    "datasets": "the section dataset",
+    "dtype": "model.dtype",
+    "early_stopping": "run.early_stopping",
+    "end_of_turn": "the end of a turn in the chat template",
+    "eval_batch_size": "training.per_device_eval_batch_size",
+    "evaluating": "training.eval_strategy and eval_steps",
+    "held_out": "dataset.eval",
+    "images": "dataset.images",
+    "loss": "training.loss_type",
+    "masks": "dataset.train_on",
+    "mixture": "weights of the sources",
+    "optimizer": "training.optim and optim_args",
+    "overlong": "dataset.on_overlong",
+    "packing": "training.packing",
+    "plugins": "nothing of its own: kernels for the same result",
+    "precision": "training.bf16, fp16 and model.dtype",
+    "preference": "training.beta and loss_type",
+    "prepared": "what the runner does itself",
+    "quantization": "the section quantization",
+    "remote_code": "model.trust_remote_code",
+    "report_to": "training.report_to",
+    "saving": "training.save_strategy and save_steps",
+    "schedule": "training.lr_scheduler_type and lr_scheduler_kwargs",
+    "seed": "run.seed",
+    "sharding": "a launch configuration beside the recipe",
+    "special_tokens": "training.eos_token",
+    "stage": "stage",
+    "targets": "peft.target_modules",
+    "template": "training.chat_template_path",
+    "tensorboard": "training.report_to",
+    "tf32": "training.tf32",
+    "tokens": "model.add_tokens and add_special_tokens",
+    "unfreeze": "unfreeze",
+    "wandb": "training.report_to",
+    "warm_up": "training.warmup_steps",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +118,9 @@ def read_configuration(file: Path) -> dict[str, Any]:
     if len(content) > MOST_BYTES or b"\0" in content:
         raise user_error("import-unreadable", f"{file} is no configuration, but a binary or a huge file")
     try:
-        values = yaml.safe_load(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        values = yaml.safe_load(text)
+        twice = _find_twice(yaml.compose(text, yaml.SafeLoader))
     except UnicodeDecodeError:
         raise user_error("import-unreadable", f"{file} is no text in UTF-8", "name a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -81,13 +131,29 @@ def read_configuration(file: Path) -> dict[str, Any]:
                 "import-variable", f"{file} is no YAML before its variables are filled in: {told}", fix
             ) from error
         raise user_error("import-unreadable", f"{file} is no YAML: {told}", "name a YAML file") from error
+    if twice:
+        raise user_error("import-unreadable", f"{file}: {twice} is there twice", "remove one of the two")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise user_error("import-unreadable", f"{file} holds no keys with values", "name a tool's configuration")
-    for key, text in _list_texts(values):
+    try:
+        texts = _list_texts(values)
+    except RecursionError:
+        raise user_error("import-unreadable", f"{file} holds a value that is within itself", "write it out") from None
+    for key, text in texts:
         if (found := VARIABLE.search(text)) and "template" not in key and "format" not in key:
             message = f"{file}: {key} holds a variable, {found[0]}"
             raise user_error("import-variable", message, "write the value that a program would fill in")
     return values
+
+
+def _find_twice(node: Any) -> str:
+    """A key that is there twice in one mapping, with its line: YAML takes the last one without a word."""
+    seen: set[str] = set()
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value in seen:
+            return f"{key.value} (line {key.start_mark.line + 1})"
+        seen.add(key.value)
+    return ""
 
 
 def _list_texts(values: Any, path: str = "") -> list[tuple[str, str]]:
@@ -115,8 +181,10 @@ def recognise(values: Mapping[str, Any], file: Path) -> Tool:
     found = {name: [key for key in read_tool(name).marks if key in values] for name in NAMES[:3]}
     if {"base_model", "model_name_or_path"} <= values.keys() or _are_two(found):
         other = max(NAMES[1:3], key=lambda name: len(found[name]))
-        keys = [next(iter(found[name]), "model_name_or_path") for name in ("axolotl", other)]
-        message = f"{file} has keys of two tools: {keys[0]} is axolotl's, {keys[1]} is {other}'s"
+        own = next((key for key in found["axolotl"] if key not in read_tool(other).keys), "base_model")
+        theirs = next((key for key in found[other] if key not in read_tool("axolotl").keys), "model_name_or_path")
+        names = other if theirs != "model_name_or_path" else "LLaMA-Factory's or TRL"
+        message = f"{file} has keys of two tools: {own} is axolotl's, {theirs} is {names}'s"
         raise user_error("import-two-tools", message, "name the one that reads it: --from")
     best = max(NAMES[:3], key=lambda name: len(found[name]))
     if not found[best] and "model_name_or_path" in values and "learning_rate" in values:
@@ -149,6 +217,10 @@ def explain_key(name: str) -> str:
         return ""
     tool = read_tool(tool_name)
     entry = tool.keys.get(key)
+    if entry is None and tool_name != "axolotl":
+        stages = [stage for stage in STAGES if key in schema.section_keys("training", stage)]
+        if stages:
+            return f"{name} ({tool.name} {tool.version})\n  is training.{key} here, of stages {', '.join(stages)}"
     if entry is None:
         hint = suggest(key, list(tool.keys))
         raise user_error("unknown-key", f"{tool.name} {tool.version} has no key '{key}' that is known here", hint)
@@ -170,4 +242,5 @@ def describe_entry(entry: Mapping[str, Any]) -> str:
         return f"no counterpart: {entry['none']}{unless}"
     if "same" in entry:
         return f"the same by default: {entry['same']}"
-    return f"is converted together with others: {entry['by'].replace('_', ' ')}"
+    told = f"becomes {BECOMES[entry['by']]} here, with other keys"
+    return f"{told}; {entry['note']}" if "note" in entry else told

@@ -1,21 +1,20 @@
 """From the configuration of TRL's own commands, and of the alignment-handbook, to a recipe."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 from recipe_runner.importing import common
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, number, show, true
-from recipe_runner.stages import DPO, KTO, PRETRAIN, SFT
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, number, show, true
+from recipe_runner.stages import DPO, FORMATS, KTO, PRETRAIN, REWARD, SFT
 
-OF_DPO = ("beta", "loss_type", "max_prompt_length", "precompute_ref_log_probs", "truncation_mode")
-COLUMNS = {
-    "messages": "messages",
-    "chosen": "chosen",
-    "rejected": "rejected",
-    "prompt": "prompt",
-    "completion": "completion",
-    "label": "label",
-    "text": "text",
+OF_DPO = ("beta", "loss_type", "max_prompt_length", "precompute_ref_log_probs")
+MARKS = {  # keys that one stage alone has
+    KTO: ("desirable_weight", "undesirable_weight"),
+    REWARD: ("center_rewards_coefficient",),
+    SFT: ("assistant_only_loss", "completion_only_loss", "dataset_text_field", "packing", "max_seq_length"),
 }
+SOURCES = ("dataset_name", "dataset_config", "dataset_mixture", "dataset_mixer", "datasets")
 
 
 def convert(draft: Draft) -> None:
@@ -25,8 +24,8 @@ def convert(draft: Draft) -> None:
     common.convert_model(draft, "model_name_or_path", "model_revision")
     common.convert_attention(draft, draft.get("attn_implementation"), "attn_implementation")
     dtype = draft.get("dtype") or draft.get("torch_dtype")
-    if dtype:
-        draft.convert("model.dtype", str(dtype), "dtype", "torch_dtype")
+    draft.convert("model.dtype", str(dtype or "float32"), "dtype", "torch_dtype")
+    draft.origins.setdefault("model.dtype", "trl's default")
     _put_adapter(draft)
     _put_data(draft)
     _put_training(draft)
@@ -34,19 +33,26 @@ def convert(draft: Draft) -> None:
 
 
 def _choose_stage(draft: Draft) -> str:
-    """By the file's name, as the handbook's are called, or by keys that one stage alone has."""
-    name = "/".join(draft.file.parts[-2:]).lower()
-    for word, why in draft.tool.no_stages.items():
-        if word in name:
-            raise draft.refuse(f"{word.upper()} can't be converted: {why}")
+    """By keys that one stage alone has, or by the file's name, or its folder's, as the handbook's are called."""
     if draft.get("reward_funcs"):
         raise draft.refuse("its rewards are Python functions", "write a recipe with `rewards`")
-    for word, stage in draft.tool.stages.items():
-        if word in name:
-            return stage
+    for stage, keys in MARKS.items():
+        if found := next((key for key in keys if key in draft.values), ""):
+            return _say_stage(draft, stage, f"by the key {found}")
+    for name in (draft.file.stem, *draft.file.resolve().parts[-2:-1]):
+        for word in re.findall(r"[a-z]+", name.lower()):
+            if word in draft.tool.no_stages:
+                raise draft.refuse(f"{word.upper()} can't be converted: {draft.tool.no_stages[word]}")
+            if word in draft.tool.stages:
+                return _say_stage(draft, draft.tool.stages[word], f"by the name {name}")
     if any(key in draft.values for key in OF_DPO):
-        return KTO if "desirable_weight" in draft.values else DPO
-    return SFT
+        return _say_stage(draft, DPO, "by the keys of preferences")
+    return _say_stage(draft, SFT, "as nothing says another: TRL is told by its command, trl sft")
+
+
+def _say_stage(draft: Draft, stage: str, why: str) -> str:
+    draft.lines.append(Line("(the command)", CONVERTED, f"stage: {stage}, {why}"))
+    return stage
 
 
 def _put_adapter(draft: Draft) -> None:
@@ -57,7 +63,7 @@ def _put_adapter(draft: Draft) -> None:
     if not true(draft.get("use_peft")):
         draft.note(IGNORED, "use_peft is not there: all weights are trained", *names)
         draft.note(SAME, "all weights are trained", "use_peft")
-        draft.note(IGNORED, "without an adapter weights are trained as they are", *bits)
+        draft.note(NONE, "transformers refuses to train quantized weights without an adapter (use_peft)", *bits)
         return
     draft.convert("peft.method", "lora", "use_peft")
     defaults = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
@@ -81,32 +87,26 @@ def _put_adapter(draft: Draft) -> None:
 def _put_data(draft: Draft) -> None:
     stage = draft.recipe["stage"]
     form = {SFT: "chat", PRETRAIN: "text", KTO: "unpaired_preference"}.get(stage, "preference")
-    sources, held = _read_sources(draft, stage)
-    columns = sources[0].get("columns") or {}
-    text = draft.get("dataset_text_field")
-    if stage == SFT and (text or "text" in columns):
+    sources, held = _read_sources(draft)
+    named = {name for source in sources for name in source.pop("columns", ())}
+    text = draft.get("dataset_text_field") or ("text" if "text" in named and "messages" not in named else None)
+    if stage == SFT and text:
         form, draft.recipe["stage"] = "text", PRETRAIN
-        for source in sources:
-            source["columns"] = {"text": str(text or "text")}
+    roles = {"text": str(text)} if form == "text" and text else {name: name for name in FORMATS[form].roles}
+    columns = {role: name for role, name in roles.items() if role == "text" or name in named}
+    for source in (*sources, *(held if isinstance(held, list) else ())):
+        source |= {"columns": columns} if set(FORMATS[form].required) <= columns.keys() else {}
     draft.recipe["dataset"] = {"format": form, "train": common.one_or_all(sources)}
-    draft.note(
-        CONVERTED,
-        f"dataset: format {form}, {len(sources)} source(s)",
-        "dataset_name",
-        "dataset_config",
-        "dataset_mixture",
-    )
-    keys = (
-        "datasets",
-        "dataset_mixer",
-        "dataset_splits",
-        "dataset_train_split",
-        "dataset_test_split",
-        "dataset_text_field",
-    )
+    told = f"dataset: format {form}, {len(sources)} source(s)"
+    if stage == SFT and form == "chat" and "messages" not in named:
+        told += "; the layout is a guess: TRL looks at the columns. Of texts write stage: pretrain and format: text, of"
+        told += " prompt and completion format: instruction"
+    draft.note(CONVERTED, told, *SOURCES)
     if held:
-        draft.put("dataset.eval", held, "dataset_test_split")
-    draft.note(CONVERTED, "dataset.train and dataset.eval", *keys)
+        draft.put("dataset.eval", common.one_or_all(held) if isinstance(held, list) else held, "dataset_test_split")
+    draft.note(CONVERTED, "dataset.train and dataset.eval", "dataset_splits", "dataset_train_split")
+    draft.note(CONVERTED, "dataset.eval", "dataset_test_split")
+    draft.note(CONVERTED, "dataset.train.columns", "dataset_text_field")
     if draft.recipe["stage"] == SFT:
         chosen = "assistant" if true(draft.get("assistant_only_loss")) else "all"
         if true(draft.get("completion_only_loss")):
@@ -120,6 +120,9 @@ def _put_data(draft: Draft) -> None:
         draft.note(CONVERTED, "NAME.jinja, beside the recipe", "chat_template")
     elif template:
         draft.note(NONE, f"{show(template)}: name a file: training.chat_template_path", "chat_template")
+    path = draft.get("chat_template_path")
+    if isinstance(path, str) and not path.startswith("trl/"):
+        draft.convert("training.chat_template_path", draft.place(path), "chat_template_path")
     skipped = (draft.get("dataset_kwargs") or {}) if isinstance(draft.get("dataset_kwargs"), dict) else {}
     draft.note(
         IGNORED if set(skipped) <= {"add_special_tokens", "append_concat_token"} else NONE,
@@ -128,54 +131,124 @@ def _put_data(draft: Draft) -> None:
     )
 
 
-def _read_sources(draft: Draft, stage: str) -> tuple[list[dict[str, Any]], Any]:
-    """Training sources, and held-out data where the file names some."""
+def _read_sources(draft: Draft) -> tuple[list[dict[str, Any]], Any]:
+    """Training sources, with the names of the columns that are taken of them; and held-out data where there is some."""
     if mixture := draft.get("dataset_mixture"):
-        entries = mixture.get("datasets") if isinstance(mixture, dict) else None
-        if not entries:
-            raise draft.refuse("dataset_mixture names no datasets")
-        sources = []
-        for entry in entries:
-            source: dict[str, Any] = {"source": str(entry.get("id"))}
-            source |= {
-                ours: str(entry[theirs])
-                for theirs, ours in (("config", "subset"), ("split", "split"))
-                if entry.get(theirs)
-            }
-            columns = {COLUMNS[name]: name for name in entry.get("columns") or () if name in COLUMNS}
-            wanted = {SFT: ("messages", "text"), DPO: ("prompt", "chosen", "rejected")}.get(stage, tuple(COLUMNS))
-            columns = {role: name for role, name in columns.items() if role in wanted}
-            if stage == DPO and isinstance(columns.get("prompt"), str) and "chosen" not in columns:
-                columns = {}
-            source |= {"columns": columns} if columns else {}
-            sources.append(
-                source | ({"weight": float(entry["weight"])} if entry.get("weight") not in (None, 1, 1.0) else {})
-            )
-        if any("weight" in source for source in sources):
-            for source in sources:
-                source.setdefault("weight", 1.0)
-            if len(sources) == 1:
-                share = sources[0].pop("weight")
-                draft.note(
-                    NONE, f"a share of {share} of the rows: dataset.train.limit takes so many", "dataset_mixture"
-                )
-        size = number(mixture.get("test_split_size"))
-        held = {"fraction": size} if isinstance(size, float) and 0 < size < 1 else None
-        return sources, held
+        if not isinstance(mixture, dict):
+            raise draft.refuse(f"dataset_mixture is {show(mixture)}, no mapping with datasets")
+        return _read_mixture(draft, mixture)
     if mixer := draft.get("dataset_mixer"):
-        splits = draft.get("dataset_splits") or ["train"]
-        return [{"source": str(name), "split": str(splits[0])} for name in mixer], (
-            {"source": str(next(iter(mixer))), "split": str(splits[1])} if len(splits) > 1 and len(mixer) == 1 else None
-        )
+        return _read_mixer(draft, mixer)
+    if draft.get("datasets"):
+        entries = draft.get("datasets")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise draft.refuse("datasets is no list of mappings", "write a list: - path: OWNER/NAME")
+        made = [_read_dataset(draft, entry) for entry in entries]
+        return made, _hold_out(draft, made, draft.get("test_split_size"), "test_split_size")
     name = draft.get("dataset_name")
-    if not name:
-        raise draft.refuse("it names no dataset_name")
-    source = {"source": str(name)}
+    if not isinstance(name, str):
+        raise draft.refuse("it names no dataset_name" if name is None else f"dataset_name is {show(name)}, no name")
+    source = {"source": draft.place(name) if Path(name).exists() else name}
     source |= {"subset": str(draft.get("dataset_config"))} if draft.get("dataset_config") else {}
     split = draft.get("dataset_train_split")
     source |= {"split": str(split)} if split and split != "train" else {}
     test = draft.get("dataset_test_split") or "test"
-    return [source], {**source, "split": str(test)}
+    return [source], [{**source, "split": str(test)}]
+
+
+def _read_dataset(draft: Draft, entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of TRL's own `datasets`."""
+    path, files = str(entry.get("path")), entry.get("data_files")
+    if isinstance(files, dict | list) or entry.get("data_dir"):
+        raise draft.refuse(f"the dataset {path} names folders or lists of files", "name one file: data_files: FILE")
+    local = path in ("json", "csv", "parquet", "text")
+    source: dict[str, Any] = {"source": path}
+    if files:
+        source["source"] = draft.place(str(files)) if local else f"hf://datasets/{path}/{files}"
+    source |= {ours: str(entry[key]) for key, ours in (("name", "subset"), ("split", "split")) if entry.get(key)}
+    told = {"path": "source", "data_files": "source", "name": "subset", "split": "split", "columns": "columns"}
+    share = number(entry.get("fraction"))
+    if isinstance(share, int | float):
+        source["weight"] = share
+        note = "dataset.train.weight; there no row is taken twice, here smaller sources are until all rows were seen"
+        _say_once(draft, "datasets.fraction", note)
+    for key, ours in told.items():
+        if key in entry:
+            _say_once(draft, f"datasets.{key}", f"dataset.train.{ours}")
+    return source | ({"columns": entry["columns"]} if isinstance(entry.get("columns"), list) else {})
+
+
+def _read_mixture(draft: Draft, mixture: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
+    """The handbook's `dataset_mixture`, whose weights are shares of each dataset's own rows."""
+    entries = mixture.get("datasets")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise draft.refuse("dataset_mixture names no datasets")
+    sources = []
+    for entry in entries:
+        source: dict[str, Any] = {"source": str(entry.get("id"))}
+        source |= {ours: str(entry[key]) for key, ours in (("config", "subset"), ("split", "split")) if entry.get(key)}
+        source |= {"columns": entry["columns"]} if isinstance(entry.get("columns"), list) else {}
+        share = number(entry.get("weight"))
+        if share is not None and not isinstance(share, int | float):
+            raise draft.refuse(f"dataset_mixture: weight is {show(share)}, no number")
+        if share not in (None, 1):
+            source["epochs"] = share
+            _say_once(
+                draft, "dataset_mixture.weight", "dataset.train.epochs: the share of a source's rows, by the seed"
+            )
+        sources.append(source)
+    held = _hold_out(draft, sources, mixture.get("test_split_size"), "dataset_mixture.test_split_size")
+    if "seed" in mixture:
+        draft.lines.append(Line("dataset_mixture.seed", NONE, "run.seed draws rows, too"))
+    return sources, held
+
+
+def _read_mixer(draft: Draft, mixer: Any) -> tuple[list[dict[str, Any]], Any]:
+    """The handbook's mixture before 2025: name -> share of its rows; and splits, those of evaluation with `test`."""
+    if not isinstance(mixer, dict):
+        raise draft.refuse(f"dataset_mixer is {show(mixer)}, no mapping of names to shares")
+    splits = [str(split) for split in draft.names("dataset_splits") or ["train"]]
+    sources, held = [], []
+    for name, share in mixer.items():
+        share = number(share)
+        if share is not None and not isinstance(share, int | float):
+            raise draft.refuse(f"dataset_mixer: the share of {name} is {show(share)}, no number")
+        for split in splits:
+            if "test" in split:
+                held.append({"source": str(name), "split": split})
+            else:
+                sources.append(
+                    {"source": str(name), "split": split} | ({"epochs": share} if share not in (None, 1) else {})
+                )
+    if not sources:
+        raise draft.refuse("dataset_splits names no split to train on")
+    return sources, held or None
+
+
+def _hold_out(draft: Draft, sources: list[dict[str, Any]], said: Any, key: str) -> Any:
+    """A share of the rows, or a number of them: of one source by its split, of several as a hundredth of each."""
+    size = number(said)
+    if not isinstance(size, int | float) or not size > 0:
+        return None
+    if size < 1:
+        draft.lines.append(Line(key, CONVERTED, f"dataset.eval: {{fraction: {size}}}, of each source, by run.seed"))
+        return {"fraction": size}
+    split = sources[0].get("split") or "train"
+    if len(sources) == 1 and "[" not in split:
+        sources[0]["split"] = f"{split}[{int(size)}:]"
+        draft.lines.append(
+            Line(key, CONVERTED, f"the first {int(size):,} rows are held out; there others, by the seed")
+        )
+        held = {key: value for key, value in sources[0].items() if key != "epochs"}
+        return [{**held, "split": f"{split}[:{int(size)}]"}]
+    told = f"dataset.eval: {{fraction: 0.01}}: of each source; there {int(size):,} rows of all"
+    draft.lines.append(Line(key, CONVERTED, told))
+    return {"fraction": 0.01}
+
+
+def _say_once(draft: Draft, key: str, text: str) -> None:
+    if not draft.said(key):
+        draft.lines.append(Line(key, CONVERTED, text))
 
 
 def _put_training(draft: Draft) -> None:

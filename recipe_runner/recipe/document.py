@@ -288,7 +288,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        unusual = not text.replace("\n", "").isprintable()
+        unusual = not text.replace("\n", "").isprintable() or not text.strip()
         style = '"' if unusual else "'" if parse_scalar(text) != text else "|" if "\n" in text else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style)
 

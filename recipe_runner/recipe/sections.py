@@ -104,6 +104,7 @@ class DatasetSection:
     train_on: str | None = None
     reward_columns: Sequence[str] = ()
     system: str | None = None
+    input_separator: str = "\n\n"
     merge_system: bool = False
     merge_turns: bool = False
     thinking: str = "keep"

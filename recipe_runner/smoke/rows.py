@@ -304,7 +304,7 @@ def _lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any
                 else {"text": ""}
             )
         case "instruction":
-            asked = text["instruction"] + (f"\n\n{more}" if more.strip() else "")
+            asked = text["instruction"] + (f"{dataset.input_separator}{more}" if more.strip() else "")
             prompt = _begin(dataset, text.get("system", ""), [*history, {"role": "user", "content": asked}])
             said = [{"role": "assistant", "content": text["output"]}] if text["output"].strip() else []
             return (
@@ -320,7 +320,7 @@ def _lay_out(dataset: DatasetSection, cells: Mapping[str, Any]) -> dict[str, Any
         case _:
             prompt = _listed(cells.get("prompt"), "user", dataset)
             if more.strip():
-                prompt = [{"role": "user", "content": f"{prompt[0]['content']}\n\n{more}"}]
+                prompt = [{"role": "user", "content": f"{prompt[0]['content']}{dataset.input_separator}{more}"}]
             answers = {
                 name: _listed(cells[name], "assistant", dataset)
                 for name in ("chosen", "rejected", "completion")

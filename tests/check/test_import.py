@@ -92,6 +92,17 @@ def convert(run_cli, tmp_path, monkeypatch):
     return convert
 
 
+def read_report(text):
+    """Key -> what became of it, as the report says."""
+    found, kind = {}, ""
+    for line in text.splitlines():
+        if line[:1].strip():
+            kind = line.partition(" (")[0]
+        elif line[2:3].strip():
+            found[line.split()[0]] = kind
+    return found
+
+
 def test_axolotl_s_file_becomes_a_recipe_that_trains_the_same(convert, tmp_path):
     result, recipe = convert(AXOLOTL)
     assert result.status == 0, result.err
@@ -152,7 +163,7 @@ def test_axolotl_s_types_of_datasets(convert, dataset, form, columns):
 @pytest.mark.parametrize(
     ("dataset", "rl", "columns"),
     [
-        ("chatml.intel", "dpo", {"system": "system", "prompt": "question", "chosen": "chosen", "rejected": "rejected"}),
+        ("chatml.intel", "dpo", {"prompt": "question", "chosen": "chosen", "rejected": "rejected"}),
         (
             {"field_prompt": "p", "field_chosen": "c", "field_rejected": "r"},
             "ipo",
@@ -186,12 +197,8 @@ def test_axolotl_s_keys_of_datasets_are_told(convert):
     }
     result, recipe = convert(AXOLOTL | {"datasets": [dataset]})
     assert result.status == 0, result.err
-    kinds, kind = {}, ""
-    for line in result.out.splitlines():
-        kind = line if line[:1].strip() else kind
-        if line.startswith("  datasets."):
-            kinds[line.split()[0].removeprefix("datasets.")] = kind.partition(" (")[0]
-    assert kinds == {
+    told = read_report(result.out)
+    assert {key.partition(".")[2]: kind for key, kind in told.items() if key.startswith("datasets.")} == {
         **dict.fromkeys(("path", "type", "split", "roles_to_train", "field_tools"), "converted"),
         **dict.fromkeys(("train_on_eos", "message_property_mappings"), "same by default"),
         "train_on_eot": "no counterpart",
@@ -304,7 +311,7 @@ def test_the_handbook_s_file_and_its_template(convert, tmp_path):
     assert "(from handbook 1.16.0)" in result.out
     assert (tmp_path / "made.jinja").read_text() == HANDBOOK["chat_template"]
     assert [source.source for source in recipe.dataset.train] == ["someone/one", "someone/two"]
-    assert [source.weight for source in recipe.dataset.train] == [1.0, 0.5]
+    assert [source.epochs for source in recipe.dataset.train] == [None, 0.5]
     assert recipe.dataset.train_on == "all"
     assert recipe.training["gradient_accumulation_steps"] == 8
     assert "push_to_hub" in result.out.partition("no counterpart")[2]
@@ -337,7 +344,7 @@ def test_sharding_becomes_a_launch_configuration(convert, tmp_path, run_cli, sai
         ("base_model: a/b\nmodel_name_or_path: a/b\ncutoff_len: 3\n", "has keys of two tools"),
         ("base_model: ${MODEL}\nmicro_batch_size: 1\n", "base_model holds a variable, ${MODEL}"),
         ("base_model: {{ model }}\nmicro_batch_size: 1\n", "before its variables are filled in"),
-        ("base_model: {name: a}\nmicro_batch_size: 1\nsequence_len: 2\n", "base_model is a mapping"),
+        ("base_model: {name: a}\nmicro_batch_size: 1\nsequence_len: 2\n", "no name of a model; name the model"),
         ("base_model: a/b\nsequence_len: 2\n", "it names no datasets"),
         ("- 1\n- 2\n", "holds no keys with values"),
         ("a: [1\n", "is no YAML"),
@@ -400,3 +407,255 @@ def test_each_entry_of_a_tool_s_file_is_whole(name):
         assert entry["at"], key
         assert "to" not in entry or entry["to"] in paths | {"unfreeze"}, (key, entry["to"])
     assert set(tool.marks) <= set(tool.keys) | {"rl", "special_tokens"}
+
+
+TRL = {
+    "model_name_or_path": "someone/model",
+    "dataset_name": "someone/talks",
+    "learning_rate": "2e-5",
+    "use_peft": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "stage"),
+    [
+        ("support_bot", {}, "sft"),
+        ("endpoint", {}, "sft"),
+        ("corporate", {}, "sft"),
+        ("sft_before_dpo", {}, "sft"),
+        ("dpo/config_full", {}, "dpo"),
+        ("run", {"beta": 0.2}, "dpo"),
+        ("run", {"desirable_weight": 1.5, "per_device_train_batch_size": 2}, "kto"),
+        ("dpo_lab", {"assistant_only_loss": True}, "sft"),
+        ("config_cpt", {}, "pretrain"),
+    ],
+)
+def test_trl_s_stage_is_told_by_keys_and_by_words_of_the_name(convert, tmp_path, name, more, stage):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    result, recipe = convert(TRL | more, name=f"{name}.yaml")
+    assert result.status == 0, result.err
+    assert recipe.stage.name == stage
+    assert f"stage: {stage}" in result.out
+
+
+def test_the_handbook_s_weights_are_shares_of_each_dataset_s_own_rows(convert):
+    mixture = {"datasets": [{"id": "a/one", "weight": 0.5, "columns": ["messages"]}, {"id": "a/two", "weight": 1.0}]}
+    values = {key: value for key, value in TRL.items() if key != "dataset_name"}
+    result, recipe = convert(
+        values | {"dataset_mixture": mixture | {"test_split_size": 1000}, "eval_strategy": "epoch"}
+    )
+    assert result.status == 0, result.err
+    assert [(source.weight, source.epochs) for source in recipe.dataset.train] == [(None, 0.5), (None, None)]
+    assert recipe.dataset.fraction == 0.01
+    result, recipe = convert(
+        values
+        | {"dataset_mixer": {"a/one": 0.5, "a/two": 1.0}, "dataset_splits": ["train_sft", "test_sft"]}
+        | {"eval_strategy": "epoch"},
+        "--force",
+    )
+    assert [(source.split, source.epochs) for source in recipe.dataset.train] == [
+        ("train_sft", 0.5),
+        ("train_sft", None),
+    ]
+    assert [source.split for source in recipe.dataset.eval] == ["test_sft", "test_sft"]
+
+
+def test_a_number_of_held_out_rows_is_a_split(convert):
+    mixture = {"datasets": [{"id": "a/one"}], "test_split_size": 500}
+    values = {key: value for key, value in TRL.items() if key != "dataset_name"} | {"dataset_mixture": mixture}
+    result, recipe = convert(values | {"eval_strategy": "epoch"})
+    assert result.status == 0, result.err
+    assert (recipe.dataset.train[0].split, recipe.dataset.eval[0].split) == ("train[500:]", "train[:500]")
+
+
+def test_trl_s_own_mixture_and_its_default_of_weights(convert):
+    values = {key: value for key, value in TRL.items() if key != "dataset_name"}
+    result, recipe = convert(
+        values | {"datasets": [{"path": "a/one", "fraction": 0.3}, {"path": "a/two", "fraction": 0.7}]}
+    )
+    assert result.status == 0, result.err
+    assert [source.weight for source in recipe.dataset.train] == [0.3, 0.7]
+    assert recipe.model.dtype == "float32"
+    assert "the layout is a guess" in " ".join(result.out.split())
+
+
+def test_texts_stay_texts_and_numbers_become_numbers(convert):
+    result, recipe = convert(TRL | {"model_revision": "0012345", "max_steps": "100", "lora_r": "16", "seed": "7"})
+    assert result.status == 0, result.err
+    assert (recipe.model.revision, recipe.training["max_steps"], recipe.peft["r"], recipe.run.seed) == (
+        "0012345",
+        100,
+        16,
+        7,
+    )
+
+
+def test_every_field_of_axolotl_s_configuration_is_known(convert):
+    """Fields that do something there are not said to do nothing."""
+    more = {"qat": {"x": 1}, "use_eaft": True, "model_config": {"output_router_logits": True}, "relora": True}
+    result, recipe = convert(AXOLOTL | more | {"lora_rank_pattern": {"q_proj": 4}, "dataloader_num_workers": 2})
+    assert result.status == 0, result.err
+    told = read_report(result.out)
+    assert {told[key] for key in more} == {"no counterpart"}
+    assert (recipe.peft["rank_pattern"], recipe.training["dataloader_num_workers"]) == ({"q_proj": 4}, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("num_labels", 1, "same by default"),
+        ("num_labels", 3, "no counterpart"),
+        ("shuffle_merged_datasets", True, "same by default"),
+        ("shuffle_merged_datasets", False, "no counterpart"),
+        ("batch_size", 32, "had no effect there"),
+    ],
+)
+def test_what_holds_by_default_holds_with_its_value(convert, key, value, kind):
+    result, _ = convert(AXOLOTL | {key: value})
+    assert read_report(result.out)[key] == kind
+
+
+@pytest.mark.parametrize(
+    ("style", "text"),
+    [
+        ("alpaca:chat", "USER: {instruction}\nASSISTANT:{output}"),
+        ("alpaca_instruct.load_no_prompt", "### Instruction:\n{instruction}\n\n### Response:\n{output}"),
+    ],
+)
+def test_axolotl_s_styles_of_alpaca(convert, style, text):
+    result, recipe = convert(AXOLOTL | {"datasets": [{"path": "a/b", "type": style}]})
+    assert result.status == 0, result.err
+    without = recipe.dataset.template["without_input"]
+    assert without.endswith(text)
+    assert (without == text) == style.endswith("no_prompt")
+
+
+def test_turns_of_all_roles_are_learned_with_their_inputs(convert):
+    result, recipe = convert(
+        AXOLOTL | {"train_on_inputs": True, "datasets": [{"path": "a/b", "type": "chat_template"}]}
+    )
+    assert result.status == 0, result.err
+    assert recipe.dataset.train_on == "all"
+
+
+def test_beta_under_trl_goes_before_rl_beta(convert):
+    values = {key: value for key, value in AXOLOTL.items() if key not in ("sample_packing", "load_in_4bit")}
+    values |= {"rl": "dpo", "adapter": "lora", "trl": {"beta": 0.5}, "rl_beta": 0.2}
+    result, recipe = convert(values | {"datasets": [{"path": "a/b", "type": "chatml.intel"}]})
+    assert result.status == 0, result.err
+    assert recipe.training["beta"] == 0.5
+    assert "rl_beta" in result.out.partition("had no effect there")[2]
+
+
+@pytest.mark.parametrize(
+    ("said", "file", "section"),
+    [
+        ("ds.json", {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, (3, "cpu")),
+        ("ds.json", {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, (2, None)),
+        ("ds_z0_config.json", None, (0, None)),
+        ({"zero_optimization": {"stage": 1}}, None, (1, None)),
+    ],
+)
+def test_deepspeed_s_file_is_read(convert, tmp_path, said, file, section):
+    if file:
+        (tmp_path / said).write_text(json.dumps(file))
+    values = AXOLOTL | {"load_in_4bit": False, "adapter": "lora", "bf16": False, "fp16": True}
+    result, _ = convert(values | {"deepspeed": said})
+    assert result.status == 0, result.err
+    launch = yaml.safe_load((tmp_path / "made.accelerate.yaml").read_text())
+    found = launch["deepspeed_config"]
+    assert (found["zero_stage"], found.get("offload_param_device")) == section
+    assert "offload_optimizer_device" not in found
+    assert launch["mixed_precision"] == "fp16"
+
+
+def test_each_key_of_fsdp_is_said(convert, tmp_path):
+    said = {
+        "reshard_after_forward": False,
+        "state_dict_type": "SHARDED_STATE_DICT",
+        "sharding_strategy": "HYBRID_SHARD",
+    }
+    values = AXOLOTL | {"load_in_4bit": False, "adapter": "lora", "fsdp_version": 1}
+    result, _ = convert(values | {"fsdp_config": said | {"auto_wrap_policy": "SIZE_BASED_WRAP"}})
+    assert result.status == 0, result.err
+    none = result.out.partition("no counterpart")[2]
+    assert "fsdp_config.state_dict_type" in none
+    assert "fsdp_config.sharding_strategy" in none
+    options = yaml.safe_load((tmp_path / "made.accelerate.yaml").read_text())["fsdp_config"]
+    assert (options["fsdp_reshard_after_forward"], options["fsdp_auto_wrap_policy"]) == (False, "SIZE_BASED_WRAP")
+
+
+def test_llama_factory_s_columns_are_those_that_it_reads(convert, tmp_path):
+    info = {
+        "pairs": {"file_name": "p.json", "ranking": True, "columns": {"prompt": "q", "query": "x", "system": "s"}},
+        "decoy": {"file_name": "p.json", "num_samples": 5, "columns": {"prompt": "prompt", "response": "output"}},
+        "past": {"file_name": "p.json", "columns": {"prompt": "q", "response": "a", "history": "h"}},
+    }
+    info["pairs"]["columns"] |= {"chosen": "good", "rejected": "bad"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "p.json").write_text("[]")
+    _, recipe = convert(FACTORY | {"stage": "dpo", "dataset": "pairs"})
+    columns = recipe.dataset.train[0].columns
+    assert [columns[role] for role in ("prompt", "input", "system", "history")] == ["q", "x", "s", None]
+    assert recipe.dataset.input_separator == "\n"
+    _, recipe = convert(FACTORY | {"dataset": "decoy"}, "--force")
+    assert (recipe.dataset.train[0].columns["input"], recipe.dataset.train[0].limit) == (None, 5)
+    _, recipe = convert(FACTORY | {"dataset": "past"}, "--force")
+    assert recipe.dataset.train_on == "assistant"
+    result, _ = convert(FACTORY | {"dataset": "past", "freeze_vision_tower": False}, "--force")
+    assert "freeze_vision_tower" in result.out.partition("no counterpart")[2].partition("same by default")[0]
+
+
+def test_tags_that_turns_are_not_read_by_are_refused(convert, tmp_path):
+    info = {"odd": {"file_name": "p.json", "formatting": "sharegpt", "tags": {"role_tag": "speaker"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    result, _ = convert(FACTORY | {"dataset": "odd"})
+    assert result.status == 1
+    assert "role_tag is speaker" in result.err
+
+
+def test_paths_are_seen_from_the_recipe_s_folder(run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("rows", "made"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "rows" / "t.jsonl").write_text(json.dumps({"messages": []}))
+    dataset = {"path": "rows/t.jsonl", "type": "chat_template"}
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump(AXOLOTL | {"datasets": [dataset]}))
+    result = run_cli("import", "made.yaml", "--output", "made/recipe.yaml")
+    assert result.status == 0, result.err
+    assert "source: ../rows/t.jsonl" in (tmp_path / "made" / "recipe.yaml").read_text()
+    assert run_cli("import", "made.yaml").status == 0  # which is the file itself
+    assert (tmp_path / "made_recipe.yaml").is_file()
+    again = run_cli("import", "made.yaml")
+    assert again.status == 1
+    assert "--force" in again.err
+    assert run_cli("import", "made.yaml", "--force").status == 0
+
+
+def test_a_prompt_in_python_is_named_with_the_columns_of_its_rows(convert, tmp_path):
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"clue": "a", "reply": "b"}))
+    result, _ = convert(AXOLOTL | {"datasets": [{"path": str(tmp_path / "odd.jsonl"), "type": "jeopardy"}]})
+    assert "its rows have the columns clue, reply" in result.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base_model: &x [*x]\nmicro_batch_size: 1\n", "a value that is within itself"),
+        ("base_model: a/b\nmicro_batch_size: 1\nmicro_batch_size: 2\n", "micro_batch_size (line 3) is there twice"),
+        ("base_model: a/b\nmicro_batch_size: 1\ndatasets: [{path: a/b}]\nmax_steps: many\n", "max_steps is many, no n"),
+        (
+            "base_model: a/b\nmicro_batch_size: 1\ndatasets: [{path: a/b}]\ndeepspeed: {zero_optimization: true}\n",
+            "no stage",
+        ),
+        ("model_name_or_path: a/b\nlearning_rate: 1\ndataset_mixer: 3\n", "no mapping of names to shares"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_one_line(run_cli, tmp_path, monkeypatch, text, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yml").write_text(text)
+    result = run_cli("import", "config.yml", "--output", "made.yaml")
+    assert result.status == 1
+    assert said in result.err
+    assert len(result.err.splitlines()) == 1
