@@ -147,3 +147,8 @@ def number(value: Any) -> Any:
 def true(value: Any) -> bool:
     """Whether a value says yes, as the tools read it."""
     return value is True or (isinstance(value, str) and value.strip().lower() in ("true", "yes", "1"))
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list; of one value, or of none."""
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -7,6 +7,7 @@ from typing import Any
 
 from recipe_runner.importing import common
 from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, number, show, true
+from recipe_runner.importing.sharding import convert_sharding
 from recipe_runner.problems.words import suggest
 from recipe_runner.stages import DPO, FORMATS, KTO, PRETRAIN, REWARD, SFT
 
@@ -50,7 +51,7 @@ def convert(draft: Draft) -> None:
     draft.note(CONVERTED, f"stage: {draft.tool.stages[stage]}", "stage")
     for step in (_put_model, _put_adapter, _put_data, _put_training):
         step(draft)
-    common.convert_sharding(draft)
+    convert_sharding(draft)
 
 
 def _put_model(draft: Draft) -> None:
@@ -59,21 +60,14 @@ def _put_model(draft: Draft) -> None:
     for key in ("add_tokens", "add_special_tokens"):
         if tokens := draft.names(key):
             draft.convert(f"model.{key}", tokens, key)
-    bits, keys = draft.get("quantization_bit"), ("quantization_bit", "quantization_type", "double_quantization")
+    bits, keys = draft.number("quantization_bit"), ("quantization_bit", "quantization_type", "double_quantization")
     method = draft.get("quantization_method") or "bnb"
     if bits and method not in ("bnb", "bitsandbytes"):
         raise draft.refuse(f"quantization_method: {method} is not converted", "bitsandbytes alone trains here: bnb")
-    if bits == 8:
-        draft.convert("quantization", {"load_in_8bit": True}, *keys, "quantization_method")
-    elif bits == 4:
-        made = {"load_in_4bit": True, "bnb_4bit_quant_type": draft.get("quantization_type") or "nf4"}
-        made["bnb_4bit_use_double_quant"] = draft.get("double_quantization") is not False
-        draft.convert(
-            "quantization",
-            {**made, "bnb_4bit_compute_dtype": common.compute_dtype(draft)},
-            *keys,
-            "quantization_method",
-        )
+    if bits in (4, 8):
+        double = draft.get("double_quantization") is not False
+        kind = draft.get("quantization_type")
+        common.convert_bits(draft, bits, double, *keys, "quantization_method", kind=kind)
     elif bits:
         raise draft.refuse(f"quantization_bit: {bits}: bitsandbytes has 4 and 8 bits")
 
@@ -116,7 +110,7 @@ def _put_adapter(draft: Draft) -> None:
             if true(draft.get(key)):
                 draft.convert(f"peft.{key}", True, key)
         if true(draft.get("pissa_init")):
-            turns = draft.get("pissa_iter")
+            turns = draft.number("pissa_iter")
             name = "pissa" if turns == -1 else f"pissa_niter_{turns or 16}"
             draft.convert("peft.init_lora_weights", name, "pissa_init", "pissa_iter")
     else:

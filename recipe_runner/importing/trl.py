@@ -6,6 +6,7 @@ from typing import Any
 
 from recipe_runner.importing import common
 from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, number, show, true
+from recipe_runner.importing.sharding import convert_sharding
 from recipe_runner.stages import DPO, FORMATS, KTO, PRETRAIN, REWARD, SFT
 
 OF_DPO = ("beta", "loss_type", "max_prompt_length", "precompute_ref_log_probs")
@@ -29,7 +30,7 @@ def convert(draft: Draft) -> None:
     _put_adapter(draft)
     _put_data(draft)
     _put_training(draft)
-    common.convert_sharding(draft)
+    convert_sharding(draft)
 
 
 def _choose_stage(draft: Draft) -> str:
@@ -75,12 +76,9 @@ def _put_adapter(draft: Draft) -> None:
         value = "all-linear" if value == ["all-linear"] else value
         draft.convert(f"peft.{ours}", number(value) if isinstance(value, str) else value, key)
         draft.origins.setdefault(f"peft.{ours}", "trl's default")
-    if true(draft.get("load_in_4bit")):
-        made = {"load_in_4bit": True, "bnb_4bit_quant_type": draft.get("bnb_4bit_quant_type") or "nf4"}
-        made["bnb_4bit_use_double_quant"] = true(draft.get("use_bnb_nested_quant"))
-        draft.convert("quantization", {**made, "bnb_4bit_compute_dtype": common.compute_dtype(draft)}, *bits)
-    elif true(draft.get("load_in_8bit")):
-        draft.convert("quantization", {"load_in_8bit": True}, *bits)
+    if true(draft.get("load_in_4bit")) or true(draft.get("load_in_8bit")):
+        size, double = 4 if true(draft.get("load_in_4bit")) else 8, true(draft.get("use_bnb_nested_quant"))
+        common.convert_bits(draft, size, double, *bits, kind=draft.get("bnb_4bit_quant_type"))
     draft.note(SAME, "16 bits", *bits)
 
 
