@@ -5,9 +5,11 @@ from pathlib import Path
 
 from recipe_runner.importing import common
 from recipe_runner.importing.axolotl_data import put_data
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, as_list, number, true
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, as_list, number, true
 from recipe_runner.importing.sharding import convert_sharding
 from recipe_runner.stages import DPO, KTO, PRETRAIN, REWARD, SFT
+
+UNTRAINED = "added there, and their embeddings not trained: model.add_special_tokens, with peft.modules_to_save"
 
 
 def convert(draft: Draft) -> None:
@@ -62,10 +64,21 @@ def _put_model(draft: Draft) -> None:
         draft.put("training.eos_token", end, "special_tokens")
     if isinstance(draft.get("tokens"), dict):
         draft.note(IGNORED, "a mapping is of older versions: 0.18 takes a list", "tokens")
-    left = ", ".join(str(name) for name in special if not (end and name == "eos_token"))
+    more = [str(token) for token in as_list(special.get("additional_special_tokens"))]
+    if more and (not draft.get("adapter") or draft.get("lora_modules_to_save")):
+        draft.put("model.add_special_tokens", more, "special_tokens")
+    elif more:
+        draft.lines.append(Line("special_tokens.additional_special_tokens", NONE, UNTRAINED))
+    done = {"eos_token": end, "additional_special_tokens": more}
+    left = ", ".join(str(name) for name in special if not done.get(str(name)))
     said = [f"training.eos_token: {end}"] if end else []
+    said += [f"model.add_special_tokens: {', '.join(more)}"] if "add_special_tokens" in draft.recipe["model"] else []
     said += [f"{left}: as the tokenizer has it"] if left else []
-    draft.note(CONVERTED if end else NONE, "; ".join(said) or "none", "special_tokens")
+    draft.note(
+        CONVERTED if end or "add_special_tokens" in draft.recipe["model"] else NONE,
+        "; ".join(said) or "none",
+        "special_tokens",
+    )
 
 
 def _put_adapter(draft: Draft) -> None:
@@ -93,9 +106,8 @@ def _put_adapter(draft: Draft) -> None:
     targets = draft.get("lora_target_modules")
     if true(draft.get("lora_target_linear")):
         draft.convert("peft.target_modules", "all-linear", "lora_target_linear")
-        draft.note(
-            SAME if targets is None else IGNORED, "lora_target_linear takes all linear layers", "lora_target_modules"
-        )
+        told = "all linear layers have adapters; of others (embed_tokens) name all modules in peft.target_modules"
+        draft.note(SAME if targets is None else NONE, told, "lora_target_modules")
     elif targets is not None:
         found = "all-linear" if targets in ("all-linear", ["all-linear"]) else targets
         draft.convert("peft.target_modules", found, "lora_target_modules")
@@ -115,8 +127,13 @@ def _put_unfreeze(draft: Draft) -> None:
 
 def _put_training(draft: Draft) -> None:
     packs = true(draft.get("sample_packing"))
+    pieces = draft.recipe["stage"] == PRETRAIN and not draft.get("pretraining_dataset")
     if draft.recipe["stage"] in (SFT, PRETRAIN):
-        draft.convert("training.packing", packs, "sample_packing")
+        told = "long texts are cut into pieces, as there, and pieces are packed" * (pieces and not packs)
+        draft.convert("training.packing", packs or pieces, "sample_packing", note=told)
+        draft.origins.setdefault("training.packing", told or "axolotl's default")
+        if pieces:
+            draft.put("training.packing_strategy", "bfd_split", "long texts are cut into pieces")
         if draft.get("eval_sample_packing") is not None and draft.recipe["dataset"].get("eval"):
             draft.convert("training.eval_packing", true(draft.get("eval_sample_packing")), "eval_sample_packing")
     draft.note(IGNORED, "of training, and with held-out rows, only", "eval_sample_packing")
@@ -143,10 +160,7 @@ def _put_training(draft: Draft) -> None:
         draft.convert("training.lr_scheduler_type", schedule, "lr_scheduler")
         draft.origins.setdefault("training.lr_scheduler_type", "axolotl's default")
     draft.note(IGNORED, "read with the schedule cosine only", "cosine_min_lr_ratio")
-    steps = draft.number("max_steps")
-    common.convert_warm_up(draft, min(int(0.03 * steps), 100) if isinstance(steps, int) and steps > 0 else 0.03)
-    if draft.origins.get("training.warmup_steps") == "axolotl's default":
-        draft.origins["training.warmup_steps"] = "axolotl's default; there 100 steps at most"
+    _put_warm_up(draft)
     said = str(draft.values.get("bf16", "auto")).lower()
     half = said in ("auto", "true", "full", "none")
     if half and (said != "none" or not true(draft.get("fp16"))):
@@ -175,6 +189,24 @@ def _put_training(draft: Draft) -> None:
         draft.origins.setdefault("training.per_device_eval_batch_size", "axolotl's default: micro_batch_size")
     draft.note(IGNORED, "nothing is evaluated", "eval_batch_size")
     _put_simple(draft)
+
+
+def _put_warm_up(draft: Draft) -> None:
+    """Axolotl counts steps itself: a share is rounded down, 3 % are 100 steps at most, and one step becomes two."""
+    ratio, steps = draft.number("warmup_ratio"), draft.number("max_steps")
+    if draft.number("warmup_steps") is None and isinstance(steps, int) and steps > 0:
+        count = min(int(0.03 * steps), 100) if ratio is None else int(ratio * steps)
+        key = "axolotl's default" if ratio is None else "warmup_ratio"
+        draft.put("training.warmup_steps", 2 if count == 1 else count, key)
+        draft.note(CONVERTED, f"training.warmup_steps: {2 if count == 1 else count}, of {steps} steps", "warmup_ratio")
+        return
+    if draft.number("warmup_steps") == 1:
+        draft.convert("training.warmup_steps", 2, "warmup_steps", note="as axolotl makes two of one")
+        return
+    common.convert_warm_up(draft, 0.03)
+    told = "there rounded down, here up" + "; 100 steps at most there" * (ratio is None)
+    if 0 < draft.recipe["training"]["warmup_steps"] < 1:
+        draft.origins["training.warmup_steps"] += f"; {told}"
 
 
 def _put_simple(draft: Draft) -> None:
@@ -206,13 +238,18 @@ def _put_saving(draft: Draft) -> None:
             draft.convert("training.save_steps", share, "saves_per_epoch", note="a share of all steps")
     elif draft.get("save_steps"):
         draft.convert("training.save_steps", draft.number("save_steps"), "save_steps")
+    else:
+        draft.put("training.save_strategy", "epoch", "axolotl's default")
     draft.note(IGNORED, "another key says when is saved", "save_steps", "saves_per_epoch", "save_strategy")
     each, steps = draft.number("evals_per_epoch"), draft.number("eval_steps")
     strategy = draft.get("eval_strategy") or draft.get("evaluation_strategy")
-    if each and not strategy:
-        strategy, steps = ("epoch", None) if each * epochs <= 1 else ("steps", round(1 / (each * epochs), 6))
-    strategy = strategy or ("steps" if steps else "epoch")
     keys = ("evals_per_epoch", "eval_steps", "eval_strategy", "evaluation_strategy")
+    if each and not strategy and each * epochs > 1:
+        strategy, steps = "steps", round(1 / (each * epochs), 6)
+    elif not steps and not strategy and draft.recipe["dataset"].get("eval"):
+        draft.put("training.eval_strategy", "epoch", "at each epoch; there nothing is evaluated without eval_steps")
+        draft.note(IGNORED, "once in all epochs is never; here each epoch is evaluated", "evals_per_epoch")
+    strategy = strategy or ("steps" if steps else "epoch")
     common.evaluate_as_said(draft, strategy, steps, *keys)
     if (patience := draft.number("early_stopping_patience")) and draft.recipe["dataset"].get("eval"):
         draft.convert("run.early_stopping", {"patience": int(patience)}, "early_stopping_patience")

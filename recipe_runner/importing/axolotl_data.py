@@ -39,6 +39,10 @@ STYLES = {
     },
 }
 BECOMES = {"to": CONVERTED, "ignored": IGNORED, "none": NONE, "same": SAME}
+NO_CONTEXT: dict[str, Any] = {
+    "system": None,
+    "history": None,
+}  # columns that these layouts do not read, whatever they hold
 OWN = ("tokenizer_default", "jinja")
 # Layouts by the last part of a type: role -> column; `system` is found by itself. Source: prompt_strategies/
 PAIRS = {
@@ -147,7 +151,7 @@ def _read_dataset(draft: Draft, entry: dict[str, Any]) -> dict[str, Any]:
     return {"sources": [{"source": each, **source} for each in paths], "format": form, "template": template}
 
 
-def _read_layout(draft: Draft, entry: dict[str, Any]) -> tuple[str, dict[str, str], Any]:
+def _read_layout(draft: Draft, entry: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
     """Format, columns and plain-text template of a dataset's type."""
     kind, stage = entry.get("type"), draft.recipe["stage"]
     if stage == PRETRAIN:
@@ -173,7 +177,8 @@ def _read_layout(draft: Draft, entry: dict[str, Any]) -> tuple[str, dict[str, st
         template = {
             part: own["system"].replace("{system}", begin[part]) * bool(begin[part]) + own[part] for part in BEGIN
         }
-        return "instruction", {"instruction": "instruction", "input": "input", "output": "output"}, template
+        columns = {name: name for name in ("instruction", "input", "output")} | NO_CONTEXT
+        return "instruction", columns, template
     raise draft.refuse(
         f"the dataset type {show(kind)} is a prompt written in Python there{_name_columns(draft, entry)}",
         "write its rows as turns (format chat), or as instruction, input and output",
@@ -188,9 +193,9 @@ def _name_columns(draft: Draft, entry: dict[str, Any]) -> str:
     return f"; its rows have the columns {', '.join(look.columns)}" if look else ""
 
 
-def _read_own_prompt(draft: Draft, kind: dict[str, Any]) -> tuple[str, dict[str, str], Any]:
+def _read_own_prompt(draft: Draft, kind: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
     """A prompt that the file itself describes."""
-    columns = {
+    columns: dict[str, Any] = {
         "instruction": str(kind.get("field_instruction") or "instruction"),
         "input": str(kind.get("field_input") or "input"),
         "output": str(kind.get("field_output") or "output"),
@@ -198,8 +203,12 @@ def _read_own_prompt(draft: Draft, kind: dict[str, Any]) -> tuple[str, dict[str,
     form = str(kind.get("format") or "{instruction} {input} ")
     plain = str(kind.get("no_input_format") or "{instruction} ")
     begin = str(kind.get("system_format") or "{system}").replace("{system}", str(kind.get("system_prompt") or ""))
+    columns |= NO_CONTEXT
+    if kind.get("field_system"):
+        told = "a text has no place for a row's own system prompt: write it into the instruction, or make turns"
+        draft.lines.append(Line("datasets.type.field_system", NONE, told))
     if "{input}" not in form:
-        return "instruction", {key: columns[key] for key in ("instruction", "output")}, f"{begin}{form}{{output}}"
+        return "instruction", {**columns, "input": None}, f"{begin}{form}{{output}}"
     return (
         "instruction",
         columns,
@@ -207,7 +216,7 @@ def _read_own_prompt(draft: Draft, kind: dict[str, Any]) -> tuple[str, dict[str,
     )
 
 
-def _read_preference(draft: Draft, entry: dict[str, Any], stage: str) -> tuple[str, dict[str, str], Any]:
+def _read_preference(draft: Draft, entry: dict[str, Any], stage: str) -> tuple[str, dict[str, Any], Any]:
     """Pairs, and judged answers."""
     kind = entry.get("type")
     form, known = ("unpaired_preference", JUDGED) if stage == KTO else ("preference", PAIRS)
@@ -265,6 +274,10 @@ def _put_masks(draft: Draft, entries: list[dict[str, Any]], form: str) -> None:
         chosen = "all" if true(draft.get("train_on_inputs")) else own
     else:
         roles = {str(role) for entry in entries for role in as_list(entry.get("roles_to_train"))}
+        for entry in entries:
+            if entry.get("roles_to_train") == []:
+                told = "there only turns are learned that say so; here all of the assistant's but those that say no"
+                draft.lines.append(Line("datasets.roles_to_train", NONE, told))
         chosen = "all" if true(draft.get("train_on_inputs")) or not roles <= {"assistant", "gpt"} else "assistant"
     told = "what stands around turns is learned as well" if chosen == "all" and form == "chat" else ""
     draft.convert("dataset.train_on", chosen, "train_on_inputs", note=told)
@@ -304,5 +317,6 @@ def _put_template(draft: Draft, entries: list[dict[str, Any]]) -> None:
             "the model's own is used: compare rows by recipe-run preview, or name a file: training.chat_template_path"
         )
         draft.note(NONE, told, "chat_template")
-    draft.note(SAME, "the model's own", "chat_template", "chat_template_jinja")
+    told = "the model's own; where it has none, name a file: training.chat_template_path"
+    draft.note(NONE if "fallback" in str(name) else SAME, told, "chat_template", "chat_template_jinja")
     draft.note(SAME, "where generation stops is the end of a turn", "eot_tokens")

@@ -205,7 +205,9 @@ def convert_batches(draft: Draft) -> None:
     if draft.recipe["stage"] == KTO and draft.number(key) == 1:
         steps = int(draft.number("gradient_accumulation_steps") or 1)
         draft.convert("training.per_device_train_batch_size", 2, key, note="KTO compares rows of a batch")
-        told = "half as many of twice the rows"
+        told = (
+            "half as many of twice the rows" if steps % 2 == 0 else f"{2 * max(1, steps // 2)} rows a step, not {steps}"
+        )
         draft.convert(
             "training.gradient_accumulation_steps", max(1, steps // 2), "gradient_accumulation_steps", note=told
         )
@@ -216,7 +218,8 @@ def write_template(parts: Mapping[str, str]) -> str:
 
     Args:
         parts: What stands around the turns of each role, by `{content}`; `prefix`, before all; `default_system`, of
-            rows without one; and `after`, what follows an answer and is not learned.
+            rows without one; `last`, what follows the last answer; and `after`, what follows an answer and is not
+            learned.
     """
 
     def write(name: str, content: str) -> str:
@@ -225,6 +228,7 @@ def write_template(parts: Mapping[str, str]) -> str:
         return "".join(f"{{{{ {values.get(piece) or json.dumps(piece)} }}}}" for piece in pieces if piece)
 
     said = "message['content']"
+    last = f"{{%- if loop.last %}}{write('last', '')}{{% endif %}}" if "last" in parts else ""
     return (
         f"{{%- set begin = messages[0]['content'] if messages[0]['role'] == 'system'"
         f" else {json.dumps(parts.get('default_system', ''))} -%}}\n"
@@ -232,7 +236,7 @@ def write_template(parts: Mapping[str, str]) -> str:
         "{%- for message in messages -%}\n"
         f"{{%- if message['role'] == 'user' %}}{write('user', said)}\n"
         "{%- elif message['role'] == 'assistant' %}"
-        f"{{% generation %}}{write('assistant', said)}{{% endgeneration %}}{write('after', '')}\n"
+        f"{{% generation %}}{write('assistant', said)}{last}{{% endgeneration %}}{write('after', '')}\n"
         "{%- endif -%}\n"
         "{%- endfor -%}"
     )

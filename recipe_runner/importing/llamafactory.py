@@ -191,7 +191,11 @@ def _put_template(draft: Draft) -> None:
     elif isinstance(parts, Mapping) and stage == SFT and not draft.recipe["dataset"].get("images"):
         draft.template = common.write_template(parts)
         draft.put("training.chat_template_path", "NAME.jinja", "template")
-        draft.note(CONVERTED, f"NAME.jinja, beside the recipe: {name}, as LLaMA-Factory writes it", "template")
+        told = f"NAME.jinja, beside the recipe: {name}, as LLaMA-Factory writes it"
+        told += (
+            "; it ends the last answer alone: of several turns set dataset.train_on: last" if "last" in parts else ""
+        )
+        draft.note(CONVERTED, told, "template")
     told = "the model's own chat template is used: compare rows by recipe-run preview"
     draft.note(NONE, told, "template")
 
@@ -284,8 +288,11 @@ def _put_training(draft: Draft) -> None:
     if stage in (SFT, PRETRAIN):
         packs = draft.get("packing") if draft.get("packing") is not None else stage == PRETRAIN
         packs = true(packs) or true(draft.get("neat_packing"))
-        note = "rows of a pack do not see each other" if packs and not true(draft.get("neat_packing")) else ""
+        sees = packs and stage == SFT and not true(draft.get("neat_packing"))
+        note = "rows of a pack do not see each other" if sees else ""
         draft.convert("training.packing", packs, "packing", "neat_packing", note=note)
+        if packs and stage == PRETRAIN:  # texts after each other, cut at cutoff_len
+            draft.put("training.packing_strategy", "wrapped", "packing")
         draft.origins.setdefault("training.packing", "llamafactory's default")
     draft.note(IGNORED, "rows of this stage are not packed", "packing", "neat_packing")
     if stage in (DPO, KTO):
@@ -299,7 +306,11 @@ def _put_training(draft: Draft) -> None:
         draft.note(IGNORED, "of DPO only", "pref_loss")
         if draft.number("pref_ftx"):
             draft.note(NONE, "see training.loss_type: [sigmoid, sft], with training.loss_weights", "pref_ftx")
-    draft.note(IGNORED, "of preferences only", "pref_beta", "pref_loss", "pref_ftx")
+    draft.note(IGNORED, "of preferences only", "pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing")
+    length = "training.max_length: {}; longer rows are cut at their end, or dropped: there the question is cut first"
+    draft.put("training.max_length", draft.number("cutoff_len") or 2048, "cutoff_len")
+    draft.origins["training.max_length"] = "cutoff_len" if "cutoff_len" in draft.values else "llamafactory's default"
+    draft.note(CONVERTED, length.format(draft.recipe["training"]["max_length"]), "cutoff_len")
     if true(draft.get("use_dft_loss")) and stage == SFT:
         draft.convert("training.loss_type", "dft", "use_dft_loss")
     common.convert_batches(draft)

@@ -38,6 +38,7 @@ BECOMES = {
     "evaluating": "training.eval_strategy and eval_steps",
     "held_out": "dataset.eval",
     "images": "dataset.images",
+    "length": "training.max_length",
     "loss": "training.loss_type",
     "masks": "dataset.train_on",
     "mixture": "weights of the sources",
@@ -101,7 +102,8 @@ def read_tool(name: str) -> Tool:
     file = FOLDER / f"{'trl' if name == 'handbook' else name}.yaml"
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     unknown = "" if values["unknown"] == "none" else values["unknown"]
-    told = (values["version"], values["source"], unknown, tuple(values["marks"]))
+    version = values["handbook"].partition(" ")[0] if name == "handbook" else values["version"]
+    told = (version, values["source"], unknown, tuple(values["marks"]))
     return Tool(name, *told, values["stages"], values["no_stages"], values.get("templates", {}), values["keys"])
 
 

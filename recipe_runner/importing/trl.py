@@ -90,7 +90,10 @@ def _put_data(draft: Draft) -> None:
     text = draft.get("dataset_text_field") or ("text" if "text" in named and "messages" not in named else None)
     if stage == SFT and text:
         form, draft.recipe["stage"] = "text", PRETRAIN
+    elif stage == SFT and {"prompt", "completion"} <= named:
+        form = "instruction"
     roles = {"text": str(text)} if form == "text" and text else {name: name for name in FORMATS[form].roles}
+    roles |= {"instruction": "prompt", "output": "completion"} if form == "instruction" else {}
     columns = {role: name for role, name in roles.items() if role == "text" or name in named}
     for source in (*sources, *(held if isinstance(held, list) else ())):
         source |= {"columns": columns} if set(FORMATS[form].required) <= columns.keys() else {}
@@ -99,6 +102,9 @@ def _put_data(draft: Draft) -> None:
     if stage == SFT and form == "chat" and "messages" not in named:
         told += "; the layout is a guess: TRL looks at the columns. Of texts write stage: pretrain and format: text, of"
         told += " prompt and completion format: instruction"
+    if form == "instruction":
+        draft.put("dataset.template", "{instruction}{output}", "TRL writes texts as they are")
+        told += "; of texts: turns as prompt and completion are format chat, with train_on: completion"
     draft.note(CONVERTED, told, *SOURCES)
     if held:
         draft.put("dataset.eval", common.one_or_all(held) if isinstance(held, list) else held, "dataset_test_split")
@@ -107,7 +113,8 @@ def _put_data(draft: Draft) -> None:
     draft.note(CONVERTED, "dataset.train.columns", "dataset_text_field")
     if draft.recipe["stage"] == SFT:
         chosen = "assistant" if true(draft.get("assistant_only_loss")) else "all"
-        if true(draft.get("completion_only_loss")):
+        whole = draft.get("completion_only_loss") is False
+        if true(draft.get("completion_only_loss")) or (form == "instruction" and not whole):
             chosen = "completion"
         draft.convert("dataset.train_on", chosen, "assistant_only_loss", "completion_only_loss")
         draft.origins.setdefault("dataset.train_on", "trl's default, of turns")

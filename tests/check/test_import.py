@@ -308,7 +308,7 @@ def test_llama_factory_s_layouts(convert, tmp_path, stage, dataset, form):
 def test_the_handbook_s_file_and_its_template(convert, tmp_path):
     result, recipe = convert(HANDBOOK, name="config_sft.yaml")
     assert result.status == 0, result.err
-    assert "(from handbook 1.16.0)" in result.out
+    assert "(from handbook 0.4.0.dev0)" in result.out
     assert (tmp_path / "made.jinja").read_text() == HANDBOOK["chat_template"]
     assert [source.source for source in recipe.dataset.train] == ["someone/one", "someone/two"]
     assert [source.epochs for source in recipe.dataset.train] == [None, 0.5]
@@ -659,3 +659,94 @@ def test_values_of_a_wrong_kind_are_one_line(run_cli, tmp_path, monkeypatch, tex
     assert result.status == 1
     assert said in result.err
     assert len(result.err.splitlines()) == 1
+
+
+def test_texts_of_completion_are_cut_into_pieces(convert):
+    values = {key: value for key, value in AXOLOTL.items() if key not in ("sample_packing", "eval_steps")}
+    result, recipe = convert(values | {"datasets": [{"path": "a/b", "type": "completion"}]})
+    assert result.status == 0, result.err
+    assert (recipe.training["packing"], recipe.training["packing_strategy"]) == (True, "bfd_split")
+
+
+def test_columns_that_a_layout_does_not_read_are_left_out(convert):
+    kind = {"field_instruction": "q", "field_output": "a", "format": "Q: {instruction} A:", "field_system": "s"}
+    result, recipe = convert(AXOLOTL | {"datasets": [{"path": "a/b", "type": kind}]})
+    assert result.status == 0, result.err
+    columns = recipe.dataset.train[0].columns
+    assert {role: columns[role] for role in ("input", "system", "history")} == dict.fromkeys(
+        ("input", "system", "history")
+    )
+    assert read_report(result.out)["datasets.type.field_system"] == "no counterpart"
+
+
+@pytest.mark.parametrize(
+    ("values", "steps"),
+    [
+        ({"max_steps": 25, "warmup_ratio": 0.1}, 2),
+        ({"max_steps": 50}, 2),  # one, which becomes two
+        ({"max_steps": 10000}, 100),
+        ({"warmup_steps": 1}, 2),
+        ({"warmup_ratio": 0.1}, 0.1),
+    ],
+)
+def test_axolotl_counts_the_steps_of_its_warm_up_itself(convert, values, steps):
+    """Source: core/builders/base.py, _configure_warmup_and_logging."""
+    result, recipe = convert(AXOLOTL | values)
+    assert result.status == 0, result.err
+    assert recipe.training["warmup_steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("default_system_message", "Be brief.", "had no effect there"),
+        ("dpo_label_smoothing", 0.1, "no counterpart"),
+        ("lora_target_modules", ["embed_tokens"], "no counterpart"),
+        ("chat_template", "tokenizer_default_fallback_chatml", "no counterpart"),
+        ("pretrain_multipack_attn", False, "no counterpart"),
+    ],
+)
+def test_what_the_report_says_of_keys_of_axolotl(convert, key, value, kind):
+    result, _ = convert(AXOLOTL | {key: value, "datasets": [{"path": "a/b", "type": "chat_template"}]})
+    assert read_report(result.out)[key] == kind
+
+
+def test_special_tokens_that_are_more_are_added(convert):
+    values = AXOLOTL | {"special_tokens": {"additional_special_tokens": ["<|tool|>"]}}
+    result, recipe = convert(values)
+    assert result.status == 0, result.err
+    assert read_report(result.out)["special_tokens.additional_special_tokens"] == "no counterpart"
+    assert not recipe.model.add_special_tokens
+    result, recipe = convert(values | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, "--force")
+    assert result.status == 0, result.err
+    assert list(recipe.model.add_special_tokens) == ["<|tool|>"]
+
+
+def test_llama_factory_s_templates_end_the_last_answer(convert, tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"talks": {"hf_hub_url": "a/b", "formatting": "sharegpt"}}))
+    result, _ = convert(FACTORY | {"template": "solar"})
+    assert result.status == 0, result.err
+    template = (tmp_path / "made.jinja").read_text()
+    assert "{%- if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}" in template
+    assert "train_on: last" in " ".join(result.out.split())
+
+
+def test_llama_factory_s_pre_training_is_one_text(convert, tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"texts": {"hf_hub_url": "someone/texts"}}))
+    result, recipe = convert(FACTORY | {"stage": "pt", "dataset": "texts"})
+    assert result.status == 0, result.err
+    assert (recipe.training["packing"], recipe.training["packing_strategy"]) == (True, "wrapped")
+    assert recipe.dataset.train[0].columns == {"text": "instruction"}
+
+
+def test_prompts_and_completions_of_trl(convert):
+    values = {key: value for key, value in TRL.items() if key != "dataset_name"}
+    result, recipe = convert(values | {"datasets": [{"path": "a/b", "columns": ["prompt", "completion"]}]})
+    assert result.status == 0, result.err
+    dataset = recipe.dataset
+    assert (dataset.format, dataset.train_on, dataset.template) == (
+        "instruction",
+        "completion",
+        "{instruction}{output}",
+    )
+    assert (dataset.train[0].columns["instruction"], dataset.train[0].columns["output"]) == ("prompt", "completion")

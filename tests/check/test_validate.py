@@ -21,6 +21,18 @@ def test_valid_example_passes_without_a_word(run_cli, file):
     assert (result.status, result.out) == (0, "1 recipe, 0 errors, 0 warnings\n")
 
 
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "valid").glob("*.yaml")), ids=lambda f: f.stem)
+def test_what_a_run_writes_down_of_a_recipe_is_valid(run_cli, tmp_path, file):
+    """All defaults are in it: evaluate, merge, generate and resuming read it."""
+    from recipe_runner.recipe.document import dump_values
+    from recipe_runner.recipe.resolve import load_recipe
+
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_values(dict(load_recipe(str(file)).values)))
+    result = run_cli("validate", resolved)
+    assert "0 errors" in result.out, result.out
+
+
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "invalid").glob("*.yaml")), ids=lambda f: f.stem)
 def test_invalid_example_gives_exactly_the_problems_it_names(run_cli, file):
     expected = re.findall(rb"# expect: (\S+) (\S+) (.*)", file.read_bytes())

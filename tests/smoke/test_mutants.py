@@ -390,7 +390,7 @@ def quantize_the_first_layer_only(monkeypatch):
 def lose_the_input(monkeypatch):
     from recipe_runner.data import formats
 
-    monkeypatch.setattr(formats, "_join", lambda instruction, more: instruction)
+    monkeypatch.setattr(formats, "_join", lambda instruction, more, dataset: instruction)
 
 
 def cut_long_documents(monkeypatch):
@@ -530,7 +530,7 @@ def exchange_the_parts(monkeypatch):
     from recipe_runner.data import formats
 
     right = formats._join
-    monkeypatch.setattr(formats, "_join", lambda instruction, more: right(more, instruction))
+    monkeypatch.setattr(formats, "_join", lambda instruction, more, dataset: right(more, instruction, dataset))
 
 
 def punish_otherwise(monkeypatch):
