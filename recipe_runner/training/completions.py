@@ -10,7 +10,7 @@ from trl.trainer.utils import RepeatSampler
 
 from recipe_runner.runs.metrics import COMPLETIONS, append_line
 from recipe_runner.training.config import steps_per_epoch
-from recipe_runner.training.rewards import text_of
+from recipe_runner.training.reward_functions import text_of
 
 
 class _PromptOrder(RepeatSampler):

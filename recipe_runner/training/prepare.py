@@ -39,7 +39,7 @@ from recipe_runner.training.config import build_config, count_prompts, count_ste
 from recipe_runner.training.environment import check_offloading, choose_precision, describe_environment
 from recipe_runner.training.optimizer import check_optimizer, freeze_first_matrices
 from recipe_runner.training.resume import describe_batches
-from recipe_runner.training.rewards import check_reward_models, compare_tokens, find_trained, read_own_tokenizer
+from recipe_runner.training.reward_models import check_reward_models, compare_tokens, find_trained, read_own_tokenizer
 
 BASE, ADAPTER = "the base model's weights", "the adapter that it continues from"  # of what a run is made from
 BASE_CONFIG, TOKENIZER = "the base model's config.json", "the tokenizer (or its chat template)"

@@ -33,7 +33,8 @@ from recipe_runner.training.longest import LongestBatch, find_longest
 from recipe_runner.training.optimizer import forget_modules, use_peft_optimizer
 from recipe_runner.training.planned import check_room, record_plan
 from recipe_runner.training.prepare import Prepared
-from recipe_runner.training.rewards import FAILED, try_rewards
+from recipe_runner.training.reward_functions import FAILED
+from recipe_runner.training.rewards import try_rewards
 from recipe_runner.training.samples import Sampler, record_golden, record_scores, tokenizer_of
 from recipe_runner.training.state import keep_state
 

@@ -34,7 +34,8 @@ from recipe_runner.training.failures import is_damaged_pickle, is_out_of_memory
 from recipe_runner.training.mixture import watch_sources
 from recipe_runner.training.packing import PackingCheck, split_attention
 from recipe_runner.training.prepare import Prepared
-from recipe_runner.training.rewards import Reward, build_rewards, find_trained, load_trained
+from recipe_runner.training.reward_models import find_trained, load_trained
+from recipe_runner.training.rewards import Reward, build_rewards
 
 REFERENCE = "ref"  # TRL's name of the frozen copy of an adapter that is trained further
 

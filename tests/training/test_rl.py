@@ -87,7 +87,7 @@ def test_known_rewards_give_what_they_say(tmp_path):
     from types import SimpleNamespace
 
     from recipe_runner.recipe.sections import RewardSection
-    from recipe_runner.training.rewards import build_known
+    from recipe_runner.training.reward_functions import build_known
 
     def give(text, ids=(1, 2, 3), right=None, **keys):
         judge = build_known(RewardSection(1.0, "same", **keys), SimpleNamespace(max_completion_length=8))
