@@ -23,6 +23,22 @@ def list_reasons(dropped: Mapping[str, int]) -> str:
     return "; ".join(f"{count:,} {reason}" for reason, count in dropped.items())
 
 
+def find_too_many_dropped(dropped: Mapping[str, int], read: int, most: float, what: str) -> tuple[str, str] | None:
+    """What is wrong with a data set of which too many rows can't be used, and what to do; None where it is not so.
+
+    Args:
+        dropped: Reason -> rows.
+        read: Rows that were looked at.
+        most: The share of them that may be dropped.
+        what: They are: `train rows`.
+    """
+    lost = sum(dropped.values())
+    if not read or lost / read <= most:
+        return None
+    found = f"{lost:,} of {read:,} {what} can't be used ({list_reasons(dropped)})"
+    return found, f"fix the data, or allow it: dataset.max_dropped is {most:g}"
+
+
 @dataclass(frozen=True)
 class Accounting:
     """What became of the rows of one split.

@@ -10,7 +10,7 @@ import trl
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import supports_tool_calling
 
-from recipe_runner.data.accounting import Accounting, list_reasons
+from recipe_runner.data.accounting import Accounting, find_too_many_dropped
 from recipe_runner.data.checks import BESIDE, CALLS, CHECKED_ROWS, EMPTY_THINKING, ENDLESS, THINKING, TOOLS
 from recipe_runner.data.encode import apply_template
 from recipe_runner.data.job import Replaced
@@ -191,12 +191,8 @@ def find_problems(
 
 def _find_losses(dataset: DatasetSection, counted: Accounting, split: str) -> Iterator[Problem]:
     """Rows that are dropped or cut."""
-    lost = sum(counted.dropped.values())
-    if counted.rows_read and lost / counted.rows_read > dataset.max_dropped:
-        reasons = list_reasons(counted.dropped)
-        found = f"{lost:,} of {counted.rows_read:,} {split} rows can't be used ({reasons})"
-        fix = f"fix the data, or allow it: dataset.max_dropped is {dataset.max_dropped:g}"
-        yield Problem("too-many-dropped", found, None, ("dataset", "max_dropped"), fix)
+    if lost := find_too_many_dropped(counted.dropped, counted.rows_read, dataset.max_dropped, f"{split} rows"):
+        yield Problem("too-many-dropped", lost[0], None, ("dataset", "max_dropped"), lost[1])
     if counted.rows_truncated > counted.rows_kept / 10:
         found = f"{counted.rows_truncated / counted.rows_kept:.0%} of the {split} rows are cut at max_length"
         fix = "raise training.max_length, or set dataset.on_overlong: they end without an end-of-turn token"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset
 
-from recipe_runner.data.accounting import Accounting, list_reasons
+from recipe_runner.data.accounting import Accounting, find_too_many_dropped
 from recipe_runner.data.columns import check_streamed_row
 from recipe_runner.data.job import Job
 from recipe_runner.data.marks import mark_sources
@@ -216,12 +216,9 @@ class Reader:
         """
         counted = {key: position.counted.get(key, 0) + getattr(made, key) for key in COUNTED}
         dropped = dict(collections.Counter(position.dropped) + collections.Counter(made.dropped))
-        lost, most = sum(dropped.values()), self.job.dataset.max_dropped
-        if lost > most * counted["rows_read"]:
-            found = f"{lost:,} of the {counted['rows_read']:,} train rows up to here"
-            message = f"{found} can't be used ({list_reasons(dropped)})"
-            fix = f"fix the data, or allow it: dataset.max_dropped is {most:g}"
-            raise user_error("too-many-dropped", message, fix, path=("dataset", "max_dropped"))
+        most, what = self.job.dataset.max_dropped, "train rows up to here"
+        if found := find_too_many_dropped(dropped, counted["rows_read"], most, what):
+            raise user_error("too-many-dropped", *found, path=("dataset", "max_dropped"))
         return Position(position.window + 1, position.given + given, places, counted, dropped)
 
 
