@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset
 
-from recipe_runner.data.accounting import Accounting, find_too_many_dropped
+from recipe_runner.data.accounting import Accounting, find_too_many_dropped, list_reasons
 from recipe_runner.data.columns import check_streamed_row
 from recipe_runner.data.job import Job
 from recipe_runner.data.marks import mark_sources
