@@ -116,9 +116,8 @@ def open_sources(dataset: DatasetSection) -> list[Source]:
 
 def open_source(section: SourceSection, dataset: DatasetSection) -> Source:
     """Opens one source and chooses its columns for the format; of one that is streamed, its first rows."""
-    if dataset.streaming and section in dataset.train:
-        return _open_stream(section, dataset)
-    return _open(section, dataset, data_files(section.source))
+    dataset, streamed = dataset.of(section), dataset.streaming and section in dataset.train
+    return _open_stream(section, dataset) if streamed else _open(section, dataset, data_files(section.source))
 
 
 def _open_stream(section: SourceSection, dataset: DatasetSection) -> Source:
@@ -201,6 +200,7 @@ def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray)
     rows: list[dict[str, Any]] = [{}] * len(order)
     for number in np.unique(order[:, 0]):
         source, places = sources[number], np.flatnonzero(order[:, 0] == number)
+        section = dataset.of(source.section)
         batch = source.rows[order[places, 1].tolist()]
         cells = {role: batch[column] for role, column in source.columns.items()}
         cells |= {role: _drop_nulls(cells[role]) for role, column in source.columns.items() if column in source.filled}
@@ -209,7 +209,7 @@ def read_rows(dataset: DatasetSection, sources: list[Source], order: np.ndarray)
         for place, *values in zip(places.tolist(), *cells.values(), strict=True):
             row = dict(zip(cells, values, strict=True))
             try:
-                rows[place] = normalise_row(row, dataset, f"{source.name}: {source.call_row(order[place, 1])}")
+                rows[place] = normalise_row(row, section, f"{source.name}: {source.call_row(order[place, 1])}")
                 if pictures := rows[place].get("images"):
                     rows[place]["images"] = locate(pictures, source.name, dataset.image_folder)
             except RowError as error:

@@ -190,10 +190,11 @@ class Reader:
     def _draw(self, which: int, source: Source, wanted: int, place: Place) -> tuple[Source, Place]:
         found: list[dict[str, Any]] = []
         names: list[str] = []
+        section = self.job.dataset.of(source.section)
         while len(found) < wanted:
             before = len(found)
             for name, row in self.rows[which]:
-                check_streamed_row(self.job.dataset, source.section, source.columns, self.columns[which], row, name)
+                check_streamed_row(section, source.section, source.columns, self.columns[which], row, name)
                 found.append(row)
                 names.append(name)
                 if len(found) == wanted:

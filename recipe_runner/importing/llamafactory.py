@@ -140,29 +140,24 @@ def _put_data(draft: Draft) -> None:
         raise draft.refuse("adapter_name_or_path names several adapters", "merge all but the last: recipe-run merge")
     info, folder = _find_info(draft)
     made = [_read_entry(draft, name, info, folder) for name in names]
-    forms = {section["format"] for section in made}
-    if len(forms) > 1:
-        raise draft.refuse(
-            f"its datasets have rows of several layouts ({', '.join(sorted(forms))})", "make turns of all (format chat)"
-        )
+    form = _find_format(draft, made)
     most = draft.number("max_samples")
     for section in made:
         if most:
             section["source"]["limit"] = min(int(most), section["source"].get("limit", int(most)))
     sources = [section["source"] for section in made]
-    draft.recipe["dataset"] = {"format": made[0]["format"], "train": common.one_or_all(sources)}
+    draft.recipe["dataset"] = {"format": form, "train": common.one_or_all(sources)}
     if any(source["columns"].get("input") for source in sources):
         draft.put("dataset.input_separator", "\n", "llamafactory's own")
-    draft.note(
-        CONVERTED, f"dataset: format {made[0]['format']}, {len(sources)} source(s), by {INFO}", "dataset", "dataset_dir"
-    )
+    draft.note(CONVERTED, f"dataset: format {form}, {len(sources)} source(s), by {INFO}", "dataset", "dataset_dir")
     draft.note(CONVERTED, f"limit: {most}, of each source, drawn by the seed", "max_samples")
     if any(section["images"] for section in made):
         draft.put("dataset.images", "marked", "dataset")
         where = str(draft.get("media_dir") or folder)
         draft.put("dataset.image_folder", draft.place(where), "media_dir" if draft.get("media_dir") else "dataset_dir")
     if names := draft.names("eval_dataset"):
-        sources = [_read_entry(draft, name, info, folder)["source"] for name in names]
+        held = [_read_entry(draft, name, info, folder) for name in names]
+        sources = [of["source"] | ({"format": of["format"]} if of["format"] != form else {}) for of in held]
         draft.convert("dataset.eval", common.one_or_all(sources), "eval_dataset")
     else:
         common.hold_out(draft, "val_size")
@@ -180,6 +175,23 @@ def _put_data(draft: Draft) -> None:
         note = "" if draft.get("mix_strategy") == "interleave_over" else ", rows are drawn until all were seen"
         draft.note(CONVERTED, f"dataset.train.weight{note}", "interleave_probs", "mix_strategy")
     draft.note(IGNORED if not mixes else NONE, "datasets are joined, not interleaved", "interleave_probs")
+
+
+def _find_format(draft: Draft, made: list[dict[str, Any]]) -> str:
+    """The layout of all datasets; of instructions beside conversations, each of those says its own.
+
+    Raises:
+        UserError: They have others that are not mixed.
+    """
+    forms = sorted({section["format"] for section in made})
+    if forms == ["chat", "instruction"] and not any(section["images"] for section in made):
+        for section in made:
+            section["source"] |= {"format": "instruction"} if section["format"] == "instruction" else {}
+        return "chat"
+    if len(forms) > 1:
+        message = f"its datasets have rows of several layouts ({', '.join(forms)})"
+        raise draft.refuse(message, "make turns of all (format chat)")
+    return str(forms[0])
 
 
 def _put_template(draft: Draft) -> None:

@@ -5,7 +5,7 @@ documents them; `test_house.py` compares the two.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class SourceSection:
     limit: int | None = None
     weight: float | None = None
     epochs: float | None = None
+    format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,10 @@ class DatasetSection:
     def sources(self) -> tuple[SourceSection, ...]:
         """All sources, those of the training data first."""
         return (*self.train, *self.eval)
+
+    def of(self, source: SourceSection) -> "DatasetSection":
+        """The section with the layout of a source's rows."""
+        return replace(self, format=source.format) if source.format else self
 
     @property
     def has_eval(self) -> bool:

@@ -54,13 +54,14 @@ def find_rows(recipe: Recipe, source: SourceSection, number: int) -> Rows:
     Raises:
         UserError: A file can't be read.
     """
+    dataset = recipe.dataset.of(source)
     if is_local(source):
         return Rows(read_files(source), Path(source.source).name)
     if sample := find_sample(recipe, source.source):
         rows = read_file(sample, source)
-        _check_layout(sample, rows, recipe.dataset, source)
+        _check_layout(sample, rows, dataset, source)
         return Rows([rows[place % len(rows)] for place in range(number)], f"{len(rows)} sample rows")
-    return Rows([make_row(recipe.dataset, source, place) for place in range(number)], "made-up rows")
+    return Rows([make_row(dataset, source, place) for place in range(number)], "made-up rows")
 
 
 def lengthen(source: SourceSection, form: str, rows: Rows, least: int) -> Rows:

@@ -93,9 +93,10 @@ def _shrink(recipe: Recipe, stand_in: StandIn, found: Found, folder: Path, steps
         _change(values, small, ("model", "adapter"), None)
     for source, rows in found:
         head = {column: [row.get(column) for row in rows.entries[:20]] for column in rows.entries[0]}
-        columns = choose_columns(source, recipe.dataset.format, head)
+        dataset = recipe.dataset.of(source)
+        columns = choose_columns(source, dataset.format, head)
         split, unpairs = str(source.path[1]), recipe.stage.shape == "unpaired" and "chosen" in columns
-        small.wanted.append(work_out(recipe.dataset, split, columns, rows.entries, unpairs))
+        small.wanted.append(work_out(dataset, split, columns, rows.entries, unpairs))
         small.rows[split] = small.rows.get(split, 0) + len(rows.entries) * (1 + unpairs)
     fraction, read = recipe.dataset.fraction, small.rows["train"]
     if fraction and fraction * read < HELD_OUT and not any(is_file_source(source.source) for source, _ in found):
@@ -136,11 +137,11 @@ def _find_rows(recipe: Recipe, sources: Sequence[SourceSection], counts: Mapping
 
 def _lengthen(recipe: Recipe, found: Found) -> Found:
     """Makes one row of each source longer than a row may be, where such rows are cut or split."""
-    training, form = recipe.training, recipe.dataset.format
+    training = recipe.training
     limit = training["max_length"]
     if not limit or recipe.dataset.on_overlong != "truncate" or training["truncation_mode"] == "keep_end":
         return found
-    return [(source, lengthen(source, form, rows, LONG * limit)) for source, rows in found]
+    return [(source, lengthen(source, recipe.dataset.of(source).format, rows, LONG * limit)) for source, rows in found]
 
 
 def _build_stand_in(recipe: Recipe, found: Sequence[Found], folder: Path, layers: int | None) -> StandIn:

@@ -105,7 +105,9 @@ def test_a_name_that_is_not_there_gets_the_nearest(run_cli, tmp_path, monkeypatc
 
 def test_a_source_lists_its_keys(run_cli):
     said = " ".join(run_cli("explain", "dataset.train").out.split())
-    keys = "source, subset, split, revision, columns, sample_by, field, delimiter, encoding, limit, weight, epochs"
+    keys = (
+        "source, subset, split, revision, columns, sample_by, field, delimiter, format, encoding, limit, weight, epochs"
+    )
     assert f"keys: {keys}" in said
 
 

@@ -750,3 +750,13 @@ def test_prompts_and_completions_of_trl(convert):
         "{instruction}{output}",
     )
     assert (dataset.train[0].columns["instruction"], dataset.train[0].columns["output"]) == ("prompt", "completion")
+
+
+def test_llama_factory_s_instructions_and_conversations_are_mixed(convert, tmp_path):
+    info = {"talks": {"hf_hub_url": "a/talks", "formatting": "sharegpt"}, "tasks": {"hf_hub_url": "a/tasks"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    result, recipe = convert(FACTORY | {"dataset": "tasks,talks"})
+    assert result.status == 0, result.err
+    assert recipe.dataset.format == "chat"
+    assert [source.format for source in recipe.dataset.train] == ["instruction", None]
+    assert recipe.dataset.train[0].columns["output"] == "output"

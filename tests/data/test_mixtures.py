@@ -1,5 +1,8 @@
 """Mixtures: weights by rows and by tokens, epochs of a source, and the loss of each source."""
 
+import json
+from pathlib import Path
+
 import pytest
 from shared import metrics, write_rows
 
@@ -144,3 +147,48 @@ def test_a_source_of_which_nothing_is_left_is_refused(mixture, tmp_path, weights
     assert result.status == 1
     assert "error[empty-dataset] dataset.train.2.source: no row of the train data of " in result.err
     assert "gone.jsonl can be used: 3 with an empty output; fix its rows, or leave the source out" in result.err
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "completion", "all"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_instructions_and_conversations_are_mixed(run_recipe, tmp_path, train_on, streaming):
+    """The same rows as turns and as instructions give the same tokens and labels, from a file each."""
+    talks = [
+        {"messages": [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]}
+        for row in SHORT
+    ]
+    sources = [
+        {"source": write_rows(tmp_path / "talks.jsonl", talks).name},
+        {"source": write_rows(tmp_path / "tasks.jsonl", SHORT).name, "format": "instruction"},
+    ]
+    more = {"streaming": True} if streaming else {}
+    for source in sources if streaming else ():
+        source["weight"] = 1
+    data = {"format": "chat", "train": sources, "train_on": train_on, **more}
+    result, _ = run_recipe(
+        "-n", "80", "--rows-only", "--format", "json", command="preview", dataset=data, training={"max_steps": 4}
+    )
+    assert result.status == 0, result.err
+    found = {name: set() for name in ("talks", "tasks")}
+    for row in json.loads(result.out):
+        found[Path(row["source"]).stem].add((tuple(row["input_ids"]), tuple(row["labels"])))
+    assert found["talks"] & found["tasks"]
+    assert streaming or found["talks"] == found["tasks"]
+    assert all(any(label != -100 for label in labels) for _, labels in found["tasks"])
+
+
+def test_a_mixture_of_layouts_trains_and_is_evaluated(run_recipe, run_cli, tmp_path):
+    talks = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"yes {n}"}]}
+        for n in range(9)
+    ]
+    sources = [
+        {"source": write_rows(tmp_path / "talks.jsonl", talks).name},
+        {"source": write_rows(tmp_path / "tasks.jsonl", SHORT).name, "format": "instruction"},
+    ]
+    data = {"format": "chat", "train": sources, "eval": {"fraction": 0.2}}
+    training = {"eval_strategy": "steps", "eval_steps": 4, "per_device_train_batch_size": 8}
+    result, run = run_recipe(dataset=data, training=training)
+    assert result.status == 0, result.err
+    assert {"loss/talks", "loss/tasks"} <= {key for line in metrics(run) for key in line}
+    assert run_cli("evaluate", str(run), "--limit", "4", "--max-new-tokens", "4").status == 0

@@ -45,12 +45,17 @@ def _label(job: Job, rows: list[dict[str, Any]]) -> pa.Table:
     if "prompt" in rows[0] and train_on != "all":
         shared, wholes = encode_answers(tokenizer, rows, ("completion",))
         return label(wholes["completion"], begins=shared)
-    if "prompt" in rows[0]:
-        contents = [join(row["prompt"], row["completion"], tokenizer) for row in rows]
-    else:
-        contents = [row["messages"] if "messages" in row else join("", row["text"], tokenizer) for row in rows]
+    contents = [_read_whole(row, tokenizer) for row in rows]
     table = label(*encode(tokenizer, contents, tools_of(rows), marks=train_on == "assistant"))
     return _mute(table, rows) if any(row.get("muted") for row in rows) else table
+
+
+def _read_whole(row: dict[str, Any], tokenizer: Any) -> Any:
+    """All turns of a row, or its text with its end."""
+    if "messages" in row:
+        return row["messages"]
+    before, answer = ("", row["text"]) if "text" in row else (row["prompt"], row["completion"])
+    return join(before, answer, tokenizer)
 
 
 def _mask_thoughts(job: Job, table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:

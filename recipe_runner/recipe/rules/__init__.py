@@ -80,6 +80,7 @@ def apply_rules(recipe: Recipe) -> Iterator[tuple[str, Found]]:
     yield "prompt-learning", rewards.generating_method(recipe.stage, peft)
     yield "new-head", rewards.scoring_head(recipe.stage, peft)
     yield "wrong-column-role", data.column_roles(dataset)
+    yield "source-format", data.source_formats(dataset)
     yield "streaming", data.streamed(recipe.stage, dataset, trained)
     yield "image-use", data.image_use(recipe.stage, dataset, trained, peft)
     yield "mixture-weight", data.mixture_weights(dataset)

@@ -25,11 +25,26 @@ KINDS = f"local files end with {', '.join(BUILDERS)}"
 
 def column_roles(dataset: DatasetSection) -> Found:
     """Each format has its own roles of columns."""
-    roles = sorted(FORMATS[dataset.format].roles)
     for source in dataset.sources:
+        form = dataset.of(source).format
+        roles = sorted(FORMATS[form].roles)
         for role in sorted(set(source.columns) - set(roles)):
             hint = suggest(role, roles) or f"roles: {', '.join(roles)}"
-            yield (*source.path, "columns", role), f"'{role}' is not a role of format {dataset.format}", hint
+            yield (*source.path, "columns", role), f"'{role}' is not a role of format {form}", hint
+
+
+def source_formats(dataset: DatasetSection) -> Found:
+    """Instructions and conversations are mixed as turns: nothing else has two layouts."""
+    for source in dataset.sources:
+        if not source.format or source.format == dataset.format:
+            continue
+        place = (*source.path, "format")
+        if dataset.format not in ("instruction", "chat"):
+            yield place, f"rows of {dataset.format} are mixed with no others", "remove the key"
+        elif dataset.template is not None:
+            yield place, "dataset.template writes texts, and conversations are turns", "remove the template"
+        elif dataset.images:
+            yield place, "rows with images have one layout", "write all of them as turns (format chat)"
 
 
 def image_use(stage: Stage, dataset: DatasetSection, training: UpstreamSection, peft: UpstreamSection) -> Found:
