@@ -230,6 +230,8 @@ def _put_saving(draft: Draft) -> None:
     strategy = draft.get("save_strategy")
     if strategy in ("no", "epoch"):
         draft.convert("training.save_strategy", strategy, "save_strategy")
+        if strategy == "no":
+            draft.note(IGNORED, "nothing is saved before the end", "save_total_limit")
     elif each:
         if each * epochs <= 1:
             draft.convert("training.save_strategy", "epoch", "saves_per_epoch", note="at the end of each")

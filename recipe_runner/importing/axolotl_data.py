@@ -5,7 +5,7 @@ from typing import Any
 
 from recipe_runner.data.look import look_at
 from recipe_runner.importing import common
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, as_list, show, true
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, as_list, is_there, show, true
 from recipe_runner.recipe.local import is_file_source, is_saved
 from recipe_runner.stages import DPO, KTO, PRETRAIN, REWARD, SFT
 
@@ -43,6 +43,7 @@ NO_CONTEXT: dict[str, Any] = {
     "system": None,
     "history": None,
 }  # columns that these layouts do not read, whatever they hold
+AS_TURNS = "texts are taken as they are there; here the model's chat template makes turns of them"
 OWN = ("tokenizer_default", "jinja")
 # Layouts by the last part of a type: role -> column; `system` is found by itself. Source: prompt_strategies/
 PAIRS = {
@@ -66,7 +67,7 @@ def put_data(draft: Draft) -> None:
     training = draft.get("pretraining_dataset") or draft.get("datasets")
     if not training:
         raise draft.refuse("it names no datasets")
-    said = "pretraining_dataset" if draft.get("pretraining_dataset") else "datasets"
+    said = _entries_key(draft)
     entries = [_open_entry(draft, said, entry) for entry in as_list(training)]
     sections = [_read_dataset(draft, entry) for entry in entries]
     first = sections[0]
@@ -136,8 +137,10 @@ def _read_dataset(draft: Draft, entry: dict[str, Any]) -> dict[str, Any]:
     files = as_list(entry.get("data_files"))
     paths = [path]
     if files:
-        local = path in ("json", "csv", "parquet", "text")
-        paths = [draft.place(str(file)) if local else f"hf://datasets/{path}/{file}" for file in files]
+        folder = Path(path).is_dir() or (draft.file.parent / path).is_dir()
+        local = folder or path in ("json", "csv", "parquet", "text")
+        inside = [f"{path}/{file}" if folder and is_there(Path(path), str(file)) else str(file) for file in files]
+        paths = [draft.place(file) for file in inside] if local else [f"hf://datasets/{path}/{file}" for file in files]
     elif is_file_source(path) or Path(path).exists():
         paths = [draft.place(path) + "/" * (Path(path).is_dir() and not is_saved(Path(path)))]
     source: dict[str, Any] = {}
@@ -160,7 +163,7 @@ def _read_layout(draft: Draft, entry: dict[str, Any]) -> tuple[str, dict[str, An
     if stage in (DPO, REWARD, KTO):
         return _read_preference(draft, entry, stage)
     if isinstance(kind, dict):
-        return _read_own_prompt(draft, kind)
+        return _read_own_prompt(draft, entry, kind)
     name, _, style = str(kind or "").partition(":")
     name, _, loader = name.partition(".")
     if name in ("chat_template", "sharegpt", ""):
@@ -187,13 +190,19 @@ def _read_layout(draft: Draft, entry: dict[str, Any]) -> tuple[str, dict[str, An
 
 def _name_columns(draft: Draft, entry: dict[str, Any]) -> str:
     """The columns of rows that are here, for a message."""
+    columns = _list_columns(draft, entry)
+    return f"; its rows have the columns {', '.join(columns)}" if columns else ""
+
+
+def _list_columns(draft: Draft, entry: dict[str, Any]) -> list[str]:
+    """The columns of rows that are here; none of others."""
     files = [str(file) for file in as_list(entry.get("data_files")) or [entry.get("path")]]
     here = [place for place in (Path(files[0]), draft.file.parent / files[0]) if place.is_file()]
     look = look_at(here[:1]) if here else None
-    return f"; its rows have the columns {', '.join(look.columns)}" if look else ""
+    return list(look.columns) if look else []
 
 
-def _read_own_prompt(draft: Draft, kind: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
+def _read_own_prompt(draft: Draft, entry: dict[str, Any], kind: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
     """A prompt that the file itself describes."""
     columns: dict[str, Any] = {
         "instruction": str(kind.get("field_instruction") or "instruction"),
@@ -204,11 +213,20 @@ def _read_own_prompt(draft: Draft, kind: dict[str, Any]) -> tuple[str, dict[str,
     plain = str(kind.get("no_input_format") or "{instruction} ")
     begin = str(kind.get("system_format") or "{system}").replace("{system}", str(kind.get("system_prompt") or ""))
     columns |= NO_CONTEXT
-    if kind.get("field_system"):
-        told = "a text has no place for a row's own system prompt: write it into the instruction, or make turns"
+    there = _list_columns(draft, entry)
+    system = str(kind.get("field_system") or "system")
+    if "field_system" in kind or system in there:
+        told = f"a row's own '{system}' stands there for system_prompt; a text has no place for it here: make turns"
         draft.lines.append(Line("datasets.type.field_system", NONE, told))
     if "{input}" not in form:
-        return "instruction", {**columns, "input": None}, f"{begin}{form}{{output}}"
+        bare = there and columns["input"] not in there
+        if bare and plain != form:
+            told = f"rows without an input are written by no_input_format, which is {show(plain)}"
+            draft.lines.append(Line("datasets.type.format", IGNORED, told))
+        elif plain != form:
+            told = f"here of all rows; there those without an input are written by no_input_format, {show(plain)}"
+            draft.lines.append(Line("datasets.type.format", CONVERTED, told))
+        return "instruction", {**columns, "input": None}, f"{begin}{plain if bare else form}{{output}}"
     return (
         "instruction",
         columns,
@@ -229,8 +247,9 @@ def _read_preference(draft: Draft, entry: dict[str, Any], stage: str) -> tuple[s
             key for key in ("prompt_format", "chosen_format", "rejected_format", "completion_format") if kind.get(key)
         ]
         if written:
-            told = "the model's chat template writes prompt and answers: take the marks of turns out"
-            draft.lines.append(Line(f"datasets.type.{written[0]}", NONE, told))
+            told = "the model's chat template writes prompt and answers: take marks of turns out of the rows"
+            draft.lines += [Line(f"datasets.type.{key}", NONE, told) for key in written]
+        draft.lines.append(Line(f"{_entries_key(draft)}.type", CONVERTED, f"dataset.format: {form}; {AS_TURNS}"))
         return form, columns, None
     family, _, last = str(kind or "").rpartition(".")
     if str(kind).startswith(("chat_template", "bradley_terry.chat_template")):
@@ -239,6 +258,7 @@ def _read_preference(draft: Draft, entry: dict[str, Any], stage: str) -> tuple[s
         fields = {"chosen": "field_chosen", "rejected": "field_rejected", "prompt": "field_messages"}
         return form, {role: str(entry[key]) for role, key in fields.items() if entry.get(key)}, None
     if kind in (None, "passthrough", "passthrough.default", "user_defined.default"):
+        draft.lines.append(Line(f"{_entries_key(draft)}.type", CONVERTED, f"dataset.format: {form}; {AS_TURNS}"))
         return form, {}, None
     if last in known and family in ("chatml", "llama3", "bradley_terry.llama3"):
         told = (
@@ -254,11 +274,16 @@ def _read_preference(draft: Draft, entry: dict[str, Any], stage: str) -> tuple[s
     )
 
 
+def _entries_key(draft: Draft) -> str:
+    """What the entries of datasets are called in the report."""
+    return "pretraining_dataset" if draft.get("pretraining_dataset") else "datasets"
+
+
 def _guess_pairs(draft: Draft, entry: dict[str, Any], form: str) -> dict[str, str]:
     """The columns that axolotl finds by their names, of rows that are here; none of others: look at them."""
     names = {"prompt": ("prompt", "input", "question", "instruction"), "chosen": ("chosen", "chosen_response")}
     names |= {"rejected": ("rejected", "rejected_response")}
-    there = _name_columns(draft, entry).rpartition("columns ")[2].split(", ")
+    there = _list_columns(draft, entry)
     found = {role: next((name for name in of if name in there), "") for role, of in names.items()}
     told = "the model's own chat template writes the turns; columns are found by their names: see dataset.train.columns"
     draft.lines.append(Line("datasets.type", CONVERTED, told))

@@ -98,6 +98,8 @@ def _put_plain_keys(draft: Draft) -> None:
     for key, entry in draft.tool.keys.items():
         if "default" in entry and "to" in entry and draft.get(key) is None:
             section, _, rest = entry["to"].partition(".")
+            if rest == "save_total_limit" and draft.recipe["training"].get("save_strategy") == "no":
+                continue
             if section == "peft" and not draft.recipe.get("peft"):
                 continue
             if rest not in draft.recipe.get(section, {}):

@@ -70,8 +70,9 @@ class Draft:
         """A path of the file as the recipe has it: in the current folder or beside the file, seen from the recipe's."""
         if Path(name).is_absolute() or "://" in name:
             return name
-        here = any(Path().glob(name)) or not any(self.file.parent.glob(name))
-        found = Path(name) if here else self.file.parent / name
+        found = (
+            Path(name) if is_there(Path(), name) or not is_there(self.file.parent, name) else self.file.parent / name
+        )
         moved = os.path.relpath(found, self.folder)
         return name if moved == os.path.normpath(name) else moved
 
@@ -124,6 +125,11 @@ class Draft:
     def refuse(self, message: str, fix: str = "") -> UserError:
         """The error of a file that no recipe can be made of."""
         return user_error("import-no-counterpart", f"{self.file}: {message}", fix)
+
+
+def is_there(folder: Path, name: str) -> bool:
+    """Whether a file or folder of a name, or files of a pattern, are in a folder."""
+    return (folder / name).exists() or (any(mark in name for mark in "*?[") and any(folder.glob(name)))
 
 
 def show(value: Any) -> str:

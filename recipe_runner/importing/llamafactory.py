@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.importing import common
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, number, show, true
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, as_list, number, show, true
 from recipe_runner.importing.sharding import convert_sharding
 from recipe_runner.problems.words import suggest
 from recipe_runner.stages import DPO, FORMATS, KTO, PRETRAIN, REWARD, SFT
@@ -140,9 +140,10 @@ def _put_data(draft: Draft) -> None:
         raise draft.refuse("adapter_name_or_path names several adapters", "merge all but the last: recipe-run merge")
     info, folder = _find_info(draft)
     made = [_read_entry(draft, name, info, folder) for name in names]
-    form = _find_format(draft, made)
+    held = [_read_entry(draft, name, info, folder) for name in draft.names("eval_dataset")]
+    form = _find_format(draft, [*made, *held])
     most = draft.number("max_samples")
-    for section in made:
+    for section in [*made, *held]:
         if most:
             section["source"]["limit"] = min(int(most), section["source"].get("limit", int(most)))
     sources = [section["source"] for section in made]
@@ -155,10 +156,8 @@ def _put_data(draft: Draft) -> None:
         draft.put("dataset.images", "marked", "dataset")
         where = str(draft.get("media_dir") or folder)
         draft.put("dataset.image_folder", draft.place(where), "media_dir" if draft.get("media_dir") else "dataset_dir")
-    if names := draft.names("eval_dataset"):
-        held = [_read_entry(draft, name, info, folder) for name in names]
-        sources = [of["source"] | ({"format": of["format"]} if of["format"] != form else {}) for of in held]
-        draft.convert("dataset.eval", common.one_or_all(sources), "eval_dataset")
+    if held:
+        draft.convert("dataset.eval", common.one_or_all([section["source"] for section in held]), "eval_dataset")
     else:
         common.hold_out(draft, "val_size")
     if draft.recipe["stage"] == SFT:
@@ -198,9 +197,11 @@ def _put_template(draft: Draft) -> None:
     """LLaMA-Factory's own text of the turns, as a chat template beside the recipe."""
     stage, name = draft.recipe["stage"], str(draft.get("template"))
     parts = draft.tool.templates.get(name)
+    sources = as_list(draft.recipe["dataset"]["train"])
+    tools = any(source["columns"].get("tools") for source in sources)  # which code writes there
     if stage == PRETRAIN:
         draft.note(IGNORED, "texts are not written by a chat template", "template")
-    elif isinstance(parts, Mapping) and stage == SFT and not draft.recipe["dataset"].get("images"):
+    elif isinstance(parts, Mapping) and stage == SFT and not draft.recipe["dataset"].get("images") and not tools:
         draft.template = common.write_template(parts)
         draft.put("training.chat_template_path", "NAME.jinja", "template")
         told = f"NAME.jinja, beside the recipe: {name}, as LLaMA-Factory writes it"
@@ -264,6 +265,8 @@ def _read_entry(draft: Draft, name: str, info: dict[str, Any], folder: Path) -> 
     if stage == PRETRAIN:
         return {"format": "text", "source": source | {"columns": {"text": said.get("prompt", "text")}}, "images": False}
     layout, columns = "chat" if turns else "instruction", dict[str, Any]()
+    if entry.get("ranking") and stage not in (DPO, REWARD, KTO):
+        raise draft.refuse(f"the dataset {name} has pairs (ranking), and stage {stage} learns one answer a row")
     if entry.get("ranking") or stage in (DPO, REWARD):
         layout = "preference"
         columns = {role: said.get(role, role) for role in ("chosen", "rejected")}

@@ -189,7 +189,7 @@ def recognise(values: Mapping[str, Any], file: Path) -> Tool:
         message = f"{file} has keys of two tools: {own} is axolotl's, {theirs} is {names}'s"
         raise user_error("import-two-tools", message, "name the one that reads it: --from")
     best = max(NAMES[:3], key=lambda name: len(found[name]))
-    if not found[best] and "model_name_or_path" in values and "learning_rate" in values:
+    if not found[best] and "model_name_or_path" in values:
         best, found["trl"] = "trl", ["model_name_or_path"]
     if not found[best]:
         near = suggest(next(iter(values), ""), [*read_tool("axolotl").keys, *read_tool("llamafactory").keys])

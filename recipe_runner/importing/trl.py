@@ -7,6 +7,7 @@ from typing import Any
 from recipe_runner.importing import common
 from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, number, show, true
 from recipe_runner.importing.sharding import convert_sharding
+from recipe_runner.recipe.local import BUILDERS, is_saved, suffix_of
 from recipe_runner.stages import DPO, FORMATS, KTO, PRETRAIN, REWARD, SFT
 
 OF_DPO = ("beta", "loss_type", "max_prompt_length", "precompute_ref_log_probs")
@@ -105,6 +106,8 @@ def _put_data(draft: Draft) -> None:
     if form == "instruction":
         draft.put("dataset.template", "{instruction}{output}", "TRL writes texts as they are")
         told += "; of texts: turns as prompt and completion are format chat, with train_on: completion"
+    if draft.recipe["stage"] in (DPO, KTO, REWARD):
+        told += "; texts are taken as they are there, here the model's chat template makes turns of them"
     draft.note(CONVERTED, told, *SOURCES)
     if held:
         draft.put("dataset.eval", common.one_or_all(held) if isinstance(held, list) else held, "dataset_test_split")
@@ -153,12 +156,29 @@ def _read_sources(draft: Draft) -> tuple[list[dict[str, Any]], Any]:
     name = draft.get("dataset_name")
     if not isinstance(name, str):
         raise draft.refuse("it names no dataset_name" if name is None else f"dataset_name is {show(name)}, no name")
+    split, test = str(draft.get("dataset_train_split") or "train"), str(draft.get("dataset_test_split") or "test")
+    if Path(name).is_dir() and not is_saved(Path(name)):
+        wanted = "no" not in str(draft.get("eval_strategy") or draft.get("evaluation_strategy") or "no")
+        return [_find_split(draft, name, split)], [_find_split(draft, name, test)] if wanted else None
     source = {"source": draft.place(name) if Path(name).exists() else name}
     source |= {"subset": str(draft.get("dataset_config"))} if draft.get("dataset_config") else {}
-    split = draft.get("dataset_train_split")
-    source |= {"split": str(split)} if split and split != "train" else {}
-    test = draft.get("dataset_test_split") or "test"
-    return [source], [{**source, "split": str(test)}]
+    source |= {"split": split} if split != "train" else {}
+    return [source], [{**source, "split": test}]
+
+
+def _find_split(draft: Draft, folder: str, split: str) -> dict[str, Any]:
+    """The file of a split in a folder of files.
+
+    Raises:
+        UserError: There is none, or several.
+    """
+    found = [file for file in sorted(Path(folder).glob(f"{split}*")) if suffix_of(file.name) in BUILDERS]
+    if len(found) != 1:
+        told = ", ".join(file.name for file in found) or "none"
+        raise draft.refuse(
+            f"the split {split} of the folder {folder} is in one file, or {told}", "name a file: data_files"
+        )
+    return {"source": draft.place(str(found[0]))}
 
 
 def _read_dataset(draft: Draft, entry: dict[str, Any]) -> dict[str, Any]:

@@ -760,3 +760,69 @@ def test_llama_factory_s_instructions_and_conversations_are_mixed(convert, tmp_p
     assert recipe.dataset.format == "chat"
     assert [source.format for source in recipe.dataset.train] == ["instruction", None]
     assert recipe.dataset.train[0].columns["output"] == "output"
+
+
+@pytest.mark.parametrize("name", [".", "./", "rows", "no/such/*.json"])
+def test_any_path_is_placed(convert, tmp_path, name):
+    (tmp_path / "rows").mkdir()
+    result, _ = convert(AXOLOTL | {"datasets": [{"path": name, "type": "chat_template"}]})
+    assert result.status in (0, 1)
+    assert "error[bug]" not in result.err
+
+
+def test_files_of_a_folder_are_files(convert, tmp_path):
+    (tmp_path / "dd").mkdir()
+    (tmp_path / "dd" / "train.jsonl").write_text(json.dumps({"messages": []}))
+    for files in (["train.jsonl"], ["dd/train.jsonl"]):
+        dataset = {"path": "dd", "data_files": files, "type": "chat_template"}
+        result, recipe = convert(AXOLOTL | {"datasets": [dataset]}, "--force")
+        assert result.status == 0, result.err
+        assert Path(recipe.dataset.train[0].source) == tmp_path / "dd" / "train.jsonl"
+
+
+def test_a_prompt_without_an_input_is_written_by_the_format_for_such_rows(convert, tmp_path):
+    """Source: axolotl's prompt_strategies/user_defined.py, whose no_input_format is '{instruction} '."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "a", "output": "b", "system": "c"}))
+    dataset = {"path": str(tmp_path / "rows.jsonl"), "type": {"format": "[INST] {instruction} [/INST]"}}
+    result, recipe = convert(AXOLOTL | {"datasets": [dataset]})
+    assert result.status == 0, result.err
+    assert recipe.dataset.template == "{instruction} {output}"
+    told = read_report(result.out)
+    assert told["datasets.type.format"] == "had no effect there"
+    assert told["datasets.type.field_system"] == "no counterpart"
+
+
+def test_tools_and_other_layouts_of_llama_factory(convert, tmp_path):
+    info = {
+        "tools": {"hf_hub_url": "a/b", "formatting": "sharegpt", "columns": {"messages": "m", "tools": "t"}},
+        "tasks": {"hf_hub_url": "a/c"},
+        "pairs": {"hf_hub_url": "a/d", "ranking": True},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    result, recipe = convert(FACTORY | {"dataset": "tools"})
+    assert result.status == 0, result.err
+    assert not (tmp_path / "made.jinja").exists()
+    assert read_report(result.out)["template"] == "no counterpart"
+    evaluated = {"dataset": "tasks", "eval_dataset": "tools", "max_samples": 9, "eval_strategy": "epoch"}
+    result, recipe = convert(FACTORY | evaluated, "--force")
+    assert result.status == 0, result.err
+    assert (recipe.dataset.train[0].format, recipe.dataset.eval[0].limit) == ("instruction", 9)
+    result, _ = convert(FACTORY | {"dataset": "pairs"}, "--force")
+    assert result.status == 1
+    assert "stage sft learns one answer a row" in result.err
+
+
+def test_a_folder_of_trl_s_has_a_file_for_each_split(convert, tmp_path):
+    (tmp_path / "talks").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "talks" / f"{split}.jsonl").write_text(json.dumps({"messages": []}))
+    result, recipe = convert(TRL | {"dataset_name": "talks", "eval_strategy": "epoch"})
+    assert result.status == 0, result.err
+    found = [Path(source.source).name for source in (*recipe.dataset.train, *recipe.dataset.eval)]
+    assert found == ["train.jsonl", "test.jsonl"]
+
+
+def test_trl_s_own_mixture_is_recognised(convert):
+    result, _ = convert({"model_name_or_path": "a/b", "datasets": [{"path": "stanfordnlp/imdb"}, {"path": "a/c"}]})
+    assert result.status == 0, result.err
+    assert "(from trl " in result.out
