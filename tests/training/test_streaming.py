@@ -153,7 +153,7 @@ def test_too_many_rows_that_are_no_use_end_the_run(run_recipe):
     training = {"max_steps": 200, "per_device_train_batch_size": 8}
     result, _ = run_recipe(rows=rows, dataset=STREAMED, peft=LORA, training=training)
     assert result.status == 1
-    assert "error[too-many-dropped] dataset.max_dropped: 1,000 of the 2,000 train rows" in result.err
+    assert "error[too-many-dropped] dataset.max_dropped: 1,000 of 2,000 train rows up to here" in result.err
 
 
 @pytest.mark.parametrize(
