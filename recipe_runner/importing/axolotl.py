@@ -1,11 +1,10 @@
 """From axolotl's configuration to a recipe."""
 
 import re
-from pathlib import Path
 
 from recipe_runner.importing import common
 from recipe_runner.importing.axolotl_data import put_data
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, as_list, number, true
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, as_list, number, true
 from recipe_runner.importing.sharding import convert_sharding
 from recipe_runner.stages import DPO, KTO, PRETRAIN, REWARD, SFT
 
@@ -52,8 +51,7 @@ def _choose_stage(draft: Draft) -> None:
 def _put_model(draft: Draft) -> None:
     common.convert_model(draft, "base_model", "revision_of_model")
     if isinstance(adapter := draft.get("lora_model_dir"), str):
-        local = adapter.startswith((".", "/")) or Path(adapter).is_dir()
-        draft.convert("model.adapter", draft.place(adapter) if local else adapter, "lora_model_dir")
+        draft.convert("model.adapter", draft.place_model(adapter), "lora_model_dir")
     keys = ("attn_implementation", "flash_attention", "sdp_attention", "eager_attention", "flex_attention")
     names = dict(zip(keys[1:], ("flash_attention_2", "sdpa", "eager", "flex_attention"), strict=True))
     chosen = next((name for key, name in names.items() if true(draft.get(key))), None)
@@ -68,7 +66,7 @@ def _put_model(draft: Draft) -> None:
     if more and (not draft.get("adapter") or draft.get("lora_modules_to_save")):
         draft.put("model.add_special_tokens", more, "special_tokens")
     elif more:
-        draft.lines.append(Line("special_tokens.additional_special_tokens", NONE, UNTRAINED))
+        draft.say(NONE, "special_tokens.additional_special_tokens", UNTRAINED)
     done = {"eos_token": end, "additional_special_tokens": more}
     left = ", ".join(str(name) for name in special if not done.get(str(name)))
     said = [f"training.eos_token: {end}"] if end else []
@@ -126,6 +124,19 @@ def _put_unfreeze(draft: Draft) -> None:
 
 
 def _put_training(draft: Draft) -> None:
+    for step in (_put_packing, _put_schedule, _put_precision, _put_checkpointing):
+        step(draft)
+    common.convert_batches(draft)
+    if draft.recipe["dataset"].get("eval"):
+        size = draft.number("eval_batch_size") or draft.number("micro_batch_size") or 1
+        draft.convert("training.per_device_eval_batch_size", size, "eval_batch_size")
+        draft.origins.setdefault("training.per_device_eval_batch_size", "axolotl's default: micro_batch_size")
+    draft.note(IGNORED, "nothing is evaluated", "eval_batch_size")
+    _put_simple(draft)
+
+
+def _put_packing(draft: Draft) -> None:
+    """Rows of a batch: packed, cut, dropped, sorted by length."""
     packs = true(draft.get("sample_packing"))
     pieces = draft.recipe["stage"] == PRETRAIN and not draft.get("pretraining_dataset")
     if draft.recipe["stage"] in (SFT, PRETRAIN):
@@ -148,6 +159,9 @@ def _put_training(draft: Draft) -> None:
     if true(draft.get("group_by_length")) and not packs:
         draft.convert("training.train_sampling_strategy", "group_by_length", "group_by_length")
     draft.note(SAME if not packs else IGNORED, "packed rows are all as long" if packs else "off", "group_by_length")
+
+
+def _put_schedule(draft: Draft) -> None:
     common.convert_optimizer(draft, "optimizer", "adamw_torch_fused")
     schedule = str(draft.get("lr_scheduler") or "cosine")
     if draft.get("cosine_min_lr_ratio") is not None and schedule == "cosine":
@@ -161,6 +175,10 @@ def _put_training(draft: Draft) -> None:
         draft.origins.setdefault("training.lr_scheduler_type", "axolotl's default")
     draft.note(IGNORED, "read with the schedule cosine only", "cosine_min_lr_ratio")
     _put_warm_up(draft)
+
+
+def _put_precision(draft: Draft) -> None:
+    """Axolotl loads weights in bfloat16 unless it is told otherwise."""
     said = str(draft.values.get("bf16", "auto")).lower()
     half = said in ("auto", "true", "full", "none")
     if half and (said != "none" or not true(draft.get("fp16"))):
@@ -171,9 +189,10 @@ def _put_training(draft: Draft) -> None:
     elif true(draft.get("fp16")) and draft.recipe.get("peft"):
         draft.put("model.dtype", "float16", "fp16")
     common.convert_precision(draft)
-    if said in ("true", "full"):
-        draft.put("training.bf16", True, "bf16")
     common.convert_tf32(draft)
+
+
+def _put_checkpointing(draft: Draft) -> None:
     said = draft.get("gradient_checkpointing")
     common.convert_checkpointing(draft, said not in (None, False, "false"), "gradient_checkpointing")
     offloads = said in ("offload", "offload_disk") or draft.get("activation_offloading")
@@ -182,13 +201,6 @@ def _put_training(draft: Draft) -> None:
     told = "use_reentrant: false, as TRL has it: true loses gradients beside an adapter"
     draft.note(SAME, told, "gradient_checkpointing_kwargs")
     draft.note(SAME, "off", "activation_offloading")
-    common.convert_batches(draft)
-    if draft.recipe["dataset"].get("eval"):
-        size = draft.number("eval_batch_size") or draft.number("micro_batch_size") or 1
-        draft.convert("training.per_device_eval_batch_size", size, "eval_batch_size")
-        draft.origins.setdefault("training.per_device_eval_batch_size", "axolotl's default: micro_batch_size")
-    draft.note(IGNORED, "nothing is evaluated", "eval_batch_size")
-    _put_simple(draft)
 
 
 def _put_warm_up(draft: Draft) -> None:
@@ -228,10 +240,14 @@ def _put_saving(draft: Draft) -> None:
     epochs = float(draft.number("num_epochs") or 1)
     each = draft.number("saves_per_epoch")
     strategy = draft.get("save_strategy")
+    if strategy == "no":
+        draft.note(IGNORED, "nothing is saved before the end", "save_total_limit")
+    elif most := draft.number("save_total_limit"):
+        draft.convert("training.save_total_limit", most, "save_total_limit")
+    else:
+        draft.put("training.save_total_limit", 4, "axolotl's default")
     if strategy in ("no", "epoch"):
         draft.convert("training.save_strategy", strategy, "save_strategy")
-        if strategy == "no":
-            draft.note(IGNORED, "nothing is saved before the end", "save_total_limit")
     elif each:
         if each * epochs <= 1:
             draft.convert("training.save_strategy", "epoch", "saves_per_epoch", note="at the end of each")

@@ -5,7 +5,7 @@ from typing import Any
 
 from recipe_runner.data.look import look_at
 from recipe_runner.importing import common
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, as_list, is_there, show, true
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, as_list, is_there, show, true
 from recipe_runner.recipe.local import is_file_source, is_saved
 from recipe_runner.stages import DPO, KTO, PRETRAIN, REWARD, SFT
 
@@ -67,7 +67,7 @@ def put_data(draft: Draft) -> None:
     training = draft.get("pretraining_dataset") or draft.get("datasets")
     if not training:
         raise draft.refuse("it names no datasets")
-    said = _entries_key(draft)
+    said = "pretraining_dataset" if draft.get("pretraining_dataset") else "datasets"
     entries = [_open_entry(draft, said, entry) for entry in as_list(training)]
     sections = [_read_dataset(draft, entry) for entry in entries]
     first = sections[0]
@@ -118,7 +118,7 @@ def _report_entries(draft: Draft, said: str, entries: list[dict[str, Any]]) -> N
             text = "rows of this layout are not written by it" if kind == IGNORED else "the model's own is used"
         elif key == "roles_to_train" and draft.recipe["dataset"].get("train_on") == "all":
             text = "dataset.train_on: all: what stands around turns, and the turns of other roles, are learned as well"
-        draft.lines.append(Line(f"{said}.{key}", kind, text))
+        draft.say(kind, f"{said}.{key}", text)
 
 
 def _open_entry(draft: Draft, key: str, entry: Any) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _read_dataset(draft: Draft, entry: dict[str, Any]) -> dict[str, Any]:
         inside = [f"{path}/{file}" if folder and is_there(Path(path), str(file)) else str(file) for file in files]
         paths = [draft.place(file) for file in inside] if local else [f"hf://datasets/{path}/{file}" for file in files]
     elif is_file_source(path) or Path(path).exists():
-        paths = [draft.place(path) + "/" * (Path(path).is_dir() and not is_saved(Path(path)))]
+        paths = [draft.place(path.rstrip("/")) + "/" * (Path(path).is_dir() and not is_saved(Path(path)))]
     source: dict[str, Any] = {}
     names = {"name": "subset", "split": "split", "revision": "revision"}
     source |= {ours: str(entry[theirs]) for theirs, ours in names.items() if entry.get(theirs)}
@@ -217,15 +217,15 @@ def _read_own_prompt(draft: Draft, entry: dict[str, Any], kind: dict[str, Any]) 
     system = str(kind.get("field_system") or "system")
     if "field_system" in kind or system in there:
         told = f"a row's own '{system}' stands there for system_prompt; a text has no place for it here: make turns"
-        draft.lines.append(Line("datasets.type.field_system", NONE, told))
+        draft.say(NONE, "datasets.type.field_system", told)
     if "{input}" not in form:
         bare = there and columns["input"] not in there
         if bare and plain != form:
             told = f"rows without an input are written by no_input_format, which is {show(plain)}"
-            draft.lines.append(Line("datasets.type.format", IGNORED, told))
+            draft.say(IGNORED, "datasets.type.format", told)
         elif plain != form:
             told = f"here of all rows; there those without an input are written by no_input_format, {show(plain)}"
-            draft.lines.append(Line("datasets.type.format", CONVERTED, told))
+            draft.say(CONVERTED, "datasets.type.format", told)
         return "instruction", {**columns, "input": None}, f"{begin}{plain if bare else form}{{output}}"
     return (
         "instruction",
@@ -248,8 +248,9 @@ def _read_preference(draft: Draft, entry: dict[str, Any], stage: str) -> tuple[s
         ]
         if written:
             told = "the model's chat template writes prompt and answers: take marks of turns out of the rows"
-            draft.lines += [Line(f"datasets.type.{key}", NONE, told) for key in written]
-        draft.lines.append(Line(f"{_entries_key(draft)}.type", CONVERTED, f"dataset.format: {form}; {AS_TURNS}"))
+            for key in written:
+                draft.say(NONE, f"datasets.type.{key}", told)
+        draft.say(CONVERTED, "datasets.type", f"dataset.format: {form}; {AS_TURNS}")
         return form, columns, None
     family, _, last = str(kind or "").rpartition(".")
     if str(kind).startswith(("chat_template", "bradley_terry.chat_template")):
@@ -258,13 +259,13 @@ def _read_preference(draft: Draft, entry: dict[str, Any], stage: str) -> tuple[s
         fields = {"chosen": "field_chosen", "rejected": "field_rejected", "prompt": "field_messages"}
         return form, {role: str(entry[key]) for role, key in fields.items() if entry.get(key)}, None
     if kind in (None, "passthrough", "passthrough.default", "user_defined.default"):
-        draft.lines.append(Line(f"{_entries_key(draft)}.type", CONVERTED, f"dataset.format: {form}; {AS_TURNS}"))
+        draft.say(CONVERTED, "datasets.type", f"dataset.format: {form}; {AS_TURNS}")
         return form, {}, None
     if last in known and family in ("chatml", "llama3", "bradley_terry.llama3"):
         told = (
             f"columns {', '.join(known[last].values())}; the model's own chat template writes the turns, not {family}"
         )
-        draft.lines.append(Line("datasets.type", CONVERTED, told))
+        draft.say(CONVERTED, "datasets.type", told)
         return form, dict(known[last]), None
     if last in ("chatml", "llama3", "default", "argilla") and (family in ("", "chatml", "llama3")):
         return form, _guess_pairs(draft, entry, form), None
@@ -274,11 +275,6 @@ def _read_preference(draft: Draft, entry: dict[str, Any], stage: str) -> tuple[s
     )
 
 
-def _entries_key(draft: Draft) -> str:
-    """What the entries of datasets are called in the report."""
-    return "pretraining_dataset" if draft.get("pretraining_dataset") else "datasets"
-
-
 def _guess_pairs(draft: Draft, entry: dict[str, Any], form: str) -> dict[str, str]:
     """The columns that axolotl finds by their names, of rows that are here; none of others: look at them."""
     names = {"prompt": ("prompt", "input", "question", "instruction"), "chosen": ("chosen", "chosen_response")}
@@ -286,7 +282,7 @@ def _guess_pairs(draft: Draft, entry: dict[str, Any], form: str) -> dict[str, st
     there = _list_columns(draft, entry)
     found = {role: next((name for name in of if name in there), "") for role, of in names.items()}
     told = "the model's own chat template writes the turns; columns are found by their names: see dataset.train.columns"
-    draft.lines.append(Line("datasets.type", CONVERTED, told))
+    draft.say(CONVERTED, "datasets.type", told)
     return {role: name for role, name in found.items() if name} if form == "preference" else {}
 
 
@@ -302,7 +298,7 @@ def _put_masks(draft: Draft, entries: list[dict[str, Any]], form: str) -> None:
         for entry in entries:
             if entry.get("roles_to_train") == []:
                 told = "there only turns are learned that say so; here all of the assistant's but those that say no"
-                draft.lines.append(Line("datasets.roles_to_train", NONE, told))
+                draft.say(NONE, "datasets.roles_to_train", told)
         chosen = "all" if true(draft.get("train_on_inputs")) or not roles <= {"assistant", "gpt"} else "assistant"
     told = "what stands around turns is learned as well" if chosen == "all" and form == "chat" else ""
     draft.convert("dataset.train_on", chosen, "train_on_inputs", note=told)

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, show, true
@@ -39,8 +38,7 @@ def convert_model(draft: Draft, name: str, revision: str) -> None:
         raise draft.refuse(f"it names no {name}")
     if not isinstance(said, str):
         raise draft.refuse(f"{name} is {show(said)}, no name of a model", f"name the model: {name}: OWNER/NAME")
-    local = said.startswith((".", "/")) or Path(said).is_dir()
-    draft.convert("model.name_or_path", draft.place(said) if local else said, name)
+    draft.convert("model.name_or_path", draft.place_model(said), name)
     if draft.get(revision):
         draft.convert("model.revision", str(draft.get(revision)), revision)
     convert_remote_code(draft)

@@ -98,8 +98,6 @@ def _put_plain_keys(draft: Draft) -> None:
     for key, entry in draft.tool.keys.items():
         if "default" in entry and "to" in entry and draft.get(key) is None:
             section, _, rest = entry["to"].partition(".")
-            if rest == "save_total_limit" and draft.recipe["training"].get("save_strategy") == "no":
-                continue
             if section == "peft" and not draft.recipe.get("peft"):
                 continue
             if rest not in draft.recipe.get(section, {}):
@@ -135,12 +133,9 @@ def _read_numbers(draft: Draft) -> None:
 
 def _drop_epochs(draft: Draft) -> None:
     """Leaves epochs out where steps are counted: these go before them."""
-    training = draft.recipe.get("training", {})
-    steps = training.get("max_steps")
-    if isinstance(steps, int | float) and steps > 0 and training.pop("num_train_epochs", None) is not None:
-        origin = draft.origins.pop("training.num_train_epochs", "")
-        draft.lines = [line for line in draft.lines if line.key != origin]
-        draft.note(IGNORED, "max_steps goes before it", origin)
+    steps = draft.recipe.get("training", {}).get("max_steps")
+    if isinstance(steps, int | float) and steps > 0:
+        _drop(draft, "training", "num_train_epochs", "max_steps goes before it", IGNORED)
 
 
 def _drop_unfit(draft: Draft) -> None:
@@ -158,12 +153,12 @@ def _drop_unfit(draft: Draft) -> None:
                 _drop(draft, section, key, f"stage {kind} has no {section}.{key}")
 
 
-def _drop(draft: Draft, section: str, key: str, why: str) -> None:
+def _drop(draft: Draft, section: str, key: str, why: str, kind: str = NONE) -> None:
     """Takes a key out of the recipe again, and says so of the key that it comes from."""
     if draft.recipe[section].pop(key, None) is not None:
         origin = draft.origins.pop(f"{section}.{key}", "")
         draft.lines = [line for line in draft.lines if line.key != origin]
-        draft.note(NONE, why, origin)
+        draft.note(kind, why, origin)
 
 
 def _write(recipe: dict[str, Any], draft: Draft, file: Path) -> str:

@@ -76,6 +76,10 @@ class Draft:
         moved = os.path.relpath(found, self.folder)
         return name if moved == os.path.normpath(name) else moved
 
+    def place_model(self, name: str) -> str:
+        """A model's folder as the recipe has it; a hub id as it is."""
+        return self.place(name) if name.startswith((".", "/")) or Path(name).is_dir() else name
+
     def mapping(self, key: str) -> dict[str, Any]:
         """A mapping of the file; an empty one for what it leaves out.
 
@@ -112,6 +116,11 @@ class Draft:
     def note(self, kind: str, text: str, *keys: str) -> None:
         """Says what became of keys, of those that the file has."""
         self.lines += [Line(key, kind, text) for key in keys if key in self.values and not self.said(key)]
+
+    def say(self, kind: str, key: str, text: str) -> None:
+        """Says what became of a part of a key's value (`datasets.path`), once."""
+        if not self.said(key):
+            self.lines.append(Line(key, kind, text))
 
     def said(self, key: str) -> bool:
         """Whether it was said what became of a key."""

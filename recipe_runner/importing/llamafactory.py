@@ -230,15 +230,11 @@ def _find_info(draft: Draft) -> tuple[dict[str, Any], Path]:
     )
 
 
-def _read_entry(draft: Draft, name: str, info: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Format and source of a dataset that LLaMA-Factory's file describes."""
-    entry = info.get(name)
-    if not isinstance(entry, dict):
-        raise draft.refuse(f"{folder / INFO} has no dataset '{name}'", suggest(name, list(info)))
+def _read_source(draft: Draft, name: str, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Where the rows of a dataset are, and how many of them are taken."""
     if entry.get("file_name"):
         file = folder / str(entry["file_name"])
-        source: dict[str, Any] = {"source": draft.place(f"{file}{'/' if file.is_dir() else ''}")}
-        source["source"] += "/" * (file.is_dir() and not source["source"].endswith("/"))
+        source: dict[str, Any] = {"source": draft.place(str(file)) + "/" * file.is_dir()}
     elif entry.get("hf_hub_url"):
         source = {"source": str(entry["hf_hub_url"])}
     else:
@@ -250,6 +246,15 @@ def _read_entry(draft: Draft, name: str, info: dict[str, Any], folder: Path) -> 
     source |= {key: str(entry[key]) for key in ("subset", "split") if entry.get(key)}
     if isinstance(entry.get("num_samples"), int):
         source["limit"] = entry["num_samples"]
+    return source
+
+
+def _read_entry(draft: Draft, name: str, info: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Format and source of a dataset that LLaMA-Factory's file describes."""
+    entry = info.get(name)
+    if not isinstance(entry, dict):
+        raise draft.refuse(f"{folder / INFO} has no dataset '{name}'", suggest(name, list(info)))
+    source = _read_source(draft, name, entry, folder)
     form = entry.get("formatting", "alpaca")
     if form not in ("alpaca", "sharegpt", "openai"):
         raise draft.refuse(f"the dataset {name} has the formatting {show(form)}, which is not known here")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.importing.common import convert_checkpointing
-from recipe_runner.importing.draft import CONVERTED, NONE, SAME, Draft, Line, number, show, true
+from recipe_runner.importing.draft import CONVERTED, NONE, SAME, Draft, number, show, true
 
 LAUNCH = {
     "compute_environment": "LOCAL_MACHINE",
@@ -113,7 +113,7 @@ def _convert_fsdp(draft: Draft) -> None:
             kind, text = NONE, "FSDP2 is written"
         elif key in OF_FSDP1:
             kind, text = NONE, "FSDP2 has no such key"
-        draft.lines.append(Line(f"fsdp_config.{name}", kind, text))
+        draft.say(kind, f"fsdp_config.{name}", text)
     draft.launch = _launch_with(draft, "FSDP", fsdp_config=options)
     draft.note(CONVERTED, "NAME.accelerate.yaml, beside the recipe, as FSDP2", "fsdp", "fsdp_config")
     draft.note(SAME if str(draft.get("fsdp_version")) == "2" else NONE, "FSDP2 is written", "fsdp_version")

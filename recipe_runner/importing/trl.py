@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe_runner.importing import common
-from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, Line, number, show, true
+from recipe_runner.importing.draft import CONVERTED, IGNORED, NONE, SAME, Draft, number, show, true
 from recipe_runner.importing.sharding import convert_sharding
 from recipe_runner.recipe.local import BUILDERS, is_saved, suffix_of
 from recipe_runner.stages import DPO, FORMATS, KTO, PRETRAIN, REWARD, SFT
@@ -53,7 +53,7 @@ def _choose_stage(draft: Draft) -> str:
 
 
 def _say_stage(draft: Draft, stage: str, why: str) -> str:
-    draft.lines.append(Line("(the command)", CONVERTED, f"stage: {stage}, {why}"))
+    draft.say(CONVERTED, "(the command)", f"stage: {stage}, {why}")
     return stage
 
 
@@ -121,6 +121,10 @@ def _put_data(draft: Draft) -> None:
             chosen = "completion"
         draft.convert("dataset.train_on", chosen, "assistant_only_loss", "completion_only_loss")
         draft.origins.setdefault("dataset.train_on", "trl's default, of turns")
+    _put_template(draft)
+
+
+def _put_template(draft: Draft) -> None:
     template = draft.get("chat_template")
     if template and "{" in str(template):
         draft.template = str(template)
@@ -196,10 +200,10 @@ def _read_dataset(draft: Draft, entry: dict[str, Any]) -> dict[str, Any]:
     if isinstance(share, int | float):
         source["weight"] = share
         note = "dataset.train.weight; there no row is taken twice, here smaller sources are until all rows were seen"
-        _say_once(draft, "datasets.fraction", note)
+        draft.say(CONVERTED, "datasets.fraction", note)
     for key, ours in told.items():
         if key in entry:
-            _say_once(draft, f"datasets.{key}", f"dataset.train.{ours}")
+            draft.say(CONVERTED, f"datasets.{key}", f"dataset.train.{ours}")
     return source | ({"columns": entry["columns"]} if isinstance(entry.get("columns"), list) else {})
 
 
@@ -218,13 +222,13 @@ def _read_mixture(draft: Draft, mixture: dict[str, Any]) -> tuple[list[dict[str,
             raise draft.refuse(f"dataset_mixture: weight is {show(share)}, no number")
         if share not in (None, 1):
             source["epochs"] = share
-            _say_once(
-                draft, "dataset_mixture.weight", "dataset.train.epochs: the share of a source's rows, by the seed"
+            draft.say(
+                CONVERTED, "dataset_mixture.weight", "dataset.train.epochs: the share of a source's rows, by the seed"
             )
         sources.append(source)
     held = _hold_out(draft, sources, mixture.get("test_split_size"), "dataset_mixture.test_split_size")
     if "seed" in mixture:
-        draft.lines.append(Line("dataset_mixture.seed", NONE, "run.seed draws rows, too"))
+        draft.say(NONE, "dataset_mixture.seed", "run.seed draws rows, too")
     return sources, held
 
 
@@ -256,24 +260,17 @@ def _hold_out(draft: Draft, sources: list[dict[str, Any]], said: Any, key: str) 
     if not isinstance(size, int | float) or not size > 0:
         return None
     if size < 1:
-        draft.lines.append(Line(key, CONVERTED, f"dataset.eval: {{fraction: {size}}}, of each source, by run.seed"))
+        draft.say(CONVERTED, key, f"dataset.eval: {{fraction: {size}}}, of each source, by run.seed")
         return {"fraction": size}
     split = sources[0].get("split") or "train"
     if len(sources) == 1 and "[" not in split:
         sources[0]["split"] = f"{split}[{int(size)}:]"
-        draft.lines.append(
-            Line(key, CONVERTED, f"the first {int(size):,} rows are held out; there others, by the seed")
-        )
+        draft.say(CONVERTED, key, f"the first {int(size):,} rows are held out; there others, by the seed")
         held = {key: value for key, value in sources[0].items() if key != "epochs"}
         return [{**held, "split": f"{split}[:{int(size)}]"}]
     told = f"dataset.eval: {{fraction: 0.01}}: of each source; there {int(size):,} rows of all"
-    draft.lines.append(Line(key, CONVERTED, told))
+    draft.say(CONVERTED, key, told)
     return {"fraction": 0.01}
-
-
-def _say_once(draft: Draft, key: str, text: str) -> None:
-    if not draft.said(key):
-        draft.lines.append(Line(key, CONVERTED, text))
 
 
 def _put_training(draft: Draft) -> None:
