@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -84,7 +83,7 @@ def _split_turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, column
 
 def _split_segments(segments: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
     """What stands before the last segments that are labelled, and these without their special tokens."""
-    runs = [(label, list(run)) for label, run in groupby(segments, key=lambda segment: segment["label"])]
+    runs = [(label, list(run)) for label, run in itertools.groupby(segments, key=lambda segment: segment["label"])]
     texts = ["".join(segment["text"] for segment in run) for _, run in runs]
     last = max((place for place, (label, _) in enumerate(runs) if label), default=0)
     content = "".join(texts[:last])

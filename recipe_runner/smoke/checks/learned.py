@@ -226,9 +226,8 @@ def _check_documents(done: Done, documents: Sequence[Document], tokenizer: Any) 
         if lost := [text for text in texts if len(text) > LONG and text in row and text not in "".join(said)]:
             yield f"an answer of the data is not learned: {lost[0][:100]!r}"
             return
-    if (
-        not ended and not writes and any(not limit or len(tokens) < limit for tokens, _ in documents)
-    ):  # else: parts of long documents
+    whole = any(not limit or len(tokens) < limit for tokens, _ in documents)  # else: parts of long documents
+    if whole and not ended and not writes:
         yield f"no token is learned at which the model stops ({', '.join(sorted(done.small.stand_in.stops))})"
     text = squeeze(tokenizer.decode([t for tokens, _ in documents for t in tokens], skip_special_tokens=True))
     if done.recipe.dataset.system and squeeze(done.recipe.dataset.system) not in text:
